@@ -1,0 +1,34 @@
+"""swa-avg: average the checkpoints of a finished run, and make BatchNorm right again.
+
+Everything public is here and is imported when it is first used, so that
+`import swa_avg` and `swa-avg --help` do not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm import BatchNormReport as BatchNormReport
+    from swa_avg.batchnorm import recompute_batchnorm as recompute_batchnorm
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchNormReport": "batchnorm",
+    "recompute_batchnorm": "batchnorm",
+}
+
+__all__ = ["BatchNormReport", "recompute_batchnorm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,127 @@
+"""Every way in which swa-avg refuses, as data that makes its own one line.
+
+An error holds where it happened (file, tensor), what was found, what was
+expected and what to do about it. Nothing here prints or exits: `cli.py` turns
+an error into a line and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+
+def printable(text: object) -> str:
+    """Return `text` as one harmless line.
+
+    Names inside a checkpoint are foreign input: control characters, ANSI
+    escapes and lone surrogates are written as backslash escapes.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in str(text)
+    )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few of `names`, with a count of the rest."""
+    shown = ", ".join(names[:most])
+    rest = len(names) - most
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+class SwaAvgError(Exception):
+    """Base of every error that swa-avg raises on purpose.
+
+    Attributes:
+        found: What was found; reads on after the place.
+        file: The file it was found in.
+        tensor: The name of the tensor it was found in.
+        expected: What should have been there.
+        remedy: What the user can do.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        expected: str = "",
+        remedy: str = "",
+    ) -> None:
+        self.found = found
+        self.file = None if file is None else os.fspath(file)
+        self.tensor = tensor
+        self.expected = expected
+        self.remedy = remedy
+        super().__init__(found)
+
+    def __str__(self) -> str:
+        place = [text for text in (self.file, self.tensor) if text is not None]
+        line = ": ".join([*place, self.found])
+        if self.expected:
+            line += f", expected {self.expected}"
+        if self.remedy:
+            line += f". {self.remedy}"
+        return printable(line.removesuffix(".") + ".")
+
+
+class FileError(SwaAvgError):
+    """An input that cannot be opened or read: the system's reason is in `found`."""
+
+
+class FormatError(SwaAvgError):
+    """A file that is not a sound checkpoint: foreign, damaged, cut or hostile."""
+
+
+class LayoutError(SwaAvgError):
+    """A sound file in which no state_dict, or more than one, was found."""
+
+
+class SelectionError(SwaAvgError):
+    """The choice of checkpoints leaves nothing, or nothing meaningful, to average."""
+
+
+class MismatchError(SwaAvgError):
+    """Checkpoints that do not agree.
+
+    Attributes:
+        disagreements: One error for each disagreement, all of them.
+    """
+
+    def __init__(self, disagreements: Sequence[SwaAvgError]) -> None:
+        first = disagreements[0]
+        more = len(disagreements) - 1
+        also = f" ({more} more disagreement{'s' if more > 1 else ''})" if more else ""
+        super().__init__(
+            first.found,
+            file=first.file,
+            tensor=first.tensor,
+            expected=first.expected + also,
+            remedy=first.remedy,
+        )
+        self.disagreements = tuple(disagreements)
+
+
+class NotFiniteError(SwaAvgError):
+    """NaN or infinity that is not the same in all inputs, or made by rounding."""
+
+
+class OutputError(SwaAvgError):
+    """The output cannot be written where and as it was asked for."""
+
+
+class DataError(SwaAvgError):
+    """The user's data module, model or forward function failed or does not fit.
+
+    Attributes:
+        batch: The number of the batch at which it failed, counted from 0.
+    """
+
+    def __init__(
+        self, found: str, *, batch: int | None = None, expected: str = "", remedy: str = ""
+    ) -> None:
+        place = "" if batch is None else f"batch {batch}: "
+        super().__init__(place + found, expected=expected, remedy=remedy)
+        self.batch = batch
