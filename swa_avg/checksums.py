@@ -1,0 +1,96 @@
+"""CRC-32 of stretches of bytes that are read in any order, piece by piece."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from zlib_ng.zlib_ng import crc32, crc32_combine
+
+from swa_avg.errors import FormatError
+from swa_avg.tensors import Record
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Piece:
+    """The checksum of `length` bytes that begin `start` bytes into a record."""
+
+    start: int
+    length: int
+    crc: int
+
+
+def combined(pieces: list[Piece]) -> int:
+    """Return the checksum of pieces that follow each other without a gap."""
+    crc = 0
+    for piece in sorted(pieces):
+        crc = crc32_combine(crc, piece.crc, piece.length)
+    return crc
+
+
+class Ledger:
+    """Collects the checksums of what was read, and compares them in the end."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[Record, list[Piece]] = {}
+        self._names: dict[Record, str] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, record: Record, name: str) -> None:
+        """Note that a record is used, by the tensor `name`."""
+        if record.crc32 is not None:
+            with self._lock:
+                self._pieces.setdefault(record, [])
+                self._names.setdefault(record, name)
+
+    def add(self, record: Record, piece: Piece) -> None:
+        """Note the checksum of a piece that was read."""
+        if record.crc32 is not None:
+            with self._lock:
+                self._pieces[record].append(piece)
+
+    @property
+    def records(self) -> list[Record]:
+        """The records in use that carry a checksum."""
+        return list(self._pieces)
+
+    def check(self, record: Record) -> None:
+        """Compare a record's checksum with the one that its file records.
+
+        What was not read in whole pieces, for one the rest of a storage of which
+        the state_dict holds a view, is read now.
+
+        Raises:
+            FormatError: They differ: the bytes are not those that were saved.
+        """
+        pieces = self._disjoint(record)
+        place = 0
+        missing = []
+        for piece in pieces:
+            missing.append((place, piece.start - place))
+            place = piece.start + piece.length
+        missing.append((place, record.length - place))
+        pieces += [read_piece(record, start, length) for start, length in missing if length]
+        if combined(pieces) != record.crc32:
+            raise FormatError(
+                "is damaged: its bytes do not have the checksum that the file records",
+                file=record.file.path,
+                tensor=self._names[record],
+                remedy="Restore the file from its source, or leave it out",
+            )
+
+    def _disjoint(self, record: Record) -> list[Piece]:
+        """Return the pieces without those that overlap an earlier one."""
+        kept: list[Piece] = []
+        for piece in sorted(self._pieces[record]):
+            if not kept or piece.start >= kept[-1].start + kept[-1].length:
+                kept.append(piece)
+        return kept
+
+
+def read_piece(record: Record, start: int, length: int) -> Piece:
+    """Read a part of a record for its checksum only."""
+    crc = 0
+    for chunk in record.file.chunks(record.offset + start, length):
+        crc = crc32(chunk, crc)
+    return Piece(start, length, crc)

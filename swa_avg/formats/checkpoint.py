@@ -1,0 +1,106 @@
+"""What all formats have in common: a checkpoint that was opened, a state_dict to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from swa_avg.files import InputFile
+from swa_avg.tensors import DType
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which only the headers have been read.
+
+    Attributes:
+        path: As the user named it.
+        format: The name of its format, for people.
+        tree: What was saved: containers and plain values, with a `TensorRef` for each tensor.
+        files: The files it is made of, open.
+        metadata: Text that a safetensors file carries about itself.
+        notes: What a user should know about the file itself.
+    """
+
+    path: Path
+    format: str
+    tree: object
+    files: tuple[InputFile, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Close its files."""
+        for file in self.files:
+            file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStorage:
+    """A stretch of elements in the output that one or several tensors look at."""
+
+    dtype: DType
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the output: which storage, and how it looks at it, in elements."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OutputStateDict:
+    """A state_dict to be written.
+
+    Attributes:
+        storages: Its storages, in the order of the file.
+        items: Its entries in order: tensors, and plain Python values.
+        metadata: Its `_metadata` (module paths to versions), which torch keeps
+            beside a state_dict, or None.
+        text: The metadata of a safetensors file.
+    """
+
+    storages: tuple[OutputStorage, ...]
+    items: Mapping[str, OutputTensor | object]
+    metadata: object = None
+    text: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, OutputTensor]:
+        """Its tensors by name."""
+        return {
+            name: item
+            for name, item in self.items.items()
+            if isinstance(item, OutputTensor)
+        }
+
+
+class Layout(Protocol):
+    """A file in which every byte has its place before the first is written."""
+
+    @property
+    def size(self) -> int:
+        """The size of the whole file in bytes."""
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Where each storage's first byte goes, in the order of the storages."""
+
+    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield all bytes that are no storage's, with their places.
+
+        Args:
+            checksums: The CRC-32 of each storage.
+        """

@@ -1,0 +1,518 @@
+"""The closed unpickler, and the pickler of a state_dict.
+
+Reading: nothing that a pickle names is ever looked up, imported or called. A
+name becomes an inert `Global`; calling one gives an inert `Inert`, except for
+the few functions in `_REBUILD`, which are ours and build plain containers and
+`TensorRef`s. The stack machine is the standard library's own, in Python, with
+every opcode replaced that could call, hash or allocate what a file asks for.
+
+Writing: a state_dict as torch's own pickle has it, without a tensor existing.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from swa_avg.errors import FormatError
+from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
+from swa_avg.tensors import DTYPES, DType, Record, TensorRef, extent
+
+# An expanded (stride 0) view is written out in full. Small ones are honest
+# buffers; past this a small file would ask for a huge output.
+_MOST_EXPANDED_BYTES = 1 << 20
+_MOST_KEY_NODES = 1000
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function that a pickle names. It stays a name."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(eq=False)
+class Inert:
+    """An object whose class is not ours: what the pickle says of it, and no behaviour."""
+
+    cls: object
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    entries: dict[Any, Any] = field(default_factory=dict)
+    elements: list[Any] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"object of {self.cls}"
+
+
+class Dict(dict[Any, Any]):
+    """An OrderedDict or defaultdict, with the attributes pickled beside its items."""
+
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class UnreadableTensor:
+    """A tensor of a kind that cannot be averaged: sparse, quantized, without data."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage as a pickle refers to it.
+
+    Attributes:
+        key: Its name in the file.
+        dtype: Its element type; None for an untyped one.
+        numel: Its elements; for an untyped one its bytes.
+    """
+
+    key: str
+    dtype: DType | None
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
+
+def load(data: bytes, records: Callable[[Storage], Record]) -> object:
+    """Read a pickle, running nothing.
+
+    Args:
+        data: The pickle, protocol 0 to 5.
+        records: Gives a storage's place in the file; raises `FormatError` if it has none.
+
+    Returns:
+        Plain containers, numbers and strings, `TensorRef`s, and `Inert` for the rest.
+
+    Raises:
+        FormatError: Anything about the pickle that is not sound.
+    """
+    try:
+        return _Unpickler(data, records).load()
+    except FormatError:
+        raise
+    except (Exception, RecursionError) as error:
+        # Whatever a hostile pickle makes the machine trip over is a fault of the file.
+        raise FormatError(
+            f"holds a pickle that cannot be read ({type(error).__name__}: {error})",
+            remedy="The file is damaged or no checkpoint",
+        ) from error
+
+
+class _Unpickler(pickle._Unpickler):
+    dispatch: dict[int, Callable[..., None]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+
+    def __init__(self, data: bytes, records: Callable[[Storage], Record]) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
+        self.records = records
+        self.stack: list[Any]
+        self.append: Callable[[Any], None]
+        self.read: Callable[[int], bytes]
+        self.readline: Callable[[], bytes]
+        self.pop_mark: Callable[[], list[Any]]
+
+    def find_class(self, module: str, name: str) -> Any:
+        return Global(module, name)
+
+    def persistent_load(self, pid: Any) -> Storage:
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
+            raise FormatError("holds a reference that is no storage")
+        _, kind, key, _, numel = pid[:5]
+        if not isinstance(numel, int) or numel < 0:
+            raise FormatError(f"storage {key} has {numel!r} elements")
+        return Storage(str(key), _storage_dtype(kind), numel)
+
+    def get_extension(self, code: int) -> None:
+        raise FormatError("holds a pickle extension code")
+
+    def call(self, function: object, args: Any) -> Any:
+        if not isinstance(args, tuple):
+            raise FormatError("holds a call without arguments")
+        rebuild = _REBUILD.get(str(function)) if isinstance(function, Global) else None
+        return rebuild(self, *args) if rebuild else Inert(function, args)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], args)
+
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self.append(self.call(self.stack.pop(), args))
+
+    def load_newobj_ex(self) -> None:
+        kwargs, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        made = self.call(cls, args)
+        if kwargs and isinstance(made, Inert):
+            made.state = kwargs
+        self.append(made)
+
+    def load_inst(self) -> None:
+        module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
+        self.append(self.call(Global(module, name), tuple(self.pop_mark())))
+
+    def load_obj(self) -> None:
+        cls, *args = self.pop_mark()
+        self.append(self.call(cls, tuple(args)))
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Inert | Dict):
+            target.state = state
+
+    def _set_items(self, target: Any, flat: list[Any]) -> None:
+        if isinstance(target, Inert):
+            target = target.entries
+        if not isinstance(target, dict):
+            raise FormatError(f"sets items on a {type(target).__name__}")
+        for key, value in zip(flat[::2], flat[1::2], strict=True):
+            target[_checked_key(key)] = value
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        flat = self.pop_mark()
+        self._set_items(self.stack[-1], flat)
+
+    def load_dict(self) -> None:
+        made: dict[Any, Any] = {}
+        self._set_items(made, self.pop_mark())
+        self.append(made)
+
+    def _extend(self, target: Any, values: list[Any]) -> None:
+        if isinstance(target, Inert):
+            target = target.elements
+        if not isinstance(target, list):
+            raise FormatError(f"appends to a {type(target).__name__}")
+        target.extend(values)
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        self._extend(self.stack[-1], [value])
+
+    def load_appends(self) -> None:
+        values = self.pop_mark()
+        self._extend(self.stack[-1], values)
+
+    def load_additems(self) -> None:
+        values = self.pop_mark()
+        if not isinstance(self.stack[-1], set):
+            raise FormatError("adds elements to what is no set")
+        self.stack[-1].update(_checked_key(value) for value in values)
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(_checked_key(value) for value in self.pop_mark()))
+
+    def load_bytearray8(self) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    def tensor(
+        self,
+        storage: object,
+        offset: int,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        dtype: DType | None = None,
+    ) -> TensorRef | UnreadableTensor:
+        if not isinstance(storage, Storage):
+            return UnreadableTensor("tensor whose storage is of an unknown kind")
+        dtype = dtype or storage.dtype
+        if dtype is None:
+            return UnreadableTensor("tensor of an unknown dtype")
+        ref = TensorRef(dtype, tuple(shape), tuple(stride), self.records(storage), offset)
+        _check_geometry(ref, storage)
+        return ref
+
+
+for _code, _load in (
+    (pickle.REDUCE, _Unpickler.load_reduce),
+    (pickle.NEWOBJ, _Unpickler.load_newobj),
+    (pickle.NEWOBJ_EX, _Unpickler.load_newobj_ex),
+    (pickle.INST, _Unpickler.load_inst),
+    (pickle.OBJ, _Unpickler.load_obj),
+    (pickle.BUILD, _Unpickler.load_build),
+    (pickle.SETITEM, _Unpickler.load_setitem),
+    (pickle.SETITEMS, _Unpickler.load_setitems),
+    (pickle.DICT, _Unpickler.load_dict),
+    (pickle.APPEND, _Unpickler.load_append),
+    (pickle.APPENDS, _Unpickler.load_appends),
+    (pickle.ADDITEMS, _Unpickler.load_additems),
+    (pickle.FROZENSET, _Unpickler.load_frozenset),
+    (pickle.BYTEARRAY8, _Unpickler.load_bytearray8),
+):
+    _Unpickler.dispatch[_code[0]] = _load
+
+
+def _checked_key(key: Any) -> Any:
+    """Return `key` if hashing it is cheap; nested tuples can take for ever."""
+    nodes, left = [key], _MOST_KEY_NODES
+    while nodes:
+        node = nodes.pop()
+        left -= 1
+        if left < 0:
+            raise FormatError("holds a dictionary key of unreasonable size")
+        if isinstance(node, tuple | frozenset):
+            nodes.extend(node)
+    return key
+
+
+def _check_geometry(ref: TensorRef, storage: Storage) -> None:
+    """Refuse a tensor that looks outside its storage, or is larger than it."""
+    numbers = (ref.offset, *ref.shape, *ref.stride)
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise FormatError("holds a tensor with an impossible shape, stride or offset")
+    if len(ref.shape) != len(ref.stride):
+        raise FormatError(
+            f"holds a tensor of {len(ref.shape)} sizes, {len(ref.stride)} strides"
+        )
+    if storage.nbytes != ref.record.length:
+        raise FormatError(
+            f"storage {storage.key} has {ref.record.length} bytes",
+            expected=f"{storage.nbytes}",
+            remedy="The file is damaged",
+        )
+    end = (ref.offset + extent(ref.shape, ref.stride)) * ref.dtype.itemsize
+    if ref.numel and end > ref.record.length:
+        raise FormatError(
+            f"holds a tensor that ends {end} bytes into storage {storage.key}"
+        )
+    if ref.nbytes > max(ref.record.length, _MOST_EXPANDED_BYTES):
+        raise FormatError(
+            f"holds a tensor of {ref.nbytes} bytes, expanded from {ref.record.length} bytes",
+            remedy="Save it contiguous",
+        )
+
+
+def _storage_dtype(kind: object) -> DType | None:
+    if not isinstance(kind, Global) or kind.module.split(".")[0] != "torch":
+        raise FormatError(f"holds a storage of {kind}")
+    if kind.name in ("UntypedStorage", "_UntypedStorage"):
+        return None
+    if kind.name not in _STORAGE_DTYPES:
+        raise FormatError(f"holds a storage of {kind}, a type unknown here")
+    return _STORAGE_DTYPES[kind.name]
+
+
+_STORAGE_DTYPES: Mapping[str, DType | None] = {
+    name: DTYPES.get(dtype)
+    for name, dtype in {
+        "DoubleStorage": "float64",
+        "FloatStorage": "float32",
+        "HalfStorage": "float16",
+        "BFloat16Storage": "bfloat16",
+        "ComplexDoubleStorage": "complex128",
+        "ComplexFloatStorage": "complex64",
+        "LongStorage": "int64",
+        "IntStorage": "int32",
+        "ShortStorage": "int16",
+        "CharStorage": "int8",
+        "ByteStorage": "uint8",
+        "BoolStorage": "bool",
+        # Quantized: the rebuild function that uses them makes the tensor unreadable.
+        "QInt8Storage": "int8",
+        "QUInt8Storage": "uint8",
+        "QInt32Storage": "int32",
+        "QUInt4x2Storage": "uint8",
+        "QUInt2x4Storage": "uint8",
+    }.items()
+}
+
+
+def _rebuild_tensor_v2(
+    machine: _Unpickler,
+    storage: object,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    requires_grad: object = False,
+    hooks: object = None,
+    metadata: object = None,
+) -> object:
+    return _unless_lazy(metadata, machine.tensor(storage, offset, shape, stride))
+
+
+def _rebuild_tensor_v3(
+    machine: _Unpickler,
+    storage: object,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    requires_grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
+) -> object:
+    element = DTYPES.get(dtype.name) if isinstance(dtype, Global) else None
+    if element is None:
+        return UnreadableTensor(f"tensor of dtype {dtype}")
+    return _unless_lazy(metadata, machine.tensor(storage, offset, shape, stride, element))
+
+
+def _unless_lazy(metadata: object, tensor: object) -> object:
+    """A conjugate or negative view stores the bytes of another tensor than it means."""
+    if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
+        return UnreadableTensor(
+            "lazily conjugated or negated tensor (save its resolve_conj())"
+        )
+    return tensor
+
+
+def _rebuild_from_type(
+    machine: _Unpickler, function: object, cls: object, args: Any, state: object
+) -> object:
+    return machine.call(function, args)
+
+
+def _rebuild_parameter(machine: _Unpickler, data: object, *rest: object) -> object:
+    return data
+
+
+def _rebuild_ordered(machine: _Unpickler, pairs: Any = ()) -> Dict:
+    made = Dict()
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        made[_checked_key(key)] = value
+    return made
+
+
+def _unreadable(what: str) -> Callable[..., UnreadableTensor]:
+    return lambda machine, *args: UnreadableTensor(what)
+
+
+def _rebuild_bytes(machine: _Unpickler, text: Any = "", encoding: str = "latin1") -> bytes:
+    """Bytes as protocols 0 to 2 spell them: text in latin-1."""
+    return str(text).encode("latin1") if encoding in ("latin1", "latin-1") else b""
+
+
+_NUMPY_FORMATS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "i2": "h"} | {
+    "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"
+}  # fmt: skip
+
+
+def _rebuild_numpy_scalar(machine: _Unpickler, dtype: Any, raw: Any = b"") -> object:
+    """A numpy number, as metrics are often saved, becomes a Python one."""
+    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    if code not in _NUMPY_FORMATS or not isinstance(raw, bytes):
+        return Inert(Global("numpy", "scalar"), (dtype, raw))
+    state = dtype.state if isinstance(dtype.state, tuple) else ()
+    order = ">" if len(state) > 1 and state[1] == ">" else "<"
+    return struct.unpack(order + _NUMPY_FORMATS[code], raw)[0]
+
+
+def _values(container: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
+    return lambda machine, values=(): container(_checked_key(value) for value in values)
+
+
+_REBUILD: Mapping[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._tensor._rebuild_from_type": lambda machine, function, cls, args, state: (
+        machine.call(function, args)
+    ),
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_sparse_tensor": _unreadable("sparse tensor"),
+    "torch._utils._rebuild_qtensor": _unreadable("quantized tensor"),
+    "torch._utils._rebuild_nested_tensor": _unreadable("nested tensor"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unreadable(
+        "meta tensor, which has no data"
+    ),
+    "torch._utils._rebuild_wrapper_subclass": _unreadable(
+        "tensor subclass without a storage"
+    ),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unreadable(
+        "tensor of a foreign device"
+    ),
+    "torch.Size": lambda machine, sizes=(): tuple(sizes),
+    "collections.OrderedDict": _rebuild_ordered,
+    "collections.defaultdict": lambda machine, *factory: Dict(),
+    "_codecs.encode": _rebuild_bytes,
+    "numpy.core.multiarray.scalar": _rebuild_numpy_scalar,
+    "numpy._core.multiarray.scalar": _rebuild_numpy_scalar,
+    **{
+        f"{builtins}.{name}": rebuild
+        for builtins in ("builtins", "__builtin__")
+        for name, rebuild in {
+            "set": _values(set),
+            "frozenset": _values(frozenset),
+            "list": lambda machine, values=(): list(values),
+            "tuple": lambda machine, values=(): tuple(values),
+            "dict": _rebuild_ordered,
+            "complex": lambda machine, real=0, imag=0: complex(float(real), float(imag)),
+        }.items()
+    },
+}
+
+
+def dump(state_dict: OutputStateDict) -> bytes:
+    """Return the pickle that `torch.save` would make of a state_dict.
+
+    Its storages are referred to by their numbers.
+
+    Returns:
+        A pickle of protocol 2 that `torch.load(weights_only=True)` takes.
+    """
+    made: OrderedDict[str, object] = OrderedDict(state_dict.items)
+    if state_dict.metadata is not None:
+        made._metadata = state_dict.metadata  # type: ignore[attr-defined]
+    buffer = io.BytesIO()
+    _Pickler(buffer, state_dict.storages).dump(made)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes `OutputTensor`s as calls of torch's rebuild functions."""
+
+    def __init__(self, buffer: io.BytesIO, storages: Sequence[OutputStorage]) -> None:
+        super().__init__(buffer, protocol=2)
+        self.storages = [
+            Storage(str(key), storage.dtype, storage.numel)
+            for key, storage in enumerate(storages)
+        ]
+
+    def persistent_id(self, obj: object) -> object:
+        if not isinstance(obj, Storage):
+            return None
+        import torch
+
+        assert obj.dtype is not None
+        typed = _STORAGE_NAMES.get(obj.dtype.name)
+        if typed:
+            return ("storage", getattr(torch, typed), obj.key, "cpu", obj.numel)
+        return ("storage", torch.UntypedStorage, obj.key, "cpu", obj.nbytes)
+
+    def reducer_override(self, obj: object) -> Any:
+        if not isinstance(obj, OutputTensor):
+            return NotImplemented
+        import torch
+
+        storage = self.storages[obj.storage]
+        assert storage.dtype is not None
+        args = (storage, obj.offset, obj.shape, obj.stride, False, OrderedDict())
+        if storage.dtype.name in _STORAGE_NAMES:
+            return torch._utils._rebuild_tensor_v2, args
+        return torch._utils._rebuild_tensor_v3, (*args, getattr(torch, storage.dtype.name))
+
+
+_STORAGE_NAMES = {
+    dtype.name: name
+    for name, dtype in _STORAGE_DTYPES.items()
+    if dtype is not None and not name.startswith("Q")
+}

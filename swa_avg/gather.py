@@ -1,0 +1,113 @@
+"""Reading a tensor in another order than the one in which it lies on disk.
+
+Inputs of one average may hold the same tensor with other strides: transposed,
+channels_last, a slice of something larger. Their elements are brought into the
+order of the output box by box, so that no tensor of full size is ever built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swa_avg.tensors import TensorRef, contiguous_stride, extent, is_contiguous
+
+if TYPE_CHECKING:
+    import torch
+
+# A strided box is read in one piece if that reads no more than this many times its bytes.
+_MOST_WASTE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor: for each dimension where it starts and how far it goes."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+
+def boxes(shape: Sequence[int], most: int) -> Iterator[Box]:
+    """Cut a tensor into boxes of at most `most` elements, in C order.
+
+    Each box is a stretch of the tensor's elements in C order, and they follow
+    each other without a gap.
+    """
+    cut = len(shape)
+    while cut > 0 and math.prod(shape[cut - 1 :]) <= most:
+        cut -= 1
+    if cut == 0:
+        yield Box((0,) * len(shape), tuple(shape))
+        return
+    dim = cut - 1
+    step = max(1, most // math.prod(shape[cut:]))
+    inner = tuple(shape[cut:])
+    for outer in _indices(shape[:dim]):
+        for at in range(0, shape[dim], step):
+            size = min(step, shape[dim] - at)
+            yield Box((*outer, at, *(0 for _ in inner)), (*(1 for _ in outer), size, *inner))
+
+
+def _indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    if not shape:
+        yield ()
+        return
+    for first in range(shape[0]):
+        for rest in _indices(shape[1:]):
+            yield (first, *rest)
+
+
+def read_box(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
+    """Read a box of a tensor into a contiguous tensor of the box's shape.
+
+    Args:
+        ref: The tensor on disk, of any strides.
+        box: The part that is wanted.
+        out: Where it goes: contiguous, of the box's shape and of `ref`'s dtype.
+
+    Returns:
+        How many bytes were read from the file.
+    """
+    span = extent(box.shape, ref.stride)
+    itemsize = ref.dtype.itemsize
+    if span > _MOST_WASTE * box.numel and not is_contiguous(box.shape, ref.stride):
+        return _read_in_parts(ref, box, out)
+    import torch
+
+    place = ref.offset + sum(at * step for at, step in zip(box.start, ref.stride, strict=True))
+    buffer = bytearray(span * itemsize)
+    ref.record.file.read_into(memoryview(buffer), ref.record.offset + place * itemsize)
+    flat = torch.frombuffer(buffer, dtype=out.dtype)
+    out.copy_(flat.as_strided(box.shape, ref.stride))
+    return len(buffer)
+
+
+def _read_in_parts(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
+    """Read a box that is thinly spread, index by index along its widest dimension."""
+    dim = max(
+        (d for d in range(len(box.shape)) if box.shape[d] > 1), key=lambda d: ref.stride[d]
+    )
+    read = 0
+    for index in range(box.shape[dim]):
+        start = (*box.start[:dim], box.start[dim] + index, *box.start[dim + 1 :])
+        part = Box(start, (*box.shape[:dim], 1, *box.shape[dim + 1 :]))
+        read += read_box(ref, part, out.narrow(dim, index, 1))
+    return read
+
+
+def permuted(ref: TensorRef, order: Sequence[int], shape: Sequence[int]) -> TensorRef:
+    """Return a tensor with its dimensions in another order."""
+    stride = tuple(ref.stride[dim] for dim in order) if order else ref.stride
+    return TensorRef(ref.dtype, tuple(shape), stride, ref.record, ref.offset)
+
+
+def whole(ref: TensorRef) -> bool:
+    """Tell whether a tensor lies on disk in C order, so that ranges of it can be read."""
+    return ref.contiguous or ref.stride == contiguous_stride(ref.shape)

@@ -1,0 +1,318 @@
+"""The kernel: the byte ranges of N inputs in, one range of the output out.
+
+Each storage of the output is cut into chunks that stay in the processor's
+cache. For a chunk the same range of every input is read in turn into one
+buffer and added up; the mean is written to the place that the output has for
+it. Threads take batches of chunks. Memory does not grow with the model or
+with the number of checkpoints. Knows no format.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from zlib_ng.zlib_ng import crc32
+
+from swa_avg.checksums import Ledger, Piece, combined
+from swa_avg.errors import NotFiniteError, SwaAvgError
+from swa_avg.exact import Averager, NotFinite, cast_into
+from swa_avg.gather import Box, boxes, read_box, whole
+from swa_avg.output import AtomicFile
+from swa_avg.plan import Treatment, Work
+from swa_avg.tensors import DTYPES, DType, Kind, TensorRef
+
+Progress = Callable[[int], None]
+
+CHUNK_BYTES = 512 * 1024  # of one input; the sums beside it take four times that in float32
+_BATCH_BYTES = 256 * 1024 * 1024  # of all inputs together: what one task reads
+_PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What all tasks share.
+
+    Attributes:
+        output: The file that is written.
+        places: Where each work's bytes begin in it.
+        works: What is computed.
+        chunk_bytes: How much of an input is read at once.
+    """
+
+    output: AtomicFile
+    places: Sequence[int]
+    works: Sequence[Work]
+    chunk_bytes: int = CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found while averaging.
+
+    Attributes:
+        checksums: The CRC-32 of each storage as written.
+        differing: Names of copied tensors that are not the same in all inputs.
+        bytes_read: Bytes read from all inputs.
+    """
+
+    checksums: tuple[int, ...]
+    differing: tuple[str, ...]
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Consecutive boxes of one work: what a task does of it."""
+
+    number: int
+    boxes: tuple[Box, ...]
+    start: int  # the first element, counted in C order of the work's shape
+
+
+def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outcome:
+    """Compute all works and write them.
+
+    Args:
+        kernel: What to do.
+        threads: How many threads do it.
+        progress: Called in the calling thread with the bytes read since the last call.
+
+    Raises:
+        SwaAvgError: The first problem, in the order of the output, that any task met.
+    """
+    job = _Job(kernel)
+    for work in kernel.works:
+        for source in work.sources:
+            job.ledger.expect(source.record, work.name)
+    read = 0
+    with _one_torch_thread(), ThreadPoolExecutor(threads, "swa-avg") as pool:
+        tasks = [pool.submit(job.do, batch) for batch in _batches(kernel)]
+        try:
+            for count in _results(tasks):
+                read += count
+                if progress:
+                    progress(count)
+            checks = [pool.submit(job.ledger.check, record) for record in job.ledger.records]
+            for _ in _results(checks):
+                pass
+        except BaseException:
+            job.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    checksums = tuple(combined(job.written[number]) for number in range(len(kernel.works)))
+    differing = tuple(kernel.works[number].name for number in sorted(job.differing))
+    return Outcome(checksums, differing, read)
+
+
+def _results(tasks: list[Future[int]] | list[Future[None]]) -> Iterator[int]:
+    """Yield results as they come; raise the error of the earliest task that has one."""
+    waiting = set(tasks)
+    while waiting:
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)  # type: ignore[assignment,type-var]
+        if any(task.exception() for task in done):
+            # An earlier task may be about to fail too: which error is shown must not be chance.
+            for task in tasks:
+                task.result()
+        for task in done:
+            yield task.result() or 0
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch from splitting our small operations: our threads are the parallelism."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batches(kernel: Kernel) -> Iterator[list[_Stretch]]:
+    """Deal the works out into tasks of about equal reading."""
+    batch: list[_Stretch] = []
+    weight = 0
+    for number, work in enumerate(kernel.works):
+        shape = _chunked_shape(work)
+        itemsize = max([work.dtype.itemsize, *(ref.dtype.itemsize for ref in work.sources)])
+        each = itemsize * max(len(work.sources), 1)
+        collected: list[Box] = []
+        start = place = 0
+        for box in boxes(shape, max(1, kernel.chunk_bytes // itemsize)):
+            collected.append(box)
+            place += box.numel
+            weight += box.numel * each
+            if weight >= _BATCH_BYTES:
+                yield [*batch, _Stretch(number, tuple(collected), start)]
+                batch, collected, start, weight = [], [], place, 0
+        if collected:
+            batch.append(_Stretch(number, tuple(collected), start))
+    if batch:
+        yield batch
+
+
+def _chunked_shape(work: Work) -> tuple[int, ...]:
+    """Return the shape to cut into boxes: one dimension where all inputs lie in C order."""
+    return (math.prod(work.shape),) if all(map(whole, work.sources)) else work.shape
+
+
+class _Job:
+    """One run of a kernel: its tasks and what they have in common."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.ledger = Ledger()
+        self.stop = threading.Event()
+        self.written: list[list[Piece]] = [[] for _ in kernel.works]
+        self.differing: set[int] = set()
+        self._local = threading.local()
+
+    def do(self, batch: list[_Stretch]) -> int:
+        """Do one task; return how many bytes it read."""
+        if not hasattr(self._local, "desk"):
+            self._local.desk = _Desk(self.kernel.chunk_bytes)
+        return sum(self._average(stretch, self._local.desk) for stretch in batch)
+
+    def _average(self, stretch: _Stretch, desk: _Desk) -> int:
+        """Do a stretch of one work, chunk by chunk."""
+        work = self.kernel.works[stretch.number]
+        readers = [_Reader(source, stretch, work) for source in work.sources]
+        itemsize = work.dtype.itemsize
+        crc, place = 0, stretch.start * itemsize
+        for box in stretch.boxes:
+            if self.stop.is_set():
+                break
+            try:
+                data, same = desk.compute(work, readers, box)
+            except NotFinite as error:
+                self._refuse(work, error)
+            if not same:
+                self.differing.add(stretch.number)
+            self.kernel.output.write(data, self.kernel.places[stretch.number] + place)
+            crc = crc32(data, crc)
+            place += len(data)
+        first = stretch.start * itemsize
+        self.written[stretch.number].append(Piece(first, place - first, crc))
+        for reader in readers:
+            if reader.piece.length:
+                self.ledger.add(reader.source.record, reader.piece)
+        return sum(reader.bytes_read for reader in readers)
+
+    def _refuse(self, work: Work, error: NotFinite) -> None:
+        """Raise what makes an element not finite: damage, if it is that."""
+        if error.source is None:
+            raise NotFiniteError(
+                f"has {error.value:g}, which {work.dtype} cannot hold",
+                tensor=work.name,
+                remedy="Choose a wider --dtype",
+            ) from error
+        source = work.sources[error.source]
+        if source.record.crc32 is not None:
+            damage = Ledger()
+            damage.expect(source.record, work.name)
+            damage.check(source.record)
+        raise NotFiniteError(
+            f"has {error.value:g}",
+            file=source.record.file.path,
+            tensor=work.name,
+            expected="finite numbers, or the same in every checkpoint",
+            remedy="Leave this checkpoint out",
+        ) from error
+
+
+class _Reader:
+    """Reads one input of one stretch, box after box, and keeps its checksum."""
+
+    def __init__(self, source: TensorRef, stretch: _Stretch, work: Work) -> None:
+        self.source = source
+        self.flat = len(stretch.boxes[0].shape) <= 1 and whole(source)
+        self.bytes_read = 0
+        start = (source.offset + stretch.start) * source.dtype.itemsize
+        self.piece = Piece(start, 0, 0)
+
+    def read(self, box: Box, buffer: memoryview) -> torch.Tensor:
+        """Read a box into `buffer`; return its elements, one-dimensional."""
+        dtype = _carrier(self.source.dtype)
+        count = box.numel * self.source.dtype.itemsize
+        into = buffer[:count]
+        values = torch.frombuffer(into, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        if not self.flat:
+            self.bytes_read += read_box(self.source, box, values.view(box.shape))
+            return values
+        at = (self.source.offset + (box.start[0] if box.start else 0)) * self.source.dtype.itemsize
+        self.source.record.file.read_into(into, self.source.record.offset + at)
+        if at == self.piece.start + self.piece.length and self.source.record.crc32 is not None:
+            self.piece = Piece(
+                self.piece.start, self.piece.length + count, crc32(into, self.piece.crc)
+            )
+        self.bytes_read += count
+        return values
+
+
+class _Desk:
+    """The buffers of one thread."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._in = memoryview(bytearray(chunk_bytes))
+        self._out = bytearray(2 * chunk_bytes)
+        self._averager = Averager(chunk_bytes)
+
+    def compute(
+        self, work: Work, readers: Sequence[_Reader], box: Box
+    ) -> tuple[memoryview, bool]:
+        """Return the bytes of one box of the output, and whether all inputs had the same."""
+        count = box.numel * work.dtype.itemsize
+        data = memoryview(self._out)[:count]
+        if not count:
+            return data, True
+        out = torch.frombuffer(data, dtype=_carrier(work.dtype))
+        if work.treatment is Treatment.RESET:
+            out.fill_(work.fill)
+        elif work.treatment is Treatment.AVERAGED:
+            self._average(work, readers, box, out)
+        elif work.treatment is Treatment.KEPT:
+            self._convert(readers[-1].read(box, self._in), work, readers[-1], out)
+        else:
+            return data, self._copy(readers, box, out)
+        return data, True
+
+    def _average(
+        self, work: Work, readers: Sequence[_Reader], box: Box, out: torch.Tensor
+    ) -> None:
+        def chunks() -> Iterable[torch.Tensor]:
+            return (_parts(reader.read(box, self._in)) for reader in readers)
+
+        dtype = DTYPES[_PARTS.get(work.dtype.name, work.dtype.name)]
+        self._averager.mean_into(chunks, len(readers), _parts(out), dtype)
+
+    def _convert(
+        self, values: torch.Tensor, work: Work, reader: _Reader, out: torch.Tensor
+    ) -> None:
+        if reader.source.dtype == work.dtype:
+            out.copy_(values)
+        else:
+            cast_into(values, out, work.dtype)
+
+    def _copy(self, readers: Sequence[_Reader], box: Box, out: torch.Tensor) -> bool:
+        out.copy_(readers[-1].read(box, self._in))
+        return all([torch.equal(reader.read(box, self._in), out) for reader in readers[:-1]])
+
+
+def _parts(values: torch.Tensor) -> torch.Tensor:
+    """Return complex numbers as twice as many real ones."""
+    return torch.view_as_real(values).flatten() if values.is_complex() else values
+
+
+def _carrier(dtype: DType) -> torch.dtype:
+    """Return the torch dtype in which elements travel: bits where there is no arithmetic."""
+    if dtype.kind is Kind.OPAQUE:
+        return torch.uint8 if dtype.itemsize == 1 else torch.int16
+    made = getattr(torch, dtype.name)
+    assert isinstance(made, torch.dtype)
+    return made
