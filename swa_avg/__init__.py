@@ -9,17 +9,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from swa_avg.average import Averaging as Averaging
+    from swa_avg.average import Report as Report
+    from swa_avg.average import average as average
+    from swa_avg.average import planned as planned
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import recompute_batchnorm as recompute_batchnorm
+    from swa_avg.errors import SwaAvgError as SwaAvgError
+    from swa_avg.formats import open_checkpoint as open_checkpoint
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "BatchNormReport": "batchnorm",
+    "average": "average",
+    "planned": "average",
+    "Averaging": "average",
+    "Report": "average",
     "recompute_batchnorm": "batchnorm",
+    "BatchNormReport": "batchnorm",
+    "open_checkpoint": "formats",
+    "SwaAvgError": "errors",
 }
 
-__all__ = ["BatchNormReport", "recompute_batchnorm"]
+__all__ = [
+    "Averaging",
+    "BatchNormReport",
+    "Report",
+    "SwaAvgError",
+    "average",
+    "open_checkpoint",
+    "planned",
+    "recompute_batchnorm",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swa_avg.errors import DataError, SwaAvgError
 
@@ -40,7 +41,7 @@ def theirs(error: BaseException) -> str:
 
 
 class Ranks(Protocol):
-    """What this module asks of several processes; `swa_avg.distributed` has them."""
+    """Processes that share the batches; `swa_avg.distributed` has the real ones."""
 
     @property
     def rank(self) -> int:
@@ -141,7 +142,7 @@ def moved(batch: Any, device: torch.device) -> Any:
     Goes into lists, tuples, named tuples and mappings, which keep their types;
     anything else that has a `to` is asked to go; the rest stays as it is.
     """
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=device.type == "cuda")
     if hasattr(batch, "to"):
         return batch.to(device)
@@ -162,7 +163,7 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 def samples_in(batch: Any) -> int:
     """Return the number of samples: the first dimension of the first tensor found, else 0."""
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
     if isinstance(batch, Mapping):
         batch = list(batch.values())
@@ -213,7 +214,9 @@ class Feed:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._under_way: deque[tuple[torch.cuda.Event, Any]] = deque()
 
     def send(self, batch: Any) -> Any:
@@ -229,7 +232,7 @@ class Feed:
         """Say that all work on a batch that was sent has been launched."""
         if self._copies is None:
             return
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         self._under_way.append((event, batch))
         if len(self._under_way) > self.AHEAD:

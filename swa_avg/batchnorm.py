@@ -11,26 +11,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from types import MethodType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.parameter import is_lazy
 
-from swa_avg.batches import Feed, Forward, blamed, call, chosen_device, numbered, samples_in
+from swa_avg.batches import (
+    Alone,
+    Feed,
+    Forward,
+    Ranks,
+    blamed,
+    call,
+    chosen_device,
+    numbered,
+    samples_in,
+)
 from swa_avg.errors import DataError, SwaAvgError
+from swa_avg.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
 
 Estimator = Literal["population", "torch"]
 Amp = Literal["off", "bf16", "fp16"]
 
 _AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class LayerShift:
@@ -135,33 +146,34 @@ def recompute_batchnorm(
     """
     ranks = ranks or Alone()
     _check_arguments(estimator, amp, max_batches, ranks.world)
-    layers = _layers_of(model)
+    layers = layers_of(model)
     there = chosen_device(device, ranks.local)
-    statistics = _ESTIMATORS[estimator](layers, there)
+    statistics = ESTIMATORS[estimator](layers, there)
     numbers = (
         count(ranks.rank, ranks.world)
         if max_batches is None
         else iter(range(ranks.rank, max_batches, ranks.world))
     )
-    with _borrowed(model, there, statistics), _watched(statistics):
-        run = _Run(statistics, Feed(there), forward or call, _forward_context(there, amp))
-        for number, batch in numbered(ranks.share(batches), numbers):
-            ranks.check()
-            run(_bare(model), number, batch)
+    run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
+    seen = []
+    with _borrowed(model, there, statistics), statistics.watching():
+        for samples in run(numbered(ranks.share(batches), numbers), statistics):
+            seen.append(samples)
             if progress is not None:
-                progress(samples_in(batch))
+                progress(samples)
+            ranks.check()
         statistics.check_finite()
-        seen = _gathered(ranks, run.batches, run.samples)
+        total_batches, total_samples = _gathered(ranks, len(seen), sum(seen))
         outcomes = statistics.outcomes(ranks)
     return BatchNormReport(
         estimator=estimator,
         device=str(there),
         ranks=ranks.world,
-        batches=seen[0],
-        samples=seen[1],
+        batches=total_batches,
+        samples=total_samples,
         layers=_committed(outcomes),
         unreached=tuple(x.layer.name for x in outcomes if not x.batches),
-        frozen=tuple(n for n, m in model.named_modules() if _is_frozen(m)),
+        frozen=tuple(n for n, m in model.named_modules() if is_frozen(m)),
         instance_norms=tuple(
             name
             for name, module in model.named_modules()
@@ -186,7 +198,7 @@ def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, T
 
 
 def _check_arguments(estimator: str, amp: str, max_batches: int | None, world: int) -> None:
-    if estimator not in _ESTIMATORS:
+    if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected population or torch")
     if amp not in _AMP_DTYPES:
         raise ValueError(f"amp is {amp!r}, expected off, bf16 or fp16")
@@ -206,24 +218,24 @@ def _bare(model: nn.Module) -> nn.Module:
     devices or processes.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
-        assert isinstance(model, nn.Module)
-    return model
+    inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return _bare(inner) if isinstance(inner, nn.Module) else model
 
 
 # --- lending the model --------------------------------------------------------------
 
 
 @contextmanager
-def _borrowed(model: nn.Module, device: torch.device, statistics: _Statistics) -> Iterator[None]:
+def _borrowed(model: nn.Module, device: torch.device, statistics: Statistics) -> Iterator[None]:
     """Have the model on `device`, in the estimator's modes, with buffers to spoil.
 
     The model's own buffers are set aside untouched, so that putting them back is
     all there is to restoring them.
     """
     modules = list(model.modules())
-    tensors = [(own, dict(own)) for m in modules for own in (m._parameters, m._buffers)]
+    tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (own, dict(own)) for module in modules for own in (module._parameters, module._buffers)
+    ]
     data = [(parameter, parameter.data) for parameter in model.parameters()]
     modes = [(module, module.training) for module in modules]
     momenta = [(layer.module, layer.module.momentum) for layer in statistics.layers]
@@ -275,85 +287,43 @@ def _synchronises(module: nn.Module) -> bool:
     )
 
 
+def _run(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Any]],
+    statistics: Statistics,
+    device: torch.device,
+    forward: Forward,
+    amp: str,
+) -> Iterator[int]:
+    """Run the model on one numbered batch after the other; yield their samples."""
+    feed = Feed(device)
+    for number, batch in batches:
+        statistics.number = number
+        with blamed(number), _forward_context(device, amp):
+            there = feed.send(batch)
+            forward(model, there)
+        with torch.no_grad():
+            statistics.after_batch()
+        feed.done(there)
+        yield samples_in(batch)
+
+
 @contextmanager
-def _watched(statistics: _Statistics) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for layer in statistics.layers:
-            handle = layer.module.register_forward_pre_hook(
-                partial(_before_forward, statistics, layer), with_kwargs=True
-            )
-            hooks.callback(handle.remove)
-        yield
-
-
-def _before_forward(
-    statistics: _Statistics,
-    layer: _Layer,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
-    values = x.numel() // layer.channels
-    if values < 2:
-        raise DataError(
-            f"{layer.name} got {values} value{'' if values == 1 else 's'} per channel,"
-            " which has no variance",
-            batch=statistics.number,
-            expected="2 or more",
-            remedy="Make the batches larger, or drop the last one (drop_last=True)",
-        )
-    statistics.sees(layer, x, values)
-
-
-def _forward_context(device: torch.device, amp: str) -> Callable[[], AbstractContextManager[None]]:
-    """Return what to run each forward pass in.
+def _forward_context(device: torch.device, amp: str) -> Iterator[None]:
+    """Be on the device, without gradients, in mixed precision if asked.
 
     `no_grad`, not `inference_mode`: that is no faster here, and tensors which a
     model makes once and keeps (position tables, masks) would be of no use for
     training afterwards.
     """
     dtype = _AMP_DTYPES[amp]
-
-    @contextmanager
-    def context() -> Iterator[None]:
-        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        with current, torch.no_grad():
-            if dtype is None:
-                yield
-            else:
-                with torch.autocast(device.type, dtype=dtype):
-                    yield
-
-    return context
-
-
-class _Run:
-    """One batch after the other through the model; counts them."""
-
-    def __init__(
-        self,
-        statistics: _Statistics,
-        feed: Feed,
-        forward: Forward,
-        context: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._statistics = statistics
-        self._feed = feed
-        self._forward = forward
-        self._context = context
-        self.batches = 0
-        self.samples = 0
-
-    def __call__(self, model: nn.Module, number: int, batch: Any) -> None:
-        self._statistics.number = number
-        with blamed(number), self._context():
-            there = self._feed.send(batch)
-            self._forward(model, there)
-            self._statistics.after_batch()
-        self._feed.done(there)
-        self.batches += 1
-        self.samples += samples_in(batch)
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.no_grad())
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+        yield
 
 
 def _gathered(ranks: Ranks, batches: int, samples: int) -> tuple[int, int]:
@@ -371,7 +341,7 @@ def _gathered(ranks: Ranks, batches: int, samples: int) -> tuple[int, int]:
 # --- writing the outcome ------------------------------------------------------------
 
 
-def _committed(outcomes: Sequence[_Outcome]) -> tuple[LayerShift, ...]:
+def _committed(outcomes: Sequence[Outcome]) -> tuple[LayerShift, ...]:
     """Write the new statistics into the model, all or none, and return the shifts."""
     reached = [x for x in outcomes if x.batches]
     for outcome in reached:
@@ -389,7 +359,7 @@ def _committed(outcomes: Sequence[_Outcome]) -> tuple[LayerShift, ...]:
     return shifts
 
 
-def _shift(outcome: _Outcome) -> LayerShift:
+def _shift(outcome: Outcome) -> LayerShift:
     old_mean, old_var = (buffer.cpu().double() for buffer in outcome.layer.buffers)
     eps = outcome.layer.module.eps
     std = (outcome.var.double() + eps).sqrt()

@@ -1,4 +1,26 @@
-HEADER
+"""The two ways to estimate BatchNorm statistics, layer by layer, batch by batch.
+
+`population` is the mean and the variance of all that a layer saw; `torch` what
+`torch.optim.swa_utils.update_bn` makes of it. Both watch layers while someone
+else runs the model; neither writes anything into the user's buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from swa_avg.batches import Ranks
+from swa_avg.errors import DataError
+
 # How far a layer's own float32 moments may be from those in float64, in standard
 # deviations and as a share of the variance, to be read back instead of computed.
 # Rounding the batch means to float32 costs |mean|/std * 6e-8, and so at most this.
@@ -6,7 +28,7 @@ _AGREEMENT = 1e-6
 
 
 @dataclass(eq=False)
-class _Layer:
+class Layer:
     """A BatchNorm layer under observation.
 
     Attributes:
@@ -27,22 +49,30 @@ class _Layer:
 
     @property
     def channels(self) -> int:
-        return self.span.stop - self.span.start
+        """The number of its channels."""
+        return int(self.span.stop - self.span.start)
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
+        """Its `running_mean` and `running_var`, those that are there now."""
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None and var is not None  # else it would be frozen
         return mean, var
 
 
-def _is_frozen(module: nn.Module) -> bool:
+def is_frozen(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm layer that tracks no statistics."""
     return isinstance(module, _BatchNorm) and (
         not module.track_running_stats or module.running_mean is None or module.running_var is None
     )
 
 
-def _layers_of(model: nn.Module) -> list[_Layer]:
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Return the BatchNorm layers of `model` that track statistics.
+
+    Raises:
+        DataError: If there are none, or if something in the model has no shape yet.
+    """
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     lazy += [name for name, b in model.named_buffers() if is_lazy(b)]
     if lazy:
@@ -50,15 +80,15 @@ def _layers_of(model: nn.Module) -> list[_Layer]:
             f"the model has lazy layers that have no shape yet ({lazy[0]})",
             remedy="Run one batch through it before",
         )
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     start = 0
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and not _is_frozen(module):
+        if isinstance(module, _BatchNorm) and not is_frozen(module):
             mean = module.running_mean
             assert mean is not None
             # Not num_features, which is 0 in a lazy layer that was loaded, not run.
-            layers.append(_Layer(name, module, slice(start, start + mean.numel())))
-            start += mean.numel()
+            layers.append(Layer(name, module, slice(start, start + mean.numel())))
+            start = layers[-1].span.stop
     if not layers:
         raise DataError(
             "the model has no BatchNorm layer with running statistics",
@@ -67,21 +97,18 @@ def _layers_of(model: nn.Module) -> list[_Layer]:
     return layers
 
 
-# --- the estimators -----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """New statistics of one layer, on the CPU; meaningless where `batches` is 0."""
 
-    layer: _Layer
+    layer: Layer
     mean: Tensor
     var: Tensor
     tracked: int
     batches: int
 
 
-class _Statistics:
+class Statistics:
     """What the two estimators have in common: which layers, and where NaN began.
 
     Attributes:
@@ -93,7 +120,7 @@ class _Statistics:
     everywhere: bool
     momentum: float | None
 
-    def __init__(self, layers: list[_Layer], device: torch.device) -> None:
+    def __init__(self, layers: list[Layer], device: torch.device) -> None:
         self.layers = layers
         self.number = 0
         # MPS has no float64.
@@ -106,10 +133,45 @@ class _Statistics:
         for layer in self.layers:
             layer.module.training = True
             layer.module.momentum = self.momentum
-            layer.module.reset_running_stats()
+            mean, var = layer.buffers
+            mean.zero_()
+            var.fill_(1)
+            if layer.module.num_batches_tracked is not None:
+                layer.module.num_batches_tracked.zero_()
 
-    def sees(self, layer: _Layer, x: Tensor, values: int) -> None:
-        """Take note that `layer` is about to run on `x`."""
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have a hook on every layer that sees what goes in."""
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                hook = partial(self._before_forward, layer)
+                handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
+            yield
+
+    def _before_forward(
+        self, layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if x.dim() < 2 or x.shape[1] != layer.channels:
+            raise DataError(
+                f"{layer.name} got an input of shape {tuple(x.shape)}",
+                batch=self.number,
+                expected=f"{layer.channels} channels in dimension 1",
+            )
+        values = x.numel() // layer.channels
+        if values < 2:
+            raise DataError(
+                f"{layer.name} got {values} value{'' if values == 1 else 's'} per channel,"
+                " which has no variance",
+                batch=self.number,
+                expected="2 or more",
+                remedy="Make the batches larger, or drop the last one (drop_last=True)",
+            )
+        self.sees(layer, x, values)
+
+    def sees(self, layer: Layer, x: Tensor, values: int) -> None:
+        """Take note that `layer` is about to run on `x`, with so many values per channel."""
         layer.values = values
 
     def after_batch(self) -> None:
@@ -121,7 +183,7 @@ class _Statistics:
         if self._home.type == "cpu":  # elsewhere looking would mean waiting
             self.check_finite()
 
-    def outcomes(self, ranks: Ranks) -> list[_Outcome]:
+    def outcomes(self, ranks: Ranks) -> list[Outcome]:
         """Return the new statistics of every layer, those of all ranks merged."""
         raise NotImplementedError
 
@@ -148,7 +210,7 @@ class _Statistics:
         return torch.cat([layer.buffers[which].to(self._home) for layer in self.layers])
 
 
-class _Torch(_Statistics):
+class _Torch(Statistics):
     """The estimator of `torch.optim.swa_utils.update_bn`: the layers do it themselves."""
 
     everywhere = True
@@ -158,13 +220,13 @@ class _Torch(_Statistics):
         self._note_bad(slice(None), self._all(0), self._all(1))
         super().after_batch()
 
-    def outcomes(self, ranks: Ranks) -> list[_Outcome]:
+    def outcomes(self, ranks: Ranks) -> list[Outcome]:
         outcomes = []
         for layer in self.layers:
             mean, var = (buffer.cpu().clone() for buffer in layer.buffers)
             tracked = layer.module.num_batches_tracked
             calls = layer.batches if tracked is None else int(tracked)
-            outcomes.append(_Outcome(layer, mean, var, calls, layer.batches))
+            outcomes.append(Outcome(layer, mean, var, calls, layer.batches))
         return outcomes
 
 
@@ -188,7 +250,7 @@ class _Moments:
         """Merge the moments of other values into these, in place.
 
         Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for
-        computing sample variances" (1979), eq. 2.1.
+        computing sample variances" (1979).
         """
         share = other.count / (self.count + other.count).clamp_(min=1)
         delta = other.mean - self.mean
@@ -197,7 +259,7 @@ class _Moments:
         self.count.add_(other.count)
 
 
-class _Population(_Statistics):
+class _Population(Statistics):
     """Mean and population variance of everything that each layer saw.
 
     With momentum 1, a layer leaves the mean and the unbiased variance of the batch
@@ -214,7 +276,7 @@ class _Population(_Statistics):
     everywhere = False
     momentum = 1.0
 
-    def __init__(self, layers: list[_Layer], device: torch.device) -> None:
+    def __init__(self, layers: list[Layer], device: torch.device) -> None:
         super().__init__(layers, device)
         self._moments = _Moments.none(layers[-1].span.stop, self._home)
         self._counts: dict[tuple[int, ...], Tensor] = {}
@@ -226,7 +288,7 @@ class _Population(_Statistics):
                 # Each layer counts up: on the CPU that needs no kernel launch.
                 layer.module.num_batches_tracked = torch.tensor(0)
 
-    def sees(self, layer: _Layer, x: Tensor, values: int) -> None:
+    def sees(self, layer: Layer, x: Tensor, values: int) -> None:
         if layer.values:  # called before in this forward: every call counts
             self._take([layer], layer.span)
         super().sees(layer, x, values)
@@ -242,7 +304,7 @@ class _Population(_Statistics):
         self._take(self.layers, slice(None))
         super().after_batch()
 
-    def outcomes(self, ranks: Ranks) -> list[_Outcome]:
+    def outcomes(self, ranks: Ranks) -> list[Outcome]:
         moments = self._moments
         reached = torch.tensor([layer.batches for layer in self.layers], dtype=torch.float64)
         mine = [moments.count.cpu(), moments.mean.cpu(), moments.m2.cpu(), reached]
@@ -250,16 +312,15 @@ class _Population(_Statistics):
         total = _Moments.none(channels, torch.device("cpu"))
         batches = torch.zeros_like(reached)
         for theirs in ranks.gather(torch.cat(mine)):
-            *of_rank, reached = theirs.split([channels] * 3 + [len(self.layers)])
-            total.add(_Moments(*of_rank))
-            batches += reached
+            total.add(_Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
+            batches += theirs[3 * channels :]
         var = total.m2 / total.count.clamp(min=1)
         return [
-            _Outcome(layer, total.mean[layer.span], var[layer.span], int(n), int(n))
+            Outcome(layer, total.mean[layer.span], var[layer.span], int(n), int(n))
             for layer, n in zip(self.layers, batches.tolist(), strict=True)
         ]
 
-    def _try(self, layers: list[_Layer]) -> None:
+    def _try(self, layers: list[Layer]) -> None:
         """Decide whether the layers' own moments are good enough: the one look at the GPU."""
         off = []
         for layer in layers:
@@ -274,7 +335,7 @@ class _Population(_Statistics):
             if layer.trusted:
                 layer.exact = None
 
-    def _take(self, layers: list[_Layer], span: slice) -> None:
+    def _take(self, layers: list[Layer], span: slice) -> None:
         """Merge what `layers` saw, since last taken, into the moments of `span`."""
         known = self._moments.part(span)
         moments = [self._of(layer) for layer in layers]
@@ -284,7 +345,7 @@ class _Population(_Statistics):
         known.add(_Moments(values, mean, var * (values - 1).clamp_(min=0)))
         self._note_bad(span, mean, var)
 
-    def _of(self, layer: _Layer) -> tuple[Tensor, Tensor]:
+    def _of(self, layer: Layer) -> tuple[Tensor, Tensor]:
         if layer.exact is not None:
             return layer.exact
         if layer.values:
@@ -293,7 +354,7 @@ class _Population(_Statistics):
         known = self._moments.part(layer.span)  # not reached: counts for nothing
         return known.mean, known.m2
 
-    def _values(self, layers: list[_Layer]) -> Tensor:
+    def _values(self, layers: list[Layer]) -> Tensor:
         """Return the values per channel as a vector; kept, since batches repeat."""
         key = (layers[0].span.start, *(layer.values for layer in layers))
         if key not in self._counts:
@@ -305,6 +366,4 @@ class _Population(_Statistics):
         return self._counts[key]
 
 
-_ESTIMATORS: dict[str, type[_Statistics]] = {"population": _Population, "torch": _Torch}
-
-
+ESTIMATORS: dict[str, type[Statistics]] = {"population": _Population, "torch": _Torch}

@@ -28,6 +28,7 @@ import platform
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -35,13 +36,13 @@ from swa_avg.tensors import DTYPES, DType
 
 Inputs = Callable[[], Iterable[torch.Tensor]]
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_NORMAL = 2.0**-126
 # Adding and subtracting it rounds to a multiple of 2^-133, bfloat16's smallest number.
 _BFLOAT16_SUBNORMAL = 1.5 * 2.0 ** (52 - 133)
 
 
-class NotFinite(ArithmeticError):
+class NonFiniteError(ArithmeticError):
     """An element that is NaN or infinite, and not the same in all inputs.
 
     Attributes:
@@ -87,7 +88,7 @@ class Averager:
             dtype: The dtype of `out`.
 
         Raises:
-            NotFinite: An element is not finite in some input, or becomes so by rounding.
+            NonFiniteError: An element is not finite in some input, or becomes so by rounding.
         """
         size = out.numel()
         high, low, unsure = self._add_up(inputs(), size)
@@ -203,12 +204,11 @@ def round_into(values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
     bits = values.view(torch.int64)
     odd = (bits & below).add_(below).bitwise_or_(bits).bitwise_and_(~below)
     middle = odd.view(torch.float64).to(torch.float32)
-    if dtype is DTYPES["bfloat16"]:
-        if middle.abs().amin() < _SMALLEST_NORMAL:
-            tiny = middle.abs() < _SMALLEST_NORMAL
-            few = values[tiny]
-            rounded = (few + _BFLOAT16_SUBNORMAL) - _BFLOAT16_SUBNORMAL
-            middle[tiny] = torch.copysign(rounded, few).to(torch.float32)
+    if dtype is DTYPES["bfloat16"] and middle.abs().amin() < _SMALLEST_NORMAL:
+        tiny = middle.abs() < _SMALLEST_NORMAL
+        few = values[tiny]
+        rounded = (few + _BFLOAT16_SUBNORMAL) - _BFLOAT16_SUBNORMAL
+        middle[tiny] = torch.copysign(rounded, few).to(torch.float32)
     out.copy_(middle)
 
 
@@ -241,7 +241,7 @@ def _settle_non_finite(
         values = column.to(torch.float64)[~same]
         bad = (~torch.isfinite(values)).nonzero().flatten()
         if bad.numel():
-            raise NotFinite(source, int(rest[bad[0]]), float(values[bad[0]]))
+            raise NonFiniteError(source, int(rest[bad[0]]), float(values[bad[0]]))
     # Finite in every input: only the sum, or the rounding to a smaller dtype, overflowed.
     _settle_exactly(mean, rest, inputs, count)
     rounded = torch.empty(rest.numel(), dtype=out.dtype)
@@ -254,7 +254,7 @@ def cast_into(values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
     """Convert one chunk to the output's dtype, rounding once.
 
     Raises:
-        NotFinite: A finite element becomes infinite or NaN.
+        NonFiniteError: A finite element becomes infinite or NaN.
     """
     wide = values.to(torch.float64)
     round_into(wide, out, dtype)
@@ -265,11 +265,11 @@ def _refuse_overflow(wide: torch.Tensor, out: torch.Tensor, places: torch.Tensor
     over = torch.isfinite(wide) & ~torch.isfinite(out.to(torch.float64))
     if over.any():
         first = int(over.nonzero()[0])
-        raise NotFinite(None, int(places[first]), float(wide[first]))
+        raise NonFiniteError(None, int(places[first]), float(wide[first]))
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(_BITS[values.dtype.itemsize])
+    return values.view(BITS[values.dtype.itemsize])
 
 
 class RoundingDetector:
@@ -278,7 +278,13 @@ class RoundingDetector:
     Of the C standard's <fenv.h>: FE_INEXACT stays set until it is cleared.
     """
 
-    _INEXACT = {"x86_64": 0x20, "AMD64": 0x20, "i686": 0x20, "aarch64": 0x10, "arm64": 0x10}
+    _INEXACT: ClassVar = {
+        "x86_64": 0x20,
+        "AMD64": 0x20,
+        "i686": 0x20,
+        "aarch64": 0x10,
+        "arm64": 0x10,
+    }
 
     def __init__(self) -> None:
         self._mask = self._INEXACT[platform.machine()]

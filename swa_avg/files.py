@@ -32,9 +32,7 @@ class InputFile:
         self.path = path
         try:
             # Without O_NONBLOCK the opening of a FIFO waits for a writer for ever.
-            self.fd = os.open(
-                path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
-            )
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
         except (OSError, ValueError) as error:
             raise FileError(f"cannot be opened: {_reason(error)}", file=path) from error
         self._stat = os.fstat(self.fd)
@@ -64,9 +62,7 @@ class InputFile:
             try:
                 count = os.preadv(self.fd, [buffer], offset)
             except OSError as error:
-                raise FileError(
-                    f"cannot be read: {_reason(error)}", file=self.path
-                ) from error
+                raise FileError(f"cannot be read: {_reason(error)}", file=self.path) from error
             if count == 0:
                 self.check_unchanged()
                 raise FormatError(

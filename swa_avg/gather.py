@@ -91,9 +91,7 @@ def read_box(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
 
 def _read_in_parts(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
     """Read a box that is thinly spread, index by index along its widest dimension."""
-    dim = max(
-        (d for d in range(len(box.shape)) if box.shape[d] > 1), key=lambda d: ref.stride[d]
-    )
+    dim = max((d for d in range(len(box.shape)) if box.shape[d] > 1), key=lambda d: ref.stride[d])
     read = 0
     for index in range(box.shape[dim]):
         start = (*box.start[:dim], box.start[dim] + index, *box.start[dim + 1 :])

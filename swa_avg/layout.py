@@ -73,15 +73,13 @@ def find_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict
     _check_entries(checkpoint, found)
     prefix = _common_prefix(found)
     entries = {
-        name.removeprefix(prefix): value
+        str(name).removeprefix(prefix): value
         for name, value in found.items()
         if not ("module." in prefix and name == _COUNT)
     }
     tensors = {name: value for name, value in entries.items() if isinstance(value, TensorRef)}
     values = {
-        name: value
-        for name, value in entries.items()
-        if name not in tensors and _is_plain(value)
+        name: value for name, value in entries.items() if name not in tensors and _is_plain(value)
     }
     return StateDict(
         checkpoint=checkpoint,
@@ -100,7 +98,10 @@ def find_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict
     )
 
 
-def _locate(checkpoint: Checkpoint, key: str | None) -> tuple[str, Mapping[object, object]]:
+_Entries = Mapping[object, object]
+
+
+def _locate(checkpoint: Checkpoint, key: str | None) -> tuple[str, _Entries]:
     tree = checkpoint.tree
     if key is not None:
         found = _mapping(_at(tree, key))

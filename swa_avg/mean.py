@@ -15,21 +15,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from zlib_ng.zlib_ng import crc32
 
 from swa_avg.checksums import Ledger, Piece, combined
-from swa_avg.errors import NotFiniteError, SwaAvgError
-from swa_avg.exact import Averager, NotFinite, cast_into
+from swa_avg.errors import NotFiniteError
+from swa_avg.exact import BITS, Averager, NonFiniteError, cast_into
 from swa_avg.gather import Box, boxes, read_box, whole
 from swa_avg.output import AtomicFile
 from swa_avg.plan import Treatment, Work
-from swa_avg.tensors import DTYPES, DType, Kind, TensorRef
+from swa_avg.tensors import DTYPES, DType, Kind, TensorRef, contiguous_stride
 
+_T = TypeVar("_T")
 Progress = Callable[[int], None]
 
-CHUNK_BYTES = 512 * 1024  # of one input; the sums beside it take four times that in float32
+CHUNK = 64 * 1024  # elements: they and their float64 sums stay in the processor's cache
+_WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 _BATCH_BYTES = 256 * 1024 * 1024  # of all inputs together: what one task reads
 _PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 
@@ -42,13 +45,13 @@ class Kernel:
         output: The file that is written.
         places: Where each work's bytes begin in it.
         works: What is computed.
-        chunk_bytes: How much of an input is read at once.
+        chunk: How many elements are averaged at once.
     """
 
     output: AtomicFile
     places: Sequence[int]
     works: Sequence[Work]
-    chunk_bytes: int = CHUNK_BYTES
+    chunk: int = CHUNK
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,17 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
     return Outcome(checksums, differing, read)
 
 
-def _results(tasks: list[Future[int]] | list[Future[None]]) -> Iterator[int]:
+def _results(tasks: Sequence[Future[_T]]) -> Iterator[_T]:
     """Yield results as they come; raise the error of the earliest task that has one."""
     waiting = set(tasks)
     while waiting:
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)  # type: ignore[assignment,type-var]
+        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
         if any(task.exception() for task in done):
             # An earlier task may be about to fail too: which error is shown must not be chance.
             for task in tasks:
                 task.result()
         for task in done:
-            yield task.result() or 0
+            yield task.result()
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def _batches(kernel: Kernel) -> Iterator[list[_Stretch]]:
         each = itemsize * max(len(work.sources), 1)
         collected: list[Box] = []
         start = place = 0
-        for box in boxes(shape, max(1, kernel.chunk_bytes // itemsize)):
+        for box in boxes(shape, kernel.chunk):
             collected.append(box)
             place += box.numel
             weight += box.numel * each
@@ -176,7 +179,7 @@ class _Job:
     def do(self, batch: list[_Stretch]) -> int:
         """Do one task; return how many bytes it read."""
         if not hasattr(self._local, "desk"):
-            self._local.desk = _Desk(self.kernel.chunk_bytes)
+            self._local.desk = _Desk(self.kernel.chunk)
         return sum(self._average(stretch, self._local.desk) for stretch in batch)
 
     def _average(self, stretch: _Stretch, desk: _Desk) -> int:
@@ -190,7 +193,7 @@ class _Job:
                 break
             try:
                 data, same = desk.compute(work, readers, box)
-            except NotFinite as error:
+            except NonFiniteError as error:
                 self._refuse(work, error)
             if not same:
                 self.differing.add(stretch.number)
@@ -204,7 +207,7 @@ class _Job:
                 self.ledger.add(reader.source.record, reader.piece)
         return sum(reader.bytes_read for reader in readers)
 
-    def _refuse(self, work: Work, error: NotFinite) -> None:
+    def _refuse(self, work: Work, error: NonFiniteError) -> None:
         """Raise what makes an element not finite: damage, if it is that."""
         if error.source is None:
             raise NotFiniteError(
@@ -231,7 +234,7 @@ class _Reader:
 
     def __init__(self, source: TensorRef, stretch: _Stretch, work: Work) -> None:
         self.source = source
-        self.flat = len(stretch.boxes[0].shape) <= 1 and whole(source)
+        self.steps = contiguous_stride(_chunked_shape(work)) if whole(source) else None
         self.bytes_read = 0
         start = (source.offset + stretch.start) * source.dtype.itemsize
         self.piece = Piece(start, 0, 0)
@@ -242,10 +245,11 @@ class _Reader:
         count = box.numel * self.source.dtype.itemsize
         into = buffer[:count]
         values = torch.frombuffer(into, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        if not self.flat:
+        if self.steps is None:
             self.bytes_read += read_box(self.source, box, values.view(box.shape))
             return values
-        at = (self.source.offset + (box.start[0] if box.start else 0)) * self.source.dtype.itemsize
+        first = sum(at * step for at, step in zip(box.start, self.steps, strict=True))
+        at = (self.source.offset + first) * self.source.dtype.itemsize
         self.source.record.file.read_into(into, self.source.record.offset + at)
         if at == self.piece.start + self.piece.length and self.source.record.crc32 is not None:
             self.piece = Piece(
@@ -258,17 +262,15 @@ class _Reader:
 class _Desk:
     """The buffers of one thread."""
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self._in = memoryview(bytearray(chunk_bytes))
-        self._out = bytearray(2 * chunk_bytes)
-        self._averager = Averager(chunk_bytes)
+    def __init__(self, chunk: int) -> None:
+        self._in = memoryview(bytearray(chunk * _WIDEST))
+        self._out = memoryview(bytearray(chunk * _WIDEST))
+        self._averager = Averager(2 * chunk)  # complex numbers are two each
 
-    def compute(
-        self, work: Work, readers: Sequence[_Reader], box: Box
-    ) -> tuple[memoryview, bool]:
+    def compute(self, work: Work, readers: Sequence[_Reader], box: Box) -> tuple[memoryview, bool]:
         """Return the bytes of one box of the output, and whether all inputs had the same."""
         count = box.numel * work.dtype.itemsize
-        data = memoryview(self._out)[:count]
+        data = self._out[:count]
         if not count:
             return data, True
         out = torch.frombuffer(data, dtype=_carrier(work.dtype))
@@ -282,9 +284,7 @@ class _Desk:
             return data, self._copy(readers, box, out)
         return data, True
 
-    def _average(
-        self, work: Work, readers: Sequence[_Reader], box: Box, out: torch.Tensor
-    ) -> None:
+    def _average(self, work: Work, readers: Sequence[_Reader], box: Box, out: torch.Tensor) -> None:
         def chunks() -> Iterable[torch.Tensor]:
             return (_parts(reader.read(box, self._in)) for reader in readers)
 
@@ -301,7 +301,10 @@ class _Desk:
 
     def _copy(self, readers: Sequence[_Reader], box: Box, out: torch.Tensor) -> bool:
         out.copy_(readers[-1].read(box, self._in))
-        return all([torch.equal(reader.read(box, self._in), out) for reader in readers[:-1]])
+        same = True
+        for reader in readers[:-1]:  # each is read to its end, for its checksum
+            same &= torch.equal(reader.read(box, self._in), out)
+        return same
 
 
 def _parts(values: torch.Tensor) -> torch.Tensor:
@@ -311,8 +314,8 @@ def _parts(values: torch.Tensor) -> torch.Tensor:
 
 def _carrier(dtype: DType) -> torch.dtype:
     """Return the torch dtype in which elements travel: bits where there is no arithmetic."""
-    if dtype.kind is Kind.OPAQUE:
-        return torch.uint8 if dtype.itemsize == 1 else torch.int16
+    if dtype.kind in (Kind.EXACT, Kind.OPAQUE):
+        return BITS[dtype.itemsize]
     made = getattr(torch, dtype.name)
     assert isinstance(made, torch.dtype)
     return made

@@ -44,7 +44,9 @@ def check_target(target: Path, inputs: Iterable[InputFile], force: bool) -> None
         )
     if not force:
         raise OutputError(
-            "exists already", file=target, remedy="Choose another output, or replace it with --force"
+            "exists already",
+            file=target,
+            remedy="Choose another output, or replace it with --force",
         )
 
 

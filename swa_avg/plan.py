@@ -7,6 +7,7 @@ strides the output has. Every disagreement is found before a tensor is read.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -102,9 +103,20 @@ class Plan:
         """Bytes of tensors that are read from all checkpoints."""
         return sum(source.nbytes for work in self.works for source in work.sources)
 
-    def count(self, treatment: Treatment) -> int:
-        """How many tensors are treated so."""
-        return sum(tensor.treatment is treatment for tensor in self.tensors)
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors are treated how."""
+        treated = Counter(tensor.treatment.value for tensor in self.tensors)
+        return {treatment.value: treated[treatment.value] for treatment in Treatment}
+
+    @property
+    def stale(self) -> bool:
+        """Whether there are BatchNorm statistics that belong to none of the averaged weights."""
+        names = {tensor.name: None for tensor in self.tensors}
+        means = any(
+            work.treatment is Treatment.AVERAGED and len(work.sources) > 1 for work in self.works
+        )
+        return means and any(is_bn_buffer(name, names) for name in names)
 
 
 @dataclass(frozen=True)
@@ -129,12 +141,10 @@ def make_plan(states: Sequence[StateDict], rules: Rules) -> Plan:
         MismatchError: They do not agree; it holds all disagreements.
     """
     last = states[-1]
-    disagreements = [
-        error for state in states[:-1] for error in _differences(state, last, rules)
-    ]
+    disagreements = [error for state in states[:-1] for error in _differences(state, last, rules)]
     if disagreements:
         raise MismatchError(disagreements)
-    planned = {name: _treat(name, last, rules, len(states)) for name in last.tensors}
+    planned = {name: _treat(name, states, rules) for name in last.tensors}
     made, untied = families(states, rules.strides)
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
@@ -187,19 +197,20 @@ def _differences(state: StateDict, last: StateDict, rules: Rules) -> Iterator[Sw
                 )
 
 
-def _treat(name: str, last: StateDict, rules: Rules, count: int) -> Planned:
+def _treat(name: str, states: Sequence[StateDict], rules: Rules) -> Planned:
     """Decide what happens to a tensor."""
+    last, count = states[-1], len(states)
     ref = last.tensors[name]
     dtype = rules.dtype if rules.dtype and ref.dtype.kind is Kind.FLOAT else ref.dtype
     treatment, reason = Treatment.AVERAGED, f"mean of {count}"
-    if _is_bn_buffer(name, last.tensors):
-        treatment, reason = _treat_bn_buffer(name, ref, rules, count)
+    if is_bn_buffer(name, last.tensors):
+        treatment, reason = _treat_bn_buffer(ref, states, rules)
     elif ref.dtype.kind in (Kind.EXACT, Kind.OPAQUE):
         treatment, reason = Treatment.COPIED, f"{ref.dtype} has no mean"
     return Planned(name, treatment, reason, dtype, ref.shape)
 
 
-def _is_bn_buffer(name: str, tensors: Mapping[str, TensorRef]) -> bool:
+def is_bn_buffer(name: str, tensors: Mapping[str, object]) -> bool:
     """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
     layer, _, buffer = name.rpartition(".")
     if buffer not in _RESET:
@@ -209,14 +220,14 @@ def _is_bn_buffer(name: str, tensors: Mapping[str, TensorRef]) -> bool:
 
 
 def _treat_bn_buffer(
-    name: str, ref: TensorRef, rules: Rules, count: int
+    ref: TensorRef, states: Sequence[StateDict], rules: Rules
 ) -> tuple[Treatment, str]:
     if rules.bn_buffers == "reset":
-        return Treatment.RESET, "BatchNorm buffer, reset"
+        return Treatment.RESET, "BatchNorm buffer"
     if rules.bn_buffers == "mean" and ref.dtype.kind is Kind.FLOAT:
-        return Treatment.AVERAGED, f"BatchNorm buffer, mean of {count}"
-    which = "first" if rules.bn_buffers == "first" else "last"
-    return Treatment.KEPT, f"BatchNorm buffer of the {which} checkpoint"
+        return Treatment.AVERAGED, f"BatchNorm buffer, mean of {len(states)}"
+    of = states[0] if rules.bn_buffers == "first" else states[-1]
+    return Treatment.KEPT, f"BatchNorm buffer of {of.checkpoint.path}"
 
 
 def _work(
@@ -250,9 +261,7 @@ def _output(
     last: StateDict, works: Sequence[Work], views: Mapping[str, OutputTensor]
 ) -> OutputStateDict:
     storages = tuple(OutputStorage(work.dtype, math.prod(work.shape)) for work in works)
-    items = {
-        name: views[name] if name in views else last.values[name] for name in last.order
-    }
+    items = {name: views[name] if name in views else last.values[name] for name in last.order}
     # What transformers looks for before it loads a safetensors file.
     text = dict(last.checkpoint.metadata) or {"format": "pt"}
     text = {name: value for name, value in text.items() if name not in views}
@@ -266,6 +275,6 @@ def _notes(states: Sequence[StateDict]) -> Iterator[str]:
             yield f"{state.checkpoint.path}: {note}"
     last = states[-1]
     if last.averages:
-        yield f"{last.checkpoint.path}: has averaged weights too, at {listed(last.averages)}; not used"
+        yield f"{last.checkpoint.path}: has averages too, at {listed(last.averages)}; not used"
     if last.dropped:
         yield f"{listed(last.dropped)}: no tensor and no plain value; left out"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 from swa_avg.errors import SelectionError
 from swa_avg.layout import StateDict
+
+_MAGIC = re.compile(r"[*?[]")
 
 
 def expand(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -23,10 +25,10 @@ def expand(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for pattern in patterns:
         text = os.fspath(pattern)
         # A file may be called `run[1].pt`: what exists is no pattern.
-        if not glob.has_magic(text) or os.path.lexists(text):
+        if not _MAGIC.search(text) or os.path.lexists(text):
             paths.append(Path(text))
             continue
-        matches = sorted(glob.glob(text))
+        matches = sorted(glob(text))  # noqa: PTH207 - paths stay as the user wrote them
         if not matches:
             raise SelectionError("matches no file", file=text, remedy="Check the pattern")
         paths.extend(Path(match) for match in matches)

@@ -169,9 +169,7 @@ def extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
     """Return the dimensions from the outermost to the innermost in memory."""
-    return tuple(
-        sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1, dim))
-    )
+    return tuple(sorted(range(len(shape)), key=lambda dim: (-stride[dim], shape[dim] == 1, dim)))
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:

@@ -75,8 +75,9 @@ def _read(file: InputFile) -> Checkpoint:
 
 def layout_for(path: Path, state_dict: OutputStateDict) -> Layout:
     """Lay out the output in the form that its name asks for."""
-    form = safetensors if is_safetensors(path) else torch_zip
-    return form.layout(state_dict)
+    if is_safetensors(path):
+        return safetensors.layout(state_dict)
+    return torch_zip.layout(state_dict)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -80,11 +80,7 @@ class OutputStateDict:
     @property
     def tensors(self) -> dict[str, OutputTensor]:
         """Its tensors by name."""
-        return {
-            name: item
-            for name, item in self.items.items()
-            if isinstance(item, OutputTensor)
-        }
+        return {name: item for name, item in self.items.items() if isinstance(item, OutputTensor)}
 
 
 class Layout(Protocol):

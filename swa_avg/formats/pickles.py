@@ -17,7 +17,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from swa_avg.errors import FormatError
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
@@ -113,7 +113,7 @@ def load(data: bytes, records: Callable[[Storage], Record]) -> object:
 
 
 class _Unpickler(pickle._Unpickler):
-    dispatch: dict[int, Callable[..., None]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, data: bytes, records: Callable[[Storage], Record]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
@@ -278,9 +278,7 @@ def _check_geometry(ref: TensorRef, storage: Storage) -> None:
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise FormatError("holds a tensor with an impossible shape, stride or offset")
     if len(ref.shape) != len(ref.stride):
-        raise FormatError(
-            f"holds a tensor of {len(ref.shape)} sizes, {len(ref.stride)} strides"
-        )
+        raise FormatError(f"holds a tensor of {len(ref.shape)} sizes, {len(ref.stride)} strides")
     if storage.nbytes != ref.record.length:
         raise FormatError(
             f"storage {storage.key} has {ref.record.length} bytes",
@@ -289,9 +287,7 @@ def _check_geometry(ref: TensorRef, storage: Storage) -> None:
         )
     end = (ref.offset + extent(ref.shape, ref.stride)) * ref.dtype.itemsize
     if ref.numel and end > ref.record.length:
-        raise FormatError(
-            f"holds a tensor that ends {end} bytes into storage {storage.key}"
-        )
+        raise FormatError(f"holds a tensor that ends {end} bytes into storage {storage.key}")
     if ref.nbytes > max(ref.record.length, _MOST_EXPANDED_BYTES):
         raise FormatError(
             f"holds a tensor of {ref.nbytes} bytes, expanded from {ref.record.length} bytes",
@@ -367,9 +363,7 @@ def _rebuild_tensor_v3(
 def _unless_lazy(metadata: object, tensor: object) -> object:
     """A conjugate or negative view stores the bytes of another tensor than it means."""
     if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
-        return UnreadableTensor(
-            "lazily conjugated or negated tensor (save its resolve_conj())"
-        )
+        return UnreadableTensor("lazily conjugated or negated tensor (save its resolve_conj())")
     return tensor
 
 
@@ -414,16 +408,31 @@ def _rebuild_numpy_scalar(machine: _Unpickler, dtype: Any, raw: Any = b"") -> ob
     return struct.unpack(order + _NUMPY_FORMATS[code], raw)[0]
 
 
+def _rebuild_complex(machine: _Unpickler, real: float = 0, imag: float = 0) -> complex:
+    return complex(float(real), float(imag))
+
+
+def _rebuild_list(machine: _Unpickler, values: Iterable[Any] = ()) -> list[Any]:
+    return list(values)
+
+
+def _rebuild_tuple(machine: _Unpickler, values: Iterable[Any] = ()) -> tuple[Any, ...]:
+    return tuple(values)
+
+
 def _values(container: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
-    return lambda machine, values=(): container(_checked_key(value) for value in values)
+    def rebuild(machine: _Unpickler, values: Iterable[Any] = ()) -> Any:
+        return container(_checked_key(value) for value in values)
+
+    return rebuild
 
 
 _REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._tensor._rebuild_from_type": lambda machine, function, cls, args, state: (
-        machine.call(function, args)
+    "torch._tensor._rebuild_from_type": lambda machine, function, cls, args, state: machine.call(
+        function, args
     ),
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
@@ -431,16 +440,10 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_sparse_tensor": _unreadable("sparse tensor"),
     "torch._utils._rebuild_qtensor": _unreadable("quantized tensor"),
     "torch._utils._rebuild_nested_tensor": _unreadable("nested tensor"),
-    "torch._utils._rebuild_meta_tensor_no_storage": _unreadable(
-        "meta tensor, which has no data"
-    ),
-    "torch._utils._rebuild_wrapper_subclass": _unreadable(
-        "tensor subclass without a storage"
-    ),
-    "torch._utils._rebuild_device_tensor_from_numpy": _unreadable(
-        "tensor of a foreign device"
-    ),
-    "torch.Size": lambda machine, sizes=(): tuple(sizes),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unreadable("meta tensor, which has no data"),
+    "torch._utils._rebuild_wrapper_subclass": _unreadable("tensor subclass without a storage"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unreadable("tensor of a foreign device"),
+    "torch.Size": _rebuild_tuple,
     "collections.OrderedDict": _rebuild_ordered,
     "collections.defaultdict": lambda machine, *factory: Dict(),
     "_codecs.encode": _rebuild_bytes,
@@ -452,10 +455,10 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
         for name, rebuild in {
             "set": _values(set),
             "frozenset": _values(frozenset),
-            "list": lambda machine, values=(): list(values),
-            "tuple": lambda machine, values=(): tuple(values),
+            "list": _rebuild_list,
+            "tuple": _rebuild_tuple,
             "dict": _rebuild_ordered,
-            "complex": lambda machine, real=0, imag=0: complex(float(real), float(imag)),
+            "complex": _rebuild_complex,
         }.items()
     },
 }
@@ -483,8 +486,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, buffer: io.BytesIO, storages: Sequence[OutputStorage]) -> None:
         super().__init__(buffer, protocol=2)
         self.storages = [
-            Storage(str(key), storage.dtype, storage.numel)
-            for key, storage in enumerate(storages)
+            Storage(str(key), storage.dtype, storage.numel) for key, storage in enumerate(storages)
         ]
 
     def persistent_id(self, obj: object) -> object:
@@ -505,7 +507,14 @@ class _Pickler(pickle.Pickler):
 
         storage = self.storages[obj.storage]
         assert storage.dtype is not None
-        args = (storage, obj.offset, obj.shape, obj.stride, False, OrderedDict())
+        args: tuple[object, ...] = (
+            storage,
+            obj.offset,
+            obj.shape,
+            obj.stride,
+            False,
+            OrderedDict(),
+        )
         if storage.dtype.name in _STORAGE_NAMES:
             return torch._utils._rebuild_tensor_v2, args
         return torch._utils._rebuild_tensor_v3, (*args, getattr(torch, storage.dtype.name))

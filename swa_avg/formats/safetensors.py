@@ -16,19 +16,17 @@ from typing import Any
 
 from swa_avg.errors import FormatError, OutputError
 from swa_avg.files import InputFile
-from swa_avg.formats.checkpoint import Checkpoint, OutputStateDict, OutputTensor
+from swa_avg.formats.checkpoint import Checkpoint, OutputStateDict
 from swa_avg.tensors import SAFETENSORS_DTYPES, Record, TensorRef, contiguous_stride
 
 _MOST_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
 # The order in which safetensors lays out dtypes: the most aligned first.
-_RANK = {
-    name: rank
-    for rank, name in enumerate(
-        "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ "
-        "F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
-    )
-}
+_ORDER = (
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 "
+    "F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL"
+)
+_RANK = {name: rank for rank, name in enumerate(_ORDER.split())}
 
 
 def read(file: InputFile) -> Checkpoint:

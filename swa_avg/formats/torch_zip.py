@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO, cast
 
 from zlib_ng.zlib_ng import crc32
@@ -87,10 +88,7 @@ def _records(file: InputFile) -> dict[str, Record]:
         start = _data_offset(file, entry)
         if entry.filename in records:
             raise FormatError(f"holds two records named {entry.filename}", file=file.path)
-        if (
-            entry.compress_type != zipfile.ZIP_STORED
-            or entry.file_size != entry.compress_size
-        ):
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise FormatError(
                 f"holds a compressed record, {entry.filename}",
                 file=file.path,
@@ -102,7 +100,7 @@ def _records(file: InputFile) -> dict[str, Record]:
         records[entry.filename] = Record(file, start, entry.file_size, checksum)
         spans.append((entry.header_offset, start + entry.file_size))
     spans.sort()
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in pairwise(spans):
         if start < end:
             raise FormatError("holds records that overlap", file=file.path)
     if spans and spans[-1][1] > file.size:
@@ -122,7 +120,7 @@ def _data_offset(file: InputFile, entry: zipfile.ZipInfo) -> int:
             file=file.path,
             remedy="The file is damaged",
         )
-    return entry.header_offset + _LOCAL.size + name_length + extra_length
+    return int(entry.header_offset + _LOCAL.size + name_length + extra_length)
 
 
 def _root(file: InputFile, records: Mapping[str, Record]) -> tuple[str, bytes]:
@@ -197,11 +195,7 @@ class _Entry:
         numbers = [self.length, self.length] if self.length >= _FULL else []
         if offset is not None and offset >= _FULL:
             numbers.append(offset)
-        return (
-            struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers)
-            if numbers
-            else b""
-        )
+        return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
     def fixed(self, checksum: int) -> tuple[int, ...]:
         """The fields that the local header and the directory share."""
@@ -249,8 +243,7 @@ class ZipLayout:
         """Yield all bytes that are no storage's, with their places."""
         of_storages = iter(checksums)
         every = [
-            next(of_storages) if entry.data is None else crc32(entry.data)
-            for entry in self.entries
+            next(of_storages) if entry.data is None else crc32(entry.data) for entry in self.entries
         ]
         for entry, checksum in zip(self.entries, every, strict=True):
             yield entry.header, entry.local(checksum) + (entry.data or b"")
@@ -259,8 +252,7 @@ class ZipLayout:
     def _tail(self, checksums: Sequence[int]) -> bytes:
         """The directory, and the records that say where it is."""
         directory = b"".join(
-            entry.central(checksum)
-            for entry, checksum in zip(self.entries, checksums, strict=True)
+            entry.central(checksum) for entry, checksum in zip(self.entries, checksums, strict=True)
         )
         count, size, start = len(self.entries), len(directory), self._directory
         tail = b""
@@ -296,8 +288,7 @@ def layout(state_dict: OutputStateDict) -> ZipLayout:
         for name, data in (("data.pkl", pickles.dump(state_dict)), ("byteorder", b"little"))
     ]
     contents += [
-        (f"data/{key}", storage.nbytes, None)
-        for key, storage in enumerate(state_dict.storages)
+        (f"data/{key}", storage.nbytes, None) for key, storage in enumerate(state_dict.storages)
     ]
     contents.append(("version", 2, b"3\n"))
     entries: list[_Entry] = []
