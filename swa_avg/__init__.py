@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swa_avg.average import Averaging as Averaging
-    from swa_avg.average import Report as Report
-    from swa_avg.average import average as average
-    from swa_avg.average import planned as planned
+    from swa_avg.averaging import Averaging as Averaging
+    from swa_avg.averaging import Report as Report
+    from swa_avg.averaging import average as average
+    from swa_avg.averaging import planned as planned
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import recompute_batchnorm as recompute_batchnorm
     from swa_avg.errors import SwaAvgError as SwaAvgError
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "average": "average",
-    "planned": "average",
-    "Averaging": "average",
-    "Report": "average",
+    "average": "averaging",
+    "planned": "averaging",
+    "Averaging": "averaging",
+    "Report": "averaging",
     "recompute_batchnorm": "batchnorm",
     "BatchNormReport": "batchnorm",
     "open_checkpoint": "formats",

@@ -19,7 +19,7 @@ import swa_avg
 from swa_avg.errors import SelectionError, SwaAvgError, printable
 
 if TYPE_CHECKING:
-    from swa_avg.average import Averaging, Report
+    from swa_avg.averaging import Averaging, Report
 
 _GROUPS = {
     "Read": ("--key",),
@@ -73,11 +73,11 @@ class _GroupedCommand(click.Command):
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement.")
 @click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="How many.  [default: one per core]"
+    "--threads", type=click.IntRange(1), metavar="N", help="How many threads.  [default: cores]"
 )
 @click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s")
 def command(**options: Any) -> None:
-    r"""Average the checkpoints of a finished training run into one.
+    """Average the checkpoints of a finished training run into one.
 
     Every weight becomes its exact mean over the CHECKPOINTS (.pt, .pth, .ckpt, .bin,
     .safetensors), rounded once. Nothing in them is executed; they are never changed.
@@ -87,7 +87,7 @@ def command(**options: Any) -> None:
       swa-avg ckpts/epoch_*.pt -o swa.pt
       swa-avg ckpts/epoch_*.pt -o swa.safetensors --dtype bfloat16
       swa-avg ckpts/*.ckpt --dry-run -v
-    """
+    """  # noqa: D301 - \b is click's mark: do not wrap the next paragraph
     _average(**options)
 
 
@@ -104,7 +104,7 @@ def _average(
 ) -> None:
     if not checkpoints:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    from swa_avg.average import planned
+    from swa_avg.averaging import planned
     from swa_avg.output import AtomicFile
 
     with planned(checkpoints, output, force=force or dry_run, **rules) as averaging:

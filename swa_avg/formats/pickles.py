@@ -427,6 +427,14 @@ def _values(container: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
     return rebuild
 
 
+_BUILTINS: Mapping[str, Callable[..., Any]] = {
+    "set": _values(set),
+    "frozenset": _values(frozenset),
+    "list": _rebuild_list,
+    "tuple": _rebuild_tuple,
+    "dict": _rebuild_ordered,
+    "complex": _rebuild_complex,
+}
 _REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
@@ -449,18 +457,8 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
     "_codecs.encode": _rebuild_bytes,
     "numpy.core.multiarray.scalar": _rebuild_numpy_scalar,
     "numpy._core.multiarray.scalar": _rebuild_numpy_scalar,
-    **{
-        f"{builtins}.{name}": rebuild
-        for builtins in ("builtins", "__builtin__")
-        for name, rebuild in {
-            "set": _values(set),
-            "frozenset": _values(frozenset),
-            "list": _rebuild_list,
-            "tuple": _rebuild_tuple,
-            "dict": _rebuild_ordered,
-            "complex": _rebuild_complex,
-        }.items()
-    },
+    **{f"builtins.{name}": rebuild for name, rebuild in _BUILTINS.items()},
+    **{f"__builtin__.{name}": rebuild for name, rebuild in _BUILTINS.items()},
 }
 
 
