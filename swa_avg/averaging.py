@@ -164,8 +164,7 @@ class Averaging:
             f"{path}: is the same file as {counted}; counted once"
             for path, counted in self.selection.repeats
         )
-        stale = ("BatchNorm statistics do not belong to the averaged weights; recompute them",)
-        return (*repeats, *self.plan.notes, *(stale if self.plan.stale else ()))
+        return (*repeats, *self.plan.notes)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""

@@ -8,23 +8,39 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import swa_avg
+from swa_avg import messages
 from swa_avg.errors import SelectionError, SwaAvgError, printable
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
+    from swa_avg.output import AtomicFile
+    from swa_avg.recompute import Recompute
 
 _GROUPS = {
     "Read": ("--key",),
     "Average": ("--bn-buffers", "--dtype"),
     "Write": ("--output", "--force"),
+    "BatchNorm": (
+        "--recompute-bn",
+        "--data",
+        "--model",
+        "--forward",
+        "--device",
+        "--bn-estimator",
+        "--bn-batches",
+        "--amp",
+    ),
     "Report": ("--dry-run", "--json", "--quiet", "--verbose", "--version", "--help"),
     "Speed": ("--threads",),
 }
@@ -52,13 +68,15 @@ class _GroupedCommand(click.Command):
     "--bn-buffers",
     type=click.Choice(["last", "first", "mean", "reset"]),
     default="last",
-    help="Where BatchNorm statistics come from.  [default: last]",
+    metavar="WHICH",
+    help="BatchNorm statistics: last, first, mean or reset.  [default: last]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
     default="keep",
-    help="What floating tensors are written in.  [default: keep]",
+    metavar="NAME",
+    help="Write as keep, float32, bfloat16 or float16.  [default: keep]",
 )
 @click.option(
     "-o",
@@ -68,6 +86,23 @@ class _GroupedCommand(click.Command):
     help="The file to write; *.safetensors is one.  [default: swa.pt]",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data.")
+@click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one.")
+@click.option("--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]")
+@click.option("--forward", metavar="MOD:ATTR", help="forward(model, batch), if batch[0] is not it.")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda[:i] or mps.  [default: auto]")
+@click.option(
+    "--bn-estimator",
+    type=click.Choice(["population", "torch"]),
+    metavar="NAME",
+    help="population, or torch: as update_bn.  [default: population]",
+)
+@click.option("--bn-batches", type=click.IntRange(1), metavar="N", help="Use only so many batches.")
+@click.option(
+    "--amp",
+    type=click.Choice(["off", "bf16", "fp16"]),
+    help="Autocast the forward.  [default: off]",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -76,133 +111,226 @@ class _GroupedCommand(click.Command):
     "--threads", type=click.IntRange(1), metavar="N", help="How many threads.  [default: cores]"
 )
 @click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s")
-def command(**options: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, /, **options: Any) -> None:
     """Average the checkpoints of a finished training run into one.
 
     Every weight becomes its exact mean over the CHECKPOINTS (.pt, .pth, .ckpt, .bin,
     .safetensors), rounded once. Nothing in them is executed; they are never changed.
+    With --recompute-bn the average gets the BatchNorm statistics that belong to it; without
+    CHECKPOINTS it gives them to the output that is there already.
 
     \b
     Examples:
       swa-avg ckpts/epoch_*.pt -o swa.pt
-      swa-avg ckpts/epoch_*.pt -o swa.safetensors --dtype bfloat16
+      swa-avg --recompute-bn --data mod:loader
+      swa-avg ckpts/*.ckpt -o swa.safetensors --recompute-bn --data mod:loader
       swa-avg ckpts/*.ckpt --dry-run -v
     """  # noqa: D301 - \b is click's mark: do not wrap the next paragraph
-    _average(**options)
+    _check_usage(ctx)
+    for name, default in _BN_DEFAULTS.items():
+        options[name] = default if options[name] is None else options[name]
+    run = _Run(**options)
+    if run.recompute_bn and not run.dry_run:
+        _recompute(run)
+    elif _leads():  # of several ranks one averages: it is as fast as the disk
+        _average(run)
 
 
-def _average(
-    checkpoints: tuple[str, ...],
-    output: str,
-    dry_run: bool,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    threads: int | None,
-    **rules: Any,
-) -> None:
-    if not checkpoints:
+_BN_DEFAULTS = {"device": "auto", "bn_estimator": "population", "amp": "off"}
+_BN_OPTIONS = ("data", "model", "forward", "device", "bn_estimator", "bn_batches", "amp")
+_AVERAGE_OPTIONS = ("bn_buffers", "dtype", "threads", "dry_run")
+
+
+def _check_usage(ctx: click.Context) -> None:
+    """Refuse options that would be ignored."""
+
+    def given(names: tuple[str, ...]) -> list[str]:
+        source = click.core.ParameterSource.COMMANDLINE
+        return [
+            f"--{name.replace('_', '-')}"
+            for name in names
+            if ctx.get_parameter_source(name) is source
+        ]
+
+    checkpoints, recompute = ctx.params["checkpoints"], ctx.params["recompute_bn"]
+    if not checkpoints and not recompute:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    from swa_avg.averaging import planned
-    from swa_avg.output import AtomicFile
+    if recompute and not ctx.params["data"]:
+        raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
+    if not recompute and given(_BN_OPTIONS):
+        raise click.UsageError(f"{given(_BN_OPTIONS)[0]} needs --recompute-bn.")
+    if not checkpoints and given(_AVERAGE_OPTIONS):
+        raise click.UsageError(f"{given(_AVERAGE_OPTIONS)[0]} needs checkpoints to average.")
 
-    with planned(checkpoints, output, force=force or dry_run, **rules) as averaging:
-        if dry_run:
-            _show_plan(averaging, as_json, verbose)
+
+@dataclass(frozen=True)
+class _Run:
+    """The options of one run."""
+
+    checkpoints: tuple[str, ...]
+    output: str
+    key: str | None
+    bn_buffers: str
+    dtype: str
+    force: bool
+    recompute_bn: bool
+    data: str
+    model: str | None
+    forward: str | None
+    device: str
+    bn_estimator: Any
+    bn_batches: int | None
+    amp: Any
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    verbose: bool
+    threads: int | None
+
+    def planned(self) -> AbstractContextManager[Averaging]:
+        """Open the checkpoints and plan their average."""
+        from swa_avg.averaging import planned
+
+        return planned(
+            self.checkpoints,
+            self.output,
+            bn_buffers=self.bn_buffers,
+            dtype=self.dtype,
+            force=self.force or self.dry_run,
+            key=self.key,
+        )
+
+    def recompute_options(self) -> Recompute:
+        """Return how BatchNorm is recomputed."""
+        from swa_avg.recompute import Recompute
+
+        return Recompute(
+            data=self.data,
+            model=self.model,
+            forward=self.forward,
+            device=self.device,
+            estimator=self.bn_estimator,
+            amp=self.amp,
+            batches=self.bn_batches,
+        )
+
+
+def _average(run: _Run) -> None:
+    """Average checkpoints, and nothing else."""
+    with run.planned() as averaging:
+        if run.dry_run:
+            _show_plan(averaging, run)
             return
-        with AtomicFile(averaging.output, averaging.layout.size) as file:
-            with _progress(averaging.plan.bytes_to_read, quiet) as progress:
-                report = averaging.write(file, threads=threads, progress=progress)
+        with _written(averaging, run) as (file, report):
             file.commit()
-    if as_json:
+    if run.as_json:
         _print_json(report.to_dict())
-    elif not quiet:
-        if verbose:
-            _show_tensors(averaging)
-        _show_report(report)
+    elif not run.quiet:
+        _show_average(report, averaging, run)
+        if report.stale:
+            _note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
+        _show_written(run)
 
 
 @contextmanager
-def _progress(total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """Show a bar over bytes, if somebody is there to see it."""
-    if quiet or not sys.stderr.isatty():
+def _written(averaging: Averaging, run: _Run) -> Iterator[tuple[AtomicFile, Report]]:
+    """Average into a file; it becomes the output when it is committed."""
+    from swa_avg.output import AtomicFile
+
+    with AtomicFile(averaging.output, averaging.layout.size) as file:
+        with _bar(averaging.plan.bytes_to_read, run, unit="B", desc="averaging") as bar:
+            report = averaging.write(file, threads=run.threads, progress=bar and bar.update)
+        yield file, report
+
+
+def _recompute(run: _Run) -> None:
+    """Recompute BatchNorm: of the average of checkpoints, or of the output that is there."""
+    from swa_avg.recompute import copy_of, session
+
+    with ExitStack() as entered:
+        # Planned first: what the headers tell needs none of the user's code.
+        averaging = entered.enter_context(run.planned()) if run.checkpoints and _leads() else None
+        bn = entered.enter_context(session(run.recompute_options()))
+        if not bn.leads:
+            bn.follow()
+            return
+        report = None
+        if averaging:
+            file, report = entered.enter_context(_written(averaging, run))
+        else:
+            file = entered.enter_context(copy_of(Path(run.output), run.key))
+        with _bar(bn.batches, run, unit="batch", desc="recomputing BatchNorm") as bar:
+            batchnorm, notes = bn.recompute(
+                file, None if averaging else run.key, bar and partial(_advance, bar)
+            )
+        file.commit()
+    if run.as_json:
+        averaged = report.to_dict() if report else {"output": run.output}
+        made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
+        _print_json(averaged | made | {"batchnorm_notes": list(notes)})
+    elif not run.quiet:
+        if report and averaging:
+            _show_average(report, averaging, run)
+        _say(messages.of_recompute(batchnorm, layers=run.verbose))
+        _note(notes)
+        _show_written(run)
+
+
+def _leads() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def _bar(total: int | None, run: _Run, unit: str, desc: str) -> Iterator[Any]:
+    """Show a progress bar, if somebody is there to see it; else give None."""
+    if run.quiet or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc="averaging", leave=False) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance
+    bar: Any = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=desc, leave=False)
+    with bar:
+        yield bar
 
 
-def _show_plan(averaging: Averaging, as_json: bool, verbose: bool) -> None:
-    """Print what would be done."""
-    plan = averaging.plan
-    if as_json:
-        _print_json(averaging.to_dict())
-        return
-    click.echo(f"{_counted(len(averaging.inputs), 'checkpoint')}, in this order:")
-    for number, source in enumerate(averaging.inputs, 1):
-        recorded = [f"{name} {value}" for name, value in source.recorded.items()]
-        where = f"at {source.where}" if source.where else ""
-        prefix = f"prefix {source.prefix} stripped" if source.prefix else ""
-        details = ", ".join(filter(None, [*recorded, where, prefix]))
-        click.echo(printable(f"{number:6}  {source.path}  {details}".rstrip()))
-    if verbose or len(averaging.inputs) == 1:
-        _show_tensors(averaging)
-    click.echo(f"would read {_size(plan.bytes_to_read)}: {_treatments(plan.counts)}")
-    click.echo(printable(f"would write {_size(averaging.layout.size)} to {averaging.output}"))
-    _show_notes(averaging.notes)
+def _advance(bar: Any, samples: int) -> None:
+    """Count a batch, and show how fast samples come."""
+    bar.samples = getattr(bar, "samples", 0) + samples
+    elapsed = bar.format_dict["elapsed"]
+    bar.set_postfix_str(f"{bar.samples / elapsed:.0f} samples/s" if elapsed else "", refresh=False)
+    bar.update(1)
 
 
-def _show_tensors(averaging: Averaging) -> None:
-    """Print a line for each tensor."""
-    for tensor in averaging.plan.tensors:
-        what = f"{tensor.dtype} {list(tensor.shape)}"
-        click.echo(
-            printable(f"  {tensor.name:<40} {what:<28} {tensor.treatment.value}: {tensor.reason}")
-        )
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(printable(line))
 
 
-def _show_report(report: Report) -> None:
-    """Print what was done, in a few lines."""
-    first, last = report.inputs[0], report.inputs[-1]
-    of = first.path if len(report.inputs) == 1 else f"{first.path} … {last.path}"
-    click.echo(printable(f"averaged {_counted(len(report.inputs), 'checkpoint')}: {of}"))
-    click.echo(f"tensors: {_treatments(report.counts)}")
-    _show_notes(report.notes)
-    click.echo(printable(f"wrote {report.output} ({_size(report.bytes_written)})"))
-
-
-def _show_notes(notes: tuple[str, ...]) -> None:
+def _note(notes: Iterable[str]) -> None:
     for note in notes:
         click.echo(printable(f"note: {note}"), err=True)
 
 
-def _treatments(counts: dict[str, int]) -> str:
-    meaning = {
-        "averaged": "averaged",
-        "kept": "BatchNorm buffers kept apart",
-        "reset": "BatchNorm buffers reset",
-        "copied": "copied",
-    }
-    return ", ".join(f"{counts[name]} {words}" for name, words in meaning.items() if counts[name])
+def _show_plan(averaging: Averaging, run: _Run) -> None:
+    """Print what would be done."""
+    if run.as_json:
+        _print_json(averaging.to_dict())
+        return
+    _say(messages.of_plan(averaging, tensors=run.verbose or len(averaging.inputs) == 1))
+    _note(averaging.notes)
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _show_average(report: Report, averaging: Averaging, run: _Run) -> None:
+    """Print what was averaged."""
+    if run.verbose:
+        _say(messages.of_tensors(averaging))
+    _say(messages.of_average(report))
+    _note(report.notes)
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def _show_written(run: _Run) -> None:
+    _say([messages.of_output(run.output, Path(run.output).stat().st_size)])
 
 
 def _print_json(content: object) -> None:

@@ -100,7 +100,7 @@ class Averager:
                 _round_to_odd(mean, tail)
                 unsure = lost if unsure is None else unsure | lost
         if unsure is not None and unsure.any():
-            _settle_exactly(mean, unsure.nonzero().flatten(), inputs, count)
+            _settle_exactly(mean, unsure.nonzero().flatten(), inputs, count, dtype)
         round_into(mean, out, dtype)
         if not math.isfinite(_float(out).sum().item()):
             _settle_non_finite(out, mean, inputs, count, dtype)
@@ -161,6 +161,8 @@ def _refine(
     quotient = mean.clone()
     torch.add(quotient, step, out=mean)
     tail = step - (mean - quotient)
+    # Where all inputs are -0.0, so is their mean.
+    torch.where((high == 0) & (low == 0), high, mean, out=mean)
     # Where the step went in whole, it is a few bits long: its product with count is exact.
     return torch.where(tail == 0, missing - step * count, tail), lost
 
@@ -173,20 +175,26 @@ def _round_to_odd(mean: torch.Tensor, tail: torch.Tensor) -> None:
     mean.copy_(torch.where(move, torch.nextafter(mean, toward), mean))
 
 
-def _settle_exactly(mean: torch.Tensor, places: torch.Tensor, inputs: Inputs, count: int) -> None:
-    """Put the mean of some elements in place by rational arithmetic, rounded to odd."""
+def _settle_exactly(
+    mean: torch.Tensor, places: torch.Tensor, inputs: Inputs, count: int, dtype: DType
+) -> None:
+    """Put the mean of some elements in place by rational arithmetic.
+
+    It is rounded to odd where it will be rounded again, to a smaller `dtype`.
+    """
     columns = [chunk[places].to(torch.float64).tolist() for chunk in inputs()]
-    exact = [_odd_mean(values, count) for values in zip(*columns, strict=True)]
+    odd = dtype.significand < 53
+    exact = [_exact_mean(values, count, odd) for values in zip(*columns, strict=True)]
     mean[places] = torch.tensor(exact, dtype=torch.float64)
 
 
-def _odd_mean(values: tuple[float, ...], count: int) -> float:
+def _exact_mean(values: tuple[float, ...], count: int, odd: bool) -> float:
     if not all(map(math.isfinite, values)):
         return math.nan
     exact = sum(map(Fraction, values), Fraction(0)) / count
     nearest = float(exact)
     missing = exact - Fraction(nearest)
-    if not missing or math.frexp(nearest)[0] * 2**53 % 2:
+    if not odd or not missing or math.frexp(nearest)[0] * 2**53 % 2:
         return nearest
     return math.nextafter(nearest, math.inf if missing > 0 else -math.inf)
 
@@ -243,7 +251,7 @@ def _settle_non_finite(
         if bad.numel():
             raise NonFiniteError(source, int(rest[bad[0]]), float(values[bad[0]]))
     # Finite in every input: only the sum, or the rounding to a smaller dtype, overflowed.
-    _settle_exactly(mean, rest, inputs, count)
+    _settle_exactly(mean, rest, inputs, count, dtype)
     rounded = torch.empty(rest.numel(), dtype=out.dtype)
     round_into(mean[rest], rounded, dtype)
     out[rest] = rounded

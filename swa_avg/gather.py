@@ -100,6 +100,19 @@ def _read_in_parts(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
     return read
 
 
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """Return a tensor, read whole and contiguous, in its own dtype."""
+    import torch
+
+    dtype = getattr(torch, ref.dtype.name)
+    if not ref.numel:
+        return torch.empty(ref.shape, dtype=dtype)
+    buffer = bytearray(ref.nbytes)
+    out = torch.frombuffer(buffer, dtype=dtype).view(ref.shape)
+    read_box(ref, Box((0,) * len(ref.shape), ref.shape), out)
+    return out
+
+
 def permuted(ref: TensorRef, order: Sequence[int], shape: Sequence[int]) -> TensorRef:
     """Return a tensor with its dimensions in another order."""
     stride = tuple(ref.stride[dim] for dim in order) if order else ref.stride

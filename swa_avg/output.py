@@ -79,6 +79,11 @@ class AtomicFile:
             self._discard()
             raise _refusal(target, error) from error
 
+    @property
+    def path(self) -> Path:
+        """Where its bytes are until it is committed."""
+        return self._temporary
+
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`; may be called from several threads.
 

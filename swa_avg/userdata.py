@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -93,19 +94,13 @@ def _found(spec: str) -> tuple[ModuleType, Any]:
     value: Any = module
     for part in attribute.split("."):
         if not hasattr(value, part):
-            there = [n for n, v in vars(module).items() if n[0] != "_" and _is_own(v, module)]
+            close = get_close_matches(part, dir(value), 1)
             raise DataError(
                 f"{name} has no attribute {attribute!r}",
-                expected=f"one of its own, such as {listed(there)}" if there else "",
+                remedy=f"Did you mean {close[0]}?" if close else "",
             )
         value = getattr(value, part)
     return module, value
-
-
-def _is_own(value: object, module: ModuleType) -> bool:
-    """Whether a value was made in `module`, rather than imported into it."""
-    made_in = getattr(value, "__module__", module.__name__)
-    return not isinstance(value, ModuleType) and made_in == module.__name__
 
 
 def _imported(name: str) -> ModuleType:

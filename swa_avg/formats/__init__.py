@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from swa_avg.errors import FileError, FormatError
 from swa_avg.files import InputFile
 from swa_avg.formats import safetensors, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
+from swa_avg.tensors import Record
 
-__all__ = ["Checkpoint", "Layout", "OutputStateDict", "layout_for", "open_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "OutputStateDict", "layout_for", "open_checkpoint", "patch"]
 
 # What people name .pt by mistake: the first bytes, and what they are.
 _STRANGERS = (
@@ -78,6 +80,14 @@ def layout_for(path: Path, state_dict: OutputStateDict) -> Layout:
     if is_safetensors(path):
         return safetensors.layout(state_dict)
     return torch_zip.layout(state_dict)
+
+
+def patch(checkpoint: Checkpoint, contents: Mapping[Record, bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield what to write, and where, into a copy of a file to replace whole records of it."""
+    (file,) = checkpoint.files
+    if checkpoint.format == "torch zip":
+        return torch_zip.patch(file, contents)
+    return ((record.offset, data) for record, data in contents.items())
 
 
 def is_safetensors(path: Path) -> bool:

@@ -32,6 +32,7 @@ _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
 _DOS_DATE = 0x21  # 1980-01-01, so that equal inputs give equal bytes
 _UTF8 = 0x800
+_DESCRIPTOR = 0x8  # the checksum stands behind the data
 _FULL = 0xFFFFFFFF
 
 
@@ -152,6 +153,44 @@ def _byteorder(file: InputFile, record: Record | None) -> str:
     if record is None:
         return "little"  # torch before 2.1 wrote no such record
     return _checked(record).decode("ascii", "replace") if record.length < 16 else "unknown"
+
+
+def patch(file: InputFile, contents: Mapping[Record, bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield what to write into a copy of an archive to replace whole records.
+
+    Args:
+        file: The archive.
+        contents: The new bytes of some of its records, as long as the old ones.
+
+    Yields:
+        Places and bytes: the records, and their checksums wherever the archive has them.
+    """
+    by_place = {record.offset: record for record in contents}
+    for entry, central in _entries(file):
+        record = by_place.get(_data_offset(file, entry))
+        if record is None:
+            continue
+        yield record.offset, contents[record]
+        if record.crc32 is None:
+            continue
+        checksum = struct.pack("<I", crc32(contents[record]))
+        yield central + 16, checksum
+        if entry.flag_bits & _DESCRIPTOR:
+            end = record.offset + record.length
+            signed = file.read(end, 4) == b"PK\x07\x08"
+            yield end + (4 if signed else 0), checksum
+        else:
+            yield entry.header_offset + 14, checksum
+
+
+def _entries(file: InputFile) -> Iterator[tuple[zipfile.ZipInfo, int]]:
+    """Yield the entries of an archive, each with the place of its line in the directory."""
+    with zipfile.ZipFile(cast("IO[bytes]", _Seekable(file))) as archive:
+        place = archive.start_dir
+        for entry in archive.infolist():
+            yield entry, place
+            lengths = struct.unpack("<HHH", file.read(place + 28, 6))
+            place += _CENTRAL.size + sum(lengths)
 
 
 class _Seekable:

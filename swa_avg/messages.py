@@ -1,0 +1,87 @@
+"""What people are told, as lines. Prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from swa_avg.averaging import Averaging, Report
+    from swa_avg.batchnorm import BatchNormReport
+
+_MEANINGS = {
+    "averaged": "averaged",
+    "kept": "BatchNorm buffers kept apart",
+    "reset": "BatchNorm buffers reset",
+    "copied": "copied",
+}
+
+
+def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
+    """Yield what would be done; with `tensors`, a line for each of them."""
+    yield f"{counted(len(averaging.inputs), 'checkpoint')}, in this order:"
+    for number, source in enumerate(averaging.inputs, 1):
+        details = [f"{name} {value}" for name, value in source.recorded.items()]
+        details += [f"at {source.where}"] if source.where else []
+        details += [f"prefix {source.prefix} stripped"] if source.prefix else []
+        yield f"{number:6}  {source.path}  {', '.join(details)}".rstrip()
+    if tensors:
+        yield from of_tensors(averaging)
+    plan = averaging.plan
+    yield f"would read {in_bytes(plan.bytes_to_read)}: {_treatments(plan.counts)}"
+    yield f"would write {in_bytes(averaging.layout.size)} to {averaging.output}"
+
+
+def of_tensors(averaging: Averaging) -> Iterator[str]:
+    """Yield a line for each tensor: what it is, what happens to it, and why."""
+    tensors = averaging.plan.tensors
+    width = max((len(tensor.name) for tensor in tensors), default=0)
+    for tensor in tensors:
+        what = f"{tensor.dtype} {list(tensor.shape)}"
+        yield f"  {tensor.name:<{width}}  {what:<28} {tensor.treatment.value}: {tensor.reason}"
+
+
+def of_average(report: Report) -> Iterator[str]:
+    """Yield what was averaged."""
+    first, last = report.inputs[0].path, report.inputs[-1].path
+    of = first if len(report.inputs) == 1 else f"{first} … {last}"
+    yield f"averaged {counted(len(report.inputs), 'checkpoint')}: {of}"
+    yield f"tensors: {_treatments(report.counts)}"
+
+
+def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
+    """Yield what was recomputed: the layer that moved farthest, or with `layers` all of them."""
+    yield (
+        f"recomputed {counted(len(report.layers), 'BatchNorm layer')} over "
+        f"{counted(report.batches, 'batch')} ({report.samples:,} samples)"
+    )
+    farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
+    for layer in report.layers if layers else farthest:
+        yield (
+            f"{'  ' if layers else 'largest move: '}{layer.name}: mean by {layer.mean_shift:.3g} "
+            f"standard deviations, deviation by a factor of {layer.std_ratio:.3g}"
+        )
+
+
+def of_output(path: str, size: int) -> str:
+    """Return what was written."""
+    return f"wrote {path} ({in_bytes(size)})"
+
+
+def _treatments(counts: dict[str, int]) -> str:
+    return ", ".join(f"{counts[name]} {words}" for name, words in _MEANINGS.items() if counts[name])
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun in singular or plural."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,252 @@
+"""BatchNorm recompute of a file: between checkpoints, the user's code and `batchnorm.py`.
+
+The weights of a file are loaded into the user's model, the model's BatchNorm
+statistics are recomputed over the user's batches, and the new statistics go
+into their places in the file. Every other byte of it stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swa_avg.batches import Alone
+from swa_avg.batchnorm import (
+    Amp,
+    BatchNormReport,
+    Estimator,
+    recompute_batchnorm,
+    recomputed_buffers,
+)
+from swa_avg.checksums import Ledger
+from swa_avg.errors import NotFiniteError, OutputError, listed
+from swa_avg.formats import open_checkpoint, patch
+from swa_avg.gather import read_tensor
+from swa_avg.layout import StateDict, find_state_dict
+from swa_avg.output import AtomicFile
+from swa_avg.tensors import Record, TensorRef
+from swa_avg.userdata import Fit, UserCode, load_weights, user_code
+
+if TYPE_CHECKING:
+    from swa_avg.distributed import ProcessRanks
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What to recompute BatchNorm statistics with.
+
+    Attributes:
+        data: `MOD:ATTR` of the batches.
+        model: `MOD:ATTR` of the model; by default `model` of the data's module.
+        forward: `MOD:ATTR` of the forward function; by default `forward` of the
+            data's module, where it has one.
+        device: auto, cpu, cuda, cuda:i or mps.
+        estimator: population or torch.
+        amp: off, bf16 or fp16.
+        batches: Stop after so many batches; None takes all.
+    """
+
+    data: str
+    model: str | None = None
+    forward: str | None = None
+    device: str = "auto"
+    estimator: Estimator = "population"
+    amp: Amp = "off"
+    batches: int | None = None
+
+
+class Session:
+    """The user's code, loaded, and the processes that share the work.
+
+    Attributes:
+        leads: Whether this process reads and writes the file. The others have
+            no file; they `follow`.
+        batches: How many batches there will be, or None where nobody knows.
+    """
+
+    def __init__(self, options: Recompute, code: UserCode, ranks: Alone | ProcessRanks) -> None:
+        self._options = options
+        self._code = code
+        self._ranks = ranks
+        self.leads = ranks.rank == 0
+        self.batches = _length(code.batches, options.batches)
+
+    def recompute(
+        self,
+        file: AtomicFile,
+        key: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[BatchNormReport, tuple[str, ...]]:
+        """Replace the BatchNorm statistics in a file that is not committed yet.
+
+        Args:
+            file: A whole checkpoint.
+            key: The dotted path to its state_dict, where it is not found.
+            progress: Called after each batch with its number of samples.
+
+        Returns:
+            What changed, and notes for the user.
+
+        Raises:
+            DataError: The user's code failed or does not fit the file.
+        """
+        with ExitStack() as opened:
+            checkpoint = open_checkpoint(file.path)
+            opened.callback(checkpoint.close)
+            state = find_state_dict(checkpoint, key)
+            fit = load_weights(self._code.model, _read(state))
+            report = self._run(progress)
+            buffers = recomputed_buffers(self._code.model, report)
+            contents = _replaced(state, fit, buffers)
+            for place, data in list(patch(checkpoint, contents)):
+                file.write(data, place)
+        return report, tuple(_notes(report, fit))
+
+    def follow(self) -> None:
+        """Take this process's share of the batches, with the leader's weights."""
+        self._run(None)
+
+    def _run(self, progress: Callable[[int], None] | None) -> BatchNormReport:
+        model, options = self._code.model, self._options
+        if not isinstance(self._ranks, Alone):
+            self._ranks.broadcast(list(model.state_dict(keep_vars=True).values()))
+        return recompute_batchnorm(
+            model,
+            self._code.batches,
+            device=options.device,
+            estimator=options.estimator,
+            forward=self._code.forward,
+            amp=options.amp,
+            max_batches=options.batches,
+            progress=progress,
+            ranks=self._ranks,
+        )
+
+
+@contextmanager
+def session(options: Recompute) -> Iterator[Session]:
+    """Load the user's code; under torchrun, join the other processes.
+
+    Raises:
+        DataError: Something that the options name is not there, or of no use.
+    """
+    with ExitStack() as entered:
+        ranks: Alone | ProcessRanks = Alone()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from swa_avg.distributed import ranks as joined
+
+            ranks = entered.enter_context(joined())
+        code = entered.enter_context(
+            user_code(options.data, model=options.model, forward=options.forward, once=ranks.once)
+        )
+        yield Session(options, code, ranks)
+
+
+@contextmanager
+def copy_of(path: Path, key: str | None = None) -> Iterator[AtomicFile]:
+    """Give a copy of a checkpoint that takes its place when it is committed.
+
+    Its bytes are checked against the checksums that it carries.
+
+    Raises:
+        SwaAvgError: It is not there, is no checkpoint, or is damaged.
+    """
+    if not path.exists():
+        raise OutputError(
+            "does not exist",
+            file=path,
+            expected="an average whose BatchNorm is to be recomputed",
+            remedy="Give the checkpoints to average, or name a file with -o",
+        )
+    checkpoint = open_checkpoint(path)
+    try:
+        state = find_state_dict(checkpoint, key)
+        (source,) = checkpoint.files
+        ledger = Ledger()
+        for name, ref in state.tensors.items():
+            ledger.expect(ref.record, name)
+        for record in ledger.records:
+            ledger.check(record)
+        with AtomicFile(path, source.size) as file:
+            place = 0
+            for chunk in source.chunks(0, source.size):
+                file.write(chunk, place)
+                place += len(chunk)
+            source.check_unchanged()
+            yield file
+    finally:
+        checkpoint.close()
+
+
+def _read(state: StateDict) -> OrderedDict[str, Any]:
+    """Read a state_dict, its values and its `_metadata` included."""
+    read: dict[TensorRef, torch.Tensor] = {}
+    made: OrderedDict[str, Any] = OrderedDict()
+    for name in state.order:
+        ref = state.tensors.get(name)
+        if ref is None:
+            made[name] = state.values[name]
+            continue
+        if ref not in read:
+            read[ref] = read_tensor(ref)
+        made[name] = read[ref]
+    if state.metadata is not None:
+        made._metadata = state.metadata  # type: ignore[attr-defined]
+    return made
+
+
+def _replaced(
+    state: StateDict, fit: Fit, buffers: Mapping[str, torch.Tensor]
+) -> dict[Record, bytes]:
+    """Return the records that hold new BatchNorm buffers, with those in place."""
+    contents: dict[Record, bytearray] = {}
+    for key, buffer in buffers.items():
+        name = fit.in_state_dict(key)
+        ref = state.tensors.get(name)
+        if ref is None:  # num_batches_tracked, which files from before torch 0.4.1 lack
+            continue
+        record = ref.record
+        if record not in contents:
+            contents[record] = bytearray(record.file.read(record.offset, record.length))
+        dtype = getattr(torch, ref.dtype.name)
+        new = buffer.detach().to("cpu", dtype)
+        if not torch.isfinite(new).all():
+            raise NotFiniteError(
+                f"has a new statistic that {ref.dtype} cannot hold",
+                tensor=name,
+                remedy="Write a wider --dtype",
+            )
+        flat = torch.frombuffer(contents[record], dtype=dtype)
+        flat.as_strided(ref.shape, ref.stride, ref.offset).copy_(new)
+    return {record: bytes(data) for record, data in contents.items()}
+
+
+def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:
+    """Yield what the user should know about the statistics."""
+    if fit.dropped:
+        yield f"the prefix {fit.dropped} of the file's names was dropped to fit the model"
+    if fit.added:
+        yield f"the prefix {fit.added} was put before the file's names to fit the model"
+    for names, what in (
+        (report.unreached, "reached by no batch; its statistics are as they were"),
+        (report.frozen, "tracks no statistics; left alone"),
+        (report.instance_norms, "InstanceNorm with running statistics; left alone"),
+    ):
+        if names:
+            yield f"{listed(names)}: {what}"
+
+
+def _length(batches: object, most: int | None) -> int | None:
+    """Return how many batches there will be, where that can be known."""
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except Exception:  # whatever a user's __len__ raises, a bar can do without it
+        return most
+    return count if most is None else min(count, most)
