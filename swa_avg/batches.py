@@ -61,6 +61,12 @@ class Ranks(Protocol):
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         """Return the float64 CPU vectors of all ranks, in the order of the ranks."""
 
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give rank 0's values to the same tensors, in place, of all ranks."""
+
+    def once(self, job: Callable[[], object]) -> None:
+        """Run `job` on one rank of each machine, while the others wait for it."""
+
     def check(self) -> None:
         """Raise if another rank has failed."""
 
@@ -80,6 +86,13 @@ class Alone:
     def gather(self, values: Tensor) -> Sequence[Tensor]:
         """Return the values of the only rank."""
         return [values]
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """There is no other rank that needs the values."""
+
+    def once(self, job: Callable[[], object]) -> None:
+        """Run `job`."""
+        job()
 
     def check(self) -> None:
         """There is no other rank that could fail."""

@@ -80,6 +80,19 @@ class ProcessRanks:
         dist.all_gather(all_values, values)
         return all_values
 
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give rank 0's values to the same tensors, in place, of all ranks.
+
+        Raises:
+            SwaAvgError: If another rank fails before it gets here.
+        """
+        self._meet()
+        with torch.no_grad():
+            for tensor in tensors:
+                values = tensor.detach().cpu().contiguous()
+                dist.broadcast(values, src=0)
+                tensor.copy_(values)
+
     def once(self, job: Callable[[], object]) -> None:
         """Run `job` on one rank of each machine, while the others wait for it."""
         if self.local == 0:

@@ -69,14 +69,17 @@ class Averager:
     def __init__(self, capacity: int) -> None:
         self._high = torch.empty(capacity, dtype=torch.float64)
         self._sum = torch.empty(capacity, dtype=torch.float64)
+        self._wide = torch.empty(capacity, dtype=torch.float64)
+        self._half = torch.empty(capacity, dtype=torch.float32)
         self._rounded = rounding_detector(capacity)
+        self._careful = isinstance(self._rounded, AlwaysRounded)
 
     def mean_into(self, inputs: Inputs, count: int, out: torch.Tensor, dtype: DType) -> None:
         """Write the mean of `count` chunks into `out`.
 
         float16, bfloat16, float32 and float8 inputs give the correctly rounded
         mean (to nearest, ties to even); float64 inputs the float64 nearest to it
-        but for ties closer than 2^-50 ulp. The order of the inputs does not matter.
+        but for ties closer than 2^-50 ulp or 2^-1074. The order of the inputs does not matter.
         Elements that are the same in all inputs keep their bits, NaN and
         infinity included.
 
@@ -91,7 +94,7 @@ class Averager:
             NonFiniteError: An element is not finite in some input, or becomes so by rounding.
         """
         size = out.numel()
-        high, low, unsure = self._add_up(inputs(), size)
+        high, low, unsure = self._add_up(inputs, size)
         mean = self._sum[:size]
         torch.div(high, count, out=mean)
         if low is not None:
@@ -106,21 +109,50 @@ class Averager:
             _settle_non_finite(out, mean, inputs, count, dtype)
 
     def _add_up(
+        self, inputs: Inputs, size: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the sum as high + low (None: zero), and where even that is not all.
+
+        Where the plain sum had to round, it is done again with care; the chunk after
+        such a one, which is of the same kind, is done with care at once.
+        """
+        if not self._careful:
+            high = self._add_plainly(inputs(), size)
+            if high is not None:
+                return high, None, None
+        high, low, unsure = self._add_carefully(inputs(), size)
+        self._careful = low is not None
+        return high, low, unsure
+
+    def _add_plainly(self, chunks: Iterable[torch.Tensor], size: int) -> torch.Tensor | None:
+        """Return the sum, or None as soon as an addition has rounded."""
+        high = self._high[:size]
+        for number, chunk in enumerate(chunks):
+            if number == 0:
+                high.copy_(chunk)
+                continue
+            values = self._widened(chunk)
+            self._rounded.clear()
+            high.add_(values)
+            if self._rounded.raised():
+                return None
+        return high
+
+    def _add_carefully(
         self, chunks: Iterable[torch.Tensor], size: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return the sum as high + low (None: zero), and where even that is not all."""
         high, new = self._high[:size], self._sum[:size]
         low: torch.Tensor | None = None
         unsure: torch.Tensor | None = None
         for number, chunk in enumerate(chunks):
-            values = chunk.to(torch.float64) if chunk.dtype.itemsize == 1 else chunk
             if number == 0:
-                high.copy_(values)
+                high.copy_(chunk)
                 continue
+            values = self._widened(chunk)
             self._rounded.clear()
             torch.add(high, values, out=new)
             if self._rounded.raised():
-                error = _lost(high, values.to(torch.float64), new)
+                error = _lost(high, values, new)
                 if low is None:
                     low, unsure = error, torch.zeros(size, dtype=torch.bool)
                 else:
@@ -131,6 +163,13 @@ class Averager:
         if high.data_ptr() != self._high.data_ptr():
             self._high, self._sum = self._sum, self._high
         return high, low, unsure
+
+    def _widened(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Return a chunk in float64: converting first and adding then is fastest."""
+        wide = self._wide[: chunk.numel()]
+        if chunk.dtype is torch.float16:  # torch is slow at float16 to float64 in one step
+            return wide.copy_(self._half[: chunk.numel()].copy_(chunk))
+        return wide.copy_(chunk)
 
 
 def _lost(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -236,15 +275,15 @@ def _settle_non_finite(
     last = columns[-1]
     same = torch.ones(places.numel(), dtype=torch.bool)
     for column in columns:
-        same &= column.dtype == last.dtype and (_bits(column) == _bits(last))
+        if column.dtype == last.dtype:
+            same &= _bits(column) == _bits(last)
+        else:
+            same &= column.to(torch.float64) == last.to(torch.float64)
     if last.dtype == out.dtype:
         _bits(out)[places[same]] = _bits(last)[same]
     else:
-        cast_into(last[same], out_same := out[places[same]], dtype)
-        out[places[same]] = out_same
+        _round_at(places[same], last[same].to(torch.float64), out, dtype)
     rest = places[~same]
-    if not rest.numel():
-        return
     for source, column in enumerate(columns):
         values = column.to(torch.float64)[~same]
         bad = (~torch.isfinite(values)).nonzero().flatten()
@@ -252,10 +291,16 @@ def _settle_non_finite(
             raise NonFiniteError(source, int(rest[bad[0]]), float(values[bad[0]]))
     # Finite in every input: only the sum, or the rounding to a smaller dtype, overflowed.
     _settle_exactly(mean, rest, inputs, count, dtype)
-    rounded = torch.empty(rest.numel(), dtype=out.dtype)
-    round_into(mean[rest], rounded, dtype)
-    out[rest] = rounded
-    _refuse_overflow(mean[rest], rounded, rest)
+    _round_at(rest, mean[rest], out, dtype)
+
+
+def _round_at(places: torch.Tensor, values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
+    """Round `values` into some places of `out`; refuse those that become infinite."""
+    if places.numel():
+        rounded = torch.empty(places.numel(), dtype=out.dtype)
+        round_into(values, rounded, dtype)
+        _refuse_overflow(values, rounded, places)
+        out[places] = rounded
 
 
 def cast_into(values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
@@ -264,9 +309,7 @@ def cast_into(values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
     Raises:
         NonFiniteError: A finite element becomes infinite or NaN.
     """
-    wide = values.to(torch.float64)
-    round_into(wide, out, dtype)
-    _refuse_overflow(wide, out, torch.arange(out.numel()))
+    _round_at(torch.arange(out.numel()), values.to(torch.float64), out, dtype)
 
 
 def _refuse_overflow(wide: torch.Tensor, out: torch.Tensor, places: torch.Tensor) -> None:

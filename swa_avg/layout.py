@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
-from swa_avg.formats.pickles import Dict, Inert, UnreadableTensor
+from swa_avg.formats.pickles import Dict, Inert, UnreadableTensor, described
 from swa_avg.tensors import TensorRef
 
 # Where frameworks put the weights of the model, and where averages of them.
@@ -26,6 +26,8 @@ _STEPS = ("global_step", "global_steps", "step", "iteration", "iter_num", "iter"
 # What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.
 _PREFIXES = ("module.", "_orig_mod.")
 _COUNT = "n_averaged"
+# What a state_dict holds besides tensors is small; nested lists can take for ever to look at.
+_MOST_PLAIN_VALUES = 100_000
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> 
     for name, value in entries.items():
         if not isinstance(name, str):
             raise LayoutError(
-                f"has a key that is no text, {name!r}",
+                f"has a key that is no text, {described(name)}",
                 file=checkpoint.path,
                 expected="names of tensors",
                 remedy="Name the place of the state_dict with --key",
@@ -232,15 +234,21 @@ def _metadata(entries: Mapping[object, object], prefix: str) -> Mapping[str, obj
     }
 
 
-def _is_plain(value: object, depth: int = 8) -> bool:
-    """Tell whether a value can be written again as it is."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return True
-    if depth == 0:
-        return False
-    if isinstance(value, dict):
-        return all(_is_plain(item, depth - 1) for pair in value.items() for item in pair)
-    return isinstance(value, list | tuple) and all(_is_plain(item, depth - 1) for item in value)
+def _is_plain(value: object) -> bool:
+    """Tell whether a value can be written again as it is, and is of reasonable size."""
+    values, left = [value], _MOST_PLAIN_VALUES
+    while values:
+        value = values.pop()
+        left -= 1
+        if left < 0:
+            return False
+        if isinstance(value, dict):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+        elif not (value is None or isinstance(value, bool | int | float | complex | str | bytes)):
+            return False
+    return True
 
 
 def _recorded(tree: object, paths: tuple[str, ...]) -> int | None:

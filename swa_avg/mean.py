@@ -31,7 +31,7 @@ from swa_avg.tensors import DTYPES, DType, Kind, TensorRef, contiguous_stride
 _T = TypeVar("_T")
 Progress = Callable[[int], None]
 
-CHUNK = 64 * 1024  # elements: they and their float64 sums stay in the processor's cache
+CHUNK = 128 * 1024  # elements: they and their float64 sums stay in the processor's cache
 _WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 _BATCH_BYTES = 256 * 1024 * 1024  # of all inputs together: what one task reads
 _PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}

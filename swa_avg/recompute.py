@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from swa_avg.batches import Alone
+from swa_avg.batches import Alone, Ranks
 from swa_avg.batchnorm import (
     Amp,
     BatchNormReport,
@@ -33,9 +33,6 @@ from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.output import AtomicFile
 from swa_avg.tensors import Record, TensorRef
 from swa_avg.userdata import Fit, UserCode, load_weights, user_code
-
-if TYPE_CHECKING:
-    from swa_avg.distributed import ProcessRanks
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Session:
         batches: How many batches there will be, or None where nobody knows.
     """
 
-    def __init__(self, options: Recompute, code: UserCode, ranks: Alone | ProcessRanks) -> None:
+    def __init__(self, options: Recompute, code: UserCode, ranks: Ranks) -> None:
         self._options = options
         self._code = code
         self._ranks = ranks
@@ -115,8 +112,7 @@ class Session:
 
     def _run(self, progress: Callable[[int], None] | None) -> BatchNormReport:
         model, options = self._code.model, self._options
-        if not isinstance(self._ranks, Alone):
-            self._ranks.broadcast(list(model.state_dict(keep_vars=True).values()))
+        self._ranks.broadcast(list(model.state_dict(keep_vars=True).values()))
         return recompute_batchnorm(
             model,
             self._code.batches,
@@ -138,7 +134,7 @@ def session(options: Recompute) -> Iterator[Session]:
         DataError: Something that the options name is not there, or of no use.
     """
     with ExitStack() as entered:
-        ranks: Alone | ProcessRanks = Alone()
+        ranks: Ranks = Alone()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from swa_avg.distributed import ranks as joined
 

@@ -99,14 +99,14 @@ def mean(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         parts = [torch.view_as_real(values) for values in inputs]
         return torch.view_as_complex(mean(parts, PARTS[wanted]))
     same_dtype = all(values.dtype == wanted for values in inputs)
-    columns = zip(*(zip(bits(v), [FORMATS[v.dtype]] * v.numel()) for v in inputs), strict=True)
+    forms = [FORMATS[values.dtype] for values in inputs]
     made = []
-    for column in columns:
-        patterns = {pattern for pattern, _ in column}
+    for column in zip(*map(bits, inputs), strict=True):
+        patterns = set(column)
         if same_dtype and len(patterns) == 1:
             made.append(patterns.pop())
             continue
-        numbers = [form.value(pattern) for pattern, form in column]
+        numbers = [form.value(pattern) for pattern, form in zip(column, forms, strict=True)]
         assert None not in numbers, "NaN and infinity have no mean"
         made.append(FORMATS[wanted].bits(sum(numbers, Fraction(0)) / len(numbers)))
     return from_bits(made, wanted).reshape(inputs[0].shape)

@@ -15,7 +15,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +27,8 @@ from swa_avg.tensors import DTYPES, DType, Record, TensorRef, extent
 # buffers; past this a small file would ask for a huge output.
 _MOST_EXPANDED_BYTES = 1 << 20
 _MOST_KEY_NODES = 1000
+# A pickle has what it holds once or twice copied, by its constructors; no honest one more often.
+_MOST_COPIES = 64
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+def described(value: object) -> str:
+    """Return a few words for anything; what a pickle builds can have an endless repr."""
+    return str(value) if isinstance(value, Global | str | int) else f"a {type(value).__name__}"
+
+
+@dataclass(eq=False, repr=False)
 class Inert:
     """An object whose class is not ours: what the pickle says of it, and no behaviour."""
 
@@ -50,8 +57,8 @@ class Inert:
     entries: dict[Any, Any] = field(default_factory=dict)
     elements: list[Any] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        return f"object of {self.cls}"
+    def __repr__(self) -> str:
+        return f"object of {described(self.cls)}"
 
 
 class Dict(dict[Any, Any]):
@@ -118,6 +125,7 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, data: bytes, records: Callable[[Storage], Record]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
         self.records = records
+        self.copies_left = _MOST_COPIES * len(data)
         self.stack: list[Any]
         self.append: Callable[[Any], None]
         self.read: Callable[[int], bytes]
@@ -131,9 +139,9 @@ class _Unpickler(pickle._Unpickler):
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
             raise FormatError("holds a reference that is no storage")
         _, kind, key, _, numel = pid[:5]
-        if not isinstance(numel, int) or numel < 0:
-            raise FormatError(f"storage {key} has {numel!r} elements")
-        return Storage(str(key), _storage_dtype(kind), numel)
+        if not (isinstance(key, str) and isinstance(numel, int) and numel >= 0):
+            raise FormatError(f"storage {described(key)} has {described(numel)} elements")
+        return Storage(key, _storage_dtype(kind), numel)
 
     def get_extension(self, code: int) -> None:
         raise FormatError("holds a pickle extension code")
@@ -142,7 +150,12 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(args, tuple):
             raise FormatError("holds a call without arguments")
         rebuild = _REBUILD.get(str(function)) if isinstance(function, Global) else None
-        return rebuild(self, *args) if rebuild else Inert(function, args)
+        if rebuild is None:
+            return _unless_tensor(function, args)
+        self.copies_left -= sum(len(arg) for arg in args if isinstance(arg, Sized))
+        if self.copies_left < 0:
+            raise FormatError("holds a few values that it copies without end")
+        return rebuild(self, *args)
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -295,9 +308,16 @@ def _check_geometry(ref: TensorRef, storage: Storage) -> None:
         )
 
 
+def _unless_tensor(function: object, args: tuple[Any, ...]) -> object:
+    """An unknown object does no harm, but a tensor of an unknown kind must not get lost."""
+    if isinstance(function, Global) and str(function).startswith("torch._utils._rebuild_"):
+        return UnreadableTensor(f"tensor of an unknown kind ({function})")
+    return Inert(function, args)
+
+
 def _storage_dtype(kind: object) -> DType | None:
     if not isinstance(kind, Global) or kind.module.split(".")[0] != "torch":
-        raise FormatError(f"holds a storage of {kind}")
+        raise FormatError(f"holds a storage of {described(kind)}")
     if kind.name in ("UntypedStorage", "_UntypedStorage"):
         return None
     if kind.name not in _STORAGE_DTYPES:
@@ -356,7 +376,7 @@ def _rebuild_tensor_v3(
 ) -> object:
     element = DTYPES.get(dtype.name) if isinstance(dtype, Global) else None
     if element is None:
-        return UnreadableTensor(f"tensor of dtype {dtype}")
+        return UnreadableTensor(f"tensor of dtype {described(dtype)}")
     return _unless_lazy(metadata, machine.tensor(storage, offset, shape, stride, element))
 
 
@@ -390,7 +410,8 @@ def _unreadable(what: str) -> Callable[..., UnreadableTensor]:
 
 def _rebuild_bytes(machine: _Unpickler, text: Any = "", encoding: str = "latin1") -> bytes:
     """Bytes as protocols 0 to 2 spell them: text in latin-1."""
-    return str(text).encode("latin1") if encoding in ("latin1", "latin-1") else b""
+    known = isinstance(text, str) and encoding in ("latin1", "latin-1")
+    return text.encode("latin1") if known else b""
 
 
 _NUMPY_FORMATS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "i2": "h"} | {
@@ -499,6 +520,8 @@ class _Pickler(pickle.Pickler):
         return ("storage", torch.UntypedStorage, obj.key, "cpu", obj.nbytes)
 
     def reducer_override(self, obj: object) -> Any:
+        if isinstance(obj, Dict):
+            return OrderedDict, (), None, None, iter(obj.items())
         if not isinstance(obj, OutputTensor):
             return NotImplemented
         import torch
