@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -197,7 +197,8 @@ def planned(
     bn_buffers: str = "last",
     dtype: str = "keep",
     force: bool = False,
-    key: str | None = None,
+    key: str | Sequence[str] = (),
+    ema: bool = False,
 ) -> Iterator[Averaging]:
     """Open checkpoints and plan their average; they are closed at the end of the context.
 
@@ -207,7 +208,9 @@ def planned(
         bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
         dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
         force: Replace an output that exists.
-        key: The dotted path to the state_dict in each checkpoint, where it is not found.
+        key: The dotted path to the state_dict in each checkpoint, where it is not found;
+            or several paths, which make up one model.
+        ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
 
     Raises:
         SwaAvgError: Anything that makes the average impossible.
@@ -222,7 +225,7 @@ def planned(
         for path in expand(given):
             checkpoint = open_checkpoint(path)
             opened.callback(checkpoint.close)
-            states.append(find_state_dict(checkpoint, key))
+            states.append(find_state_dict(checkpoint, key, ema))
         selection = select(states)
         files = [file for state in selection.chosen for file in state.checkpoint.files]
         check_target(target, files, force)
@@ -238,7 +241,8 @@ def average(
     bn_buffers: str = "last",
     dtype: str = "keep",
     force: bool = False,
-    key: str | None = None,
+    key: str | Sequence[str] = (),
+    ema: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
@@ -255,7 +259,9 @@ def average(
         bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
         dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
         force: Replace an output that exists.
-        key: The dotted path to the state_dict in each checkpoint, where it is not found.
+        key: The dotted path to the state_dict in each checkpoint, where it is not found;
+            or several paths, which make up one model.
+        ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
         threads: How many threads work; by default one for each usable core.
         progress: Called with the number of bytes read since the last call.
 
@@ -268,7 +274,13 @@ def average(
     """
     with (
         planned(
-            checkpoints, output, bn_buffers=bn_buffers, dtype=dtype, force=force, key=key
+            checkpoints,
+            output,
+            bn_buffers=bn_buffers,
+            dtype=dtype,
+            force=force,
+            key=key,
+            ema=ema,
         ) as averaging,
         AtomicFile(averaging.output, averaging.layout.size) as file,
     ):

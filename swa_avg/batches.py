@@ -29,7 +29,7 @@ def theirs(error: BaseException) -> str:
 
     Of an exception that a DataLoader worker re-raises with its whole traceback
     as the message, the last line is the one that says something; of any other
-    message of several lines, the first.
+    message of several lines the first, and the second where that is announced.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     kind = type(error).__name__
@@ -37,7 +37,8 @@ def theirs(error: BaseException) -> str:
         return kind
     if "DataLoader worker" in lines[0] and "Traceback" in "".join(lines[:2]):
         return lines[-1]
-    return f"{kind}: {lines[0]}"
+    announced = len(lines) > 1 and lines[0].endswith(":")
+    return f"{kind}: {' '.join(lines[: 2 if announced else 1])}"
 
 
 class Ranks(Protocol):

@@ -149,15 +149,11 @@ def recompute_batchnorm(
     layers = layers_of(model)
     there = chosen_device(device, ranks.local)
     statistics = ESTIMATORS[estimator](layers, there)
-    numbers = (
-        count(ranks.rank, ranks.world)
-        if max_batches is None
-        else iter(range(ranks.rank, max_batches, ranks.world))
-    )
     run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
     seen = []
     with _borrowed(model, there, statistics), statistics.watching():
-        for samples in run(numbered(ranks.share(batches), numbers), statistics):
+        mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
+        for samples in run(mine, statistics):
             seen.append(samples)
             if progress is not None:
                 progress(samples)
@@ -209,6 +205,13 @@ def _check_arguments(estimator: str, amp: str, max_batches: int | None, world: i
             f"the torch estimator is defined for one process only, not for {world}",
             remedy="Use the population estimator, or one process",
         )
+
+
+def _numbers(ranks: Ranks, max_batches: int | None) -> Iterator[int]:
+    """Return the numbers, among those of all ranks, of this rank's batches."""
+    if max_batches is None:
+        return count(ranks.rank, ranks.world)
+    return iter(range(ranks.rank, max_batches, ranks.world))
 
 
 def _bare(model: nn.Module) -> nn.Module:

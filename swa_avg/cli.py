@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from swa_avg.recompute import Recompute
 
 _GROUPS = {
-    "Read": ("--key",),
+    "Read": ("--key", "--ema"),
     "Average": ("--bn-buffers", "--dtype"),
     "Write": ("--output", "--force"),
     "BatchNorm": (
@@ -63,7 +63,8 @@ class _GroupedCommand(click.Command):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.argument("checkpoints", nargs=-1)
-@click.option("--key", metavar="PATH", help="Where the state_dict is in each file (a.b.c).")
+@click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c).")
+@click.option("--ema", is_flag=True, help="Take the EMA or SWA weights that the run kept.")
 @click.option(
     "--bn-buffers",
     type=click.Choice(["last", "first", "mean", "reset"]),
@@ -139,7 +140,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 _BN_DEFAULTS = {"device": "auto", "bn_estimator": "population", "amp": "off"}
 _BN_OPTIONS = ("data", "model", "forward", "device", "bn_estimator", "bn_batches", "amp")
-_AVERAGE_OPTIONS = ("bn_buffers", "dtype", "threads", "dry_run")
+_AVERAGE_OPTIONS = ("ema", "bn_buffers", "dtype", "threads", "dry_run")
 
 
 def _check_usage(ctx: click.Context) -> None:
@@ -156,6 +157,8 @@ def _check_usage(ctx: click.Context) -> None:
     checkpoints, recompute = ctx.params["checkpoints"], ctx.params["recompute_bn"]
     if not checkpoints and not recompute:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
+    if ctx.params["key"] and ctx.params["ema"]:
+        raise click.UsageError("Give --key or --ema, not both.")
     if recompute and not ctx.params["data"]:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if not recompute and given(_BN_OPTIONS):
@@ -170,7 +173,8 @@ class _Run:
 
     checkpoints: tuple[str, ...]
     output: str
-    key: str | None
+    key: tuple[str, ...]
+    ema: bool
     bn_buffers: str
     dtype: str
     force: bool
@@ -199,6 +203,7 @@ class _Run:
             dtype=self.dtype,
             force=self.force or self.dry_run,
             key=self.key,
+            ema=self.ema,
         )
 
     def recompute_options(self) -> Recompute:
@@ -262,7 +267,7 @@ def _recompute(run: _Run) -> None:
             file = entered.enter_context(copy_of(Path(run.output), run.key))
         with _bar(bn.batches, run, unit="batch", desc="recomputing BatchNorm") as bar:
             batchnorm, notes = bn.recompute(
-                file, None if averaging else run.key, bar and partial(_advance, bar)
+                file, () if averaging else run.key, bar and partial(_advance, bar)
             )
         file.commit()
     if run.as_json:

@@ -7,6 +7,7 @@ else runs the model; neither writes anything into the user's buffers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Outcome:
     batches: int
 
 
-class Statistics:
+class Statistics(ABC):
     """What the two estimators have in common: which layers, and where NaN began.
 
     Attributes:
@@ -183,9 +184,9 @@ class Statistics:
         if self._home.type == "cpu":  # elsewhere looking would mean waiting
             self.check_finite()
 
+    @abstractmethod
     def outcomes(self, ranks: Ranks) -> list[Outcome]:
         """Return the new statistics of every layer, those of all ranks merged."""
-        raise NotImplementedError
 
     def check_finite(self) -> None:
         """Raise, if statistics were NaN or infinite after some batch, for the first one."""

@@ -104,8 +104,7 @@ class Averager:
                 unsure = lost if unsure is None else unsure | lost
         if unsure is not None and unsure.any():
             _settle_exactly(mean, unsure.nonzero().flatten(), inputs, count, dtype)
-        round_into(mean, out, dtype)
-        if not math.isfinite(_float(out).sum().item()):
+        if not round_into(mean, out, dtype, self._wide[:size]):
             _settle_non_finite(out, mean, inputs, count, dtype)
 
     def _add_up(
@@ -238,30 +237,40 @@ def _exact_mean(values: tuple[float, ...], count: int, odd: bool) -> float:
     return math.nextafter(nearest, math.inf if missing > 0 else -math.inf)
 
 
-def round_into(values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
+def round_into(
+    values: torch.Tensor, out: torch.Tensor, dtype: DType, scratch: torch.Tensor | None = None
+) -> bool:
     """Round float64 numbers into `out` once: to nearest, ties to even.
 
     torch goes from float64 to the small dtypes through float32, which would
     round twice; here the first of these roundings is to odd, which does no harm.
+
+    Args:
+        values: One-dimensional, not empty.
+        out: As long as `values`, of `dtype`.
+        dtype: The dtype of `out`.
+        scratch: float64 memory to work in, as long as `values`.
+
+    Returns:
+        False if some element of `out` may not be finite.
     """
     if dtype.significand >= 24:
         out.copy_(values)
-        return
+        return math.isfinite(out.sum().item())
     below = (1 << 29) - 1  # the bits that float32 does not have
     bits = values.view(torch.int64)
-    odd = (bits & below).add_(below).bitwise_or_(bits).bitwise_and_(~below)
+    odd = torch.empty_like(bits) if scratch is None else scratch.view(torch.int64)
+    torch.bitwise_and(bits, below, out=odd)
+    odd.add_(below).bitwise_or_(bits).bitwise_and_(~below)
     middle = odd.view(torch.float64).to(torch.float32)
-    if dtype is DTYPES["bfloat16"] and middle.abs().amin() < _SMALLEST_NORMAL:
+    smallest, largest = (bound.item() for bound in torch.aminmax(middle.abs()))
+    if dtype is DTYPES["bfloat16"] and not smallest >= _SMALLEST_NORMAL:
         tiny = middle.abs() < _SMALLEST_NORMAL
         few = values[tiny]
         rounded = (few + _BFLOAT16_SUBNORMAL) - _BFLOAT16_SUBNORMAL
         middle[tiny] = torch.copysign(rounded, few).to(torch.float32)
     out.copy_(middle)
-
-
-def _float(values: torch.Tensor) -> torch.Tensor:
-    """Return values in a dtype that can be summed without overflow."""
-    return values if values.dtype.itemsize >= 4 else values.to(torch.float32)
+    return largest <= torch.finfo(out.dtype).max
 
 
 def _settle_non_finite(

@@ -1,4 +1,4 @@
-"""Where in a checkpoint the state_dict is, and what else the checkpoint records.
+"""Where in a checkpoint the state_dict is, and how its names read without their wrappers.
 
 Training frameworks wrap the state_dict in dicts of their own, and wrappers
 around the model put prefixes on its names. Both are undone here. Nothing here
@@ -7,27 +7,44 @@ reads a tensor or compares checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from swa_avg import recorded
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.pickles import Dict, Inert, UnreadableTensor, described
 from swa_avg.tensors import TensorRef
+from swa_avg.tree import at, dicts_of_tensors, mapping, matching, tensor_count
 
-# Where frameworks put the weights of the model, and where averages of them.
+# Where frameworks put the weights of the model.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "state.model")
+# Where they put averages of them that the run has kept.
 _AVERAGES = (
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "model_avg",
-    "swa_state_dict", "extra_state.ema", "average_model_state",
-)  # fmt: skip
-_EPOCHS = ("epoch", "meta.epoch")
-_STEPS = ("global_step", "global_steps", "step", "iteration", "iter_num", "iter", "meta.iter")
+    "state_dict_ema",  # timm
+    "model_ema",  # timm, torchvision
+    "ema_state_dict",
+    "ema",
+    "model_avg",  # icefall
+    "swa_state_dict",  # timgaripov/swa
+    "extra_state.ema",  # fairseq
+    "callbacks.*.average_model_state",  # Lightning's StochasticWeightAveraging
+)
+# Who puts the average where the weights belong: raw weights, average, and what tells.
+_EXCHANGED = (
+    ("current_model_state", "state_dict", "averaging_state"),  # Lightning's WeightAveraging
+    ("ema_state_dict", "state_dict", "meta.mmengine_version"),
+)
+# What some frameworks take out of the model to save it beside the rest.
+_PARTNERS = {"model": "generator"}  # OpenNMT-py
 # What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.
 _PREFIXES = ("module.", "_orig_mod.")
-_COUNT = "n_averaged"
+# A wrapper's own counter stands beside its `module.`: torch's AveragedModel, mmengine's.
+_COUNTERS = {"ema_state_dict": "steps"}
+_COUNTER = "n_averaged"
 # What a state_dict holds besides tensors is small; nested lists can take for ever to look at.
-_MOST_PLAIN_VALUES = 100_000
+_MOST_PLAIN_VALUES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,7 @@ class StateDict:
 
     Attributes:
         checkpoint: The checkpoint it is in.
-        where: The dotted path to it; empty for the root.
+        where: The dotted path to it, or to its parts; empty for the root.
         prefix: What was stripped from every name.
         tensors: Its tensors by name, in order.
         values: Its other plain values by name; each also stands in `order`.
@@ -45,7 +62,7 @@ class StateDict:
         metadata: The `_metadata` that torch keeps beside it, or None.
         epoch: The epoch that the checkpoint records, or None.
         step: The step that the checkpoint records, or None.
-        averages: Dotted paths of averaged weights that the checkpoint has as well.
+        averages: Dotted paths of averaged weights that the checkpoint has as well, not taken.
     """
 
     checkpoint: Checkpoint
@@ -61,75 +78,112 @@ class StateDict:
     averages: tuple[str, ...]
 
 
-def find_state_dict(checkpoint: Checkpoint, key: str | None = None) -> StateDict:
+def find_state_dict(
+    checkpoint: Checkpoint, keys: Sequence[str] = (), ema: bool = False
+) -> StateDict:
     """Find the state_dict of a checkpoint.
 
     Args:
         checkpoint: An opened checkpoint.
-        key: Its dotted path, where the user gave one.
+        keys: Its dotted path, where the user gave one; or several, which make up one
+            model. Then names bear the last part of the path that they come from
+            (`generator.weight`), but for a path where frameworks put models (`model`).
+        ema: Take the averaged weights that the run has kept.
 
     Raises:
         LayoutError: There is none, there are several, or it holds what cannot be averaged.
     """
-    where, found = _locate(checkpoint, key)
-    _check_entries(checkpoint, found)
-    prefix = _common_prefix(found)
-    entries = {
-        str(name).removeprefix(prefix): value
-        for name, value in found.items()
-        if not ("module." in prefix and name == _COUNT)
-    }
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    weights, averages = _places(checkpoint.tree)
+    taken = keys or (_locate(checkpoint, weights, averages, ema),)
+    entries: dict[str, object] = {}
+    metadata: dict[str, object] = {}
+    prefixes: list[str] = []
+    for place in taken:
+        part = _read_part(checkpoint, place, alone=len(taken) == 1)
+        twice = [name for name in part.entries if name in entries]
+        if twice:
+            raise LayoutError(f"has {listed(twice)} at {place} and before", file=checkpoint.path)
+        entries.update(part.entries)
+        metadata.update(part.metadata or {})
+        prefixes += [part.prefix] if part.prefix else []
     tensors = {name: value for name, value in entries.items() if isinstance(value, TensorRef)}
+    plain = _Plain()
     values = {
-        name: value for name, value in entries.items() if name not in tensors and _is_plain(value)
+        name: value for name, value in entries.items() if name not in tensors and plain(value)
     }
     return StateDict(
         checkpoint=checkpoint,
-        where=where,
-        prefix=prefix,
+        where=" + ".join(taken),
+        prefix=" + ".join(dict.fromkeys(prefixes)),
         tensors=tensors,
         values=values,
         order=tuple(name for name in entries if name in tensors or name in values),
         dropped=tuple(name for name in entries if name not in tensors and name not in values),
-        metadata=_metadata(found, prefix),
-        epoch=_recorded(checkpoint.tree, _EPOCHS),
-        step=_recorded(checkpoint.tree, _STEPS),
-        averages=tuple(
-            path for path in _AVERAGES if path != where and _mapping(_at(checkpoint.tree, path))
-        ),
+        metadata=metadata or None,
+        epoch=recorded.epoch(checkpoint),
+        step=recorded.step(checkpoint),
+        averages=() if ema else tuple(path for path in averages if path not in taken),
     )
 
 
-_Entries = Mapping[object, object]
+def _places(tree: object) -> tuple[list[str], list[str]]:
+    """Return where there are weights of a model, and where averages of them."""
+    weights = [path for path in _WEIGHTS if tensor_count(at(tree, path))]
+    averages = [
+        path
+        for pattern in _AVERAGES
+        for path in matching(tree, pattern)
+        if tensor_count(at(tree, path))
+    ]
+    for raw, average, sign in _EXCHANGED:
+        if at(tree, sign) is not None and average in weights and tensor_count(at(tree, raw)):
+            weights = [raw if path == average else path for path in weights]
+            averages = [average, *(path for path in averages if path != raw)]
+    return weights, averages
 
 
-def _locate(checkpoint: Checkpoint, key: str | None) -> tuple[str, _Entries]:
+def _locate(
+    checkpoint: Checkpoint, weights: Sequence[str], averages: Sequence[str], ema: bool
+) -> str:
+    """Return the one place of the state_dict, or refuse."""
     tree = checkpoint.tree
-    if key is not None:
-        found = _mapping(_at(tree, key))
-        if found is None or not _tensor_count(found):
-            raise _absent(checkpoint, f"has no state_dict at {key!r}")
-        return key, found
-    candidates = [path for path in _WEIGHTS if _tensor_count(_mapping(_at(tree, path)))]
-    if len(candidates) > 1:
+    found = averages if ema else weights
+    if len(found) > 1:
         raise LayoutError(
-            f"has several state_dicts ({', '.join(candidates)})",
+            f"has several state_dicts ({', '.join(found)})",
             file=checkpoint.path,
             expected="one",
-            remedy=f"Name the one to average, as in --key {candidates[0]}",
+            remedy=f"Name the one to average, as in --key {found[0]}",
         )
-    if candidates:
-        return candidates[0], _mapping(_at(tree, candidates[0])) or {}
-    root = _mapping(tree)
-    if root is None or 2 * _tensor_count(root) <= len(root):
-        raise _absent(checkpoint, "has no state_dict where frameworks put it")
-    return "", root
+    if found:
+        partner = _PARTNERS.get(found[0])
+        if partner and tensor_count(at(tree, partner)):
+            raise LayoutError(
+                f"has {partner} beside {found[0]}",
+                file=checkpoint.path,
+                remedy=f"If both make up one model, add --key {found[0]} --key {partner}, "
+                f"else --key {found[0]}",
+            )
+        return found[0]
+    if ema:
+        raise _absent(checkpoint, "has no averaged weights where frameworks put them")
+    root = mapping(tree)
+    if root is not None and 2 * tensor_count(root) > len(root):
+        return ""
+    if averages:
+        raise LayoutError(
+            f"has averaged weights only, at {', '.join(averages)}",
+            file=checkpoint.path,
+            remedy="Take them with --ema",
+        )
+    raise _absent(checkpoint, "has no state_dict where frameworks put it")
 
 
 def _absent(checkpoint: Checkpoint, found: str) -> LayoutError:
     """Say that there is no state_dict, and what might be meant."""
-    near = list(_dicts_of_tensors(checkpoint.tree))
-    objects = [path for path in ("", *_WEIGHTS) if isinstance(_at(checkpoint.tree, path), Inert)]
+    near = list(dicts_of_tensors(checkpoint.tree))
+    objects = [path for path in ("", *_WEIGHTS) if isinstance(at(checkpoint.tree, path), Inert)]
     if near:
         remedy = f"Name its place with --key; tensors are at: {listed(near, 8)}"
     elif objects:
@@ -139,43 +193,31 @@ def _absent(checkpoint: Checkpoint, found: str) -> LayoutError:
     return LayoutError(found, file=checkpoint.path, remedy=remedy)
 
 
-def _dicts_of_tensors(tree: object, path: str = "", depth: int = 4) -> Iterator[str]:
-    """Yield the dotted paths of the dicts that hold tensors themselves."""
-    entries = _mapping(tree)
-    if entries is None or depth == 0:
-        return
-    if path and _tensor_count(entries):
-        yield path
-    for name, value in entries.items():
-        if isinstance(name, str):
-            yield from _dicts_of_tensors(value, f"{path}.{name}" if path else name, depth - 1)
+@dataclass(frozen=True)
+class _Part:
+    """What stands at one place: entries and `_metadata`, with the names of the plain model."""
+
+    prefix: str
+    entries: Mapping[str, object]
+    metadata: Mapping[str, object] | None
 
 
-def _mapping(value: object) -> Mapping[object, object] | None:
-    """Return `value` as a mapping, if it is one, of whatever class it was."""
-    if isinstance(value, Inert) and value.entries:
-        return value.entries
-    return value if isinstance(value, dict) else None
-
-
-def _tensor_count(entries: Mapping[object, object] | None) -> int:
-    tensors = (TensorRef, UnreadableTensor)
-    return sum(isinstance(value, tensors) for value in entries.values()) if entries else 0
-
-
-def _at(tree: object, path: str) -> object:
-    """Return what stands at a dotted path, or None; names may hold dots themselves."""
-    if not path:
-        return tree
-    entries = _mapping(tree)
-    if entries is None:
-        return None
-    parts = path.split(".")
-    for count in range(len(parts), 0, -1):
-        name = ".".join(parts[:count])
-        if name in entries:
-            return _at(entries[name], ".".join(parts[count:]))
-    return None
+def _read_part(checkpoint: Checkpoint, place: str, alone: bool) -> _Part:
+    found = mapping(at(checkpoint.tree, place))
+    if found is None or not tensor_count(found):
+        if place:
+            raise _absent(checkpoint, f"has no state_dict at {place!r}")
+        raise _absent(checkpoint, "has no state_dict")
+    _check_entries(checkpoint, found)
+    names = [str(name) for name in found]
+    prefix = _common_prefix(names, _COUNTERS.get(place, _COUNTER))
+    added = "" if alone or place in _WEIGHTS else place.rpartition(".")[2] + "."
+    entries = {
+        added + name.removeprefix(prefix): value
+        for name, value in zip(names, found.values(), strict=True)
+        if name.startswith(prefix)
+    }
+    return _Part(prefix, entries, _metadata(found, prefix, added))
 
 
 def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> None:
@@ -197,64 +239,54 @@ def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> 
             )
 
 
-def _common_prefix(entries: Mapping[object, object]) -> str:
+def _common_prefix(names: Iterable[str], counter: str) -> str:
     """Return the wrappers' prefixes that every name bears, in their order."""
-    names = [str(name) for name in entries]
+    names = list(names)
     prefix = ""
     while True:
+        # The counter stands beside its wrapper's `module.`, and goes with it.
+        others = [name for name in names if name != prefix + counter]
         for wrapper in _PREFIXES:
-            longer = prefix + wrapper
-            bearing = [name.startswith(longer) for name in names if name != _COUNT]
-            # n_averaged is a wrapper's own counter only beside names under `module.`
-            counted = _COUNT in names and "module." not in longer
-            if any(bearing) and all(bearing) and not counted:
-                prefix = longer
+            bearing = others and all(name.startswith(prefix + wrapper) for name in others)
+            if bearing and (wrapper == "module." or others == names):
+                prefix, names = prefix + wrapper, others
                 break
         else:
             return prefix
 
 
-def _metadata(entries: Mapping[object, object], prefix: str) -> Mapping[str, object] | None:
-    """Return the `_metadata` of a state_dict, its module paths stripped like the names."""
+def _metadata(
+    entries: Mapping[object, object], prefix: str, added: str
+) -> Mapping[str, object] | None:
+    """Return the `_metadata` of a state_dict, its module paths changed like the names."""
     state = entries.state if isinstance(entries, Dict) else None
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
         return None
-    plain = {
-        path: value
+    plain = _Plain()
+    dotted = {
+        f"{path}." if path else "": value
         for path, value in metadata.items()
-        if isinstance(path, str) and _is_plain(value)
+        if isinstance(path, str) and plain(value)
     }
-    if not prefix:
-        return plain
     return {
-        f"{path}.".removeprefix(prefix).removesuffix("."): value
-        for path, value in plain.items()
-        if f"{path}.".startswith(prefix)
+        (added + path.removeprefix(prefix)).removesuffix("."): value
+        for path, value in dotted.items()
+        if path.startswith(prefix)
     }
 
 
-def _is_plain(value: object) -> bool:
-    """Tell whether a value can be written again as it is, and is of reasonable size."""
-    values, left = [value], _MOST_PLAIN_VALUES
-    while values:
-        value = values.pop()
-        left -= 1
-        if left < 0:
-            return False
-        if isinstance(value, dict):
-            values += [*value.keys(), *value.values()]
-        elif isinstance(value, list | tuple):
-            values += value
-        elif not (value is None or isinstance(value, bool | int | float | complex | str | bytes)):
-            return False
-    return True
+class _Plain:
+    """Tells whether values can be written again as they are, and are of reasonable size."""
 
+    def __init__(self) -> None:
+        self.left = _MOST_PLAIN_VALUES
 
-def _recorded(tree: object, paths: tuple[str, ...]) -> int | None:
-    """Return the first whole number that stands at one of `paths`."""
-    for path in paths:
-        value = _at(tree, path)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
-            return int(value)
-    return None
+    def __call__(self, value: object, depth: int = 8) -> bool:
+        if not isinstance(value, dict | list | tuple):
+            return value is None or isinstance(value, bool | int | float | complex | str | bytes)
+        self.left -= 1 + len(value)
+        if self.left < 0 or depth == 0:
+            return False
+        inner = chain(value, value.values()) if isinstance(value, dict) else value
+        return all(self(item, depth - 1) for item in inner)

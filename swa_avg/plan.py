@@ -145,7 +145,9 @@ def make_plan(states: Sequence[StateDict], rules: Rules) -> Plan:
     if disagreements:
         raise MismatchError(disagreements)
     planned = {name: _treat(name, states, rules) for name in last.tensors}
-    made, untied = families(states, rules.strides)
+    made, untied = families(
+        states, {name: tensor.treatment for name, tensor in planned.items()}, rules.strides
+    )
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
     for family in made:
@@ -275,6 +277,7 @@ def _notes(states: Sequence[StateDict]) -> Iterator[str]:
             yield f"{state.checkpoint.path}: {note}"
     last = states[-1]
     if last.averages:
-        yield f"{last.checkpoint.path}: has averages too, at {listed(last.averages)}; not used"
+        where = listed(last.averages)
+        yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"
     if last.dropped:
         yield f"{listed(last.dropped)}: no tensor and no plain value; left out"

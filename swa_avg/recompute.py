@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,14 +78,14 @@ class Session:
     def recompute(
         self,
         file: AtomicFile,
-        key: str | None = None,
+        key: Sequence[str] = (),
         progress: Callable[[int], None] | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
 
         Args:
             file: A whole checkpoint.
-            key: The dotted path to its state_dict, where it is not found.
+            key: The dotted path to its state_dict, or the paths, where it is not found.
             progress: Called after each batch with its number of samples.
 
         Returns:
@@ -146,7 +146,7 @@ def session(options: Recompute) -> Iterator[Session]:
 
 
 @contextmanager
-def copy_of(path: Path, key: str | None = None) -> Iterator[AtomicFile]:
+def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile]:
     """Give a copy of a checkpoint that takes its place when it is committed.
 
     Its bytes are checked against the checksums that it carries.

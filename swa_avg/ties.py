@@ -27,11 +27,14 @@ class Family:
     names: tuple[str, ...]
 
 
-def families(states: Sequence[StateDict], views: bool) -> tuple[list[Family], list[str]]:
+def families(
+    states: Sequence[StateDict], treatments: Mapping[str, object], views: bool
+) -> tuple[list[Family], list[str]]:
     """Sort the names of the last state_dict into families.
 
     Args:
         states: The checkpoints, all with the same names.
+        treatments: What happens to each; names with different ones cannot stay tied.
         views: Whether the output can hold views; else only equal views stay tied.
 
     Returns:
@@ -40,7 +43,7 @@ def families(states: Sequence[StateDict], views: bool) -> tuple[list[Family], li
     tensors = states[-1].tensors
     made: list[Family] = []
     untied: list[str] = []
-    for names in _overlapping(tensors.items()):
+    for names in _overlapping(tensors.items(), treatments):
         family = _family(names, tensors) if views else None
         for part in [family] if family else _equal(names, tensors):
             if all(_alike(part, state, states[-1]) for state in states[:-1]):
@@ -52,12 +55,14 @@ def families(states: Sequence[StateDict], views: bool) -> tuple[list[Family], li
     return sorted(made, key=lambda family: place[family.names[0]]), untied
 
 
-def _overlapping(tensors: Iterable[tuple[str, TensorRef]]) -> Iterator[list[str]]:
+def _overlapping(
+    tensors: Iterable[tuple[str, TensorRef]], treatments: Mapping[str, object]
+) -> Iterator[list[str]]:
     """Yield names whose tensors share elements, directly or through each other."""
     by_storage: dict[object, list[tuple[int, int, int, str]]] = {}
     for number, (name, ref) in enumerate(tensors):
         # Empty tensors have no elements to share; they are told apart by their number.
-        key = (ref.record, ref.dtype.name) if ref.numel else number
+        key = (ref.record, ref.dtype.name, treatments[name]) if ref.numel else number
         span = (ref.offset, ref.offset + ref.extent, number, name)
         by_storage.setdefault(key, []).append(span)
     for spans in by_storage.values():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Dataset
 
 from swa_avg.batchnorm import recompute_batchnorm, recomputed_buffers
 from swa_avg.errors import DataError, SwaAvgError
@@ -170,6 +171,11 @@ def test_everything_else_is_in_eval_mode() -> None:
     recompute_batchnorm(model.train(), data(5, 7))
     recompute_batchnorm(without.train(), data(5, 7))
     assert torch.equal(model[5].running_var, without[5].running_var)
+
+
+def test_batches_of_ever_new_shapes_are_weighted_right() -> None:
+    """A hundred sizes, each once: more than are remembered."""
+    assert_population(nn.Sequential(nn.BatchNorm2d(3)), data(*range(2, 102)), 1e-6)
 
 
 def test_every_call_of_a_layer_counts() -> None:
@@ -444,6 +450,16 @@ def forward_failing(error: BaseException) -> Callable[[nn.Module, Tensor], None]
     return forward
 
 
+class Broken(Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 8:
+            raise OSError("no sample 8")
+        return torch.full((3, 5, 5), float(index))
+
+
 NAN = torch.full((2, 3, 5, 5), torch.nan)
 FAILURES = {
     "the loader raises": (lambda: failing(BoomError("a\nb")), None, DataError, 2, "BoomError: a"),
@@ -477,6 +493,27 @@ FAILURES = {
         "StopIteration",
     ),
     "the model raises": (lambda: [torch.zeros(4, 9, 5, 5)], None, DataError, 0, "RuntimeError"),
+    "channels elsewhere": (
+        lambda: [torch.zeros(4, 3, 5, 5)],
+        lambda model, batch: model[1](batch),
+        DataError,
+        0,
+        "1 got an input of shape (4, 3, 5, 5), expected 6 channels in dimension 1",
+    ),
+    "a worker of the loader raises": (
+        lambda: DataLoader(Broken(), batch_size=4, num_workers=1),
+        None,
+        DataError,
+        2,
+        "batch 2: OSError: no sample 8.",
+    ),
+    "an exception without a word": (
+        lambda: failing(BoomError()),
+        None,
+        DataError,
+        2,
+        "batch 2: BoomError.",
+    ),
     "an empty tuple": (lambda: [()], None, DataError, 0, "IndexError: tuple index out of range"),
     "no batch": (list, None, DataError, None, "no batches"),
     "NaN": (lambda: [*data(5), NAN, *data(7)], None, DataError, 1, "1 got values that are NaN"),

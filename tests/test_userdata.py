@@ -313,6 +313,11 @@ def test_the_versions_of_layers_go_along() -> None:
             "1 tensors of the checkpoint have not the model's shape"
             " (conv.weight (5, 3, 1, 1) for (4, 3, 1, 1))",
         ),
+        (
+            lambda s: s.update({"conv.bias": "text"}),
+            "loading the weights into the model: RuntimeError: Error(s) in loading state_dict for"
+            ' Sequential: While copying the parameter named "conv.bias"',
+        ),
     ],
 )
 def test_keys_that_do_not_fit_are_named(spoil: Callable, says: str) -> None:

@@ -22,6 +22,7 @@ class Checkpoint:
         files: The files it is made of, open.
         metadata: Text that a safetensors file carries about itself.
         notes: What a user should know about the file itself.
+        beside: What stands in files beside the tensors (`trainer_state.json`), if anything.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Checkpoint:
     files: tuple[InputFile, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    beside: object = None
 
     def close(self) -> None:
         """Close its files."""

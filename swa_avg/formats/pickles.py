@@ -44,7 +44,7 @@ class Global:
 
 def described(value: object) -> str:
     """Return a few words for anything; what a pickle builds can have an endless repr."""
-    return str(value) if isinstance(value, Global | str | int) else f"a {type(value).__name__}"
+    return str(value) if isinstance(value, Global | str | int) else f"<{type(value).__name__}>"
 
 
 @dataclass(eq=False, repr=False)
@@ -277,10 +277,10 @@ def _checked_key(key: Any) -> Any:
     nodes, left = [key], _MOST_KEY_NODES
     while nodes:
         node = nodes.pop()
-        left -= 1
-        if left < 0:
-            raise FormatError("holds a dictionary key of unreasonable size")
         if isinstance(node, tuple | frozenset):
+            left -= 1 + len(node)
+            if left < 0:
+                raise FormatError("holds a dictionary key of unreasonable size")
             nodes.extend(node)
     return key
 

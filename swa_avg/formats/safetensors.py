@@ -54,8 +54,9 @@ def read(file: InputFile) -> Checkpoint:
             remedy="The file is damaged or no checkpoint",
         ) from error
     # Tied names that safetensors' own save_model left out: alias → the name kept.
+    # A file of format "pt" may well hold a tensor called pt.
     for alias, kept in metadata.items():
-        if alias not in tree and kept in header:
+        if alias != "format" and alias not in tree and kept in header:
             tree[alias] = tree[kept]
     return Checkpoint(file.path, "safetensors", tree, (file,), metadata=metadata)
 

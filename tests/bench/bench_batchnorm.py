@@ -3,7 +3,7 @@
     python tests/bench/bench_batchnorm.py
 
 With CUDA: a network of the size of ResNet-50, 20 batches of 128 images of 224x224
-from pinned memory. Without: a quarter of its width, 10 batches of 16 images of
+from pinned memory. Without: a quarter of its width, 40 batches of 16 images of
 96x96. Prints the best of several passes, each over all batches, as a table.
 What is compared alternates from pass to pass, so that a machine that gets slower
 or warmer does so for all of it.
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import update_bn
 from swa_avg.batchnorm import recompute_batchnorm
 
 CUDA = torch.cuda.is_available()
-WIDTH, BATCHES, BATCH, SIDE, PASSES = (64, 20, 128, 224, 5) if CUDA else (16, 10, 16, 96, 10)
+WIDTH, BATCHES, BATCH, SIDE, PASSES = (64, 20, 128, 224, 5) if CUDA else (16, 40, 16, 96, 3)
 DEVICE = "cuda" if CUDA else "cpu"
 
 
