@@ -45,7 +45,8 @@ def _first(checkpoint: Checkpoint, paths: tuple[str, ...]) -> int | None:
     for tree in (checkpoint.beside, checkpoint.tree):
         for path in paths:
             value = at(tree, path)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and value == value // 1:  # type: ignore[operator]
-                return int(value)  # type: ignore[call-overload, no-any-return]
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if value == value // 1:
+                return int(value)
     return None
