@@ -13,7 +13,7 @@ from swa_avg.errors import FormatError
 from swa_avg.formats.pickles import Inert
 
 # Modules that hold each other can make a small file name endlessly many paths.
-_MOST_MODULES = 1_000_000
+_MOST_MODULES = 100_000
 
 
 def state_dict_of(value: Inert) -> dict[object, object] | None:

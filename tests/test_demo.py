@@ -7,7 +7,6 @@ what it printed and what it left behind.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -38,8 +37,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         [sys.executable, "-m", "swa_avg.demo", str(folder)],
         capture_output=True,
         text=True,
-        # Two threads that share a busy core wait for each other: 65 s, not 6.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

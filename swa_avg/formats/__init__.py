@@ -11,7 +11,7 @@ from pathlib import Path
 
 from swa_avg.errors import FileError, FormatError
 from swa_avg.files import InputFile
-from swa_avg.formats import safetensors, torch_zip
+from swa_avg.formats import safetensors, torch_legacy, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
 from swa_avg.tensors import Record
 
@@ -33,7 +33,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint; its tensors stay on disk, and nothing in it runs.
 
     Args:
-        path: A torch zip (`.pt`, `.pth`, `.ckpt`, `.bin`) or a safetensors file.
+        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`) or a safetensors file.
 
     Returns:
         The checkpoint, its file open: close it when done.
@@ -59,13 +59,15 @@ def _read(file: InputFile) -> Checkpoint:
     start = file.read(0, min(512, file.size))
     if start.startswith(torch_zip.MAGIC):
         return torch_zip.read(file)
+    if torch_legacy.is_legacy(start):
+        return torch_legacy.read(file)
     if start[8:9] == b"{":
         return safetensors.read(file)
     looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
     if looks is None and start[257:262] == b"ustar":
-        looks = "a tar archive"
+        looks = "a tar archive, as torch wrote them before 0.1.10"
     if looks is None and start[:1] == b"\x80":
-        looks = "a bare pickle or a torch file from before 1.6"
+        looks = "a bare pickle"
     if looks is None and start.isascii():
         looks = "text"
     raise FormatError(

@@ -17,7 +17,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from swa_avg.errors import FormatError
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
@@ -82,11 +82,13 @@ class Storage:
         key: Its name in the file.
         dtype: Its element type; None for an untyped one.
         numel: Its elements; for an untyped one its bytes.
+        start: The element at which it begins to count, if it is a part of that storage.
     """
 
     key: str
     dtype: DType | None
     numel: int
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -94,11 +96,24 @@ class Storage:
         return self.numel * (self.dtype.itemsize if self.dtype else 1)
 
 
-def load(data: bytes, records: Callable[[Storage], Record]) -> object:
+class Stream(Protocol):
+    """Bytes that are read one after the other."""
+
+    def read(self, count: int, /) -> bytes:
+        """Return the next `count` bytes."""
+
+    def readline(self) -> bytes:
+        """Return the bytes up to the next newline, which is included."""
+
+    def tell(self) -> int:
+        """Return how many bytes have been read."""
+
+
+def load(data: bytes | Stream, records: Callable[[Storage], Record]) -> object:
     """Read a pickle, running nothing.
 
     Args:
-        data: The pickle, protocol 0 to 5.
+        data: The pickle, protocol 0 to 5; of a stream it is what comes next.
         records: Gives a storage's place in the file; raises `FormatError` if it has none.
 
     Returns:
@@ -108,7 +123,7 @@ def load(data: bytes, records: Callable[[Storage], Record]) -> object:
         FormatError: Anything about the pickle that is not sound.
     """
     try:
-        return _Unpickler(data, records).load()
+        return _Unpickler(io.BytesIO(data) if isinstance(data, bytes) else data, records).load()
     except FormatError:
         raise
     except (Exception, RecursionError) as error:
@@ -122,10 +137,11 @@ def load(data: bytes, records: Callable[[Storage], Record]) -> object:
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, data: bytes, records: Callable[[Storage], Record]) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
+    def __init__(self, stream: Stream, records: Callable[[Storage], Record]) -> None:
+        super().__init__(stream, encoding="utf-8", errors="surrogateescape")
+        self.stream = stream
         self.records = records
-        self.copies_left = _MOST_COPIES * len(data)
+        self.copied = 0
         self.stack: list[Any]
         self.append: Callable[[Any], None]
         self.read: Callable[[int], bytes]
@@ -135,13 +151,23 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return Global(module, name)
 
-    def persistent_load(self, pid: Any) -> Storage:
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"):
+    def persistent_load(self, pid: Any) -> object:
+        if isinstance(pid, str):
+            raise FormatError(
+                "was saved with pickle protocol 0, in which torch cannot refer to storages",
+                remedy="Save it again with torch.save as it is by default",
+            )
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # of a module that is saved whole torch once kept the source, too
+        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
             raise FormatError("holds a reference that is no storage")
-        _, kind, key, _, numel = pid[:5]
+        _, kind, key, _, numel, *view = pid
         if not (isinstance(key, str) and isinstance(numel, int) and numel >= 0):
             raise FormatError(f"storage {described(key)} has {described(numel)} elements")
-        return Storage(key, _storage_dtype(kind), numel)
+        start = _view_start(view[0], numel) if view and view[0] is not None else 0
+        storage = Storage(key, _storage_dtype(kind), numel, start)
+        self.records(storage)  # each must be there, even if no tensor looks at it
+        return storage
 
     def get_extension(self, code: int) -> None:
         raise FormatError("holds a pickle extension code")
@@ -152,8 +178,8 @@ class _Unpickler(pickle._Unpickler):
         rebuild = _REBUILD.get(str(function)) if isinstance(function, Global) else None
         if rebuild is None:
             return _unless_tensor(function, args)
-        self.copies_left -= sum(len(arg) for arg in args if isinstance(arg, Sized))
-        if self.copies_left < 0:
+        self.copied += sum(len(arg) for arg in args if isinstance(arg, Sized))
+        if self.copied > _MOST_COPIES * self.stream.tell():
             raise FormatError("holds a few values that it copies without end")
         return rebuild(self, *args)
 
@@ -248,6 +274,8 @@ class _Unpickler(pickle._Unpickler):
         dtype = dtype or storage.dtype
         if dtype is None:
             return UnreadableTensor("tensor of an unknown dtype")
+        if type(offset) is int:
+            offset += storage.start
         ref = TensorRef(dtype, tuple(shape), tuple(stride), self.records(storage), offset)
         _check_geometry(ref, storage)
         return ref
@@ -313,6 +341,15 @@ def _unless_tensor(function: object, args: tuple[Any, ...]) -> object:
     if isinstance(function, Global) and str(function).startswith("torch._utils._rebuild_"):
         return UnreadableTensor(f"tensor of an unknown kind ({function})")
     return Inert(function, args)
+
+
+def _view_start(view: object, numel: int) -> int:
+    """Return where a storage that is part of another begins in it, in elements."""
+    if isinstance(view, tuple) and len(view) == 3:
+        _, start, size = view
+        if type(start) is type(size) is int and 0 <= start <= start + size <= numel:
+            return start
+    raise FormatError("holds a storage that is an impossible part of another")
 
 
 def _storage_dtype(kind: object) -> DType | None:
@@ -441,6 +478,18 @@ def _rebuild_tuple(machine: _Unpickler, values: Iterable[Any] = ()) -> tuple[Any
     return tuple(values)
 
 
+def _reconstruct(machine: _Unpickler, cls: object, base: object, state: Any = None) -> object:
+    """An object as protocols 0 and 1 spell it: its class, a builtin base and that one's value."""
+    made = Inert(cls)
+    if str(base) in ("builtins.dict", "__builtin__.dict") and isinstance(state, dict):
+        made.entries = state
+    elif str(base) in ("builtins.list", "__builtin__.list") and isinstance(state, list):
+        made.elements = state
+    elif state is not None:
+        made.args = (state,)
+    return made
+
+
 def _values(container: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
     def rebuild(machine: _Unpickler, values: Iterable[Any] = ()) -> Any:
         return container(_checked_key(value) for value in values)
@@ -476,6 +525,8 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _rebuild_ordered,
     "collections.defaultdict": lambda machine, *factory: Dict(),
     "_codecs.encode": _rebuild_bytes,
+    "copyreg._reconstructor": _reconstruct,
+    "copy_reg._reconstructor": _reconstruct,
     "numpy.core.multiarray.scalar": _rebuild_numpy_scalar,
     "numpy._core.multiarray.scalar": _rebuild_numpy_scalar,
     **{f"builtins.{name}": rebuild for name, rebuild in _BUILTINS.items()},

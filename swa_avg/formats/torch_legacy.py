@@ -1,0 +1,148 @@
+"""What `torch.save` wrote before torch 1.6, and still writes when asked to.
+
+Pickles that follow each other - a magic number, a version, the machine, the
+object, the keys of its storages - and then the storages, each with its count of
+elements before it. Where a storage lies is known only when all before it is, so
+the object is unpickled twice: for the sizes of its storages, then for itself.
+The format carries no checksums.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from swa_avg.errors import FormatError
+from swa_avg.files import InputFile
+from swa_avg.formats import pickles
+from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.tensors import Record
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_COUNT = struct.Struct("<q")
+_WINDOW = 1 << 16
+_MOST_AT_ONCE = 1 << 28  # of a pickle: one string or one line
+_MOST_PICKLED = 1 << 30
+
+
+def is_legacy(start: bytes) -> bool:
+    """Tell whether a file that begins so is one: by its magic number, in any protocol."""
+    binary = _MAGIC.to_bytes(10, "little")
+    return binary in start[:32] or start.startswith(b"L%d" % _MAGIC)
+
+
+def read(file: InputFile) -> Checkpoint:
+    """Read the pickles of a legacy torch file, and where its storages lie.
+
+    Raises:
+        FormatError: The file is not sound.
+    """
+    try:
+        tree, end = _read(file)
+    except FormatError as error:
+        error.file = error.file or str(file.path)
+        raise
+    more = file.size - end
+    notes = ["is of torch's format before 1.6, without checksums: damage to it cannot be found"]
+    if more:
+        notes.append(f"{more} bytes follow the checkpoint; not read")
+    return Checkpoint(file.path, "torch before 1.6", tree, (file,), notes=tuple(notes))
+
+
+def _read(file: InputFile) -> tuple[object, int]:
+    """Return what was saved, and where the last storage ends."""
+    stream = _Stream(file)
+    if pickles.load(stream, _none) != _MAGIC:
+        raise FormatError("has another magic number than torch's")
+    version = pickles.load(stream, _none)
+    if version != _VERSION:
+        raise FormatError(f"has version {pickles.described(version)}", expected=f"{_VERSION}")
+    system = pickles.load(stream, _none)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise FormatError("was not written by a little-endian machine")
+    wanted: dict[str, pickles.Storage] = {}
+
+    def note(storage: pickles.Storage) -> Record:
+        first = wanted.setdefault(storage.key, storage)
+        return Record(file, 0, first.nbytes)
+
+    start = stream.tell()
+    pickles.load(stream, note)
+    end = stream.tell()
+    keys = pickles.load(stream, _none)
+    records, last = _storages(file, stream.tell(), keys, wanted)
+
+    def place(storage: pickles.Storage) -> Record:
+        if storage.key not in records:
+            raise FormatError(f"has no storage {storage.key}", remedy="The file is damaged")
+        return records[storage.key]
+
+    return pickles.load(file.read(start, end - start), place), last
+
+
+def _none(storage: pickles.Storage) -> Record:
+    raise FormatError("refers to a storage where none belongs")
+
+
+def _storages(
+    file: InputFile, place: int, keys: object, wanted: dict[str, pickles.Storage]
+) -> tuple[dict[str, Record], int]:
+    """Return where each storage lies, and where the last one ends."""
+    records: dict[str, Record] = {}
+    for key in keys if isinstance(keys, list) else [keys]:
+        storage = wanted.get(key) if isinstance(key, str) else None
+        if storage is None or storage.key in records:
+            raise FormatError(f"lists storage {pickles.described(key)}, which is not in its pickle")
+        (count,) = _COUNT.unpack(file.read(place, _COUNT.size))
+        if count != storage.numel:
+            raise FormatError(
+                f"storage {key} has {count} elements",
+                expected=f"{storage.numel}",
+                remedy="The file is damaged",
+            )
+        place += _COUNT.size
+        if storage.nbytes > file.size - place:
+            raise FormatError(
+                f"ends at byte {file.size}, within storage {key}",
+                expected=f"{storage.nbytes} bytes at {place}",
+                remedy="The file is cut short or damaged",
+            )
+        records[storage.key] = Record(file, place, storage.nbytes)
+        place += storage.nbytes
+    return records, place
+
+
+class _Stream:
+    """The pickles at the start of a file, read ahead window by window."""
+
+    def __init__(self, file: InputFile) -> None:
+        self._file = file
+        self._place = 0
+        self._window = b""
+        self._start = 0
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, count: int) -> bytes:
+        self._look_ahead(count)
+        at = self._place - self._start
+        data = self._window[at : at + count]
+        self._place += len(data)
+        return data
+
+    def readline(self) -> bytes:
+        for most in (1, _WINDOW, _MOST_AT_ONCE):
+            self._look_ahead(most)
+            end = self._window.find(b"\n", self._place - self._start)
+            if end >= 0:
+                return self.read(end + 1 - (self._place - self._start))
+        raise FormatError("holds a pickle of unreasonable size")
+
+    def _look_ahead(self, count: int) -> None:
+        """Have the next `count` bytes in the window, as far as the file has them."""
+        if count > _MOST_AT_ONCE or self._place > _MOST_PICKLED:
+            raise FormatError("holds a pickle of unreasonable size")
+        if self._start + len(self._window) - self._place < count:
+            length = min(max(count, _WINDOW), self._file.size - self._place)
+            self._window, self._start = self._file.read(self._place, length), self._place

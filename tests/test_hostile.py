@@ -1,0 +1,608 @@
+"""Files that mean harm, or came to some: nothing in them runs, and no wrong number comes out."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import enum
+import io
+import pickle
+import random
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import swa_avg
+from swa_avg.errors import FormatError, LayoutError, SwaAvgError
+from swa_avg.formats import open_checkpoint, pickles
+
+
+def averaged(path: Path) -> dict[str, Any]:
+    out = path.with_suffix(".out.pt")
+    swa_avg.average([path], out, force=True)
+    found: dict[str, Any] = torch.load(out, weights_only=True)
+    return found
+
+
+def refused(path: Path, match: str = "", error: type[SwaAvgError] = FormatError) -> None:
+    """Refused in one line that names the file, and nothing is written."""
+    out = path.with_suffix(".out.pt")
+    with pytest.raises(error, match=match) as caught:
+        swa_avg.average([path], out)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def pack(path: Path, pickled: bytes, **records: bytes) -> Path:
+    """Write a torch zip with a pickle of our own and storages `d0`, `d1`, ..."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        for name, data in records.items():
+            archive.writestr(f"archive/data/{name[1:]}", data)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+# Code in a pickle.
+
+
+class Payload:
+    """Pickles into a call."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def payloads(marker: Path) -> dict[str, Payload]:
+    import os
+
+    touch = f"open({str(marker)!r}, 'w').close()"
+    nested = pickle.dumps(Payload(os.system, f"touch {marker}"))
+    return {
+        "os.system": Payload(os.system, f"touch {marker}"),
+        "eval": Payload(eval, touch),
+        "exec": Payload(exec, touch),
+        "import": Payload(__import__, "antigravity"),
+        "Popen": Payload(subprocess.Popen, ["touch", str(marker)]),
+        "open": Payload(open, str(marker), "w"),
+        "pickle.loads": Payload(pickle.loads, nested),
+        "torch.load": Payload(torch.load, io.BytesIO(nested)),
+        "getattr": Payload(getattr, Payload(__import__, "os"), "system"),
+        "Path.touch": Payload(Path.touch, marker),
+        "map": Payload(list, Payload(map, os.system, [f"touch {marker}"])),
+    }
+
+
+@pytest.mark.parametrize("name", payloads(Path("x")))
+@pytest.mark.parametrize("protocol", range(1, 6))
+def test_payload_does_not_run(tmp_path: Path, name: str, protocol: int) -> None:
+    """Nothing that a pickle names is called; sound tensors beside it are averaged."""
+    marker, path = tmp_path / "marker", tmp_path / "in.pt"
+    weights = {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    before = set(sys.modules)
+    content = {"state_dict": weights, "args": payloads(marker)[name]}
+    torch.save(content, path, pickle_protocol=protocol)
+    found = averaged(path)
+    assert all(oracle.same_bits(found[key], weights[key]) for key in weights)
+    assert not marker.exists()
+    assert "antigravity" not in set(sys.modules) - before
+
+
+@pytest.mark.parametrize("name", payloads(Path("x")))
+def test_payload_among_the_weights_does_not_run(tmp_path: Path, name: str) -> None:
+    """Inside the state_dict it is left out, and that is said; as the whole file it is refused."""
+    marker, path = tmp_path / "marker", tmp_path / "in.pt"
+    weights = {"a": torch.randn(3), "b": torch.randn(2, 2)}
+    torch.save({**weights, "x": payloads(marker)[name]}, path)
+    report = swa_avg.average([path], tmp_path / "out.pt")
+    assert any(note.startswith("x: ") for note in report.notes)
+    assert set(torch.load(tmp_path / "out.pt", weights_only=True)) == set(weights)
+    torch.save(payloads(marker)[name], path)
+    refused(path, error=LayoutError)
+    assert not marker.exists()
+
+
+OPCODES = {
+    "protocol 0 GLOBAL and REDUCE": b"cos\nsystem\n(S'touch {}'\ntR.",
+    "INST": b"(S'touch {}'\nios\nsystem\n.",
+    "OBJ": b"(cos\nsystem\nS'touch {}'\no.",
+    "NEWOBJ": b"\x80\x02cos\nsystem\nS'touch {}'\n\x85\x81.",
+    "NEWOBJ_EX": b"\x80\x04cos\nsystem\nS'touch {}'\n\x85}\x92.",
+    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93S'touch {}'\n\x85R.",
+    "BUILD": b"\x80\x02cbuiltins\nobject\n)\x81}S'__setstate__'\ncos\nsystem\nsbS'touch {}'\nb.",
+    "nested name": b"\x80\x04\x8c\x08builtins\x8c\x0b__dict__.eval\x93S'1'\n\x85R.",
+    "extension": b"\x80\x02\x82\x01.",
+    "string reference": b"Pos.system\n.",
+}
+
+
+@pytest.mark.parametrize("name", OPCODES)
+def test_every_opcode_that_could_call_does_not(tmp_path: Path, name: str) -> None:
+    """Each way in which a pickle can have something called."""
+    marker = tmp_path / "marker"
+    pickled = OPCODES[name].replace(b"{}", str(marker).encode())
+    refused(pack(tmp_path / "in.pt", pickled), error=SwaAvgError)
+    assert not marker.exists()
+
+
+def test_environment_cannot_turn_safety_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's switch for unsafe loading is none of ours."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    marker, path = tmp_path / "marker", tmp_path / "in.pt"
+    torch.save({"model": {"a": torch.ones(2)}, "x": payloads(marker)["os.system"]}, path)
+    assert averaged(path)["a"].tolist() == [1, 1]
+    assert not marker.exists()
+
+
+# Classes that are not ours.
+
+
+class Color(enum.Enum):
+    """An enum of this module."""
+
+    RED = 1
+
+
+def vanished() -> object:
+    """An object whose module is gone when it is read."""
+    module = types.ModuleType("no_longer_there")
+    exec("class Config(dict):\n  pass\nclass Plain:\n  pass", module.__dict__)
+    sys.modules["no_longer_there"] = module
+    made = module.Config(a=1)
+    made.inner = module.Plain()
+    made.inner.values = [1, {2: module.Plain()}]
+    return made
+
+
+@pytest.mark.parametrize("protocol", range(1, 6))
+def test_unknown_classes_do_not_stop_a_read(tmp_path: Path, protocol: int) -> None:
+    """What makes people turn safety off elsewhere is merely inert here."""
+    import numpy as np
+
+    path = tmp_path / "in.pt"
+    content = {
+        "args": argparse.Namespace(lr=0.1, path=Path("x")),
+        "best": np.float64(0.5),
+        "array": np.arange(3),
+        "path": Path("/x"),
+        "color": Color.RED,
+        "when": datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc),
+        "delta": datetime.timedelta(1),
+        "set": {1, 2},
+        "frozen": frozenset({3}),
+        "range": range(3),
+        "slice": slice(1),
+        "complex": 1j,
+        "bytearray": bytearray(b"x"),
+        "gone": vanished(),
+        "exception": ValueError("x"),
+        "rng": torch.get_rng_state(),
+        "generator": torch.Size([1]),
+        "dtype": torch.float16,
+        "device": torch.device("cuda:3"),
+        "function": OrderedDict.fromkeys,
+        "epoch": np.int64(7),
+        "state_dict": {"a": torch.arange(3.0), "b": torch.ones(1)},
+    }
+    torch.save(content, path, pickle_protocol=protocol)
+    del sys.modules["no_longer_there"]
+    assert averaged(path)["a"].tolist() == [0, 1, 2]
+    report = swa_avg.average([path], tmp_path / "again.pt")
+    assert report.inputs[0].epoch == 7
+    assert "no_longer_there" not in sys.modules
+
+
+# Geometry that lies.
+
+
+def tensor_pickle(
+    storage: tuple[object, ...], offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> bytes:
+    """A pickle of {"a": tensor, "b": tensor} as torch writes them, from any numbers."""
+
+    class Storage:
+        pass
+
+    class Reference:
+        def __reduce__(self) -> tuple[object, ...]:
+            args = (Storage(), offset, shape, stride, False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, args
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: object) -> object:
+            return storage if isinstance(obj, Storage) else None
+
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump({"a": Reference(), "b": Reference()})
+    return buffer.getvalue()
+
+
+FOUR = ("storage", torch.FloatStorage, "0", "cpu", 4)
+
+
+def test_geometry_that_is_sound_is_read(tmp_path: Path) -> None:
+    """The files below differ from a right one by what is wrong with them only."""
+    path = pack(tmp_path / "in.pt", tensor_pickle(FOUR, 1, (3,), (1,)), d0=bytes(16))
+    assert averaged(path)["a"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("storage", "offset", "shape", "stride"),
+    [
+        (FOUR, 0, (2**40,), (0,)),  # a bomb: one element seen a trillion times
+        (FOUR, 0, (1024, 1024), (0, 0)),
+        (FOUR, 0, (5,), (1,)),
+        (FOUR, 2, (3,), (1,)),
+        (FOUR, 4, (1,), (1,)),
+        (FOUR, 0, (2,), (4,)),
+        (FOUR, 2**61, (1,), (1,)),
+        (FOUR, -1, (1,), (1,)),
+        (FOUR, 0, (-1,), (1,)),
+        (FOUR, 3, (2,), (-1,)),
+        (FOUR, 0, (2**80,), (0,)),
+        (FOUR, 0, (2, 2), (1,)),
+        (FOUR, 0, (2.0,), (1,)),
+        (FOUR, 0, (True,), (1,)),
+        (FOUR, None, (1,), (1,)),
+        (FOUR, 0, None, (1,)),
+        (FOUR, 0, (2**31,) * 3, (0, 0, 0)),
+        ((*FOUR[:4], 5), 0, (1,), (1,)),
+        ((*FOUR[:4], 3), 0, (1,), (1,)),
+        ((*FOUR[:4], 2**62), 0, (1,), (1,)),
+        ((*FOUR[:4], -4), 0, (1,), (1,)),
+        ((*FOUR[:4], "4"), 0, (1,), (1,)),
+        ((*FOUR[:2], "1", *FOUR[3:]), 0, (1,), (1,)),
+        ((*FOUR[:2], "../version", *FOUR[3:]), 0, (1,), (1,)),
+        (("storage", torch.DoubleStorage, "0", "cpu", 4), 0, (1,), (1,)),
+        (("storage", Path, "0", "cpu", 4), 0, (1,), (1,)),
+        (("storage",), 0, (1,), (1,)),
+        (("file", *FOUR[1:]), 0, (1,), (1,)),
+        ("storage", 0, (1,), (1,)),
+    ],
+)
+def test_geometry_that_is_not_sound_is_refused(
+    tmp_path: Path, storage: Any, offset: Any, shape: Any, stride: Any
+) -> None:
+    """No byte outside a storage is ever taken for a number, none is invented."""
+    pickled = tensor_pickle(storage, offset, shape, stride)
+    refused(pack(tmp_path / "in.pt", pickled, d0=bytes(16)))
+
+
+# Archives that lie.
+
+
+def archive(tmp_path: Path) -> Path:
+    path = tmp_path / "in.pt"
+    torch.save({"a": torch.arange(100.0), "b": torch.randn(9)}, path)
+    return path
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """Pack an archive again, with entries compressed, doubled or left out."""
+    with zipfile.ZipFile(path) as source:
+        entries = {name.partition("/")[2]: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", changes.get("compression", zipfile.ZIP_STORED)) as packed:
+        for name, data in entries.items():
+            if name not in changes.get("without", ()):
+                packed.writestr(f"{changes.get('root', 'in')}/{name}", data)
+        for name, data in changes.get("extra", {}).items():
+            packed.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"compression": zipfile.ZIP_DEFLATED}, "compressed record"),
+        ({"compression": zipfile.ZIP_BZIP2}, "compressed record"),
+        ({"compression": zipfile.ZIP_LZMA}, "compressed record"),
+        ({"without": ["data.pkl"]}, "without a torch pickle"),
+        ({"without": ["data/1"]}, "no record for storage 1"),
+        ({"extra": {"other/data.pkl": b"N."}}, "without a torch pickle"),
+        ({"extra": {"other/x": b""}}, "without a torch pickle"),
+        ({"extra": {"in/constants.pkl": b")."}}, "TorchScript"),
+        ({"without": ["byteorder"], "extra": {"in/byteorder": b"big"}}, "byte order big"),
+        ({"root": "../../etc"}, "without a torch pickle"),
+    ],
+)
+def test_archive_that_is_not_torchs_is_refused(
+    tmp_path: Path, changes: dict[str, Any], match: str
+) -> None:
+    """Each of these is named for what it is."""
+    refused(rewritten(archive(tmp_path), **changes), match)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["in/data/0", "in/data.pkl", "in/version"])
+def test_archive_with_two_records_of_one_name_is_refused(tmp_path: Path, name: str) -> None:
+    """Readers differ in which they take."""
+    refused(rewritten(archive(tmp_path), extra={name: b"N."}), "two records named")
+
+
+def patched(path: Path, name: str, local: bool, field: int, code: str, value: int) -> Path:
+    """Write a number into a record's local header, or into its entry in the directory."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as source:
+        place = source.getinfo(name).header_offset
+    if not local:
+        place = data.rindex(name.encode()) - 46
+    data[place + field : place + field + struct.calcsize(code)] = struct.pack(code, value)
+    path.write_bytes(data)
+    return path
+
+
+def test_archive_with_overlapping_records_is_refused(tmp_path: Path) -> None:
+    """Two names for one stretch of the file."""
+    path = rewritten(archive(tmp_path))
+    with zipfile.ZipFile(path) as source:
+        place = source.getinfo("in/data/0").header_offset
+    refused(patched(path, "in/data/1", False, 42, "<I", place), "local header")
+    path = rewritten(archive(tmp_path))
+    patched(path, "in/data/0", False, 20, "<I", 600)
+    refused(patched(path, "in/data/0", False, 24, "<I", 600), "overlap")
+
+
+def test_archive_whose_local_names_differ_is_refused(tmp_path: Path) -> None:
+    """The directory says one thing, the record itself another."""
+    path = rewritten(archive(tmp_path))
+    data = path.read_bytes()
+    place = data.index(b"in/data/0")
+    path.write_bytes(data[:place] + b"in/data/7" + data[place + 9 :])
+    refused(path, "local header")
+
+
+def test_archive_with_damaged_tensors_is_refused_by_their_name(tmp_path: Path) -> None:
+    """A checksum that does not match names the file and the tensor."""
+    path = rewritten(archive(tmp_path))
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(100.0).numpy().tobytes()) + 200] ^= 4
+    path.write_bytes(data)
+    refused(path, f"{path}: a: is damaged")
+
+
+def test_archive_with_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
+    """The pickle is checked before it is read."""
+    path = rewritten(archive(tmp_path))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"_rebuild_tensor_v2") + 3] ^= 1
+    path.write_bytes(data)
+    refused(path, "damaged header")
+
+
+@pytest.mark.parametrize("compress", ["script", "trace"])
+def test_torchscript_is_refused(tmp_path: Path, compress: str) -> None:
+    """It looks like a checkpoint from outside, and holds code."""
+    reason = pytest.mark.filterwarnings
+    del reason
+    path = tmp_path / "in.pt"
+    writer = torch._C.PyTorchFileWriter(str(path))
+    for name in ("data.pkl", "constants.pkl", f"code/{compress}.py"):
+        writer.write_record(name, b"N.", 2)
+    writer.write_end_of_file()
+    refused(path, "TorchScript")
+
+
+# Pickles that eat memory or time.
+
+
+def put(*parts: bytes) -> bytes:
+    return b"\x80\x04" + b"".join(parts) + b"."
+
+
+def laughs(opener: bytes, closer: bytes, depth: int = 40, width: int = 10) -> bytes:
+    """Containers of references to the one before: width ** depth when written out."""
+    parts = [b"N\x94"]
+    for level in range(depth):
+        parts.append(opener + (b"j" + struct.pack("<I", level)) * width + closer + b"\x94")
+    return b"".join(parts)
+
+
+LAUGHS_T = laughs(b"(", b"t")
+LAUGHS_L = laughs(b"(", b"l")
+DICTS = b"N\x94" + b"".join(
+    b"(" + b"".join(b"\x8c\x04%04d" % n + b"j" + struct.pack("<I", level) for n in range(1000))
+    + b"d\x94" for level in range(5)
+)  # fmt: skip
+LONG_LIST = b"](" + b"N" * 100_000 + b"e\x94"
+COPIES = b"\x8c\x08builtins\x8c\x05tuple\x93\x94(" + b"h\x01h\x00\x85R" * 100_000 + b"t"
+HASHED = b"(" + b"N" * 100_000 + b"t\x94" + b"(" + b"h\x00" * 100_000 + b"t"
+
+HUNGRY = {
+    "memo index": put(b"N", b"r\xff\xff\xff\xff", b"N", b"p4294967295000000\n"),
+    "long string": put(b"\x8d" + struct.pack("<Q", 2**42)),
+    "long bytes": put(b"\x8e" + struct.pack("<Q", 2**42)),
+    "long bytearray": put(b"\x96" + struct.pack("<Q", 2**42)),
+    "long frame": put(b"\x95" + struct.pack("<Q", 2**42) + b"N"),
+    "long int": put(b"\x8b" + struct.pack("<i", 2**31 - 1)),
+    "negative int": put(b"\x8b" + struct.pack("<i", -5)),
+    "long old string": put(b"T" + struct.pack("<i", 2**31 - 1)),
+    "digits": put(b"I" + b"9" * 100_000 + b"\n"),
+    "two million lists": put(b"]" * 2_000_000 + b"a" * 1_999_999),
+    "two million tuples": put(b")" + b"\x85" * 2_000_000),
+    "nested objects": put(b"\x8c\x01a\x8c\x01b\x93\x94)R" + b"\x85h\x00\x8c\x00\x86R" * 100_000),
+    "laughs in tuples": put(LAUGHS_T),
+    "laughs in lists": put(LAUGHS_L),
+    "laughs as a key": put(LAUGHS_T + b"}" + b"j" + struct.pack("<I", 40) + b"Ns"),
+    "laughs in a set": put(LAUGHS_T + b"\x8f(" + b"j" + struct.pack("<I", 40) + b"\x90"),
+    "laughs in a storage": put(LAUGHS_L + b"(\x8c\x07storageNj" + struct.pack("<I", 40) + b"NNtQ"),
+    "laughs as a class": put(LAUGHS_L + b")R"),
+    "dicts in dicts": put(DICTS),
+    "many copies": put(LONG_LIST + COPIES),
+    "tuples to hash": put(HASHED + b"}\x94h\x01Ns"),
+    "self": put(b"]\x94h\x00a"),
+    "no mark": put(b"t"),
+    "no stack": put(b"0" * 5),
+    "no end": b"\x80\x04N",
+    "nothing": b"",
+    "version 9": b"\x80\x09N.",
+    "no opcode": put(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("name", HUNGRY)
+def test_hungry_pickle_is_refused(tmp_path: Path, name: str) -> None:
+    """Refused at once and within memory, whatever it claims to be."""
+    refused(pack(tmp_path / "in.pt", HUNGRY[name]), error=SwaAvgError)
+
+
+@pytest.mark.parametrize(
+    "value", [LAUGHS_T, LAUGHS_L, DICTS, b"]\x94h\x00a", b"}\x94\x8c\x01xh\x00s"], ids=range(5)
+)
+@pytest.mark.parametrize("times", [1, 300])
+def test_hungry_value_beside_tensors_is_left_out(tmp_path: Path, value: bytes, times: int) -> None:
+    """Inside a state_dict as well: what would take for ever to write is not written."""
+    sound = tensor_pickle(FOUR, 0, (4,), (1,))
+    top = {LAUGHS_T: 40, LAUGHS_L: 40, DICTS: 5}.get(value, 0)
+    items = b"".join(b"\x8c\x04%04d" % n + b"j" + struct.pack("<I", top) for n in range(times))
+    tensors = sound[2 : sound.rindex(b".")]  # its memo begins anew, at 0: so it comes first
+    path = tmp_path / "in.pt"
+    shift = tensors.replace(b"q", b"q")
+    pickled = b"\x80\x04\x8c\x05model" + shift + b"\x8c\x05extra" + value + items
+    del pickled
+    body = b"\x80\x04}(" + b"\x8c\x05model" + tensors
+    body += b"u." if False else b""
+    whole = b"\x80\x04" + value + b"0" + b"}(" + items + b"u\x94."
+    pack(path, whole, d0=bytes(16))
+    refused(path, error=LayoutError)
+
+
+def test_odd_keys_are_refused_in_a_short_line(tmp_path: Path) -> None:
+    """A key can be an object whose written form has no end."""
+
+    class Thing:
+        pass
+
+    thing = Thing()
+    thing.laughs = [1]
+    for _ in range(60):
+        thing.laughs = [thing.laughs] * 2
+    Thing.__qualname__ = Thing.__name__ = "Color"
+    path = tmp_path / "in.pt"
+    buffer = {thing: torch.ones(1), "a": torch.ones(1)}
+    Thing.__module__ = __name__
+    globals()["Color"], kept = Thing, Color
+    try:
+        torch.save(buffer, path)
+    finally:
+        globals()["Color"] = kept
+    refused(path, "a key that is no text", LayoutError)
+    torch.save({3: torch.ones(1), "a": torch.ones(1)}, path)
+    refused(path, "a key that is no text, 3", LayoutError)
+
+
+# Damage.
+
+
+def small(tmp_path: Path) -> tuple[bytes, dict[str, Tensor], Path]:
+    state = {"a.weight": torch.randn(4, 3), "b": torch.arange(5), "c": torch.randn(2).half()}
+    path = tmp_path / "whole.pt"
+    torch.save({"epoch": 3, "state_dict": state}, path)
+    return path.read_bytes(), state, tmp_path / "in.pt"
+
+
+def assert_right_or_refused(path: Path, state: dict[str, Tensor]) -> bool:
+    """Either an error of ours, or every number as it was saved."""
+    out = path.with_suffix(".out")
+    try:
+        swa_avg.average([path], out, force=True)
+    except SwaAvgError as error:
+        assert str(path) in str(error)
+        return False
+    found = torch.load(out, weights_only=True)
+    assert list(found) == list(state)
+    assert all(oracle.same_bits(found[name], value) for name, value in state.items())
+    return True
+
+
+def test_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    """Of bits flipped anywhere in the file, none gives a wrong number."""
+    data, state, path = small(tmp_path)
+    draw = random.Random(0)
+    right = 0
+    for bit in draw.sample(range(8 * len(data)), 500):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        right += assert_right_or_refused(path, state)
+    assert 0 < right < 500  # padding, dates and the like are not looked at
+
+
+def test_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:
+    """Each bit of each tensor counts."""
+    data, state, path = small(tmp_path)
+    start = data.index(state["a.weight"].numpy().tobytes())
+    for bit in range(8 * start, 8 * (start + 48), 5):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert not assert_right_or_refused(path, state)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_file_that_was_cut_is_refused(tmp_path: Path, suffix: str) -> None:
+    """Cut at every 97th byte, and at each of the last ones."""
+    whole, _, _ = small(tmp_path)
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".safetensors":
+        swa_avg.average([tmp_path / "whole.pt"], path)
+        whole = path.read_bytes()
+    for length in (*range(0, len(whole), 97), *range(len(whole) - 30, len(whole))):
+        path.write_bytes(whole[:length])
+        refused(path, error=SwaAvgError)
+
+
+@pytest.mark.parametrize(
+    ("data", "looks"),
+    [
+        (b"", "is empty"),
+        (b"hello, world\n", "looks like text"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
+        (b'{"weights": 1}', "JSON"),
+        (b"\x1f\x8b\x08" + bytes(100), "gzip"),
+        (b"\x93NUMPY\x01", "numpy"),
+        (pickle.dumps({"a": 1}), "bare pickle or a torch file from before 1.6"),
+        (bytes(257) + b"ustar" + bytes(300), "tar"),
+        (bytes(5000), "unknown format"),
+        (b"PK\x03\x04" + bytes(500), "not a whole zip"),
+        (b"PK\x05\x06" + bytes(18), "unknown format"),
+    ],
+)
+def test_stranger_is_named(tmp_path: Path, data: bytes, looks: str) -> None:
+    """What is no checkpoint is refused for what it looks like."""
+    (tmp_path / "in.pt").write_bytes(data)
+    refused(tmp_path / "in.pt", looks)
+
+
+def test_numpy_archive_is_no_checkpoint(tmp_path: Path) -> None:
+    """An .npz is a zip too."""
+    import numpy as np
+
+    np.savez(tmp_path / "in.npz", a=np.ones(2))
+    refused(tmp_path / "in.npz", "without a torch pickle")
+
+
+def test_storages_are_only_places(tmp_path: Path) -> None:
+    """A checkpoint is opened without a byte of a tensor, and gives nothing but our own classes."""
+    path = archive(tmp_path)
+    checkpoint = open_checkpoint(path)
+    assert type(checkpoint.tree) in (dict, pickles.Dict)
+    assert {type(value).__name__ for value in checkpoint.tree.values()} == {"TensorRef"}
+    checkpoint.close()
