@@ -8,6 +8,7 @@ mapped file that shrinks kills the process.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -31,8 +32,7 @@ class InputFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Without O_NONBLOCK the opening of a FIFO waits for a writer for ever.
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+            self.fd = _open(path)
         except (OSError, ValueError) as error:
             raise FileError(f"cannot be opened: {_reason(error)}", file=path) from error
         self._stat = os.fstat(self.fd)
@@ -111,6 +111,57 @@ class InputFile:
     def close(self) -> None:
         """Close the file; reading from it is then an error."""
         os.close(self.fd)
+
+
+class Section(InputFile):
+    """A stretch of a file, read as if it were a file of its own. It is never closed by itself."""
+
+    __slots__ = ("_start",)
+
+    def __init__(self, file: InputFile, start: int, length: int) -> None:
+        self.path, self.fd, self._stat = file.path, file.fd, file._stat
+        if not 0 <= start <= start + length <= file.size:
+            raise FormatError(
+                f"ends at byte {file.size}",
+                file=file.path,
+                expected=f"{length} bytes at {start}",
+                remedy="The file is cut short, or belongs to another checkpoint",
+            )
+        self._start, self.size = start, length
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` on, counted from the section's start."""
+        super().read_into(buffer, self._start + offset)
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Tell the kernel, where it listens, that a range is wanted soon."""
+        super().will_read(self._start + offset, length)
+
+    def close(self) -> None:
+        """Leave the file open: it is not the section's."""
+
+
+def _open(path: Path) -> int:
+    # Without O_NONBLOCK the opening of a FIFO waits for a writer for ever.
+    flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        # Ten checkpoints of a hundred shards are more files than are allowed at first.
+        if error.errno != errno.EMFILE or not _allow_more_files():
+            raise
+        return os.open(path, flags)
+
+
+def _allow_more_files() -> bool:
+    """Raise this process's limit of open files as far as it may; tell whether that helped."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft != hard
 
 
 def _reason(error: OSError | ValueError) -> str:

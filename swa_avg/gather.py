@@ -1,21 +1,24 @@
 """Reading a tensor in another order than the one in which it lies on disk.
 
 Inputs of one average may hold the same tensor with other strides: transposed,
-channels_last, a slice of something larger. Their elements are brought into the
+channels_last, a slice of something larger, in parts that several ranks wrote. Their elements are brought into the
 order of the output box by box, so that no tensor of full size is ever built.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swa_avg.tensors import TensorRef, contiguous_stride, extent, is_contiguous
+from swa_avg.tensors import Part, Record, TensorRef, contiguous_stride, extent, is_contiguous
 
 if TYPE_CHECKING:
     import torch
+
+# Of which record, from which byte of it, what.
+Seen = Callable[[Record, int, memoryview], None]
 
 # A strided box is read in one piece if that reads no more than this many times its bytes.
 _MOST_WASTE = 4
@@ -64,32 +67,52 @@ def _indices(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-def read_box(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
-    """Read a box of a tensor into a contiguous tensor of the box's shape.
+def read_box(ref: TensorRef, box: Box, out: torch.Tensor, seen: Seen | None = None) -> int:
+    """Read a box of a tensor into a tensor of the box's shape.
 
     Args:
-        ref: The tensor on disk, of any strides.
-        box: The part that is wanted.
-        out: Where it goes: contiguous, of the box's shape and of `ref`'s dtype.
+        ref: The tensor on disk, of any strides, whole or in parts.
+        box: What is wanted of it.
+        out: Where it goes: of the box's shape and of `ref`'s dtype.
+        seen: Told of every stretch that was read in which no byte is left out.
 
     Returns:
         How many bytes were read from the file.
     """
+    if ref.parts:
+        return sum(_read_part(part, box, out, seen) for part in ref.parts)
     span = extent(box.shape, ref.stride)
     itemsize = ref.dtype.itemsize
     if span > _MOST_WASTE * box.numel and not is_contiguous(box.shape, ref.stride):
-        return _read_in_parts(ref, box, out)
+        return _read_thinly(ref, box, out)
     import torch
 
     place = ref.offset + sum(at * step for at, step in zip(box.start, ref.stride, strict=True))
     buffer = bytearray(span * itemsize)
     ref.record.file.read_into(memoryview(buffer), ref.record.offset + place * itemsize)
+    if seen is not None and len(buffer) == box.numel * itemsize:
+        seen(ref.record, place * itemsize, memoryview(buffer))
     flat = torch.frombuffer(buffer, dtype=out.dtype)
     out.copy_(flat.as_strided(box.shape, ref.stride))
     return len(buffer)
 
 
-def _read_in_parts(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
+def _read_part(part: Part, box: Box, out: torch.Tensor, seen: Seen | None) -> int:
+    """Read what a part has of a box of the whole tensor."""
+    inside, shape, place = [], [], []
+    for at, size, start, wanted in zip(
+        part.start, part.ref.shape, box.start, box.shape, strict=True
+    ):
+        first, end = max(at, start), min(at + size, start + wanted)
+        if first >= end:
+            return 0
+        inside.append(first - at)
+        shape.append(end - first)
+        place.append(slice(first - start, end - start))
+    return read_box(part.ref, Box(tuple(inside), tuple(shape)), out[tuple(place)], seen)
+
+
+def _read_thinly(ref: TensorRef, box: Box, out: torch.Tensor) -> int:
     """Read a box that is thinly spread, index by index along its widest dimension."""
     dim = max((d for d in range(len(box.shape)) if box.shape[d] > 1), key=lambda d: ref.stride[d])
     read = 0
@@ -116,9 +139,16 @@ def read_tensor(ref: TensorRef) -> torch.Tensor:
 def permuted(ref: TensorRef, order: Sequence[int], shape: Sequence[int]) -> TensorRef:
     """Return a tensor with its dimensions in another order."""
     stride = tuple(ref.stride[dim] for dim in order) if order else ref.stride
-    return TensorRef(ref.dtype, tuple(shape), stride, ref.record, ref.offset)
+    parts = tuple(
+        Part(
+            tuple(part.start[dim] for dim in order),
+            permuted(part.ref, order, [part.ref.shape[dim] for dim in order]),
+        )
+        for part in ref.parts
+    )
+    return TensorRef(ref.dtype, tuple(shape), stride, ref.record, ref.offset, parts)
 
 
 def whole(ref: TensorRef) -> bool:
     """Tell whether a tensor lies on disk in C order, so that ranges of it can be read."""
-    return ref.contiguous or ref.stride == contiguous_stride(ref.shape)
+    return not ref.parts and (ref.contiguous or ref.stride == contiguous_stride(ref.shape))

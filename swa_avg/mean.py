@@ -26,7 +26,7 @@ from swa_avg.exact import BITS, Averager, NonFiniteError, cast_into
 from swa_avg.gather import Box, boxes, read_box, whole
 from swa_avg.output import AtomicFile
 from swa_avg.plan import Treatment, Work
-from swa_avg.tensors import DTYPES, DType, Kind, TensorRef, contiguous_stride
+from swa_avg.tensors import DTYPES, DType, Kind, Record, TensorRef, contiguous_stride
 
 _T = TypeVar("_T")
 Progress = Callable[[int], None]
@@ -92,7 +92,8 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
     job = _Job(kernel)
     for work in kernel.works:
         for source in work.sources:
-            job.ledger.expect(source.record, work.name)
+            for record in source.records:
+                job.ledger.expect(record, work.name)
     read = 0
     with _one_torch_thread(), ThreadPoolExecutor(threads, "swa-avg") as pool:
         tasks = [pool.submit(job.do, batch) for batch in _batches(kernel)]
@@ -185,7 +186,7 @@ class _Job:
     def _average(self, stretch: _Stretch, desk: _Desk) -> int:
         """Do a stretch of one work, chunk by chunk."""
         work = self.kernel.works[stretch.number]
-        readers = [_Reader(source, stretch, work) for source in work.sources]
+        readers = [_Reader(source, work) for source in work.sources]
         itemsize = work.dtype.itemsize
         crc, place = 0, stretch.start * itemsize
         for box in stretch.boxes:
@@ -203,8 +204,8 @@ class _Job:
         first = stretch.start * itemsize
         self.written[stretch.number].append(Piece(first, place - first, crc))
         for reader in readers:
-            if reader.piece.length:
-                self.ledger.add(reader.source.record, reader.piece)
+            for record, piece in reader.pieces.items():
+                self.ledger.add(record, piece)
         return sum(reader.bytes_read for reader in readers)
 
     def _refuse(self, work: Work, error: NonFiniteError) -> None:
@@ -216,10 +217,11 @@ class _Job:
                 remedy="Choose a wider --dtype",
             ) from error
         source = work.sources[error.source]
-        if source.record.crc32 is not None:
-            damage = Ledger()
-            damage.expect(source.record, work.name)
-            damage.check(source.record)
+        damage = Ledger()
+        for record in source.records:
+            damage.expect(record, work.name)
+        for record in damage.records:
+            damage.check(record)
         raise NotFiniteError(
             f"has {error.value:g}",
             file=source.record.file.path,
@@ -230,14 +232,13 @@ class _Job:
 
 
 class _Reader:
-    """Reads one input of one stretch, box after box, and keeps its checksum."""
+    """Reads one input of one stretch, box after box, and keeps its checksums."""
 
-    def __init__(self, source: TensorRef, stretch: _Stretch, work: Work) -> None:
+    def __init__(self, source: TensorRef, work: Work) -> None:
         self.source = source
         self.steps = contiguous_stride(_chunked_shape(work)) if whole(source) else None
         self.bytes_read = 0
-        start = (source.offset + stretch.start) * source.dtype.itemsize
-        self.piece = Piece(start, 0, 0)
+        self.pieces: dict[Record, Piece] = {}
 
     def read(self, box: Box, buffer: memoryview) -> torch.Tensor:
         """Read a box into `buffer`; return its elements, one-dimensional."""
@@ -246,17 +247,23 @@ class _Reader:
         into = buffer[:count]
         values = torch.frombuffer(into, dtype=dtype) if count else torch.empty(0, dtype=dtype)
         if self.steps is None:
-            self.bytes_read += read_box(self.source, box, values.view(box.shape))
+            self.bytes_read += read_box(self.source, box, values.view(box.shape), self._seen)
             return values
         first = sum(at * step for at, step in zip(box.start, self.steps, strict=True))
         at = (self.source.offset + first) * self.source.dtype.itemsize
         self.source.record.file.read_into(into, self.source.record.offset + at)
-        if at == self.piece.start + self.piece.length and self.source.record.crc32 is not None:
-            self.piece = Piece(
-                self.piece.start, self.piece.length + count, crc32(into, self.piece.crc)
-            )
+        self._seen(self.source.record, at, into)
         self.bytes_read += count
         return values
+
+    def _seen(self, record: Record, start: int, data: memoryview) -> None:
+        """Take what was read into the checksum, unless it was read before."""
+        if record.crc32 is None:
+            return
+        piece = self.pieces.get(record, Piece(start, 0, 0))
+        if start == piece.start + piece.length:
+            crc = crc32(data, piece.crc)
+            self.pieces[record] = Piece(piece.start, piece.length + len(data), crc)
 
 
 class _Desk:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -63,12 +64,13 @@ class AtomicFile:
     def __init__(self, target: Path, size: int) -> None:
         self.target = target
         self._final = Path(os.path.realpath(target))
-        self._committed = False
         try:
             # A name too long is found here, not at the very end.
             with suppress(FileNotFoundError):
                 self._final.lstat()
             self._temporary = self._final.parent / f".swa-avg-{secrets.token_hex(8)}.tmp"
+            # A signal can come between any two steps: whatever happens, this is done at exit.
+            self._remove = weakref.finalize(self, _unlink, self._temporary)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except OSError as error:
             raise _refusal(target, error) from error
@@ -111,7 +113,6 @@ class AtomicFile:
             # A failed fsync is final: the kernel may have dropped the pages it could not write.
             os.fsync(self._fd)
             self._temporary.replace(self._final)
-            self._committed = True
             folder = os.open(self._final.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -122,8 +123,7 @@ class AtomicFile:
 
     def _discard(self) -> None:
         os.close(self._fd)
-        if not self._committed:
-            self._temporary.unlink(missing_ok=True)
+        self._remove()
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -135,6 +135,11 @@ class AtomicFile:
         trace: TracebackType | None,
     ) -> None:
         self._discard()
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _refusal(target: Path, error: OSError | ValueError) -> OutputError:

@@ -161,6 +161,8 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile]:
             expected="an average whose BatchNorm is to be recomputed",
             remedy="Give the checkpoints to average, or name a file with -o",
         )
+    if path.is_dir():
+        raise OutputError("is a folder", file=path, expected="a file that holds the average")
     checkpoint = open_checkpoint(path)
     try:
         state = find_state_dict(checkpoint, key)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
-from swa_avg.errors import SelectionError
+from swa_avg.errors import FileError, SelectionError
+from swa_avg.formats import is_checkpoint
 from swa_avg.layout import StateDict
 
 _MAGIC = re.compile(r"[*?[]")
@@ -26,15 +27,34 @@ def expand(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
         text = os.fspath(pattern)
         # A file may be called `run[1].pt`: what exists is no pattern.
         if not _MAGIC.search(text) or os.path.lexists(text):
-            paths.append(Path(text))
+            paths += _within(Path(text))
             continue
         matches = sorted(glob(text))  # noqa: PTH207 - paths stay as the user wrote them
         if not matches:
             raise SelectionError("matches no file", file=text, remedy="Check the pattern")
-        paths.extend(Path(match) for match in matches)
+        paths.extend(path for match in matches for path in _within(Path(match)))
     if not paths:
         raise SelectionError("no checkpoints were given")
     return paths
+
+
+def _within(path: Path) -> list[Path]:
+    """Return the checkpoints in a folder, unless it is one itself; not those further down."""
+    try:
+        if not path.is_dir() or is_checkpoint(path):
+            return [path]
+        found = [
+            child
+            for child in sorted(path.iterdir())
+            if not child.name.startswith(".")
+            and (child.is_file() or child.is_dir())
+            and is_checkpoint(child)
+        ]
+    except OSError as error:
+        raise FileError(f"cannot be read: {error.strerror}", file=path) from error
+    if not found:
+        raise SelectionError("is a folder without checkpoints", file=path)
+    return found
 
 
 @dataclass(frozen=True)

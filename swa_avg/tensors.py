@@ -106,8 +106,10 @@ class TensorRef:
         dtype: Its element type.
         shape: Its sizes.
         stride: Elements between neighbours, for each dimension.
-        record: The storage that it looks at.
+        record: The storage that it looks at; of several parts the first one's.
         offset: Its first element, counted in elements from the storage's start.
+        parts: The boxes that it is made of, where they are stored apart; without
+            holes and overlaps.
     """
 
     dtype: DType
@@ -115,6 +117,12 @@ class TensorRef:
     stride: tuple[int, ...]
     record: Record
     offset: int = 0
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All storages that it looks at."""
+        return tuple(part.ref.record for part in self.parts) or (self.record,)
 
     @property
     def numel(self) -> int:
@@ -135,6 +143,19 @@ class TensorRef:
     def contiguous(self) -> bool:
         """Whether its elements lie one after the other in C order."""
         return is_contiguous(self.shape, self.stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a tensor that is stored by itself, as one rank of several writes it.
+
+    Attributes:
+        start: Where in the tensor it begins, for each dimension.
+        ref: What is stored, of the box's shape.
+    """
+
+    start: tuple[int, ...]
+    ref: TensorRef
 
 
 def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def averaged(path: Path) -> dict[str, Any]:
     return found
 
 
-def refused(path: Path, match: str = "", error: type[SwaAvgError] = FormatError) -> None:
+def refused(path: Path, match: str | None = None, error: type[SwaAvgError] = FormatError) -> None:
     """Refused in one line that names the file, and nothing is written."""
     out = path.with_suffix(".out.pt")
     with pytest.raises(error, match=match) as caught:
@@ -81,7 +81,7 @@ def payloads(marker: Path) -> dict[str, Payload]:
         "Popen": Payload(subprocess.Popen, ["touch", str(marker)]),
         "open": Payload(open, str(marker), "w"),
         "pickle.loads": Payload(pickle.loads, nested),
-        "torch.load": Payload(torch.load, io.BytesIO(nested)),
+        "torch.load": Payload(torch.load, str(marker)),
         "getattr": Payload(getattr, Payload(__import__, "os"), "system"),
         "Path.touch": Payload(Path.touch, marker),
         "map": Payload(list, Payload(map, os.system, [f"touch {marker}"])),
@@ -213,9 +213,13 @@ def test_unknown_classes_do_not_stop_a_read(tmp_path: Path, protocol: int) -> No
 
 
 def tensor_pickle(
-    storage: tuple[object, ...], offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
+    storage: tuple[object, ...],
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    **others: object,
 ) -> bytes:
-    """A pickle of {"a": tensor, "b": tensor} as torch writes them, from any numbers."""
+    """A pickle of {"a": tensor, "b": tensor, ...} as torch writes them, from any numbers."""
 
     class Storage:
         pass
@@ -230,7 +234,7 @@ def tensor_pickle(
             return storage if isinstance(obj, Storage) else None
 
     buffer = io.BytesIO()
-    Pickler(buffer, 2).dump({"a": Reference(), "b": Reference()})
+    Pickler(buffer, 2).dump({"a": Reference(), "b": Reference(), **others})
     return buffer.getvalue()
 
 
@@ -386,14 +390,11 @@ def test_archive_with_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
     refused(path, "damaged header")
 
 
-@pytest.mark.parametrize("compress", ["script", "trace"])
-def test_torchscript_is_refused(tmp_path: Path, compress: str) -> None:
+def test_torchscript_is_refused(tmp_path: Path) -> None:
     """It looks like a checkpoint from outside, and holds code."""
-    reason = pytest.mark.filterwarnings
-    del reason
     path = tmp_path / "in.pt"
     writer = torch._C.PyTorchFileWriter(str(path))
-    for name in ("data.pkl", "constants.pkl", f"code/{compress}.py"):
+    for name in ("data.pkl", "constants.pkl", "code/model.py"):
         writer.write_record(name, b"N.", 2)
     writer.write_end_of_file()
     refused(path, "TorchScript")
@@ -434,8 +435,8 @@ HUNGRY = {
     "negative int": put(b"\x8b" + struct.pack("<i", -5)),
     "long old string": put(b"T" + struct.pack("<i", 2**31 - 1)),
     "digits": put(b"I" + b"9" * 100_000 + b"\n"),
-    "two million lists": put(b"]" * 2_000_000 + b"a" * 1_999_999),
-    "two million tuples": put(b")" + b"\x85" * 2_000_000),
+    "a million lists": put(b"]" * 1_000_000 + b"a" * 999_999),
+    "a million tuples": put(b")" + b"\x85" * 1_000_000),
     "nested objects": put(b"\x8c\x01a\x8c\x01b\x93\x94)R" + b"\x85h\x00\x8c\x00\x86R" * 100_000),
     "laughs in tuples": put(LAUGHS_T),
     "laughs in lists": put(LAUGHS_L),
@@ -462,49 +463,52 @@ def test_hungry_pickle_is_refused(tmp_path: Path, name: str) -> None:
     refused(pack(tmp_path / "in.pt", HUNGRY[name]), error=SwaAvgError)
 
 
+def nested(make: Callable[[object], object], depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = make(value)
+    return value
+
+
 @pytest.mark.parametrize(
-    "value", [LAUGHS_T, LAUGHS_L, DICTS, b"]\x94h\x00a", b"}\x94\x8c\x01xh\x00s"], ids=range(5)
+    ("make", "depth"),
+    [
+        (lambda value: (value,) * 10, 40),
+        (lambda value: [value] * 10, 40),
+        (lambda value: [value] * 1000, 7),
+        (lambda value: (value,) * 100_000, 2),
+        (lambda value: dict.fromkeys(range(1000), value), 7),
+        (lambda value: [value], 200),
+    ],
 )
 @pytest.mark.parametrize("times", [1, 300])
-def test_hungry_value_beside_tensors_is_left_out(tmp_path: Path, value: bytes, times: int) -> None:
-    """Inside a state_dict as well: what would take for ever to write is not written."""
-    sound = tensor_pickle(FOUR, 0, (4,), (1,))
-    top = {LAUGHS_T: 40, LAUGHS_L: 40, DICTS: 5}.get(value, 0)
-    items = b"".join(b"\x8c\x04%04d" % n + b"j" + struct.pack("<I", top) for n in range(times))
-    tensors = sound[2 : sound.rindex(b".")]  # its memo begins anew, at 0: so it comes first
+def test_value_without_end_is_left_out(
+    tmp_path: Path, make: Callable[[object], object], depth: int, times: int
+) -> None:
+    """What would take for ever to look at or to write is not written; the tensors are."""
+    value = nested(make, depth)
+    others = {f"x{n}": [value] for n in range(times)}
+    pickled = tensor_pickle(FOUR, 0, (4,), (1,), model={}, **others)
+    path = pack(tmp_path / "in.pt", pickled, d0=bytes(16))
+    out = tmp_path / "out.pt"
+    swa_avg.average([path], out, key="")
+    found = torch.load(out, weights_only=True)
+    assert found["a"].tolist() == found["b"].tolist() == [0] * 4
+    assert not set(found) & set(others)
+
+
+class Thing:
+    """Something to hang values on."""
+
+
+@pytest.mark.parametrize("key", [3, (1, 2), None, Thing()])
+def test_key_that_is_no_text_is_refused_in_a_short_line(tmp_path: Path, key: object) -> None:
+    """A key can be an object whose written form would have no end."""
+    if isinstance(key, Thing):
+        key.value = nested(lambda value: [value] * 2, 60)
     path = tmp_path / "in.pt"
-    shift = tensors.replace(b"q", b"q")
-    pickled = b"\x80\x04\x8c\x05model" + shift + b"\x8c\x05extra" + value + items
-    del pickled
-    body = b"\x80\x04}(" + b"\x8c\x05model" + tensors
-    body += b"u." if False else b""
-    whole = b"\x80\x04" + value + b"0" + b"}(" + items + b"u\x94."
-    pack(path, whole, d0=bytes(16))
-    refused(path, error=LayoutError)
-
-
-def test_odd_keys_are_refused_in_a_short_line(tmp_path: Path) -> None:
-    """A key can be an object whose written form has no end."""
-
-    class Thing:
-        pass
-
-    thing = Thing()
-    thing.laughs = [1]
-    for _ in range(60):
-        thing.laughs = [thing.laughs] * 2
-    Thing.__qualname__ = Thing.__name__ = "Color"
-    path = tmp_path / "in.pt"
-    buffer = {thing: torch.ones(1), "a": torch.ones(1)}
-    Thing.__module__ = __name__
-    globals()["Color"], kept = Thing, Color
-    try:
-        torch.save(buffer, path)
-    finally:
-        globals()["Color"] = kept
+    torch.save({key: torch.ones(1), "a": torch.ones(1)}, path)
     refused(path, "a key that is no text", LayoutError)
-    torch.save({3: torch.ones(1), "a": torch.ones(1)}, path)
-    refused(path, "a key that is no text, 3", LayoutError)
 
 
 # Damage.
@@ -578,11 +582,11 @@ def test_file_that_was_cut_is_refused(tmp_path: Path, suffix: str) -> None:
         (b'{"weights": 1}', "JSON"),
         (b"\x1f\x8b\x08" + bytes(100), "gzip"),
         (b"\x93NUMPY\x01", "numpy"),
-        (pickle.dumps({"a": 1}), "bare pickle or a torch file from before 1.6"),
+        (pickle.dumps({"a": 1}), "bare pickle"),
         (bytes(257) + b"ustar" + bytes(300), "tar"),
         (bytes(5000), "unknown format"),
         (b"PK\x03\x04" + bytes(500), "not a whole zip"),
-        (b"PK\x05\x06" + bytes(18), "unknown format"),
+        (b"PK\x05\x06" + b"\xfe" * 18, "unknown format"),
     ],
 )
 def test_stranger_is_named(tmp_path: Path, data: bytes, looks: str) -> None:

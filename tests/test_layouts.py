@@ -422,3 +422,143 @@ def test_modules_that_hold_each_other_are_refused(tmp_path: Path) -> None:
         model = nn.Sequential(model, model)
     with pytest.raises(swa_avg.SwaAvgError, match="hold each other"):
         found_in(model, tmp_path)
+
+
+# Written by the frameworks themselves ---------------------------------------------------------
+
+
+def train_with_lightning(folder: Path, *callbacks: Any) -> tuple[Any, list[Path]]:
+    """Train a small module for four epochs; return it and its checkpoints."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Small(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            loss = self.net(batch).square().mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    model = Small()
+    lightning.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder, save_top_k=-1, monitor="loss"), *callbacks],
+    ).fit(model, torch.utils.data.DataLoader(torch.rand(12, 3), batch_size=4))
+    return model, sorted(folder.glob("*.ckpt"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_lightning_itself(tmp_path: Path) -> None:
+    """A Trainer's own checkpoints give the module's state_dict, epoch and global step."""
+    model, paths = train_with_lightning(tmp_path)
+    states = [find_state_dict(open_checkpoint(path)) for path in paths]
+    assert [(state.epoch, state.step) for state in states] == [(n, 3 * n + 3) for n in range(4)]
+    assert same(read(states[-1]), model.state_dict())
+    swa_avg.average(paths, tmp_path / "out.pt")
+    loaded = torch.load(tmp_path / "out.pt")
+    model.load_state_dict(loaded, strict=True)
+    of = [torch.load(path, weights_only=False)["state_dict"] for path in paths]
+    expected = oracle.mean([state["net.0.weight"] for state in of])
+    assert oracle.same_bits(loaded["net.0.weight"], expected)
+
+
+@pytest.mark.filterwarnings("default")
+def test_lightning_averages_itself(tmp_path: Path) -> None:
+    """Its two averaging callbacks: the raw weights by default, the average with --ema."""
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    for number, callback in enumerate(
+        (
+            callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+            callbacks.WeightAveraging(),
+        )
+    ):
+        _, paths = train_with_lightning(tmp_path / str(number), callback)
+        tree = torch.load(paths[-1], weights_only=False)
+        if number:
+            raw, average = tree["current_model_state"], tree["state_dict"]
+        else:
+            raw = tree["state_dict"]
+            average = tree["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+        assert not oracle.same_bits(raw["net.0.weight"], average["net.0.weight"])
+        assert same(read(find_state_dict(open_checkpoint(paths[-1]))), raw)
+        assert same(read(find_state_dict(open_checkpoint(paths[-1]), ema=True)), average)
+
+
+@pytest.mark.filterwarnings("default")
+def test_mmengine_itself(tmp_path: Path) -> None:
+    """With its EMAHook the raw weights are those that the model trains with."""
+    hooks = pytest.importorskip("mmengine.hooks")
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Small(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, batch: torch.Tensor, mode: str = "loss") -> Any:
+            return {"loss": self.net(batch).square().mean()}
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            loss = self(torch.stack(list(data)))["loss"]
+            optim_wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    model = Small()
+    runner = Runner(
+        model=model,
+        work_dir=str(tmp_path),
+        train_dataloader={
+            "dataset": list(torch.rand(8, 3)),
+            "batch_size": 4,
+            "num_workers": 0,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+        },
+        train_cfg={"by_epoch": True, "max_epochs": 2},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        custom_hooks=[hooks.EMAHook(momentum=0.5)],
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+    )
+    runner.train()
+    path = tmp_path / "epoch_2.pth"
+    state = find_state_dict(open_checkpoint(path))
+    assert (state.epoch, state.step) == (2, 4)
+    assert same(read(state), model.state_dict())
+    average = torch.load(path, weights_only=False)["state_dict"]
+    assert same(read(find_state_dict(open_checkpoint(path), ema=True)), average)
+    assert not oracle.same_bits(average["net.0.weight"], model.state_dict()["net.0.weight"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_ignite_itself(tmp_path: Path) -> None:
+    """What its Checkpoint handler saves for several objects, and for one."""
+    handlers = pytest.importorskip("ignite.handlers")
+    from ignite.engine import Engine
+
+    model = network()
+    engine = Engine(lambda engine, batch: None)
+    engine.state.epoch, engine.state.iteration = 2, 8
+    for objects in ({"model": model, "trainer": engine}, {"model": model}):
+        folder = tmp_path / str(len(objects))
+        handlers.Checkpoint(objects, handlers.DiskSaver(folder), n_saved=None)(engine)
+        (path,) = folder.iterdir()
+        assert same(read(find_state_dict(open_checkpoint(path))), model.state_dict())
+
+
+@pytest.mark.filterwarnings("default")
+def test_averaged_model_of_a_compiled_one(tmp_path: Path) -> None:
+    """torch's own wrappers around each other are all undone."""
+    averaged = torch.optim.swa_utils.AveragedModel(torch.compile(network()))
+    state = found_in(averaged.state_dict(), tmp_path)
+    assert state.prefix == "module._orig_mod."
+    assert same(read(state), RAW)

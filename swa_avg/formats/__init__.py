@@ -1,4 +1,4 @@
-"""Checkpoint formats: each file is one, with its reader and its writer.
+"""Checkpoint formats: each module is one, with its reader and its writer.
 
 `open_checkpoint` tells them apart by content, never by suffix.
 """
@@ -9,72 +9,52 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from swa_avg.errors import FileError, FormatError
-from swa_avg.files import InputFile
-from swa_avg.formats import safetensors, torch_legacy, torch_zip
+from swa_avg.errors import FormatError
+from swa_avg.formats import safetensors, sharded, single, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
+from swa_avg.formats.single import open_file
 from swa_avg.tensors import Record
 
-__all__ = ["Checkpoint", "Layout", "OutputStateDict", "layout_for", "open_checkpoint", "patch"]
-
-# What people name .pt by mistake: the first bytes, and what they are.
-_STRANGERS = (
-    (b"\x1f\x8b", "a gzip file"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
-    (b"<", "HTML or XML, perhaps a failed download"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"BZh", "a bzip2 file"),
-    (b"{", "JSON"),
-)
+__all__ = [
+    "Checkpoint",
+    "Layout",
+    "OutputStateDict",
+    "is_checkpoint",
+    "layout_for",
+    "open_checkpoint",
+    "patch",
+]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the headers of a checkpoint; its tensors stay on disk, and nothing in it runs.
 
     Args:
-        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`) or a safetensors file.
+        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, or a folder
+            of Hugging Face's.
 
     Returns:
-        The checkpoint, its file open: close it when done.
+        The checkpoint, its files open: close it when done.
 
     Raises:
         FileError: It cannot be opened.
         FormatError: It is no checkpoint, or not a sound one.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FileError("is a folder", file=path, expected="a checkpoint file")
-    file = InputFile(path)
-    try:
-        return _read(file)
-    except BaseException:
-        file.close()
-        raise
-
-
-def _read(file: InputFile) -> Checkpoint:
-    if file.size == 0:
-        raise FormatError("is empty", file=file.path, expected="a checkpoint")
-    start = file.read(0, min(512, file.size))
-    if start.startswith(torch_zip.MAGIC):
-        return torch_zip.read(file)
-    if torch_legacy.is_legacy(start):
-        return torch_legacy.read(file)
-    if start[8:9] == b"{":
-        return safetensors.read(file)
-    looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
-    if looks is None and start[257:262] == b"ustar":
-        looks = "a tar archive, as torch wrote them before 0.1.10"
-    if looks is None and start[:1] == b"\x80":
-        looks = "a bare pickle"
-    if looks is None and start.isascii():
-        looks = "text"
+    if not path.is_dir():
+        return open_file(path)
+    if sharded.is_checkpoint(path):
+        return sharded.read(path)
     raise FormatError(
-        f"looks like {looks}" if looks else "is of an unknown format",
-        file=file.path,
-        expected="a checkpoint written by torch.save or by safetensors",
+        "is a folder without a checkpoint of its own",
+        file=path,
+        expected="model.safetensors, pytorch_model.bin or an index of shards in it",
     )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a path looks like a checkpoint, a folder that is one included."""
+    return sharded.is_checkpoint(path) if path.is_dir() else single.is_checkpoint(path)
 
 
 def layout_for(path: Path, state_dict: OutputStateDict) -> Layout:

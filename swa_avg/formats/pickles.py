@@ -15,7 +15,7 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -200,7 +200,8 @@ class _Unpickler(pickle._Unpickler):
 
     def load_inst(self) -> None:
         module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
-        self.append(self.call(Global(module, name), tuple(self.pop_mark())))
+        args = tuple(self.pop_mark())  # first: it changes what `append` is
+        self.append(self.call(Global(module, name), args))
 
     def load_obj(self) -> None:
         cls, *args = self.pop_mark()
@@ -255,7 +256,8 @@ class _Unpickler(pickle._Unpickler):
         self.stack[-1].update(_checked_key(value) for value in values)
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(_checked_key(value) for value in self.pop_mark()))
+        values = self.pop_mark()
+        self.append(frozenset(map(_checked_key, values)))
 
     def load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
@@ -434,13 +436,6 @@ def _rebuild_parameter(machine: _Unpickler, data: object, *rest: object) -> obje
     return data
 
 
-def _rebuild_ordered(machine: _Unpickler, pairs: Any = ()) -> Dict:
-    made = Dict()
-    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        made[_checked_key(key)] = value
-    return made
-
-
 def _unreadable(what: str) -> Callable[..., UnreadableTensor]:
     return lambda machine, *args: UnreadableTensor(what)
 
@@ -470,39 +465,42 @@ def _rebuild_complex(machine: _Unpickler, real: float = 0, imag: float = 0) -> c
     return complex(float(real), float(imag))
 
 
-def _rebuild_list(machine: _Unpickler, values: Iterable[Any] = ()) -> list[Any]:
-    return list(values)
-
-
-def _rebuild_tuple(machine: _Unpickler, values: Iterable[Any] = ()) -> tuple[Any, ...]:
-    return tuple(values)
-
-
 def _reconstruct(machine: _Unpickler, cls: object, base: object, state: Any = None) -> object:
     """An object as protocols 0 and 1 spell it: its class, a builtin base and that one's value."""
     made = Inert(cls)
-    if str(base) in ("builtins.dict", "__builtin__.dict") and isinstance(state, dict):
+    if described(base) in ("builtins.dict", "__builtin__.dict") and isinstance(state, dict):
         made.entries = state
-    elif str(base) in ("builtins.list", "__builtin__.list") and isinstance(state, list):
+    elif described(base) in ("builtins.list", "__builtin__.list") and isinstance(state, list):
         made.elements = state
     elif state is not None:
         made.args = (state,)
     return made
 
 
-def _values(container: Callable[[Iterable[Any]], Any]) -> Callable[..., Any]:
-    def rebuild(machine: _Unpickler, values: Iterable[Any] = ()) -> Any:
-        return container(_checked_key(value) for value in values)
+def _ordered(pairs: Any) -> Dict:
+    made = Dict()
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        made[_checked_key(key)] = value
+    return made
+
+
+def _container(make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A container of the values of another; of what is none, an object."""
+
+    def rebuild(machine: _Unpickler, values: object = ()) -> Any:
+        if not isinstance(values, dict | list | tuple | set | frozenset):
+            return Inert(None, (values,))
+        return make(values)
 
     return rebuild
 
 
 _BUILTINS: Mapping[str, Callable[..., Any]] = {
-    "set": _values(set),
-    "frozenset": _values(frozenset),
-    "list": _rebuild_list,
-    "tuple": _rebuild_tuple,
-    "dict": _rebuild_ordered,
+    "set": _container(lambda values: set(map(_checked_key, values))),
+    "frozenset": _container(lambda values: frozenset(map(_checked_key, values))),
+    "list": _container(list),
+    "tuple": _container(tuple),
+    "dict": _container(_ordered),
     "complex": _rebuild_complex,
 }
 _REBUILD: Mapping[str, Callable[..., Any]] = {
@@ -521,8 +519,8 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_meta_tensor_no_storage": _unreadable("meta tensor, which has no data"),
     "torch._utils._rebuild_wrapper_subclass": _unreadable("tensor subclass without a storage"),
     "torch._utils._rebuild_device_tensor_from_numpy": _unreadable("tensor of a foreign device"),
-    "torch.Size": _rebuild_tuple,
-    "collections.OrderedDict": _rebuild_ordered,
+    "torch.Size": _container(tuple),
+    "collections.OrderedDict": _container(_ordered),
     "collections.defaultdict": lambda machine, *factory: Dict(),
     "_codecs.encode": _rebuild_bytes,
     "copyreg._reconstructor": _reconstruct,

@@ -65,13 +65,14 @@ def _header(file: InputFile) -> tuple[dict[str, Any], int]:
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > min(_MOST_HEADER_BYTES, file.size - 8):
         raise ValueError(f"{length} bytes long")
-    header = json.loads(file.read(8, length).decode("utf-8"), object_pairs_hook=_unique)
+    header = json.loads(file.read(8, length).decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(header, dict):
         raise ValueError("no JSON object")
     return header, 8 + length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object's pairs; a name that occurs twice is an error."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("a name occurs twice")

@@ -1,0 +1,77 @@
+"""A checkpoint that is one file: which format it has is told by its content, never its suffix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swa_avg.errors import FormatError
+from swa_avg.files import InputFile
+from swa_avg.formats import safetensors, torch_legacy, torch_zip
+from swa_avg.formats.checkpoint import Checkpoint
+
+# What people name .pt by mistake: the first bytes, and what they are.
+_STRANGERS = (
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
+    (b"<", "HTML or XML, perhaps a failed download"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"BZh", "a bzip2 file"),
+    (b"{", "JSON"),
+)
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open a file and read its headers.
+
+    Raises:
+        FileError: It cannot be opened.
+        FormatError: It is no checkpoint, or not a sound one.
+    """
+    file = InputFile(path)
+    try:
+        return read(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a file begins like a checkpoint; all zip archives do."""
+    file = InputFile(path)
+    try:
+        start = file.read(0, min(512, file.size))
+        header = int.from_bytes(start[:8], "little")
+        safe = start[8:9] == b"{" and header <= file.size - 8
+        return safe or start.startswith(torch_zip.MAGIC) or torch_legacy.is_legacy(start)
+    finally:
+        file.close()
+
+
+def read(file: InputFile) -> Checkpoint:
+    """Read the headers of a file.
+
+    Raises:
+        FormatError: It is no checkpoint, or not a sound one.
+    """
+    if file.size == 0:
+        raise FormatError("is empty", file=file.path, expected="a checkpoint")
+    start = file.read(0, min(512, file.size))
+    if start.startswith(torch_zip.MAGIC):
+        return torch_zip.read(file)
+    if torch_legacy.is_legacy(start):
+        return torch_legacy.read(file)
+    if start[8:9] == b"{":
+        return safetensors.read(file)
+    looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
+    if looks is None and start[257:262] == b"ustar":
+        looks = "a tar archive, as torch wrote them before 0.1.10"
+    if looks is None and start[:1] == b"\x80":
+        looks = "a bare pickle"
+    if looks is None and start.isascii() and 0 not in start:
+        looks = "text"
+    raise FormatError(
+        f"looks like {looks}" if looks else "is of an unknown format",
+        file=file.path,
+        expected="a checkpoint written by torch.save or by safetensors",
+    )
