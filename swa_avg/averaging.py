@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from swa_avg import wrapper
 from swa_avg.errors import MismatchError, SwaAvgError
 from swa_avg.formats import Layout, is_safetensors, layout_for, open_checkpoint
 from swa_avg.layout import StateDict, find_state_dict
@@ -164,7 +165,10 @@ class Averaging:
             f"{path}: is the same file as {counted}; counted once"
             for path, counted in self.selection.repeats
         )
-        return (*repeats, *self.plan.notes)
+        last = self.selection.chosen[-1].checkpoint.path
+        kept = f"what else is in the file (optimizer state, for one) is that of {last}"
+        wrapped = isinstance(self.layout, wrapper.WrapperLayout)
+        return (*repeats, *self.plan.notes, *([kept] if wrapped else []))
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""
@@ -199,6 +203,7 @@ def planned(
     force: bool = False,
     key: str | Sequence[str] = (),
     ema: bool = False,
+    keep_wrapper: bool = False,
 ) -> Iterator[Averaging]:
     """Open checkpoints and plan their average; they are closed at the end of the context.
 
@@ -211,6 +216,8 @@ def planned(
         key: The dotted path to the state_dict in each checkpoint, where it is not found;
             or several paths, which make up one model.
         ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
+        keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
+            the averaged tensors replaced in it.
 
     Raises:
         SwaAvgError: Anything that makes the average impossible.
@@ -218,6 +225,8 @@ def planned(
     """
     if bn_buffers not in BN_BUFFERS or dtype not in OUTPUT_DTYPES:
         raise ValueError(f"no such option: bn_buffers={bn_buffers!r}, dtype={dtype!r}")
+    if keep_wrapper and dtype != "keep":
+        raise ValueError("a file that is kept keeps its dtypes too")
     given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
     target = Path(output)
     with ExitStack() as opened:
@@ -229,9 +238,13 @@ def planned(
         selection = select(states)
         files = [file for state in selection.chosen for file in state.checkpoint.files]
         check_target(target, files, force)
-        rules = Rules(bn_buffers, DTYPES.get(dtype), strides=not is_safetensors(target))
-        plan = make_plan(selection.chosen, rules)
-        yield Averaging(target, selection, plan, layout_for(target, plan.state_dict))
+        strides = keep_wrapper or not is_safetensors(target)
+        plan = make_plan(selection.chosen, Rules(bn_buffers, DTYPES.get(dtype), strides))
+        if keep_wrapper:
+            layout: Layout = wrapper.layout(selection.chosen[-1], plan)
+        else:
+            layout = layout_for(target, plan.state_dict)
+        yield Averaging(target, selection, plan, layout)
 
 
 def average(
@@ -243,6 +256,7 @@ def average(
     force: bool = False,
     key: str | Sequence[str] = (),
     ema: bool = False,
+    keep_wrapper: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
@@ -262,6 +276,8 @@ def average(
         key: The dotted path to the state_dict in each checkpoint, where it is not found;
             or several paths, which make up one model.
         ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
+        keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
+            the averaged tensors replaced in it.
         threads: How many threads work; by default one for each usable core.
         progress: Called with the number of bytes read since the last call.
 
@@ -281,6 +297,7 @@ def average(
             force=force,
             key=key,
             ema=ema,
+            keep_wrapper=keep_wrapper,
         ) as averaging,
         AtomicFile(averaging.output, averaging.layout.size) as file,
     ):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Read": ("--key", "--ema"),
     "Average": ("--bn-buffers", "--dtype"),
-    "Write": ("--output", "--force"),
+    "Write": ("--output", "--force", "--keep-wrapper"),
     "BatchNorm": (
         "--recompute-bn",
         "--data",
@@ -87,6 +87,7 @@ class _GroupedCommand(click.Command):
     help="The file to write; *.safetensors is one.  [default: swa.pt]",
 )
 @click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--keep-wrapper", is_flag=True, help="Keep the last file; replace only its weights.")
 @click.option("--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data.")
 @click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one.")
 @click.option("--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]")
@@ -140,7 +141,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 _BN_DEFAULTS = {"device": "auto", "bn_estimator": "population", "amp": "off"}
 _BN_OPTIONS = ("data", "model", "forward", "device", "bn_estimator", "bn_batches", "amp")
-_AVERAGE_OPTIONS = ("ema", "bn_buffers", "dtype", "threads", "dry_run")
+_AVERAGE_OPTIONS = ("ema", "bn_buffers", "dtype", "keep_wrapper", "threads", "dry_run")
 
 
 def _check_usage(ctx: click.Context) -> None:
@@ -163,6 +164,8 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if not recompute and given(_BN_OPTIONS):
         raise click.UsageError(f"{given(_BN_OPTIONS)[0]} needs --recompute-bn.")
+    if ctx.params["keep_wrapper"] and ctx.params["dtype"] != "keep":
+        raise click.UsageError("--keep-wrapper keeps the dtypes too: it goes without --dtype.")
     if not checkpoints and given(_AVERAGE_OPTIONS):
         raise click.UsageError(f"{given(_AVERAGE_OPTIONS)[0]} needs checkpoints to average.")
 
@@ -178,6 +181,7 @@ class _Run:
     bn_buffers: str
     dtype: str
     force: bool
+    keep_wrapper: bool
     recompute_bn: bool
     data: str
     model: str | None
@@ -204,6 +208,7 @@ class _Run:
             force=self.force or self.dry_run,
             key=self.key,
             ema=self.ema,
+            keep_wrapper=self.keep_wrapper,
         )
 
     def recompute_options(self) -> Recompute:

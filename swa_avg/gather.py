@@ -1,8 +1,9 @@
 """Reading a tensor in another order than the one in which it lies on disk.
 
 Inputs of one average may hold the same tensor with other strides: transposed,
-channels_last, a slice of something larger, in parts that several ranks wrote. Their elements are brought into the
-order of the output box by box, so that no tensor of full size is ever built.
+channels_last, a slice of something larger; or in parts that several ranks wrote.
+Their elements are brought into the order of the output box by box, so that no
+tensor of full size is ever built.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from swa_avg.tensors import TensorRef
 from swa_avg.tree import at, dicts_of_tensors, mapping, matching, tensor_count
 
 # Where frameworks put the weights of the model.
-_WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "state.model")
+_WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "state.model", "app.model")
 # Where they put averages of them that the run has kept.
 _AVERAGES = (
     "state_dict_ema",  # timm

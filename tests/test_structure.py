@@ -16,9 +16,10 @@ PACKAGE = Path(swa_avg.__file__).parent
 ROOMS = (
     *("errors", "files", "tensors"),
     *("formats.checkpoint", "formats.pickles", "formats.torch_zip"),
-    *("formats.torch_legacy", "formats.safetensors", "formats.single", "formats.sharded"),
+    *("formats.torch_legacy", "formats.safetensors", "formats.single"),
+    *("formats.sharded", "formats.dcp"),
     *("formats", "modules", "tree", "recorded", "layout", "select", "gather", "ties", "plan"),
-    *("checksums", "exact", "output", "mean", "averaging"),
+    *("checksums", "wrapper", "exact", "output", "mean", "averaging"),
     *("batches", "estimators", "batchnorm", "userdata", "messages", "distributed", "recompute"),
     *("demo", "cli", "__main__"),
 )

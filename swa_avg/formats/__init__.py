@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from zlib_ng.zlib_ng import crc32
+
 from swa_avg.errors import FormatError
-from swa_avg.formats import safetensors, sharded, single, torch_zip
+from swa_avg.formats import dcp, safetensors, sharded, single, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
 from swa_avg.formats.single import open_file
 from swa_avg.tensors import Record
@@ -19,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "Layout",
     "OutputStateDict",
+    "checksum_places",
     "is_checkpoint",
     "layout_for",
     "open_checkpoint",
@@ -31,7 +35,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, or a folder
-            of Hugging Face's.
+            of Hugging Face's or of torch.distributed.checkpoint.
 
     Returns:
         The checkpoint, its files open: close it when done.
@@ -45,16 +49,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return open_file(path)
     if sharded.is_checkpoint(path):
         return sharded.read(path)
+    if dcp.is_checkpoint(path):
+        return dcp.read(path)
     raise FormatError(
         "is a folder without a checkpoint of its own",
         file=path,
-        expected="model.safetensors, pytorch_model.bin or an index of shards in it",
+        expected="model.safetensors, pytorch_model.bin, an index of shards or .metadata in it",
     )
 
 
 def is_checkpoint(path: Path) -> bool:
     """Tell whether a path looks like a checkpoint, a folder that is one included."""
-    return sharded.is_checkpoint(path) if path.is_dir() else single.is_checkpoint(path)
+    if path.is_dir():
+        return sharded.is_checkpoint(path) or dcp.is_checkpoint(path)
+    return single.is_checkpoint(path)
 
 
 def layout_for(path: Path, state_dict: OutputStateDict) -> Layout:
@@ -66,10 +74,17 @@ def layout_for(path: Path, state_dict: OutputStateDict) -> Layout:
 
 def patch(checkpoint: Checkpoint, contents: Mapping[Record, bytes]) -> Iterator[tuple[int, bytes]]:
     """Yield what to write, and where, into a copy of a file to replace whole records of it."""
+    places = checksum_places(checkpoint)
+    for record, data in contents.items():
+        yield record.offset, data
+        for place in places.get(record.offset, ()):
+            yield place, struct.pack("<I", crc32(data))
+
+
+def checksum_places(checkpoint: Checkpoint) -> Mapping[int, tuple[int, ...]]:
+    """Return, for the place of each record in a file, the places of its CRC-32."""
     (file,) = checkpoint.files
-    if checkpoint.format == "torch zip":
-        return torch_zip.patch(file, contents)
-    return ((record.offset, data) for record, data in contents.items())
+    return torch_zip.checksum_places(file) if checkpoint.format == "torch zip" else {}
 
 
 def is_safetensors(path: Path) -> bool:

@@ -53,8 +53,7 @@ def read(folder: Path) -> Checkpoint:
             file=folder,
             remedy="Give the one folder or file that is meant",
         )
-    state = folder / _STATE
-    beside = _json(state) if state.exists() else None
+    beside = trainer_state(folder)
     if path.name.endswith(_INDEX):
         return replace(_read_shards(folder, path), beside=beside)
     whole = open_file(path)
@@ -65,6 +64,12 @@ def read(folder: Path) -> Checkpoint:
         notes=(*whole.notes, *_other_models(path)),
         beside=beside,
     )
+
+
+def trainer_state(folder: Path) -> object:
+    """Return what Trainer records beside the weights, or None."""
+    path = folder / _STATE
+    return _json(path) if path.exists() else None
 
 
 def _read_shards(folder: Path, path: Path) -> Checkpoint:

@@ -155,32 +155,24 @@ def _byteorder(file: InputFile, record: Record | None) -> str:
     return _checked(record).decode("ascii", "replace") if record.length < 16 else "unknown"
 
 
-def patch(file: InputFile, contents: Mapping[Record, bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield what to write into a copy of an archive to replace whole records.
+def checksum_places(file: InputFile) -> dict[int, tuple[int, ...]]:
+    """Return where an archive keeps its checksums.
 
-    Args:
-        file: The archive.
-        contents: The new bytes of some of its records, as long as the old ones.
-
-    Yields:
-        Places and bytes: the records, and their checksums wherever the archive has them.
+    Returns:
+        For the place of each record's first byte, the places of its CRC-32: beside the
+        data and in the directory. Records without a checksum are left out.
     """
-    by_place = {record.offset: record for record in contents}
+    places: dict[int, tuple[int, ...]] = {}
     for entry, central in _entries(file):
-        record = by_place.get(_data_offset(file, entry))
-        if record is None:
+        if not entry.CRC:
             continue
-        yield record.offset, contents[record]
-        if record.crc32 is None:
-            continue
-        checksum = struct.pack("<I", crc32(contents[record]))
-        yield central + 16, checksum
+        start = _data_offset(file, entry)
+        beside = entry.header_offset + 14
         if entry.flag_bits & _DESCRIPTOR:
-            end = record.offset + record.length
-            signed = file.read(end, 4) == b"PK\x07\x08"
-            yield end + (4 if signed else 0), checksum
-        else:
-            yield entry.header_offset + 14, checksum
+            end = start + entry.file_size
+            beside = end + (4 if file.read(end, 4) == b"PK\x07\x08" else 0)
+        places[start] = (beside, central + 16)
+    return places
 
 
 def _entries(file: InputFile) -> Iterator[tuple[zipfile.ZipInfo, int]]:

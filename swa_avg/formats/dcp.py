@@ -1,0 +1,285 @@
+"""Folders of `torch.distributed.checkpoint`: `.metadata`, and a file of items for each rank.
+
+A tensor is there in chunks, boxes of it that one rank or several wrote; each is
+an item of a `.distcp` file, and by itself what `torch.save` makes of a tensor.
+`.metadata` is a pickle that says what is where. It is read like any pickle here:
+its classes stay unknown, and nothing of it runs. Items that are no tensors are
+pickles too; they stay unread, as does the state of the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from swa_avg.errors import FormatError
+from swa_avg.files import InputFile, Section
+from swa_avg.formats import pickles, single
+from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.pickles import Global, Inert
+from swa_avg.formats.sharded import is_inside, trainer_state
+from swa_avg.tensors import Part, Record, TensorRef, contiguous_stride
+
+_METADATA = ".metadata"
+# accelerate and Trainer put the model's folder into their own, beside the optimizer's.
+_INNER = "pytorch_model_fsdp_0"
+_LIGHTNING = "meta.pt"
+_MOST_METADATA_BYTES = 1 << 30
+_OPTIMIZER = "optim"
+_UNREAD = Inert(Global("torch.distributed.checkpoint", "item"))
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder is a distributed checkpoint, if perhaps not a whole one."""
+    home = _home(folder)
+    return (home / _METADATA).exists() or next(home.glob("*.distcp"), None) is not None
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read the metadata of a folder, and the headers of the tensors' items.
+
+    Raises:
+        FormatError: The metadata or an item is not sound, or a tensor has holes.
+        FileError: A file is missing or cannot be opened.
+    """
+    home = _home(folder)
+    path = home / _METADATA
+    if not path.exists():
+        raise FormatError(
+            f"has no {_METADATA}",
+            file=home,
+            remedy="The run had not finished writing it when it ended",
+        )
+    with ExitStack() as opened:
+        source = _Source(home, opened)
+        try:
+            metadata = _metadata(path)
+            tree = _tree(metadata, source)
+        except FormatError as error:
+            error.file = error.file or str(path)
+            raise
+        opened.pop_all()
+    files = tuple(source.files.values())
+    beside = trainer_state(folder) or _lightning_state(home)
+    return Checkpoint(folder, "torch distributed checkpoint", tree, files, beside=beside)
+
+
+def _home(folder: Path) -> Path:
+    inner = folder / _INNER
+    return inner if (inner / _METADATA).exists() else folder
+
+
+def _lightning_state(folder: Path) -> object:
+    """Return what Lightning records beside the tensors, or None."""
+    path = folder / _LIGHTNING
+    if not path.exists():
+        return None
+    meta = single.open_file(path)
+    meta.close()
+    return meta.tree
+
+
+def _metadata(path: Path) -> Mapping[str, object]:
+    """Return the fields of the metadata, whatever class they were pickled as."""
+    file = InputFile(path)
+    try:
+        if file.size > _MOST_METADATA_BYTES:
+            raise FormatError(f"is {file.size} bytes long", expected="metadata")
+        found = _fields(pickles.load(file.read(0, file.size), _no_storage))
+    finally:
+        file.close()
+    for name in ("state_dict_metadata", "storage_data"):
+        if not isinstance(found.get(name), dict):
+            raise FormatError(f"has no {name}", expected="metadata of a distributed checkpoint")
+    return found
+
+
+def _no_storage(storage: pickles.Storage) -> Record:
+    raise FormatError("refers to a storage where none belongs")
+
+
+def _fields(value: object) -> Mapping[str, object]:
+    """Return the attributes of a pickled dataclass."""
+    state = value.state if isinstance(value, Inert) else None
+    return state if isinstance(state, dict) else {}
+
+
+def _tree(metadata: Mapping[str, object], source: _Source) -> dict[str, object]:
+    """Put everything in its place in the nested dicts that were saved."""
+    described = metadata["state_dict_metadata"]
+    items = metadata["storage_data"]
+    assert isinstance(described, dict)
+    assert isinstance(items, dict)
+    source.take(items)
+    tree: dict[str, object] = {}
+    for name, path in _paths(described, metadata.get("planner_data")).items():
+        *branches, leaf = path
+        at = tree
+        for branch in branches:
+            below = at.setdefault(branch, {})
+            if not isinstance(below, dict):
+                raise FormatError("is within another item", tensor=name)
+            at = below
+        if leaf in at:
+            raise FormatError("is there twice", tensor=name)
+        optimizer = path[0].startswith(_OPTIMIZER)
+        at[leaf] = _UNREAD if optimizer else _item(name, described[name], source)
+    return tree
+
+
+def _paths(described: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
+    """Return where in the nested dicts each item was, before they were flattened."""
+    names = [name for name in described if isinstance(name, str)]
+    # Who flattens names himself puts model and optimizer side by side under their dots.
+    flat = not any(name.startswith(_OPTIMIZER) for name in names)
+    paths = {}
+    for name in names:
+        path = mapping.get(name) if isinstance(mapping, dict) else None
+        if not (isinstance(path, tuple) and path):
+            path = (name,)
+        if path == (name,) and not flat:
+            path = tuple(name.split(".", 1))
+        paths[name] = tuple(str(part) for part in path)
+    return paths
+
+
+def _item(name: str, description: object, source: _Source) -> object:
+    """Return a tensor as where its bytes are; anything else stays unread."""
+    fields = _fields(description)
+    if "size" not in fields:
+        return _UNREAD
+    try:
+        shape = _sizes(fields["size"])
+        chunks = fields.get("chunks")
+        boxes = [_box(chunk) for chunk in chunks] if isinstance(chunks, list) else []
+        filled = [box for box in boxes if 0 not in box[1]] or boxes[:1]
+        _check_cover(shape, filled)
+        parts = tuple(Part(start, source.chunk(name, start, size)) for start, size in filled)
+    except FormatError as error:
+        error.tensor = error.tensor or name
+        raise
+    refs = [part.ref for part in parts]
+    if len({ref.dtype for ref in refs}) != 1:
+        raise FormatError("has chunks of several dtypes", tensor=name)
+    if len(parts) == 1:
+        return refs[0]
+    stride = contiguous_stride(shape)
+    return TensorRef(refs[0].dtype, shape, stride, refs[0].record, 0, parts)
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if isinstance(value, tuple) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
+        return value
+    raise FormatError("has an impossible shape or offset")
+
+
+def _box(chunk: object) -> Box:
+    fields = _fields(chunk)
+    return _sizes(fields.get("offsets")), _sizes(fields.get("sizes"))
+
+
+def _check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
+    """Refuse boxes that leave a hole in a tensor, overlap or lie outside it."""
+    covered = 0
+    for start, size in boxes:
+        inside = len(start) == len(size) == len(shape) and all(
+            at + count <= whole for at, count, whole in zip(start, size, shape, strict=True)
+        )
+        if not inside:
+            raise FormatError("has a chunk outside of it")
+        covered += _numel(size)
+    if covered < _numel(shape) or not boxes:
+        raise FormatError("has a hole: not all of its chunks are there")
+    if covered > _numel(shape) or any(_overlaps(shape, boxes)):
+        raise FormatError("has chunks that overlap")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    made = 1
+    for size in shape:
+        made *= size
+    return made
+
+
+def _overlaps(shape: tuple[int, ...], boxes: Sequence[Box]) -> Iterator[bool]:
+    """Compare boxes that may overlap: those that do along the dimension cut into most."""
+    if len(boxes) < 2:
+        return
+    dim = max(range(len(shape)), key=lambda d: len({start[d] for start, _ in boxes}))
+    near: list[Box] = []
+    for start, size in sorted(boxes, key=lambda box: box[0][dim]):
+        near = [box for box in near if box[0][dim] + box[1][dim] > start[dim]]
+        for other, extent in near:
+            yield all(
+                a < b + m and b < a + n
+                for a, n, b, m in zip(start, size, other, extent, strict=True)
+            )
+        near.append((start, size))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an item is."""
+
+    file: str
+    start: int
+    length: int
+
+
+class _Source:
+    """The items of a folder: opens their files, each once, and reads the headers of tensors.
+
+    Attributes:
+        files: What was opened, by name.
+    """
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        self.files: dict[str, InputFile] = {}
+        self._folder = folder
+        self._opened = opened
+        self._places: dict[tuple[object, object], object] = {}
+
+    def take(self, items: Mapping[object, object]) -> None:
+        """Note where each item is, by its name and its place in the tensor."""
+        for index, info in items.items():
+            fields = _fields(index)
+            key = (fields.get("fqn"), fields.get("offset"))
+            if not all(isinstance(part, str | tuple | None) for part in key) or key in self._places:
+                raise FormatError("lists an item twice", tensor=pickles.described(key[0]))
+            self._places[key] = info
+
+    def chunk(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> TensorRef:
+        """Return where the elements of a chunk are."""
+        place = self._place(name, start)
+        if place.file not in self.files:
+            self.files[place.file] = InputFile(self._folder / place.file)
+            self._opened.callback(self.files[place.file].close)
+        file = self.files[place.file]
+        found = single.read(Section(file, place.start, place.length)).tree
+        if not isinstance(found, TensorRef) or found.shape != shape:
+            what = list(found.shape) if isinstance(found, TensorRef) else pickles.described(found)
+            raise FormatError(
+                f"has {what} for a chunk",
+                file=file.path,
+                tensor=name,
+                expected=f"a tensor of shape {list(shape)}",
+            )
+        return found
+
+    def _place(self, name: str, start: tuple[int, ...]) -> _Place:
+        info = _fields(self._places.get((name, start)))
+        file, place, length = (info.get(key) for key in ("relative_path", "offset", "length"))
+        if not (isinstance(file, str) and isinstance(place, int) and isinstance(length, int)):
+            raise FormatError(f"has no item for its chunk at {list(start)}")
+        if not is_inside(file):
+            raise FormatError(f"is in the file {file!r}", expected="a file in the same folder")
+        if info.get("transform_descriptors"):
+            raise FormatError(
+                "is stored compressed or otherwise transformed",
+                remedy="Save the checkpoint without extensions",
+            )
+        return _Place(file, place, length)

@@ -1,0 +1,108 @@
+"""The law of `--keep-wrapper`: the last file, with nothing changed but the weights in it."""
+
+from __future__ import annotations
+
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import swa_avg
+from swa_avg.errors import OutputError
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8))
+    made.append(nn.Linear(8, 8, bias=False))
+    made[4].weight = made[3].weight
+    return made.to(memory_format=torch.channels_last)
+
+
+def wrapped(folder: Path, epoch: int, **options: bool) -> Path:
+    """Save a checkpoint as a training script does, optimizer state and all."""
+    model = network(epoch)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    path = folder / f"epoch_{epoch}.ckpt"
+    args = Namespace(lr=0.1, name="run")
+    content = {"epoch": epoch, "state_dict": model.state_dict(), "args": args}
+    torch.save(content | {"optimizer": optimizer.state_dict()}, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_only_the_weights_change(tmp_path: Path, zipped: bool) -> None:
+    """Weights are the mean, all else is the last file's, and torch's own loader takes it."""
+    paths = [wrapped(tmp_path, epoch, _use_new_zipfile_serialization=zipped) for epoch in (0, 1, 2)]
+    swa_avg.average(paths, tmp_path / "swa.ckpt", keep_wrapper=True)
+    swa_avg.average(paths, tmp_path / "bare.pt")
+
+    made = torch.load(tmp_path / "swa.ckpt", weights_only=False)
+    last = torch.load(paths[-1], weights_only=False)
+    bare = torch.load(tmp_path / "bare.pt")
+    assert made["epoch"] == 2 and made["args"] == last["args"]
+    for key, moments in last["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, made["optimizer"]["state"][key][name])
+    for name, value in bare.items():
+        assert torch.equal(value, made["state_dict"][name]), name
+        assert value.stride() == made["state_dict"][name].stride()
+    tied = made["state_dict"]
+    assert tied["3.weight"].data_ptr() == tied["4.weight"].data_ptr()
+    network(0).load_state_dict(made["state_dict"], strict=True)
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "swa.ckpt") as new, zipfile.ZipFile(paths[-1]) as old:
+            assert new.testzip() is None
+            assert new.namelist() == old.namelist()
+            assert new.read("epoch_2/data.pkl") == old.read("epoch_2/data.pkl")
+
+
+def test_one_checkpoint_is_copied_whole(tmp_path: Path) -> None:
+    """The average of one file inside its own wrapper is that file, byte for byte."""
+    path = wrapped(tmp_path, 5)
+    swa_avg.average([path], tmp_path / "swa.ckpt", keep_wrapper=True)
+    assert (tmp_path / "swa.ckpt").read_bytes() == path.read_bytes()
+
+
+def test_storage_that_holds_more_than_the_weights(tmp_path: Path) -> None:
+    """Bytes of a storage beside a tensor that is averaged stay, and its checksum is right."""
+    for epoch in range(3):
+        whole = torch.arange(100.0) + epoch
+        content = {"state_dict": {"w": whole[10:40].view(5, 6)}, "whole": whole}
+        torch.save(content, tmp_path / f"{epoch}.pt")
+    swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.pt", keep_wrapper=True)
+    made = torch.load(tmp_path / "swa.pt")
+    expected = torch.arange(100.0) + 2
+    expected[10:40] -= 1
+    assert torch.equal(made["whole"], expected)
+    assert zipfile.ZipFile(tmp_path / "swa.pt").testzip() is None
+
+
+def test_safetensors_keep_their_header(tmp_path: Path) -> None:
+    """Of a safetensors file the header stays, foreign metadata included."""
+    for epoch in range(2):
+        save_file(
+            {"w": torch.full((3,), float(epoch))}, tmp_path / f"{epoch}.safetensors", {"a": "b"}
+        )
+    output = tmp_path / "swa.safetensors"
+    swa_avg.average(tmp_path / "?.safetensors", output, keep_wrapper=True)
+    with safe_open(output, "pt") as made:
+        assert made.metadata() == {"a": "b"}
+        assert made.get_tensor("w").tolist() == [0.5] * 3
+
+
+def test_ties_of_the_last_file_only_are_refused(tmp_path: Path) -> None:
+    """Two different means have no room in one storage: an error, and no output."""
+    torch.save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "0.pt")
+    shared = torch.ones(4)
+    torch.save({"a": shared, "b": shared}, tmp_path / "1.pt")
+    with pytest.raises(OutputError, match="not in every checkpoint"):
+        swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.pt", keep_wrapper=True)
+    assert not (tmp_path / "swa.pt").exists()
