@@ -10,9 +10,10 @@ from pathlib import Path
 
 from swa_avg import wrapper
 from swa_avg.errors import MismatchError, SwaAvgError
-from swa_avg.formats import Layout, is_safetensors, layout_for, open_checkpoint
+from swa_avg.formats import Form, Layout, form_of, layout_for, open_checkpoint
+from swa_avg.formats.sharded import FolderLayout
 from swa_avg.layout import StateDict, find_state_dict
-from swa_avg.output import AtomicFile, check_target
+from swa_avg.output import AtomicFile, AtomicFolder, Output, check_target
 from swa_avg.plan import Plan, Rules, make_plan
 from swa_avg.select import Selection, expand, select
 from swa_avg.tensors import DTYPES, Kind
@@ -108,9 +109,24 @@ class Averaging:
             for state in self.selection.chosen
         )
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder of files."""
+        return isinstance(self.layout, FolderLayout)
+
+    def open_output(self) -> AtomicFile | AtomicFolder:
+        """Make room for the output, which comes into being when it is committed.
+
+        Raises:
+            OutputError: It cannot be written there, or there is no room.
+        """
+        if isinstance(self.layout, FolderLayout):
+            return AtomicFolder(self.output, self.layout.files)
+        return AtomicFile(self.output, self.layout.size)
+
     def write(
         self,
-        file: AtomicFile,
+        file: Output,
         *,
         threads: int | None = None,
         progress: Callable[[int], None] | None = None,
@@ -204,12 +220,14 @@ def planned(
     key: str | Sequence[str] = (),
     ema: bool = False,
     keep_wrapper: bool = False,
+    max_shard_size: int | None = None,
 ) -> Iterator[Averaging]:
     """Open checkpoints and plan their average; they are closed at the end of the context.
 
     Args:
         checkpoints: Files, or patterns of them.
-        output: The file to write; `.safetensors` gives safetensors, else a torch zip.
+        output: What to write. `.safetensors` gives safetensors, another suffix a torch
+            zip, none the form of the inputs: a Hugging Face folder for such folders.
         bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
         dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
         force: Replace an output that exists.
@@ -218,6 +236,7 @@ def planned(
         ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
         keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
             the averaged tensors replaced in it.
+        max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
 
     Raises:
         SwaAvgError: Anything that makes the average impossible.
@@ -237,13 +256,15 @@ def planned(
             states.append(find_state_dict(checkpoint, key, ema))
         selection = select(states)
         files = [file for state in selection.chosen for file in state.checkpoint.files]
-        check_target(target, files, force)
-        strides = keep_wrapper or not is_safetensors(target)
+        last = selection.chosen[-1]
+        form = form_of(target, last.checkpoint)
+        check_target(target, files, force=force, folder=form is Form.FOLDER and not keep_wrapper)
+        strides = keep_wrapper or form is Form.TORCH
         plan = make_plan(selection.chosen, Rules(bn_buffers, DTYPES.get(dtype), strides))
         if keep_wrapper:
-            layout: Layout = wrapper.layout(selection.chosen[-1], plan)
+            layout: Layout = wrapper.layout(last, plan)
         else:
-            layout = layout_for(target, plan.state_dict)
+            layout = layout_for(form, plan.state_dict, last.checkpoint, max_shard_size)
         yield Averaging(target, selection, plan, layout)
 
 
@@ -257,6 +278,7 @@ def average(
     key: str | Sequence[str] = (),
     ema: bool = False,
     keep_wrapper: bool = False,
+    max_shard_size: int | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
@@ -269,7 +291,8 @@ def average(
 
     Args:
         checkpoints: Files, or patterns of them.
-        output: The file to write; `.safetensors` gives safetensors, else a torch zip.
+        output: What to write. `.safetensors` gives safetensors, another suffix a torch
+            zip, none the form of the inputs: a Hugging Face folder for such folders.
         bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
         dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
         force: Replace an output that exists.
@@ -278,6 +301,7 @@ def average(
         ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
         keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
             the averaged tensors replaced in it.
+        max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
         threads: How many threads work; by default one for each usable core.
         progress: Called with the number of bytes read since the last call.
 
@@ -298,8 +322,9 @@ def average(
             key=key,
             ema=ema,
             keep_wrapper=keep_wrapper,
+            max_shard_size=max_shard_size,
         ) as averaging,
-        AtomicFile(averaging.output, averaging.layout.size) as file,
+        averaging.open_output() as file,
     ):
         report = averaging.write(file, threads=threads, progress=progress)
         file.commit()

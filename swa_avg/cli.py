@@ -24,13 +24,12 @@ from swa_avg.errors import SelectionError, SwaAvgError, printable
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
-    from swa_avg.output import AtomicFile
     from swa_avg.recompute import Recompute
 
 _GROUPS = {
     "Read": ("--key", "--ema"),
     "Average": ("--bn-buffers", "--dtype"),
-    "Write": ("--output", "--force", "--keep-wrapper"),
+    "Write": ("--output", "--force", "--keep-wrapper", "--max-shard-size"),
     "BatchNorm": (
         "--recompute-bn",
         "--data",
@@ -56,6 +55,20 @@ class _GroupedCommand(click.Command):
         for title, names in _GROUPS.items():
             with formatter.section(title):
                 formatter.write_dl([record for name in names if (record := records[name])])
+
+
+class _Size(click.ParamType[int]):
+    """A number of bytes, as in 5GB, 500MB or 1000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+        digits = str(value).upper().rstrip("KMGTB")
+        unit = units.get(str(value).upper()[len(digits) :].strip())
+        if unit is None or not digits.strip().isdecimal() or int(digits) == 0:
+            self.fail(f"{value!r} is no size, such as 5GB or 500MB", param, ctx)
+        return int(digits) * unit
 
 
 @click.command(
@@ -88,6 +101,7 @@ class _GroupedCommand(click.Command):
 )
 @click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--keep-wrapper", is_flag=True, help="Keep the last file; replace only its weights.")
+@click.option("--max-shard-size", type=_Size(), metavar="SIZE", help="Of a folder.  [default: 5GB]")
 @click.option("--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data.")
 @click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one.")
 @click.option("--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]")
@@ -141,7 +155,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 _BN_DEFAULTS = {"device": "auto", "bn_estimator": "population", "amp": "off"}
 _BN_OPTIONS = ("data", "model", "forward", "device", "bn_estimator", "bn_batches", "amp")
-_AVERAGE_OPTIONS = ("ema", "bn_buffers", "dtype", "keep_wrapper", "threads", "dry_run")
+_AVERAGE_OPTIONS = (
+    *("ema", "bn_buffers", "dtype", "keep_wrapper", "max_shard_size", "threads", "dry_run"),
+)
 
 
 def _check_usage(ctx: click.Context) -> None:
@@ -182,6 +198,7 @@ class _Run:
     dtype: str
     force: bool
     keep_wrapper: bool
+    max_shard_size: int | None
     recompute_bn: bool
     data: str
     model: str | None
@@ -209,6 +226,7 @@ class _Run:
             key=self.key,
             ema=self.ema,
             keep_wrapper=self.keep_wrapper,
+            max_shard_size=self.max_shard_size,
         )
 
     def recompute_options(self) -> Recompute:
@@ -240,15 +258,13 @@ def _average(run: _Run) -> None:
         _show_average(report, averaging, run)
         if report.stale:
             _note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
-        _show_written(run)
+        _say([messages.of_output(report.output, report.bytes_written)])
 
 
 @contextmanager
-def _written(averaging: Averaging, run: _Run) -> Iterator[tuple[AtomicFile, Report]]:
-    """Average into a file; it becomes the output when it is committed."""
-    from swa_avg.output import AtomicFile
-
-    with AtomicFile(averaging.output, averaging.layout.size) as file:
+def _written(averaging: Averaging, run: _Run) -> Iterator[tuple[Any, Report]]:
+    """Average into a file or folder; it becomes the output when it is committed."""
+    with averaging.open_output() as file:
         with _bar(averaging.plan.bytes_to_read, run, unit="B", desc="averaging") as bar:
             report = averaging.write(file, threads=run.threads, progress=bar and bar.update)
         yield file, report
@@ -261,6 +277,8 @@ def _recompute(run: _Run) -> None:
     with ExitStack() as entered:
         # Planned first: what the headers tell needs none of the user's code.
         averaging = entered.enter_context(run.planned()) if run.checkpoints and _leads() else None
+        if averaging and averaging.is_folder:
+            raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
         bn = entered.enter_context(session(run.recompute_options()))
         if not bn.leads:
             bn.follow()
@@ -271,8 +289,12 @@ def _recompute(run: _Run) -> None:
         else:
             file = entered.enter_context(copy_of(Path(run.output), run.key))
         with _bar(bn.batches, run, unit="batch", desc="recomputing BatchNorm") as bar:
+            wrapped = averaging is None or run.keep_wrapper
             batchnorm, notes = bn.recompute(
-                file, () if averaging else run.key, bar and partial(_advance, bar)
+                file,
+                run.key if wrapped else (),
+                ema=run.ema and wrapped,
+                progress=bar and partial(_advance, bar),
             )
         file.commit()
     if run.as_json:
@@ -284,7 +306,7 @@ def _recompute(run: _Run) -> None:
             _show_average(report, averaging, run)
         _say(messages.of_recompute(batchnorm, layers=run.verbose))
         _note(notes)
-        _show_written(run)
+        _say([messages.of_output(run.output, Path(run.output).stat().st_size)])
 
 
 def _leads() -> bool:
@@ -339,10 +361,6 @@ def _show_average(report: Report, averaging: Averaging, run: _Run) -> None:
     _note(report.notes)
 
 
-def _show_written(run: _Run) -> None:
-    _say([messages.of_output(run.output, Path(run.output).stat().st_size)])
-
-
 def _print_json(content: object) -> None:
     import json
 
@@ -365,8 +383,13 @@ def main() -> None:
 def _run() -> int:
     """Run the command and turn whatever it raises into an exit code."""
     try:
-        command.main(prog_name="swa-avg", standalone_mode=False)
-        sys.stdout.flush()
+        # Not command.main: it ends the process itself when nobody reads its output.
+        with command.make_context("swa-avg", sys.argv[1:]) as ctx:
+            command.invoke(ctx)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code

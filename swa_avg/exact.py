@@ -71,7 +71,7 @@ class Averager:
         self._sum = torch.empty(capacity, dtype=torch.float64)
         self._wide = torch.empty(capacity, dtype=torch.float64)
         self._half = torch.empty(capacity, dtype=torch.float32)
-        self._rounded = rounding_detector(capacity)
+        self._rounded = rounding_detector()
         self._careful = isinstance(self._rounded, AlwaysRounded)
 
     def mean_into(self, inputs: Inputs, count: int, out: torch.Tensor, dtype: DType) -> None:
@@ -376,11 +376,12 @@ class AlwaysRounded(RoundingDetector):
 
 
 @cache
-def rounding_detector(size: int) -> RoundingDetector:
-    """Return a detector that was seen to work on additions of `size` elements.
+def rounding_detector() -> RoundingDetector:
+    """Return a detector that was seen to work, on more elements than torch leaves to one thread.
 
     One rounding in the last element must be noticed, and none where there is none.
     """
+    size = 1 << 16
     try:
         detector = RoundingDetector()
     except (KeyError, OSError, AttributeError, TypeError):

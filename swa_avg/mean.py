@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import mmap
 from typing import TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from swa_avg.checksums import Ledger, Piece, combined
 from swa_avg.errors import NotFiniteError
 from swa_avg.exact import BITS, Averager, NonFiniteError, cast_into
 from swa_avg.gather import Box, boxes, read_box, whole
-from swa_avg.output import AtomicFile
+from swa_avg.output import Output
 from swa_avg.plan import Treatment, Work
 from swa_avg.tensors import DTYPES, DType, Kind, Record, TensorRef, contiguous_stride
 
@@ -32,6 +33,7 @@ _T = TypeVar("_T")
 Progress = Callable[[int], None]
 
 CHUNK = 128 * 1024  # elements: they and their float64 sums stay in the processor's cache
+_STRIDED = 8  # times as many where inputs lie in another order than the output
 _WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 _BATCH_BYTES = 256 * 1024 * 1024  # of all inputs together: what one task reads
 _PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
@@ -48,7 +50,7 @@ class Kernel:
         chunk: How many elements are averaged at once.
     """
 
-    output: AtomicFile
+    output: Output
     places: Sequence[int]
     works: Sequence[Work]
     chunk: int = CHUNK
@@ -148,7 +150,9 @@ def _batches(kernel: Kernel) -> Iterator[list[_Stretch]]:
         each = itemsize * max(len(work.sources), 1)
         collected: list[Box] = []
         start = place = 0
-        for box in boxes(shape, kernel.chunk):
+        # Another order on disk is read in short runs: longer ones in larger boxes.
+        most = kernel.chunk if all(map(whole, work.sources)) else _STRIDED * kernel.chunk
+        for box in boxes(shape, most):
             collected.append(box)
             place += box.numel
             weight += box.numel * each
@@ -270,9 +274,11 @@ class _Desk:
     """The buffers of one thread."""
 
     def __init__(self, chunk: int) -> None:
-        self._in = memoryview(bytearray(chunk * _WIDEST))
-        self._out = memoryview(bytearray(chunk * _WIDEST))
-        self._averager = Averager(2 * chunk)  # complex numbers are two each
+        # Room for the largest boxes; what they do not need is never touched, nor taken.
+        most = _STRIDED * chunk
+        self._in = memoryview(mmap(-1, most * _WIDEST))
+        self._out = memoryview(mmap(-1, most * _WIDEST))
+        self._averager = Averager(2 * most)  # complex numbers are two each
 
     def compute(self, work: Work, readers: Sequence[_Reader], box: Box) -> tuple[memoryview, bool]:
         """Return the bytes of one box of the output, and whether all inputs had the same."""
@@ -293,10 +299,10 @@ class _Desk:
 
     def _average(self, work: Work, readers: Sequence[_Reader], box: Box, out: torch.Tensor) -> None:
         def chunks() -> Iterable[torch.Tensor]:
-            return (_parts(reader.read(box, self._in)) for reader in readers)
+            return (_parts(reader.read(box, self._in), reader.source.dtype) for reader in readers)
 
         dtype = DTYPES[_PARTS.get(work.dtype.name, work.dtype.name)]
-        self._averager.mean_into(chunks, len(readers), _parts(out), dtype)
+        self._averager.mean_into(chunks, len(readers), _parts(out, work.dtype), dtype)
 
     def _convert(
         self, values: torch.Tensor, work: Work, reader: _Reader, out: torch.Tensor
@@ -314,14 +320,16 @@ class _Desk:
         return same
 
 
-def _parts(values: torch.Tensor) -> torch.Tensor:
+def _parts(values: torch.Tensor, dtype: DType) -> torch.Tensor:
     """Return complex numbers as twice as many real ones."""
-    return torch.view_as_real(values).flatten() if values.is_complex() else values
+    part = _PARTS.get(dtype.name)
+    return values.view(getattr(torch, part)) if part else values
 
 
 def _carrier(dtype: DType) -> torch.dtype:
     """Return the torch dtype in which elements travel: bits where there is no arithmetic."""
-    if dtype.kind in (Kind.EXACT, Kind.OPAQUE):
+    # complex32 is bits too: torch warns of every tensor of it.
+    if dtype.kind in (Kind.EXACT, Kind.OPAQUE) or dtype.name == "complex32":
         return BITS[dtype.itemsize]
     made = getattr(torch, dtype.name)
     assert isinstance(made, torch.dtype)

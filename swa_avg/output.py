@@ -9,22 +9,43 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import stat
 import weakref
-from collections.abc import Iterable
-from contextlib import suppress
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from swa_avg.errors import OutputError
 from swa_avg.files import InputFile
 
 
-def check_target(target: Path, inputs: Iterable[InputFile], force: bool) -> None:
+class Output(Protocol):
+    """What an average is written to: one file, or several that count as one."""
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+
+    def commit(self) -> None:
+        """Put it in its target's place."""
+
+
+def check_target(
+    target: Path, inputs: Iterable[InputFile], *, force: bool, folder: bool = False
+) -> None:
     """Refuse a target that may not be written, before anything is read.
 
+    Args:
+        target: The output.
+        inputs: Files that must not be overwritten.
+        force: Whether it may be replaced if it exists.
+        folder: Whether it will be a folder.
+
     Raises:
-        OutputError: It is an input, exists without `force`, or is no regular file.
+        OutputError: It is an input, exists without `force`, or is of another kind.
     """
     try:
         found = target.stat()
@@ -33,15 +54,17 @@ def check_target(target: Path, inputs: Iterable[InputFile], force: bool) -> None
     except (OSError, ValueError) as error:
         raise _refusal(target, error) from error
     for file in inputs:
-        if file.identity == (found.st_dev, found.st_ino):
+        kept = (found.st_dev, found.st_ino)
+        if file.identity == kept or (folder and _identity(file.path.parent) == kept):
             raise OutputError(
                 "is one of the inputs", file=target, remedy="Choose another output with -o"
             )
-    if not stat.S_ISREG(found.st_mode):
+    fits = stat.S_ISDIR(found.st_mode) if folder else stat.S_ISREG(found.st_mode)
+    if not fits:
         raise OutputError(
-            "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file",
+            "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file",
             file=target,
-            expected="the name of a file to write",
+            expected=f"the name of a {'folder' if folder else 'file'} to write",
         )
     if not force:
         raise OutputError(
@@ -49,6 +72,11 @@ def check_target(target: Path, inputs: Iterable[InputFile], force: bool) -> None
             file=target,
             remedy="Choose another output, or replace it with --force",
         )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 class AtomicFile:
@@ -113,11 +141,7 @@ class AtomicFile:
             # A failed fsync is final: the kernel may have dropped the pages it could not write.
             os.fsync(self._fd)
             self._temporary.replace(self._final)
-            folder = os.open(self._final.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            _sync(self._final.parent)
         except OSError as error:
             raise _refusal(self.target, error) from error
 
@@ -135,6 +159,92 @@ class AtomicFile:
         trace: TracebackType | None,
     ) -> None:
         self._discard()
+
+
+class AtomicFolder:
+    """A folder of files that comes into being whole, by `commit`, or not at all.
+
+    Places count through the files as if they lay one behind the other. A folder
+    that is replaced is moved away first: between that and the last rename there is
+    a moment without it.
+
+    Attributes:
+        target: The name that the user gave.
+    """
+
+    def __init__(self, target: Path, files: Mapping[str, int]) -> None:
+        self.target = target
+        self._final = Path(os.path.realpath(target))
+        self._temporary = self._final.parent / f".swa-avg-{secrets.token_hex(8)}.tmp"
+        self._remove = weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
+        self._opened = ExitStack()
+        self._starts: list[int] = []
+        self._files: list[AtomicFile] = []
+        try:
+            self._temporary.mkdir()
+            place = 0
+            for name, size in files.items():
+                file = AtomicFile(self._temporary / name, size)
+                self._files.append(self._opened.enter_context(file))
+                self._starts.append(place)
+                place += size
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise _refusal(target, error) from error
+            raise
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of `data`, which lies in one file, at `offset`.
+
+        Raises:
+            OutputError: The system refuses, for one because the disk is full.
+        """
+        # The last file that starts there: an empty one before it has no bytes to write.
+        number = bisect_right(self._starts, offset) - 1
+        self._files[number].write(data, offset - self._starts[number])
+
+    def commit(self) -> None:
+        """Force the files to disk and put the folder in the target's place.
+
+        Raises:
+            OutputError: The system refuses.
+        """
+        for file in self._files:
+            file.commit()
+        try:
+            replaced = self._temporary.with_suffix(".old")
+            with suppress(FileNotFoundError):
+                self._final.rename(replaced)
+            self._temporary.rename(self._final)
+            _sync(self._final.parent)
+        except OSError as error:
+            raise _refusal(self.target, error) from error
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _discard(self) -> None:
+        self._opened.close()
+        self._remove()
+
+    def __enter__(self) -> AtomicFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._discard()
+
+
+def _sync(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _unlink(path: Path) -> None:

@@ -79,6 +79,7 @@ class Session:
         self,
         file: AtomicFile,
         key: Sequence[str] = (),
+        ema: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
@@ -86,6 +87,7 @@ class Session:
         Args:
             file: A whole checkpoint.
             key: The dotted path to its state_dict, or the paths, where it is not found.
+            ema: Take the averaged weights that it holds.
             progress: Called after each batch with its number of samples.
 
         Returns:
@@ -97,7 +99,7 @@ class Session:
         with ExitStack() as opened:
             checkpoint = open_checkpoint(file.path)
             opened.callback(checkpoint.close)
-            state = find_state_dict(checkpoint, key)
+            state = find_state_dict(checkpoint, key, ema)
             fit = load_weights(self._code.model, _read(state))
             report = self._run(progress)
             buffers = recomputed_buffers(self._code.model, report)

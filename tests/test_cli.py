@@ -184,19 +184,11 @@ def test_wrong_usage(folder: Path, arguments: tuple[str, ...]) -> None:
 # What is refused, from the numbers.
 
 
-def test_nan_in_one_input_is_refused(folder: Path) -> None:
-    """The file and the tensor are named; the temporary file is gone."""
+def test_nan_in_one_input_is_refused_and_the_old_output_stays(folder: Path) -> None:
+    """The file and the tensor are named; --force replaces nothing with half an average."""
     changed(c=torch.full((7,), torch.nan))(folder)
-    assert "1.pt: c: has nan" in fails(folder, *ALL)
-
-
-def test_damage_is_refused_and_the_old_output_stays(folder: Path) -> None:
-    """A bit that flipped on disk: --force replaces nothing with it."""
-    data = bytearray((folder / "1.pt").read_bytes())
-    data[data.index(state(1)["c"].numpy().tobytes()) + 3] ^= 64
-    (folder / "1.pt").write_bytes(data)
     (folder / "out.pt").write_bytes(b"the old one")
-    assert "1.pt: c: is damaged" in fails(folder, *ALL, "--force")
+    assert "1.pt: c: has nan" in fails(folder, *ALL, "--force")
 
 
 def test_disk_that_is_too_small_is_refused(folder: Path) -> None:
@@ -225,8 +217,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         path.unlink()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("writing", [False, True])
+@pytest.mark.parametrize(
+    ("number", "code", "writing"),
+    [(signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True), (signal.SIGINT, 130, True)],
+)
 def test_signal_ends_the_run_without_a_trace(
     large: Path, number: int, code: int, writing: bool
 ) -> None:
@@ -281,20 +275,22 @@ def test_output_that_is_replaced_keeps_its_mode_and_its_links(folder: Path) -> N
     assert set(torch.load(old, weights_only=True)) == set(state())
 
 
-def test_same_file_twice_is_counted_once_and_said(folder: Path) -> None:
-    """By the same name, another path, a symlink or a hard link; with odd names all over."""
+def test_same_file_twice_is_counted_once_and_said_as_json(folder: Path) -> None:
+    """By the same name, another path, a symlink or a hard link; the report is JSON."""
     odd = folder / "a folder\nwith é"
     odd.mkdir()
     (odd / "sym.pt").symlink_to(folder / "0.pt")
     (odd / "hard.pt").hardlink_to(folder / "1.pt")
     names = ["0.pt", "0.pt", "./0.pt", "1.pt", "2.pt", str(odd / "sym.pt"), str(odd / "hard.pt")]
     out = odd / "out é.safetensors"
-    ended = run(folder, *names, "-o", str(out))
+    ended = run(folder, *names, "-o", str(out), "--json")
     assert ended.returncode == 0, ended.stderr
-    assert "averaged 3 checkpoints" in ended.stdout
-    notes = ended.stderr.splitlines()
-    assert len(notes) == 4
-    assert all("is the same file as" in note and "counted once" in note for note in notes)
+    report = json.loads(ended.stdout)
+    assert len(report["inputs"]) == 3
+    assert len(report["notes"]) == 4
+    assert all("the same file as" in n and "counted once" in n for n in report["notes"])
+    assert report["counts"] == {"averaged": 2, "kept": 0, "reset": 0, "copied": 1}
+    assert report["bytes_written"] == out.stat().st_size
     mean = sum(state(n)["c"].double() for n in range(3)) / 3
     assert torch.equal(load_file(out)["c"], mean.float())
 
@@ -310,15 +306,6 @@ def test_dry_run_writes_nothing(folder: Path) -> None:
     assert snapshot(folder) == before
 
 
-def test_json(folder: Path) -> None:
-    """One JSON document on stdout, and nothing else."""
-    ended = run(folder, *ALL, "--json")
-    assert ended.returncode == 0, ended.stderr
-    report = json.loads(ended.stdout)
-    assert report["counts"] == {"averaged": 2, "kept": 0, "reset": 0, "copied": 1}
-    assert report["bytes_written"] == (folder / "out.pt").stat().st_size
-
-
 def test_epochs_are_in_natural_order(tmp_path: Path) -> None:
     """The last is epoch 10, not 9, from the names alone; a pattern is expanded by us."""
     for number in (1, 2, 9, 10):
@@ -329,7 +316,6 @@ def test_epochs_are_in_natural_order(tmp_path: Path) -> None:
     assert paths == [f"epoch_{number}.safetensors" for number in (1, 2, 9, 10)]
 
 
-@pytest.mark.xfail(reason="cli.py: sys.stdout is None; click turns EPIPE into exit code 1")
 @pytest.mark.parametrize("how", ["closed", "unread"])
 def test_nobody_reads_stdout(folder: Path, how: str) -> None:
     """A closed stdout or a pipe without a reader changes nothing about the output."""

@@ -15,7 +15,7 @@ PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up: a room imports only those before it.
 ROOMS = (
     *("errors", "files", "tensors"),
-    *("formats.checkpoint", "formats.pickles", "formats.torch_zip"),
+    *("formats.checkpoint", "formats.pickles", "formats.pickler", "formats.torch_zip"),
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
     *("formats.sharded", "formats.dcp"),
     *("formats", "modules", "tree", "recorded", "layout", "select", "gather", "ties", "plan"),

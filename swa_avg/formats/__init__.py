@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
@@ -20,14 +21,27 @@ from swa_avg.tensors import Record
 
 __all__ = [
     "Checkpoint",
+    "Form",
     "Layout",
     "OutputStateDict",
     "checksum_places",
+    "form_of",
     "is_checkpoint",
     "layout_for",
     "open_checkpoint",
     "patch",
 ]
+
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+
+
+class Form(Enum):
+    """A form of the output."""
+
+    TORCH = "torch zip"
+    SAFETENSORS = "safetensors"
+    FOLDER = "Hugging Face folder"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -65,15 +79,48 @@ def is_checkpoint(path: Path) -> bool:
     return single.is_checkpoint(path)
 
 
-def layout_for(path: Path, state_dict: OutputStateDict) -> Layout:
-    """Lay out the output in the form that its name asks for."""
-    if is_safetensors(path):
+def form_of(path: Path, like: Checkpoint) -> Form:
+    """Return the form in which an output is written: as its name says, else as the inputs are.
+
+    Args:
+        path: The output.
+        like: One of the inputs.
+    """
+    if path.suffix == ".safetensors":
+        return Form.SAFETENSORS
+    if path.suffix in _TORCH_SUFFIXES:
+        return Form.TORCH
+    if like.path.is_dir() and sharded.is_checkpoint(like.path):
+        return Form.FOLDER
+    if not path.suffix and like.format == "safetensors":
+        return Form.SAFETENSORS
+    return Form.TORCH
+
+
+def layout_for(
+    form: Form, state_dict: OutputStateDict, like: Checkpoint, shard_bytes: int | None = None
+) -> Layout:
+    """Lay out the output.
+
+    Args:
+        form: Its form.
+        state_dict: What is written.
+        like: The input that a folder's small files are taken from.
+        shard_bytes: The most bytes in one file of a folder; None takes 5 GB.
+    """
+    if form is Form.FOLDER:
+        return sharded.layout(state_dict, like.path, shard_bytes or sharded.SHARD_BYTES)
+    if form is Form.SAFETENSORS:
         return safetensors.layout(state_dict)
     return torch_zip.layout(state_dict)
 
 
 def patch(checkpoint: Checkpoint, contents: Mapping[Record, bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield what to write, and where, into a copy of a file to replace whole records of it."""
+    """Yield what to write into a copy of a checkpoint to replace whole records of it.
+
+    Yields:
+        A place in the file, and the bytes that go there.
+    """
     places = checksum_places(checkpoint)
     for record, data in contents.items():
         yield record.offset, data
@@ -83,10 +130,7 @@ def patch(checkpoint: Checkpoint, contents: Mapping[Record, bytes]) -> Iterator[
 
 def checksum_places(checkpoint: Checkpoint) -> Mapping[int, tuple[int, ...]]:
     """Return, for the place of each record in a file, the places of its CRC-32."""
+    if checkpoint.format != "torch zip":
+        return {}
     (file,) = checkpoint.files
-    return torch_zip.checksum_places(file) if checkpoint.format == "torch zip" else {}
-
-
-def is_safetensors(path: Path) -> bool:
-    """Tell whether an output of this name is written as safetensors."""
-    return path.suffix == ".safetensors"
+    return torch_zip.checksum_places(file)

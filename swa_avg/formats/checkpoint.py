@@ -76,7 +76,7 @@ class OutputStateDict:
 
     storages: tuple[OutputStorage, ...]
     items: Mapping[str, OutputTensor | object]
-    metadata: object = None
+    metadata: Mapping[str, object] | None = None
     text: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -9,6 +9,7 @@ pickles too; they stay unread, as does the state of the optimizer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _METADATA = ".metadata"
 _INNER = "pytorch_model_fsdp_0"
 _LIGHTNING = "meta.pt"
 _MOST_METADATA_BYTES = 1 << 30
-_OPTIMIZER = "optim"
+_OPTIMIZER = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
 _UNREAD = Inert(Global("torch.distributed.checkpoint", "item"))
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -126,25 +127,29 @@ def _tree(metadata: Mapping[str, object], source: _Source) -> dict[str, object]:
             at = below
         if leaf in at:
             raise FormatError("is there twice", tensor=name)
-        optimizer = path[0].startswith(_OPTIMIZER)
-        at[leaf] = _UNREAD if optimizer else _item(name, described[name], source)
+        unread = _is_optimizer(path)
+        at[leaf] = _UNREAD if unread else _item(name, described[name], source)
     return tree
 
 
 def _paths(described: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
     """Return where in the nested dicts each item was, before they were flattened."""
-    names = [name for name in described if isinstance(name, str)]
-    # Who flattens names himself puts model and optimizer side by side under their dots.
-    flat = not any(name.startswith(_OPTIMIZER) for name in names)
-    paths = {}
-    for name in names:
+    paths: dict[str, tuple[str, ...]] = {}
+    for name in described:
+        if not isinstance(name, str):
+            raise FormatError(f"has an item called {pickles.described(name)}")
         path = mapping.get(name) if isinstance(mapping, dict) else None
-        if not (isinstance(path, tuple) and path):
-            path = (name,)
-        if path == (name,) and not flat:
-            path = tuple(name.split(".", 1))
-        paths[name] = tuple(str(part) for part in path)
+        parts = path if isinstance(path, tuple) and path else (name,)
+        paths[name] = tuple(pickles.described(part) for part in parts)
+    split = {name: tuple(name.split(".", 1)) for name in paths}
+    # Who flattens names himself puts model and optimizer side by side, before a dot.
+    if all(len(path) == 1 for path in paths.values()) and any(map(_is_optimizer, split.values())):
+        return split
     return paths
+
+
+def _is_optimizer(path: tuple[str, ...]) -> bool:
+    return any(_OPTIMIZER.fullmatch(branch) for branch in path[:-1])
 
 
 def _item(name: str, description: object, source: _Source) -> object:
@@ -241,15 +246,18 @@ class _Source:
         self.files: dict[str, InputFile] = {}
         self._folder = folder
         self._opened = opened
-        self._places: dict[tuple[object, object], object] = {}
+        self._places: dict[tuple[str, tuple[int, ...] | None], object] = {}
 
     def take(self, items: Mapping[object, object]) -> None:
         """Note where each item is, by its name and its place in the tensor."""
         for index, info in items.items():
             fields = _fields(index)
-            key = (fields.get("fqn"), fields.get("offset"))
-            if not all(isinstance(part, str | tuple | None) for part in key) or key in self._places:
-                raise FormatError("lists an item twice", tensor=pickles.described(key[0]))
+            name, start = fields.get("fqn"), fields.get("offset")
+            if not isinstance(name, str):
+                raise FormatError(f"has an item called {pickles.described(name)}")
+            key = (name, None if start is None else _sizes(start))
+            if key in self._places:
+                raise FormatError("lists an item twice", tensor=name)
             self._places[key] = info
 
     def chunk(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> TensorRef:

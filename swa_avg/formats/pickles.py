@@ -1,12 +1,10 @@
-"""The closed unpickler, and the pickler of a state_dict.
+"""The closed unpickler.
 
-Reading: nothing that a pickle names is ever looked up, imported or called. A
+Nothing that a pickle names is ever looked up, imported or called. A
 name becomes an inert `Global`; calling one gives an inert `Inert`, except for
 the few functions in `_REBUILD`, which are ours and build plain containers and
 `TensorRef`s. The stack machine is the standard library's own, in Python, with
 every opcode replaced that could call, hash or allocate what a file asks for.
-
-Writing: a state_dict as torch's own pickle has it, without a tensor existing.
 """
 
 from __future__ import annotations
@@ -14,13 +12,11 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
 from swa_avg.tensors import DTYPES, DType, Record, TensorRef, extent
 
 # An expanded (stride 0) view is written out in full. Small ones are honest
@@ -359,12 +355,12 @@ def _storage_dtype(kind: object) -> DType | None:
         raise FormatError(f"holds a storage of {described(kind)}")
     if kind.name in ("UntypedStorage", "_UntypedStorage"):
         return None
-    if kind.name not in _STORAGE_DTYPES:
+    if kind.name not in STORAGE_DTYPES:
         raise FormatError(f"holds a storage of {kind}, a type unknown here")
-    return _STORAGE_DTYPES[kind.name]
+    return STORAGE_DTYPES[kind.name]
 
 
-_STORAGE_DTYPES: Mapping[str, DType | None] = {
+STORAGE_DTYPES: Mapping[str, DType | None] = {
     name: DTYPES.get(dtype)
     for name, dtype in {
         "DoubleStorage": "float64",
@@ -529,69 +525,4 @@ _REBUILD: Mapping[str, Callable[..., Any]] = {
     "numpy._core.multiarray.scalar": _rebuild_numpy_scalar,
     **{f"builtins.{name}": rebuild for name, rebuild in _BUILTINS.items()},
     **{f"__builtin__.{name}": rebuild for name, rebuild in _BUILTINS.items()},
-}
-
-
-def dump(state_dict: OutputStateDict) -> bytes:
-    """Return the pickle that `torch.save` would make of a state_dict.
-
-    Its storages are referred to by their numbers.
-
-    Returns:
-        A pickle of protocol 2 that `torch.load(weights_only=True)` takes.
-    """
-    made: OrderedDict[str, object] = OrderedDict(state_dict.items)
-    if state_dict.metadata is not None:
-        made._metadata = state_dict.metadata  # type: ignore[attr-defined]
-    buffer = io.BytesIO()
-    _Pickler(buffer, state_dict.storages).dump(made)
-    return buffer.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    """Writes `OutputTensor`s as calls of torch's rebuild functions."""
-
-    def __init__(self, buffer: io.BytesIO, storages: Sequence[OutputStorage]) -> None:
-        super().__init__(buffer, protocol=2)
-        self.storages = [
-            Storage(str(key), storage.dtype, storage.numel) for key, storage in enumerate(storages)
-        ]
-
-    def persistent_id(self, obj: object) -> object:
-        if not isinstance(obj, Storage):
-            return None
-        import torch
-
-        assert obj.dtype is not None
-        typed = _STORAGE_NAMES.get(obj.dtype.name)
-        if typed:
-            return ("storage", getattr(torch, typed), obj.key, "cpu", obj.numel)
-        return ("storage", torch.UntypedStorage, obj.key, "cpu", obj.nbytes)
-
-    def reducer_override(self, obj: object) -> Any:
-        if isinstance(obj, Dict):
-            return OrderedDict, (), None, None, iter(obj.items())
-        if not isinstance(obj, OutputTensor):
-            return NotImplemented
-        import torch
-
-        storage = self.storages[obj.storage]
-        assert storage.dtype is not None
-        args: tuple[object, ...] = (
-            storage,
-            obj.offset,
-            obj.shape,
-            obj.stride,
-            False,
-            OrderedDict(),
-        )
-        if storage.dtype.name in _STORAGE_NAMES:
-            return torch._utils._rebuild_tensor_v2, args
-        return torch._utils._rebuild_tensor_v3, (*args, getattr(torch, storage.dtype.name))
-
-
-_STORAGE_NAMES = {
-    dtype.name: name
-    for name, dtype in _STORAGE_DTYPES.items()
-    if dtype is not None and not name.startswith("Q")
 }

@@ -8,15 +8,16 @@ index leads nowhere but into its own folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from swa_avg.errors import FormatError, listed
 from swa_avg.files import InputFile
-from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
+from swa_avg.formats.safetensors import layout as safetensors_layout
 from swa_avg.formats.safetensors import unique
 from swa_avg.formats.single import open_file
 
@@ -170,3 +171,137 @@ def _json(path: Path) -> Any:
         ) from error
     finally:
         file.close()
+
+
+# What a model needs beside its weights: configuration, tokenizer, templates, its own code.
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py")
+_MOST_SIDE_BYTES = 100_000_000
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A safetensors file of the output: its name, and which storages of all it holds."""
+
+    name: str
+    layout: Layout
+    storages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """A folder of files that lie, as far as places are concerned, one behind the other.
+
+    Attributes:
+        shards: Its safetensors files.
+        others: Its other files, by name.
+    """
+
+    shards: tuple[_Shard, ...]
+    others: Mapping[str, bytes]
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The size of each file, in their order."""
+        sizes = {shard.name: shard.layout.size for shard in self.shards}
+        return sizes | {name: len(data) for name, data in self.others.items()}
+
+    @property
+    def size(self) -> int:
+        """The size of all files in bytes."""
+        return sum(self.files.values())
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Where each storage's first byte goes, in the order of the storages."""
+        places: dict[int, int] = {}
+        start = 0
+        for shard in self.shards:
+            for storage, place in zip(shard.storages, shard.layout.places, strict=True):
+                places[storage] = start + place
+            start += shard.layout.size
+        return [places[storage] for storage in range(len(places))]
+
+    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield all bytes that are no storage's, with their places."""
+        start = 0
+        for shard in self.shards:
+            for place, data in shard.layout.headers(checksums):
+                yield start + place, data
+            start += shard.layout.size
+        for data in self.others.values():
+            yield start, data
+            start += len(data)
+
+
+def layout(state_dict: OutputStateDict, like: Path, shard_bytes: int = SHARD_BYTES) -> FolderLayout:
+    """Lay out a folder of safetensors files as `save_pretrained` writes it.
+
+    Args:
+        state_dict: What is written.
+        like: A folder of the same model: its small files go along, and its weights'
+            name is taken over.
+        shard_bytes: The most bytes of tensors in one file, unless one tensor has more.
+    """
+    source = next(_candidates(like)).name.removesuffix(_INDEX)
+    stem = source.rpartition(".")[0].replace("pytorch_model", "model")
+    groups = _grouped(state_dict, shard_bytes)
+    shards = []
+    for number, group in enumerate(groups, 1):
+        part = f"-{number:05}-of-{len(groups):05}" if len(groups) > 1 else ""
+        made = safetensors_layout(_part(state_dict, group))
+        shards.append(_Shard(f"{stem}{part}.safetensors", made, group))
+    others = dict(_side_files(like))
+    if len(groups) > 1:
+        others[f"{stem}.safetensors{_INDEX}"] = _index(state_dict, shards)
+    return FolderLayout(tuple(shards), others)
+
+
+def _grouped(state_dict: OutputStateDict, shard_bytes: int) -> list[tuple[int, ...]]:
+    """Deal the storages out into shards, in their order."""
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for number, storage in enumerate(state_dict.storages):
+        if groups[-1] and filled + storage.nbytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += storage.nbytes
+    return [tuple(group) for group in groups]
+
+
+def _part(state_dict: OutputStateDict, group: tuple[int, ...]) -> OutputStateDict:
+    """Return the state_dict of one shard, its storages numbered anew."""
+    numbers = {storage: number for number, storage in enumerate(group)}
+    items = {
+        name: replace(tensor, storage=numbers[tensor.storage])
+        for name, tensor in state_dict.tensors.items()
+        if tensor.storage in numbers
+    }
+    storages = tuple(state_dict.storages[number] for number in group)
+    return OutputStateDict(storages, items, text=state_dict.text)
+
+
+def _index(state_dict: OutputStateDict, shards: Sequence[_Shard]) -> bytes:
+    """Return the index of shards; a tied name is in its keeper's metadata, not in the index."""
+    first: dict[int, str] = {}
+    for name, tensor in state_dict.tensors.items():
+        first.setdefault(tensor.storage, name)
+    weight_map = {first[storage]: shard.name for shard in shards for storage in shard.storages}
+    total = sum(storage.nbytes for storage in state_dict.storages)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _side_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the small files that a model is not complete without."""
+    for path in sorted(folder.iterdir()):
+        skipped = path.name == _STATE or path.name.endswith(_INDEX)
+        if skipped or path.suffix not in _SIDE_SUFFIXES or not path.is_file():
+            continue
+        file = InputFile(path)
+        try:
+            if file.size <= _MOST_SIDE_BYTES:
+                yield path.name, file.read(0, file.size)
+        finally:
+            file.close()

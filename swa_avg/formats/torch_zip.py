@@ -19,7 +19,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
-from swa_avg.formats import pickles
+from swa_avg.formats import pickler, pickles
 from swa_avg.formats.checkpoint import Checkpoint, OutputStateDict
 from swa_avg.tensors import Record
 
@@ -316,7 +316,7 @@ def layout(state_dict: OutputStateDict) -> ZipLayout:
     """
     contents: list[tuple[str, int, bytes | None]] = [
         (name, len(data), data)
-        for name, data in (("data.pkl", pickles.dump(state_dict)), ("byteorder", b"little"))
+        for name, data in (("data.pkl", pickler.dump(state_dict)), ("byteorder", b"little"))
     ]
     contents += [
         (f"data/{key}", storage.nbytes, None) for key, storage in enumerate(state_dict.storages)
