@@ -9,8 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from swa_avg import wrapper
-from swa_avg.errors import MismatchError, SwaAvgError
-from swa_avg.formats import Form, Layout, form_of, layout_for, open_checkpoint
+from swa_avg.errors import MismatchError, OutputError, SwaAvgError
+from swa_avg.formats import (
+    Form,
+    Layout,
+    form_of,
+    is_checkpoint,
+    layout_for,
+    open_checkpoint,
+)
 from swa_avg.formats.sharded import FolderLayout
 from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.output import AtomicFile, AtomicFolder, Output, check_target
@@ -258,7 +265,14 @@ def planned(
         files = [file for state in selection.chosen for file in state.checkpoint.files]
         last = selection.chosen[-1]
         form = form_of(target, last.checkpoint)
-        check_target(target, files, force=force, folder=form is Form.FOLDER and not keep_wrapper)
+        folder = form is Form.FOLDER and not keep_wrapper
+        check_target(target, files, force=force, folder=folder)
+        if folder and target.exists() and not is_checkpoint(target):
+            raise OutputError(
+                "is a folder that holds no checkpoint",
+                file=target,
+                remedy="Choose another output with -o",
+            )
         strides = keep_wrapper or form is Form.TORCH
         plan = make_plan(selection.chosen, Rules(bn_buffers, DTYPES.get(dtype), strides))
         if keep_wrapper:

@@ -1,0 +1,133 @@
+"""The laws of a Hugging Face folder as output: what `save_pretrained` would have written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import swa_avg
+from swa_avg.errors import OutputError
+
+SIZE = 100  # elements of each tensor
+
+
+def folder(path: Path, seed: int, names: str = "abcdef", shards: int = 1) -> Path:
+    """Write a folder as save_pretrained does, with the small files of a model."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    state = {f"layer.{name}": torch.randn(SIZE, generator=generator) for name in names}
+    if shards == 1:
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+    else:
+        weight_map = {}
+        for number in range(shards):
+            name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+            part = {key: state[key] for key in list(state)[number::shards]}
+            save_file(part, path / name, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, name)
+        index = {"metadata": {"total_size": 4 * SIZE * len(names)}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text('{"model_type": "none"}')
+    (path / "tokenizer.json").write_text("{}")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": seed * 10}))
+    (path / "optimizer.pt").write_bytes(b"not to be copied")
+    return path
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    """Read a folder as transformers does: by its index, or its only file."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return load_file(path / "model.safetensors")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    parts = {name: load_file(path / name) for name in set(weight_map.values())}
+    assert sum(map(len, parts.values())) == len(weight_map)
+    return {key: parts[name][key] for key, name in weight_map.items()}
+
+
+def mean(paths: list[Path]) -> dict[str, torch.Tensor]:
+    states = [loaded(path) for path in paths]
+    return {
+        key: torch.stack([state[key].double() for state in states]).mean(0).float()
+        for key in states[0]
+    }
+
+
+@pytest.mark.parametrize(("limit", "files"), [(None, 1), (2 * 4 * SIZE, 3), (1, 6)])
+def test_folder_in_folder_out(tmp_path: Path, limit: int | None, files: int) -> None:
+    """Folders give a folder: the mean in so many shards, and the small files of the last."""
+    paths = [folder(tmp_path / f"checkpoint-{seed}", seed, shards=seed) for seed in (1, 2, 3)]
+    output = tmp_path / "averaged"
+    swa_avg.average(paths, output, max_shard_size=limit)
+    expected = mean(paths)
+    made = loaded(output)
+    assert made.keys() == expected.keys()
+    for name, value in made.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0)
+    index = {"model.safetensors.index.json"} if files > 1 else set()
+    beside = {"config.json", "tokenizer.json"} | index
+    assert {path.name for path in output.iterdir() if path.suffix == ".json"} == beside
+    assert len(list(output.glob("*.safetensors"))) == files
+    assert not list(output.glob("optimizer*"))
+    # Our own reader takes it as a checkpoint again, and averages it with the others.
+    swa_avg.average([output], tmp_path / "again")
+    for path in output.iterdir():
+        if path.suffix == ".safetensors" and files == 1:
+            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_output_form_follows_its_name(tmp_path: Path) -> None:
+    """A suffix decides; without one the output has the form of the inputs."""
+    paths = [folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2)]
+    swa_avg.average(paths, tmp_path / "swa.pt")
+    swa_avg.average(paths, tmp_path / "swa.safetensors")
+    swa_avg.average(paths, tmp_path / "llama-3.1")
+    swa_avg.average([tmp_path / "swa.safetensors"], tmp_path / "bare")
+    expected = loaded(tmp_path / "llama-3.1")
+    for made in (
+        torch.load(tmp_path / "swa.pt"),
+        load_file(tmp_path / "swa.safetensors"),
+        load_file(tmp_path / "bare"),
+    ):
+        assert all(torch.equal(made[name], expected[name]) for name in expected)
+
+
+def test_existing_folders(tmp_path: Path) -> None:
+    """A folder is replaced with force only, an input never, and nothing is left beside it."""
+    paths = [folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2)]
+    output = tmp_path / "swa"
+    swa_avg.average(paths[:1], output)
+    (output / "old.txt").write_text("of the old one")
+    with pytest.raises(OutputError, match="exists already"):
+        swa_avg.average(paths, output)
+    with pytest.raises(OutputError, match="one of the inputs"):
+        swa_avg.average(paths, paths[0], force=True)
+    swa_avg.average(paths, output, force=True)
+    assert not (output / "old.txt").exists()
+    torch.testing.assert_close(loaded(output), mean(paths))
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "swa"}
+
+
+def test_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
+    """A folder that holds no checkpoint is not ours to replace, force or not."""
+    paths = [folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2)]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="no checkpoint"):
+        swa_avg.average(paths, tmp_path / "home", force=True)
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    """A number that has no mean: an error, and neither a folder nor a temporary one."""
+    paths = [folder(tmp_path / f"checkpoint-{seed}", seed, shards=2) for seed in (1, 2)]
+    broken = load_file(paths[0] / "model-00001-of-00002.safetensors")
+    next(iter(broken.values()))[3] = float("nan")
+    save_file(broken, paths[0] / "model-00001-of-00002.safetensors")
+    with pytest.raises(swa_avg.SwaAvgError, match="nan"):
+        swa_avg.average(paths, tmp_path / "swa")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
