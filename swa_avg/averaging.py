@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,7 +119,13 @@ class Averaging:
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder of files."""
-        return isinstance(self.layout, FolderLayout)
+        return bool(self._files)
+
+    @property
+    def _files(self) -> Mapping[str, int]:
+        """The files of a folder with their sizes; none for a single file."""
+        folders = (FolderLayout, wrapper.WrapperLayout)
+        return self.layout.files if isinstance(self.layout, folders) else {}
 
     def open_output(self) -> AtomicFile | AtomicFolder:
         """Make room for the output, which comes into being when it is committed.
@@ -127,8 +133,8 @@ class Averaging:
         Raises:
             OutputError: It cannot be written there, or there is no room.
         """
-        if isinstance(self.layout, FolderLayout):
-            return AtomicFolder(self.output, self.layout.files)
+        if self.is_folder:
+            return AtomicFolder(self.output, self._files)
         return AtomicFile(self.output, self.layout.size)
 
     def write(
@@ -265,7 +271,7 @@ def planned(
         files = [file for state in selection.chosen for file in state.checkpoint.files]
         last = selection.chosen[-1]
         form = form_of(target, last.checkpoint)
-        folder = form is Form.FOLDER and not keep_wrapper
+        folder = last.checkpoint.path.is_dir() if keep_wrapper else form is Form.FOLDER
         check_target(target, files, force=force, folder=folder)
         if folder and target.exists() and not is_checkpoint(target):
             raise OutputError(
@@ -276,7 +282,9 @@ def planned(
         strides = keep_wrapper or form is Form.TORCH
         plan = make_plan(selection.chosen, Rules(bn_buffers, DTYPES.get(dtype), strides))
         if keep_wrapper:
-            layout: Layout = wrapper.layout(last, plan)
+            layout: Layout = wrapper.layout(
+                last, plan, opened=lambda file: opened.callback(file.close)
+            )
         else:
             layout = layout_for(form, plan.state_dict, last.checkpoint, max_shard_size)
         yield Averaging(target, selection, plan, layout)

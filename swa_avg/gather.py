@@ -8,6 +8,7 @@ tensor of full size is ever built.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,28 +90,35 @@ def read_box(ref: TensorRef, box: Box, out: torch.Tensor, seen: Seen | None = No
     import torch
 
     place = ref.offset + sum(at * step for at, step in zip(box.start, ref.stride, strict=True))
-    buffer = bytearray(span * itemsize)
-    ref.record.file.read_into(memoryview(buffer), ref.record.offset + place * itemsize)
-    if seen is not None and len(buffer) == box.numel * itemsize:
-        seen(ref.record, place * itemsize, memoryview(buffer))
-    flat = torch.frombuffer(buffer, dtype=out.dtype)
-    out.copy_(flat.as_strided(box.shape, ref.stride))
+    direct = out.is_contiguous() and is_contiguous(box.shape, ref.stride)
+    buffer = _memory(out) if direct else memoryview(bytearray(span * itemsize))
+    ref.record.file.read_into(buffer, ref.record.offset + place * itemsize)
+    if seen is not None and span == box.numel:
+        seen(ref.record, place * itemsize, buffer)
+    if not direct:
+        flat = torch.frombuffer(buffer, dtype=out.dtype)
+        out.copy_(flat.as_strided(box.shape, ref.stride))
     return len(buffer)
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor; without numpy, torch itself has no way to them."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
 
 
 def _read_part(part: Part, box: Box, out: torch.Tensor, seen: Seen | None) -> int:
     """Read what a part has of a box of the whole tensor."""
-    inside, shape, place = [], [], []
-    for at, size, start, wanted in zip(
-        part.start, part.ref.shape, box.start, box.shape, strict=True
-    ):
-        first, end = max(at, start), min(at + size, start + wanted)
+    inside, shape = [], []
+    for dim, (at, start, wanted) in enumerate(zip(part.start, box.start, box.shape, strict=True)):
+        first, end = max(at, start), min(at + part.ref.shape[dim], start + wanted)
         if first >= end:
             return 0
         inside.append(first - at)
         shape.append(end - first)
-        place.append(slice(first - start, end - start))
-    return read_box(part.ref, Box(tuple(inside), tuple(shape)), out[tuple(place)], seen)
+        if end - first < wanted:
+            out = out.narrow(dim, first - start, end - first)
+    return read_box(part.ref, Box(tuple(inside), tuple(shape)), out, seen)
 
 
 def _read_thinly(ref: TensorRef, box: Box, out: torch.Tensor) -> int:

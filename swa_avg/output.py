@@ -184,6 +184,7 @@ class AtomicFolder:
             self._temporary.mkdir()
             place = 0
             for name, size in files.items():
+                (self._temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 file = AtomicFile(self._temporary / name, size)
                 self._files.append(self._opened.enter_context(file))
                 self._starts.append(place)

@@ -1,15 +1,15 @@
-"""The last checkpoint's own file as the output, with only the averaged bytes replaced.
+"""The last checkpoint itself as the output, with only the averaged bytes replaced.
 
 What a framework put around the weights (optimizer, hyper-parameters, schedules)
 stays as it is, byte for byte: it is neither understood nor written anew, so
-that the framework's own loader takes the file. Only the ranges of the averaged
-tensors, and the checksums over them, are other ones.
+that the framework's own loader takes the file, or the folder. Only the ranges
+of the averaged tensors, and the checksums over them, are other ones.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,32 +18,46 @@ from swa_avg.errors import OutputError
 from swa_avg.files import InputFile
 from swa_avg.formats import checksum_places
 from swa_avg.layout import StateDict
-from swa_avg.plan import Plan
+from swa_avg.plan import Plan, Work
 from swa_avg.tensors import Record, is_dense
 
 
 @dataclass(frozen=True)
+class _Range:
+    """Bytes of a file that come from elsewhere: a part of a record, from `start` on."""
+
+    record: Record
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
 class WrapperLayout:
-    """A copy of a file in which some ranges come from elsewhere.
+    """A copy of a file, or of a folder of files, in which some ranges come from elsewhere.
 
     Attributes:
-        file: The file.
-        records: For each range the record that it is in.
-        places: Where each range begins.
-        lengths: How long each range is.
-        checksums: For the place of each record, the places of its CRC-32.
+        sources: The files, by their names in the folder; of a single file the name is empty.
+        ranges: What is replaced, in the order of the storages.
     """
 
-    file: InputFile
-    records: tuple[Record, ...]
-    places: tuple[int, ...]
-    lengths: tuple[int, ...]
-    checksums: Mapping[int, tuple[int, ...]]
+    sources: Mapping[str, InputFile]
+    ranges: tuple[_Range, ...]
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The size of each file of a folder; none for a single file."""
+        return {name: file.size for name, file in self.sources.items() if name}
 
     @property
     def size(self) -> int:
-        """The size of the whole file in bytes."""
-        return self.file.size
+        """The size of all files in bytes."""
+        return sum(file.size for file in self.sources.values())
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Where each range goes; places count through the files one after the other."""
+        starts = dict(self._starts())
+        return [starts[r.record.file.identity] + r.record.offset + r.start for r in self.ranges]
 
     def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes outside the ranges, then the checksums over what is inside.
@@ -51,27 +65,42 @@ class WrapperLayout:
         Args:
             checksums: The CRC-32 of each range.
         """
-        for start, length in self._outside():
-            for chunk in self.file.chunks(start, length):
-                yield start, chunk
-                start += len(chunk)
-        by_record: dict[Record, list[Piece]] = {}
-        for number, record in enumerate(self.records):
-            start = self.places[number] - record.offset
-            piece = Piece(start, self.lengths[number], checksums[number])
-            by_record.setdefault(record, []).append(piece)
-        for record, pieces in by_record.items():
-            checksum = struct.pack("<I", combined(_with_gaps(record, pieces)))
-            for place in self.checksums.get(record.offset, ()):
-                yield place, checksum
+        starts = dict(self._starts())
+        for file in self.sources.values():
+            first = starts[file.identity]
+            for start, length in self._outside(file):
+                for chunk in file.chunks(start, length):
+                    yield first + start, chunk
+                    start += len(chunk)
+            for place, checksum in self._checksums(file, checksums):
+                yield first + place, struct.pack("<I", checksum)
 
-    def _outside(self) -> Iterator[tuple[int, int]]:
-        """Yield the start and length of each stretch that stays as it is."""
+    def _starts(self) -> Iterator[tuple[tuple[int, int], int]]:
         place = 0
-        for start, length in sorted(zip(self.places, self.lengths, strict=True)):
+        for file in self.sources.values():
+            yield file.identity, place
+            place += file.size
+
+    def _outside(self, file: InputFile) -> Iterator[tuple[int, int]]:
+        """Yield the start and length of each stretch of a file that stays as it is."""
+        place = 0
+        inside = [r for r in self.ranges if r.record.file.identity == file.identity]
+        for start, length in sorted((r.record.offset + r.start, r.length) for r in inside):
             yield place, start - place
             place = start + length
-        yield place, self.file.size - place
+        yield place, file.size - place
+
+    def _checksums(self, file: InputFile, checksums: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield the new checksums of a file's records, and their places."""
+        pieces: dict[Record, list[Piece]] = {}
+        for r, checksum in zip(self.ranges, checksums, strict=True):
+            if r.record.file.identity == file.identity:
+                pieces.setdefault(r.record, []).append(Piece(r.start, r.length, checksum))
+        places = checksum_places(file) if pieces else {}
+        for record, replaced in pieces.items():
+            if record.offset in places:
+                checksum = combined(_with_gaps(record, replaced))
+                yield from ((place, checksum) for place in places[record.offset])
 
 
 def _with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
@@ -82,29 +111,46 @@ def _with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
     return pieces + [read_piece(record, start, length) for start, length in gaps if length]
 
 
-def layout(last: StateDict, plan: Plan) -> WrapperLayout:
-    """Give every range that is computed its place in the last checkpoint's file.
+def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -> WrapperLayout:
+    """Give every range that is computed its place in the last checkpoint.
+
+    Args:
+        last: The state_dict of the last checkpoint.
+        plan: What is computed.
+        opened: Is told of each file that is opened here, to close it in the end.
 
     Raises:
         OutputError: A tensor cannot be replaced where it is.
     """
-    if len(last.checkpoint.files) != 1:
-        raise OutputError(
-            "consists of several files", file=last.checkpoint.path, expected="one, to keep it whole"
-        )
-    (file,) = last.checkpoint.files
-    ranges = []
-    for work in plan.works:
-        ref = last.tensors[work.name]
-        if not is_dense(ref.shape, ref.stride):
-            raise _irreplaceable(work.name, "is a view with gaps")
-        ranges.append((ref.record, ref.record.offset + ref.offset * ref.dtype.itemsize, ref.nbytes))
-    for (_, start, length), (_, after, _) in pairwise(sorted(ranges, key=lambda r: r[1:])):
-        if length and start + length > after:
-            name = next(w.name for w, r in zip(plan.works, ranges, strict=True) if r[1] == after)
+    ranges = tuple(_range(work, last) for work in plan.works)
+    named = [(r, work.name) for r, work in zip(ranges, plan.works, strict=True) if r.length]
+    named.sort(key=lambda pair: _place(pair[0]))
+    for (one, _), (other, name) in pairwise(named):
+        before, after = _place(one), _place(other)
+        if before[0] == after[0] and before[1] + one.length > after[1]:
             raise _irreplaceable(name, "shares its bytes, but not in every checkpoint")
-    records, places, lengths = zip(*ranges, strict=True) if ranges else ((), (), ())
-    return WrapperLayout(file, records, places, lengths, checksum_places(last.checkpoint))
+    path = last.checkpoint.path
+    if not path.is_dir():
+        (file,) = last.checkpoint.files
+        return WrapperLayout({"": file}, ranges)
+    sources = {}
+    for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        sources[inner.relative_to(path).as_posix()] = file = InputFile(inner)
+        opened(file)
+    return WrapperLayout(sources, ranges)
+
+
+def _range(work: Work, last: StateDict) -> _Range:
+    ref = last.tensors[work.name]
+    if ref.parts:
+        raise _irreplaceable(work.name, "is stored in several parts")
+    if not is_dense(ref.shape, ref.stride):
+        raise _irreplaceable(work.name, "is a view with gaps")
+    return _Range(ref.record, ref.offset * ref.dtype.itemsize, ref.nbytes)
+
+
+def _place(r: _Range) -> tuple[tuple[int, int], int]:
+    return r.record.file.identity, r.record.offset + r.start
 
 
 def _irreplaceable(name: str, found: str) -> OutputError:

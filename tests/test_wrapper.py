@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import swa_avg
@@ -106,3 +106,30 @@ def test_ties_of_the_last_file_only_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not in every checkpoint"):
         swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.pt", keep_wrapper=True)
     assert not (tmp_path / "swa.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_folder_keeps_all_its_files(tmp_path: Path, kind: str) -> None:
+    """Of a folder every file stays as it is, but for the weights in it."""
+    for epoch in range(3):
+        folder = tmp_path / f"checkpoint-{epoch}"
+        (folder / "deep").mkdir(parents=True)
+        state = {"a": torch.full((5, 3), float(epoch)), "b": torch.full((7,), epoch * 2.0)}
+        if kind == "bin":
+            torch.save(state, folder / "pytorch_model.bin")
+        else:
+            save_file(state, folder / "model.safetensors", {"format": "pt"})
+        torch.save({"moments": torch.randn(50)}, folder / "optimizer.pt")
+        (folder / "config.json").write_text("{}")
+        (folder / "deep" / "random_states.pkl").write_bytes(bytes(range(256)) * epoch)
+    swa_avg.average(tmp_path / "checkpoint-?", tmp_path / "out", keep_wrapper=True)
+    for path in folder.rglob("*"):
+        if path.is_file() and "model" not in path.name:
+            assert (tmp_path / "out" / path.relative_to(folder)).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "out").rglob("*"))) == len(list(folder.rglob("*")))
+    if kind == "bin":
+        made = torch.load(tmp_path / "out/pytorch_model.bin")
+        assert zipfile.ZipFile(tmp_path / "out/pytorch_model.bin").testzip() is None
+    else:
+        made = load_file(tmp_path / "out/model.safetensors")
+    assert made["a"].eq(1).all() and made["b"].eq(2).all()

@@ -14,6 +14,7 @@ from pathlib import Path
 from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
+from swa_avg.files import InputFile
 from swa_avg.formats import dcp, safetensors, sharded, single, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
 from swa_avg.formats.single import open_file
@@ -121,16 +122,16 @@ def patch(checkpoint: Checkpoint, contents: Mapping[Record, bytes]) -> Iterator[
     Yields:
         A place in the file, and the bytes that go there.
     """
-    places = checksum_places(checkpoint)
+    (file,) = checkpoint.files
+    places = checksum_places(file)
     for record, data in contents.items():
         yield record.offset, data
         for place in places.get(record.offset, ()):
             yield place, struct.pack("<I", crc32(data))
 
 
-def checksum_places(checkpoint: Checkpoint) -> Mapping[int, tuple[int, ...]]:
-    """Return, for the place of each record in a file, the places of its CRC-32."""
-    if checkpoint.format != "torch zip":
+def checksum_places(file: InputFile) -> Mapping[int, tuple[int, ...]]:
+    """Return, for the place of each record in a file, the places of its CRC-32, if it has any."""
+    if file.size < 4 or file.read(0, 4) != torch_zip.MAGIC:
         return {}
-    (file,) = checkpoint.files
     return torch_zip.checksum_places(file)

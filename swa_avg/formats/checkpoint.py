@@ -86,7 +86,7 @@ class OutputStateDict:
 
 
 class Layout(Protocol):
-    """A file in which every byte has its place before the first is written."""
+    """An output in which every byte has its place before the first is written."""
 
     @property
     def size(self) -> int:
