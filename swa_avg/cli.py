@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -374,6 +375,8 @@ def _end_on_signal(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command; the entry point of `swa-avg`."""
+    # torch says so at its import, and means nothing by it that matters here.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _end_on_signal)

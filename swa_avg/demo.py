@@ -30,11 +30,16 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import click
+
+# torch says so at its import, and means nothing by it that matters here.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
