@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import recompute_batchnorm as recompute_batchnorm
     from swa_avg.errors import SwaAvgError as SwaAvgError
-    from swa_avg.formats import open_checkpoint as open_checkpoint
+    from swa_avg.reader import CheckpointReader as CheckpointReader
+    from swa_avg.reader import open_checkpoint as open_checkpoint
 
 __version__ = "0.1.0"
 
@@ -27,13 +28,15 @@ _HOME = {
     "Report": "averaging",
     "recompute_batchnorm": "batchnorm",
     "BatchNormReport": "batchnorm",
-    "open_checkpoint": "formats",
+    "CheckpointReader": "reader",
+    "open_checkpoint": "reader",
     "SwaAvgError": "errors",
 }
 
 __all__ = [
     "Averaging",
     "BatchNormReport",
+    "CheckpointReader",
     "Report",
     "SwaAvgError",
     "average",

@@ -298,7 +298,7 @@ def test_more_shards_than_open_files_allowed(tmp_path: Path) -> None:
 # Written by the frameworks themselves ---------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
 def test_transformers_save_pretrained(size: str, tmp_path: Path) -> None:
     """What save_pretrained wrote is read with the model's own names and values."""
@@ -322,7 +322,7 @@ def test_transformers_save_pretrained(size: str, tmp_path: Path) -> None:
     assert not missing.unexpected_keys
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_transformers_trainer(tmp_path: Path) -> None:
     """A Trainer's checkpoint-N folders average to the oracle's mean, in the order of steps."""
     transformers = pytest.importorskip("transformers")
@@ -353,7 +353,7 @@ def test_transformers_trainer(tmp_path: Path) -> None:
         assert oracle.same_bits(tensor, oracle.mean([state[name] for state in states]))
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("safe", [True, False])
 def test_accelerate_save_state(safe: bool, tmp_path: Path) -> None:
     """accelerate's folder holds the model that was prepared."""
@@ -365,7 +365,7 @@ def test_accelerate_save_state(safe: bool, tmp_path: Path) -> None:
     assert_same(read(tmp_path), {k: v.cpu() for k, v in prepared.state_dict().items()})
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_peft_adapter(tmp_path: Path) -> None:
     """PEFT's folder holds the adapter's weights, under PEFT's names."""
     peft = pytest.importorskip("peft")

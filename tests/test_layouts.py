@@ -457,7 +457,7 @@ def train_with_lightning(folder: Path, *callbacks: Any) -> tuple[Any, list[Path]
     return model, sorted(folder.glob("*.ckpt"))
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_lightning_itself(tmp_path: Path) -> None:
     """A Trainer's own checkpoints give the module's state_dict, epoch and global step."""
     model, paths = train_with_lightning(tmp_path)
@@ -472,7 +472,7 @@ def test_lightning_itself(tmp_path: Path) -> None:
     assert oracle.same_bits(loaded["net.0.weight"], expected)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_lightning_averages_itself(tmp_path: Path) -> None:
     """Its two averaging callbacks: the raw weights by default, the average with --ema."""
     callbacks = pytest.importorskip("lightning.pytorch.callbacks")
@@ -494,7 +494,7 @@ def test_lightning_averages_itself(tmp_path: Path) -> None:
         assert same(read(find_state_dict(open_checkpoint(paths[-1]), ema=True)), average)
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_mmengine_itself(tmp_path: Path) -> None:
     """With its EMAHook the raw weights are those that the model trains with."""
     hooks = pytest.importorskip("mmengine.hooks")
@@ -539,7 +539,7 @@ def test_mmengine_itself(tmp_path: Path) -> None:
     assert not oracle.same_bits(average["net.0.weight"], model.state_dict()["net.0.weight"])
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_ignite_itself(tmp_path: Path) -> None:
     """What its Checkpoint handler saves for several objects, and for one."""
     handlers = pytest.importorskip("ignite.handlers")
@@ -555,10 +555,33 @@ def test_ignite_itself(tmp_path: Path) -> None:
         assert same(read(find_state_dict(open_checkpoint(path))), model.state_dict())
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_averaged_model_of_a_compiled_one(tmp_path: Path) -> None:
     """torch's own wrappers around each other are all undone."""
     averaged = torch.optim.swa_utils.AveragedModel(torch.compile(network()))
     state = found_in(averaged.state_dict(), tmp_path)
     assert state.prefix == "module._orig_mod."
     assert same(read(state), RAW)
+
+
+# From the command line --------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> None:
+    from swa_avg.cli import command
+
+    command.main(list(arguments), standalone_mode=False)
+
+
+def test_command_line_takes_ema_and_several_keys(tmp_path: Path) -> None:
+    """`--ema` and a repeated `--key` reach the reading; together they are refused."""
+    import click
+
+    path, out = str(tmp_path / "c.pt"), str(tmp_path / "out.pt")
+    torch.save({"state_dict": RAW, "state_dict_ema": EMA, "head": {"w": torch.ones(2)}}, path)
+    run(path, "-o", out, "--ema", "-q")
+    assert same(torch.load(out), EMA)
+    run(path, "-o", out, "-f", "-q", "--key", "state_dict", "--key", "head")
+    assert same(torch.load(out), dict(RAW) | {"head.w": torch.ones(2)})
+    with pytest.raises(click.UsageError, match="--key or --ema"):
+        run(path, "-o", out, "-f", "--key", "state_dict", "--ema")

@@ -205,6 +205,45 @@ def test_odd_contents_do_not_stop_a_read(
     assert "gone_module" not in sys.modules
 
 
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.binary(max_size=20),
+    st.sampled_from([Color.RED, Path("/x"), torch.float32, len, numpy.float32(2), Slotted]),
+)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.text(max_size=5) | st.integers() | st.tuples(st.text()), inner),
+        st.dictionaries(st.text(max_size=5), inner).map(OrderedDict),
+        st.dictionaries(st.text(max_size=5), inner).map(Mine),
+        st.builds(argparse.Namespace, x=inner),
+        st.frozensets(st.integers(), max_size=3),
+    ),
+    max_leaves=12,
+)
+
+
+@given(tree=TREES, protocol=st.integers(1, 5), zipped=st.booleans())
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_content_does_not_stop_a_read(
+    tree: object, protocol: int, zipped: bool, tmp_path: Path
+) -> None:
+    """The law above, for contents that nobody thought of."""
+    state = {"w": torch.arange(3.0), "n": torch.tensor(2)}
+    path = save({"a": tree, "state_dict": state, "b": [tree]}, tmp_path / "c.pt", zipped, protocol)
+    assert_same(tensors(path), state)
+
+
 @FORMATS
 def test_protocol_0_is_refused_by_name(zipped: bool, tmp_path: Path) -> None:
     """torch itself cannot read tensors from protocol 0: it is refused, saying so."""

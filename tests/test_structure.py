@@ -19,7 +19,7 @@ ROOMS = (
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
     *("formats.sharded", "formats.dcp"),
     *("formats", "modules", "tree", "recorded", "layout", "select", "gather", "ties", "plan"),
-    *("checksums", "wrapper", "exact", "output", "mean", "averaging"),
+    *("checksums", "reader", "wrapper", "exact", "output", "mean", "averaging"),
     *("batches", "estimators", "batchnorm", "userdata", "messages", "distributed", "recompute"),
     *("demo", "cli", "__main__"),
 )
