@@ -18,6 +18,7 @@ from swa_avg.formats import (
     layout_for,
     open_checkpoint,
 )
+from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.sharded import FolderLayout
 from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.output import AtomicFile, AtomicFolder, Output, check_target
@@ -26,6 +27,7 @@ from swa_avg.select import Selection, expand, select
 from swa_avg.tensors import DTYPES, Kind
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+_FOLDERS = (Form.FOLDER, Form.DCP)
 BN_BUFFERS = ("last", "first", "mean", "reset")
 OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16")
 
@@ -124,7 +126,7 @@ class Averaging:
     @property
     def _files(self) -> Mapping[str, int]:
         """The files of a folder with their sizes; none for a single file."""
-        folders = (FolderLayout, wrapper.WrapperLayout)
+        folders = (FolderLayout, DcpLayout, wrapper.WrapperLayout)
         return self.layout.files if isinstance(self.layout, folders) else {}
 
     def open_output(self) -> AtomicFile | AtomicFolder:
@@ -271,7 +273,7 @@ def planned(
         files = [file for state in selection.chosen for file in state.checkpoint.files]
         last = selection.chosen[-1]
         form = form_of(target, last.checkpoint)
-        folder = last.checkpoint.path.is_dir() if keep_wrapper else form is Form.FOLDER
+        folder = last.checkpoint.path.is_dir() if keep_wrapper else form in _FOLDERS
         check_target(target, files, force=force, folder=folder)
         if folder and target.exists() and not is_checkpoint(target):
             raise OutputError(
@@ -286,7 +288,7 @@ def planned(
                 last, plan, opened=lambda file: opened.callback(file.close)
             )
         else:
-            layout = layout_for(form, plan.state_dict, last.checkpoint, max_shard_size)
+            layout = layout_for(form, plan.state_dict, last.checkpoint, last.where, max_shard_size)
         yield Averaging(target, selection, plan, layout)
 
 

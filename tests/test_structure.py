@@ -17,7 +17,7 @@ ROOMS = (
     *("errors", "files", "tensors"),
     *("formats.checkpoint", "formats.pickles", "formats.pickler", "formats.torch_zip"),
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
-    *("formats.sharded", "formats.dcp"),
+    *("formats.sharded", "formats.dcp_layout", "formats.dcp"),
     *("formats", "modules", "tree", "recorded", "layout", "select", "gather", "ties", "plan"),
     *("checksums", "reader", "wrapper", "exact", "output", "mean", "averaging"),
     *("batches", "estimators", "batchnorm", "userdata", "messages", "distributed", "recompute"),

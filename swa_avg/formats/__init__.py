@@ -15,7 +15,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
-from swa_avg.formats import dcp, safetensors, sharded, single, torch_zip
+from swa_avg.formats import dcp, dcp_layout, safetensors, sharded, single, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
 from swa_avg.formats.single import open_file
 from swa_avg.tensors import Record
@@ -43,6 +43,7 @@ class Form(Enum):
     TORCH = "torch zip"
     SAFETENSORS = "safetensors"
     FOLDER = "Hugging Face folder"
+    DCP = "torch.distributed.checkpoint folder"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -91,15 +92,19 @@ def form_of(path: Path, like: Checkpoint) -> Form:
         return Form.SAFETENSORS
     if path.suffix in _TORCH_SUFFIXES:
         return Form.TORCH
-    if like.path.is_dir() and sharded.is_checkpoint(like.path):
-        return Form.FOLDER
+    if like.path.is_dir():
+        return Form.FOLDER if sharded.is_checkpoint(like.path) else Form.DCP
     if not path.suffix and like.format == "safetensors":
         return Form.SAFETENSORS
     return Form.TORCH
 
 
 def layout_for(
-    form: Form, state_dict: OutputStateDict, like: Checkpoint, shard_bytes: int | None = None
+    form: Form,
+    state_dict: OutputStateDict,
+    like: Checkpoint,
+    where: str = "",
+    shard_bytes: int | None = None,
 ) -> Layout:
     """Lay out the output.
 
@@ -107,10 +112,13 @@ def layout_for(
         form: Its form.
         state_dict: What is written.
         like: The input that a folder's small files are taken from.
+        where: The dotted path to the state_dict in it, which a distributed checkpoint keeps.
         shard_bytes: The most bytes in one file of a folder; None takes 5 GB.
     """
     if form is Form.FOLDER:
         return sharded.layout(state_dict, like.path, shard_bytes or sharded.SHARD_BYTES)
+    if form is Form.DCP:
+        return dcp_layout.layout(state_dict, where)
     if form is Form.SAFETENSORS:
         return safetensors.layout(state_dict)
     return torch_zip.layout(state_dict)

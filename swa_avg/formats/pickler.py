@@ -40,6 +40,11 @@ def dump(state_dict: OutputStateDict) -> bytes:
     return b"".join([*parts, pickle.STOP])
 
 
+def dump_tensor(tensor: OutputTensor, storage: OutputStorage) -> bytes:
+    """Return the pickle that `torch.save` would make of one tensor."""
+    return b"".join([pickle.PROTO, b"\x02", *_tensor(tensor, storage), pickle.STOP])
+
+
 def _item(value: object, storages: Sequence[OutputStorage]) -> bytes:
     if isinstance(value, OutputTensor):
         return b"".join(_tensor(value, storages[value.storage]))

@@ -20,8 +20,13 @@ from zlib_ng.zlib_ng import crc32
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
 from swa_avg.formats import pickler, pickles
-from swa_avg.formats.checkpoint import Checkpoint, OutputStateDict
-from swa_avg.tensors import Record
+from swa_avg.formats.checkpoint import (
+    Checkpoint,
+    OutputStateDict,
+    OutputStorage,
+    OutputTensor,
+)
+from swa_avg.tensors import Record, contiguous_stride
 
 MAGIC = b"PK\x03\x04"
 _ALIGNMENT = 64
@@ -314,14 +319,22 @@ def layout(state_dict: OutputStateDict) -> ZipLayout:
     The records have torch's names and its alignment to 64 bytes; the folder
     is always `archive`, so that the output's name is not part of its bytes.
     """
+    return _layout(pickler.dump(state_dict), state_dict.storages)
+
+
+def layout_tensor(storage: OutputStorage, shape: tuple[int, ...]) -> ZipLayout:
+    """Give every byte of the torch zip of one contiguous tensor its place."""
+    tensor = OutputTensor(0, 0, shape, contiguous_stride(shape))
+    return _layout(pickler.dump_tensor(tensor, storage), (storage,))
+
+
+def _layout(pickled: bytes, storages: Sequence[OutputStorage]) -> ZipLayout:
     contents: list[tuple[str, int, bytes | None]] = [
-        (name, len(data), data)
-        for name, data in (("data.pkl", pickler.dump(state_dict)), ("byteorder", b"little"))
+        ("data.pkl", len(pickled), pickled),
+        ("byteorder", 6, b"little"),
+        *((f"data/{key}", storage.nbytes, None) for key, storage in enumerate(storages)),
+        ("version", 2, b"3\n"),
     ]
-    contents += [
-        (f"data/{key}", storage.nbytes, None) for key, storage in enumerate(state_dict.storages)
-    ]
-    contents.append(("version", 2, b"3\n"))
     entries: list[_Entry] = []
     place = 0
     for name, length, data in contents:
