@@ -125,24 +125,27 @@ class _Stream:
         return self._place
 
     def read(self, count: int) -> bytes:
-        self._look_ahead(count)
         at = self._place - self._start
         data = self._window[at : at + count]
+        if len(data) < count:
+            self._look_ahead(count)
+            data = self._window[:count]
         self._place += len(data)
         return data
 
     def readline(self) -> bytes:
-        for most in (1, _WINDOW, _MOST_AT_ONCE):
-            self._look_ahead(most)
-            end = self._window.find(b"\n", self._place - self._start)
+        for most in (_WINDOW, _MOST_AT_ONCE, 0):
+            at = self._place - self._start
+            end = self._window.find(b"\n", at)
             if end >= 0:
-                return self.read(end + 1 - (self._place - self._start))
+                return self.read(end + 1 - at)
+            if most:
+                self._look_ahead(most)
         raise FormatError("holds a pickle of unreasonable size")
 
     def _look_ahead(self, count: int) -> None:
-        """Have the next `count` bytes in the window, as far as the file has them."""
+        """Begin the window here, with the next `count` bytes as far as the file has them."""
         if count > _MOST_AT_ONCE or self._place > _MOST_PICKLED:
             raise FormatError("holds a pickle of unreasonable size")
-        if self._start + len(self._window) - self._place < count:
-            length = min(max(count, _WINDOW), self._file.size - self._place)
-            self._window, self._start = self._file.read(self._place, length), self._place
+        length = min(max(count, _WINDOW), self._file.size - self._place)
+        self._window, self._start = self._file.read(self._place, length), self._place
