@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swa_avg.errors import SwaAvgError as SwaAvgError
     from swa_avg.reader import CheckpointReader as CheckpointReader
     from swa_avg.reader import open_checkpoint as open_checkpoint
+    from swa_avg.select import Choice as Choice
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOME = {
     "BatchNormReport": "batchnorm",
     "CheckpointReader": "reader",
     "open_checkpoint": "reader",
+    "Choice": "select",
     "SwaAvgError": "errors",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "Averaging",
     "BatchNormReport",
     "CheckpointReader",
+    "Choice",
     "Report",
     "SwaAvgError",
     "average",

@@ -23,7 +23,8 @@ from swa_avg.formats.sharded import FolderLayout
 from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.output import AtomicFile, AtomicFolder, Output, check_target
 from swa_avg.plan import Plan, Rules, make_plan
-from swa_avg.select import Selection, expand, select
+from swa_avg.metrics import Score
+from swa_avg.select import ALL, Choice, Selection, expand, select
 from swa_avg.tensors import DTYPES, Kind
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -43,6 +44,7 @@ class Input:
         where: The dotted path to its state_dict; empty for the root.
         prefix: What was stripped from its names.
         size: Its bytes.
+        score: The metric that it was chosen by, or None.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Input:
     where: str
     prefix: str
     size: int
+    score: Score | None = None
 
     @property
     def recorded(self) -> dict[str, int]:
@@ -114,6 +117,7 @@ class Averaging:
                 where=state.where,
                 prefix=state.prefix,
                 size=sum(file.size for file in state.checkpoint.files),
+                score=self.selection.scores.get(state.checkpoint.path),
             )
             for state in self.selection.chosen
         )
@@ -192,14 +196,10 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know before anything is averaged."""
-        repeats = (
-            f"{path}: is the same file as {counted}; counted once"
-            for path, counted in self.selection.repeats
-        )
         last = self.selection.chosen[-1].checkpoint.path
         kept = f"what else is in the file (optimizer state, for one) is that of {last}"
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
-        return (*repeats, *self.plan.notes, *([kept] if wrapped else []))
+        return (*self.selection.notes, *self.plan.notes, *([kept] if wrapped else []))
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""
@@ -236,6 +236,7 @@ def planned(
     ema: bool = False,
     keep_wrapper: bool = False,
     max_shard_size: int | None = None,
+    choice: Choice = ALL,
 ) -> Iterator[Averaging]:
     """Open checkpoints and plan their average; they are closed at the end of the context.
 
@@ -252,6 +253,7 @@ def planned(
         keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
             the averaged tensors replaced in it.
         max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
+        choice: Which of the checkpoints are wanted; by default all.
 
     Raises:
         SwaAvgError: Anything that makes the average impossible.
@@ -265,15 +267,16 @@ def planned(
     target = Path(output)
     with ExitStack() as opened:
         states: list[StateDict] = []
-        for path in expand(given):
+        for path in expand(given, choice.exclude):
             checkpoint = open_checkpoint(path)
             opened.callback(checkpoint.close)
             states.append(find_state_dict(checkpoint, key, ema))
-        selection = select(states)
+        selection = select(states, choice)
         files = [file for state in selection.chosen for file in state.checkpoint.files]
         last = selection.chosen[-1]
         form = form_of(target, last.checkpoint)
         folder = last.checkpoint.path.is_dir() if keep_wrapper else form in _FOLDERS
+        _check_form(target, last, form, keep_wrapper, max_shard_size)
         check_target(target, files, force=force, folder=folder)
         if folder and target.exists() and not is_checkpoint(target):
             raise OutputError(
@@ -284,12 +287,29 @@ def planned(
         strides = keep_wrapper or form is Form.TORCH
         plan = make_plan(selection.chosen, Rules(bn_buffers, DTYPES.get(dtype), strides))
         if keep_wrapper:
-            layout: Layout = wrapper.layout(
-                last, plan, opened=lambda file: opened.callback(file.close)
-            )
+            layout: Layout = wrapper.layout(last, plan, lambda file: opened.callback(file.close))
         else:
             layout = layout_for(form, plan.state_dict, last.checkpoint, last.where, max_shard_size)
         yield Averaging(target, selection, plan, layout)
+
+
+def _check_form(
+    target: Path, last: StateDict, form: Form, keep_wrapper: bool, max_shard_size: int | None
+) -> None:
+    """Refuse a name that says another form than the output will have, and shards of one file."""
+    safe = last.checkpoint.format == "safetensors"
+    if keep_wrapper and not safe and form is Form.SAFETENSORS:
+        raise OutputError(
+            f"would be no safetensors file, but what {last.checkpoint.path} is",
+            file=target,
+            remedy="Choose a name like its own, or leave out --keep-wrapper",
+        )
+    if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
+        raise OutputError(
+            "will be no Hugging Face folder, which alone is written in shards",
+            file=target,
+            remedy="Leave out --max-shard-size, or give such folders",
+        )
 
 
 def average(
@@ -303,6 +323,7 @@ def average(
     ema: bool = False,
     keep_wrapper: bool = False,
     max_shard_size: int | None = None,
+    choice: Choice = ALL,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
@@ -326,6 +347,7 @@ def average(
         keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
             the averaged tensors replaced in it.
         max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
+        choice: Which of the checkpoints are wanted; by default all.
         threads: How many threads work; by default one for each usable core.
         progress: Called with the number of bytes read since the last call.
 
@@ -347,6 +369,7 @@ def average(
             ema=ema,
             keep_wrapper=keep_wrapper,
             max_shard_size=max_shard_size,
+            choice=choice,
         ) as averaging,
         averaging.open_output() as file,
     ):

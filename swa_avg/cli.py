@@ -26,8 +26,10 @@ from swa_avg.errors import SelectionError, SwaAvgError, printable
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
     from swa_avg.recompute import Recompute
+    from swa_avg.select import Choice
 
 _GROUPS = {
+    "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
     "Read": ("--key", "--ema"),
     "Average": ("--bn-buffers", "--dtype"),
     "Write": ("--output", "--force", "--keep-wrapper", "--max-shard-size"),
@@ -77,6 +79,12 @@ class _Size(click.ParamType[int]):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.argument("checkpoints", nargs=-1)
+@click.option("--last", type=int, metavar="N", help="Take only the N latest.")
+@click.option("--epochs", metavar="A:B[:STEP]", help="Take epochs (or steps) A to B, B included.")
+@click.option("--best", type=int, metavar="N", help="Take only the N best by --metric.")
+@click.option("--metric", metavar="NAME", help="As the checkpoints or files beside them record it.")
+@click.option("--mode", type=click.Choice(["min", "max"]), help="What is good, if NAME hides it.")
+@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names.")
 @click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c).")
 @click.option("--ema", is_flag=True, help="Take the EMA or SWA weights that the run kept.")
 @click.option(
@@ -142,12 +150,13 @@ def command(ctx: click.Context, /, **options: Any) -> None:
       swa-avg ckpts/epoch_*.pt -o swa.pt
       swa-avg --recompute-bn --data mod:loader
       swa-avg ckpts/*.ckpt -o swa.safetensors --recompute-bn --data mod:loader
+      swa-avg ckpts/ --best 5 --metric val_loss
       swa-avg ckpts/*.ckpt --dry-run -v
     """  # noqa: D301 - \b is click's mark: do not wrap the next paragraph
     _check_usage(ctx)
     for name, default in _BN_DEFAULTS.items():
         options[name] = default if options[name] is None else options[name]
-    run = _Run(**options)
+    run = _Run(choice=_choice(options), **options)
     if run.recompute_bn and not run.dry_run:
         _recompute(run)
     elif _leads():  # of several ranks one averages: it is as fast as the disk
@@ -156,7 +165,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 _BN_DEFAULTS = {"device": "auto", "bn_estimator": "population", "amp": "off"}
 _BN_OPTIONS = ("data", "model", "forward", "device", "bn_estimator", "bn_batches", "amp")
+_CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _AVERAGE_OPTIONS = (
+    *_CHOICE,
     *("ema", "bn_buffers", "dtype", "keep_wrapper", "max_shard_size", "threads", "dry_run"),
 )
 
@@ -187,11 +198,22 @@ def _check_usage(ctx: click.Context) -> None:
         raise click.UsageError(f"{given(_AVERAGE_OPTIONS)[0]} needs checkpoints to average.")
 
 
+def _choice(options: dict[str, Any]) -> Choice:
+    """Take the options of one choice out of `options`, and check that they are one."""
+    from swa_avg.select import Choice
+
+    try:
+        return Choice(**{name: options.pop(name) for name in _CHOICE})
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+
+
 @dataclass(frozen=True)
 class _Run:
     """The options of one run."""
 
     checkpoints: tuple[str, ...]
+    choice: Choice
     output: str
     key: tuple[str, ...]
     ema: bool
@@ -228,6 +250,7 @@ class _Run:
             ema=self.ema,
             keep_wrapper=self.keep_wrapper,
             max_shard_size=self.max_shard_size,
+            choice=self.choice,
         )
 
     def recompute_options(self) -> Recompute:

@@ -93,13 +93,13 @@ class MismatchError(SwaAvgError):
     def __init__(self, disagreements: Sequence[SwaAvgError]) -> None:
         first = disagreements[0]
         more = len(disagreements) - 1
-        also = f" ({more} more disagreement{'s' if more > 1 else ''})" if more else ""
+        also = f" ({more} more disagreement{'s' if more > 1 else ''}: -v lists all)" if more else ""
         super().__init__(
             first.found,
             file=first.file,
             tensor=first.tensor,
-            expected=first.expected + also,
-            remedy=first.remedy,
+            expected=first.expected,
+            remedy=first.remedy.removesuffix(".") + also,
         )
         self.disagreements = tuple(disagreements)
 

@@ -42,6 +42,11 @@ class InputFile:
         self.size = self._stat.st_size
 
     @property
+    def start(self) -> int:
+        """Where in the file on disk its first byte is: 0, but for a section."""
+        return 0
+
+    @property
     def identity(self) -> tuple[int, int]:
         """What two names of one file have in common: its device and inode."""
         return self._stat.st_dev, self._stat.st_ino
@@ -128,6 +133,11 @@ class Section(InputFile):
                 remedy="The file is cut short, or belongs to another checkpoint",
             )
         self._start, self.size = start, length
+
+    @property
+    def start(self) -> int:
+        """Where in the file on disk its first byte is."""
+        return self._start
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on, counted from the section's start."""

@@ -22,6 +22,7 @@ def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
     yield f"{counted(len(averaging.inputs), 'checkpoint')}, in this order:"
     for number, source in enumerate(averaging.inputs, 1):
         details = [f"{name} {value}" for name, value in source.recorded.items()]
+        details += [f"{source.score.name} {source.score.value:.6g}"] if source.score else []
         details += [f"at {source.where}"] if source.where else []
         details += [f"prefix {source.prefix} stripped"] if source.prefix else []
         yield f"{number:6}  {source.path}  {', '.join(details)}".rstrip()

@@ -57,7 +57,7 @@ class WrapperLayout:
     def places(self) -> Sequence[int]:
         """Where each range goes; places count through the files one after the other."""
         starts = dict(self._starts())
-        return [starts[r.record.file.identity] + r.record.offset + r.start for r in self.ranges]
+        return [starts[file] + place for file, place in map(_place, self.ranges)]
 
     def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes outside the ranges, then the checksums over what is inside.
@@ -85,7 +85,7 @@ class WrapperLayout:
         """Yield the start and length of each stretch of a file that stays as it is."""
         place = 0
         inside = [r for r in self.ranges if r.record.file.identity == file.identity]
-        for start, length in sorted((r.record.offset + r.start, r.length) for r in inside):
+        for start, length in sorted((_place(r)[1], r.length) for r in inside):
             yield place, start - place
             place = start + length
         yield place, file.size - place
@@ -96,11 +96,13 @@ class WrapperLayout:
         for r, checksum in zip(self.ranges, checksums, strict=True):
             if r.record.file.identity == file.identity:
                 pieces.setdefault(r.record, []).append(Piece(r.start, r.length, checksum))
-        places = checksum_places(file) if pieces else {}
+        # An item of a distributed checkpoint is a section of a file, with checksums of its own.
+        places = {part: checksum_places(part) for part in {record.file for record in pieces}}
         for record, replaced in pieces.items():
-            if record.offset in places:
+            if record.offset in places[record.file]:
                 checksum = combined(_with_gaps(record, replaced))
-                yield from ((place, checksum) for place in places[record.offset])
+                for place in places[record.file][record.offset]:
+                    yield record.file.start + place, checksum
 
 
 def _with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
@@ -150,7 +152,8 @@ def _range(work: Work, last: StateDict) -> _Range:
 
 
 def _place(r: _Range) -> tuple[tuple[int, int], int]:
-    return r.record.file.identity, r.record.offset + r.start
+    """Return which file on disk a range is in, and where."""
+    return r.record.file.identity, r.record.file.start + r.record.offset + r.start
 
 
 def _irreplaceable(name: str, found: str) -> OutputError:

@@ -78,3 +78,24 @@ def test_two_ranks_load_shards_of_it(tmp_path: Path) -> None:
         save({"w": torch.arange(24.0).view(6, 4) + step}, tmp_path / f"step{step}")
     swa_avg.average(tmp_path / "step?", tmp_path / "out")
     mp.spawn(_load_shard, (str(tmp_path / "out"), str(tmp_path / "meeting")), nprocs=2)
+
+
+def test_keep_wrapper_keeps_the_optimizer(tmp_path: Path) -> None:
+    """Of a folder written by one rank all but the weights stays, and dcp loads all of it."""
+    contents = [
+        {"model": network(step).state_dict(), "optim": {"m": torch.randn(50)}, "step": step}
+        for step in range(3)
+    ]
+    for step, content in enumerate(contents):
+        save(content, tmp_path / f"step{step}")
+    swa_avg.average(tmp_path / "step?", tmp_path / "out", keep_wrapper=True)
+    swa_avg.average(tmp_path / "step?", tmp_path / "bare.pt")
+    made = {"model": network(7).state_dict(), "optim": {"m": torch.zeros(50)}, "step": 9}
+    load(made, tmp_path / "out")
+    assert made["step"] == 2
+    assert torch.equal(made["optim"]["m"], contents[-1]["optim"]["m"])
+    for name, value in torch.load(tmp_path / "bare.pt").items():
+        assert torch.equal(value, made["model"][name]), name
+    # Our own reader checks the checksums of the items.
+    swa_avg.average([tmp_path / "out"], tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "bare.pt").read_bytes()
