@@ -14,16 +14,21 @@ from swa_avg.formats import (
     Form,
     Layout,
     form_of,
-    is_checkpoint,
     layout_for,
     open_checkpoint,
 )
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.sharded import FolderLayout
 from swa_avg.layout import StateDict, find_state_dict
-from swa_avg.output import AtomicFile, AtomicFolder, Output, check_target
-from swa_avg.plan import Plan, Rules, make_plan
 from swa_avg.metrics import Score
+from swa_avg.output import (
+    AtomicFile,
+    AtomicFolder,
+    Output,
+    check_replaceable,
+    check_target,
+)
+from swa_avg.plan import Plan, Rules, make_plan
 from swa_avg.select import ALL, Choice, Selection, expand, select
 from swa_avg.tensors import DTYPES, Kind
 
@@ -140,6 +145,7 @@ class Averaging:
             OutputError: It cannot be written there, or there is no room.
         """
         if self.is_folder:
+            check_replaceable(self.output, self._files)
             return AtomicFolder(self.output, self._files)
         return AtomicFile(self.output, self.layout.size)
 
@@ -278,12 +284,6 @@ def planned(
         folder = last.checkpoint.path.is_dir() if keep_wrapper else form in _FOLDERS
         _check_form(target, last, form, keep_wrapper, max_shard_size)
         check_target(target, files, force=force, folder=folder)
-        if folder and target.exists() and not is_checkpoint(target):
-            raise OutputError(
-                "is a folder that holds no checkpoint",
-                file=target,
-                remedy="Choose another output with -o",
-            )
         strides = keep_wrapper or form is Form.TORCH
         plan = make_plan(selection.chosen, Rules(bn_buffers, DTYPES.get(dtype), strides))
         if keep_wrapper:
@@ -298,9 +298,11 @@ def _check_form(
 ) -> None:
     """Refuse a name that says another form than the output will have, and shards of one file."""
     safe = last.checkpoint.format == "safetensors"
-    if keep_wrapper and not safe and form is Form.SAFETENSORS:
+    is_file = target.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+    unlike = last.checkpoint.path.is_dir() and is_file
+    if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
         raise OutputError(
-            f"would be no safetensors file, but what {last.checkpoint.path} is",
+            f"would not be what its name says, but like {last.checkpoint.path}",
             file=target,
             remedy="Choose a name like its own, or leave out --keep-wrapper",
         )

@@ -8,6 +8,7 @@ whatever goes wrong, the temporary file goes.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,8 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from swa_avg.errors import OutputError
+from swa_avg.errors import OutputError, listed
 from swa_avg.files import InputFile
+
+# Files of weights in a folder: of Hugging Face, whatever their number, and of a distributed one.
+_WEIGHTS = re.compile(
+    r"(adapter_|(diffusion_)?pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?"
+    r"|__\d+_\d+\.distcp|\.metadata"
+)
 
 
 class Output(Protocol):
@@ -54,10 +61,12 @@ def check_target(
     except (OSError, ValueError) as error:
         raise _refusal(target, error) from error
     for file in inputs:
-        kept = (found.st_dev, found.st_ino)
-        if file.identity == kept or (folder and _identity(file.path.parent) == kept):
+        beneath = folder and _is_beneath(file.path, target)
+        if file.identity == (found.st_dev, found.st_ino) or beneath:
             raise OutputError(
-                "is one of the inputs", file=target, remedy="Choose another output with -o"
+                "holds one of the inputs" if beneath else "is one of the inputs",
+                file=target,
+                remedy="Choose another output with -o",
             )
     fits = stat.S_ISDIR(found.st_mode) if folder else stat.S_ISREG(found.st_mode)
     if not fits:
@@ -74,9 +83,33 @@ def check_target(
         )
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
+def _is_beneath(path: Path, folder: Path) -> bool:
+    """Tell whether a file is in a folder, however deep, under either of its names."""
+    places = (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name))
+    return any(Path(os.path.realpath(folder)) in place.parents for place in places)
+
+
+def check_replaceable(target: Path, names: Iterable[str]) -> None:
+    """Refuse to replace a folder that holds more than weights and what takes its place.
+
+    Args:
+        target: The output, a folder that may exist.
+        names: The files that the new folder will have.
+
+    Raises:
+        OutputError: Something in it would be lost.
+    """
+    if not target.is_dir():
+        return
+    kept = set(names)
+    there = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+    lost = sorted(name for name in there if name not in kept and not _WEIGHTS.fullmatch(name))
+    if lost:
+        raise OutputError(
+            f"holds what would be lost: {listed(lost)}",
+            file=target,
+            remedy="Choose another output with -o, or move it away first",
+        )
 
 
 class AtomicFile:
@@ -141,9 +174,9 @@ class AtomicFile:
             # A failed fsync is final: the kernel may have dropped the pages it could not write.
             os.fsync(self._fd)
             self._temporary.replace(self._final)
-            _sync(self._final.parent)
         except OSError as error:
             raise _refusal(self.target, error) from error
+        _sync(self._final.parent)
 
     def _discard(self) -> None:
         os.close(self._fd)
@@ -217,10 +250,15 @@ class AtomicFolder:
             replaced = self._temporary.with_suffix(".old")
             with suppress(FileNotFoundError):
                 self._final.rename(replaced)
-            self._temporary.rename(self._final)
-            _sync(self._final.parent)
+            try:
+                self._temporary.rename(self._final)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    replaced.rename(self._final)
+                raise
         except OSError as error:
             raise _refusal(self.target, error) from error
+        _sync(self._final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _discard(self) -> None:
@@ -240,12 +278,13 @@ class AtomicFolder:
 
 
 def _sync(folder: Path) -> None:
-    """Force the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Force the names in a folder to disk, where its file system knows how and we may."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _unlink(path: Path) -> None:

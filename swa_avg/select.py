@@ -240,13 +240,13 @@ def _of_epochs(states: list[StateDict], text: str, notes: list[str]) -> list[Sta
     """Return the checkpoints of a span of epochs."""
     span = _Span.parse(text)
     what, numbers = _measured(states)
-    chosen = [s for s, number in zip(states, numbers, strict=True) if number in span]
-    there = sorted({number for number in numbers if number is not None})
+    numbered = [(s, n) for s, n in zip(states, numbers, strict=True) if n is not None]
+    chosen = [state for state, number in numbered if number in span]
     if not chosen:
-        names = [str(state.checkpoint.path) for state in states]
+        there = listed([str(number) for _, number in numbered], 8)
         raise SelectionError(
-            f"--epochs {text} leaves none of {listed(names)}",
-            remedy=f"By {what} there are {listed([str(n) for n in there], 8) or 'none'}",
+            f"--epochs {text} leaves no checkpoint",
+            expected=f"some of those that there are, by {what}: {there or 'none'}",
         )
     notes += [
         f"{state.checkpoint.path}: has no number in its name; left out by --epochs"

@@ -9,6 +9,7 @@ of the averaged tensors, and the checksums over them, are other ones.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,7 +57,7 @@ class WrapperLayout:
     @property
     def places(self) -> Sequence[int]:
         """Where each range goes; places count through the files one after the other."""
-        starts = dict(self._starts())
+        starts = {self.sources[name].identity: start for name, start in self._starts()}
         return [starts[file] + place for file, place in map(_place, self.ranges)]
 
     def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
@@ -65,9 +66,8 @@ class WrapperLayout:
         Args:
             checksums: The CRC-32 of each range.
         """
-        starts = dict(self._starts())
-        for file in self.sources.values():
-            first = starts[file.identity]
+        for name, first in self._starts():
+            file = self.sources[name]
             for start, length in self._outside(file):
                 for chunk in file.chunks(start, length):
                     yield first + start, chunk
@@ -75,10 +75,10 @@ class WrapperLayout:
             for place, checksum in self._checksums(file, checksums):
                 yield first + place, struct.pack("<I", checksum)
 
-    def _starts(self) -> Iterator[tuple[tuple[int, int], int]]:
+    def _starts(self) -> Iterator[tuple[str, int]]:
         place = 0
-        for file in self.sources.values():
-            yield file.identity, place
+        for name, file in self.sources.items():
+            yield name, place
             place += file.size
 
     def _outside(self, file: InputFile) -> Iterator[tuple[int, int]]:
@@ -139,6 +139,14 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
         sources[inner.relative_to(path).as_posix()] = file = InputFile(inner)
         opened(file)
+    counted = Counter(file.identity for file in sources.values())
+    for r in ranges:
+        if counted[r.record.file.identity] > 1:
+            raise OutputError(
+                "is in its folder under two names",
+                file=r.record.file.path,
+                remedy="Remove one of the links, or leave out --keep-wrapper",
+            )
     return WrapperLayout(sources, ranges)
 
 

@@ -145,7 +145,7 @@ def test_trainer_and_lightning_record_beside(tmp_path: Path) -> None:
     dcp.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "checkpoint-4" / "optimizer_0")
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 2, "global_step": 4}')
     lightning = tmp_path / "epoch=7.ckpt"
-    dcp.save({"model": network().state_dict()}, checkpoint_id=lightning)
+    dcp.save({"model": network(1).state_dict()}, checkpoint_id=lightning)
     torch.save({"epoch": 7, "global_step": 70}, lightning / "meta.pt")
     states = [find_state_dict(open_checkpoint(path)) for path in expand([tmp_path])]
     chosen = select(states).chosen

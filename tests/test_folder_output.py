@@ -101,25 +101,85 @@ def test_existing_folders(tmp_path: Path) -> None:
     paths = [folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2)]
     output = tmp_path / "swa"
     swa_avg.average(paths[:1], output)
-    (output / "old.txt").write_text("of the old one")
     with pytest.raises(OutputError, match="exists already"):
         swa_avg.average(paths, output)
     with pytest.raises(OutputError, match="one of the inputs"):
         swa_avg.average(paths, paths[0], force=True)
+    swa_avg.average(paths, output, force=True, max_shard_size=1)
     swa_avg.average(paths, output, force=True)
-    assert not (output / "old.txt").exists()
+    assert len(list(output.glob("*.safetensors"))) == 1
     torch.testing.assert_close(loaded(output), mean(paths))
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "swa"}
 
 
-def test_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
-    """A folder that holds no checkpoint is not ours to replace, force or not."""
+@pytest.mark.parametrize("dear", ["thesis.tex", ".git/HEAD", "optimizer.bin", "runs/model.bin"])
+def test_nothing_dear_is_lost(tmp_path: Path, dear: str) -> None:
+    """A folder with more than weights in it is not ours to replace, force or not."""
     paths = [folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2)]
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="no checkpoint"):
+    swa_avg.average(paths, tmp_path / "home")
+    (tmp_path / "home" / dear).parent.mkdir(exist_ok=True)
+    (tmp_path / "home" / dear).write_text("years of work")
+    with pytest.raises(OutputError, match="would be lost"):
         swa_avg.average(paths, tmp_path / "home", force=True)
-    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "home" / dear).read_text() == "years of work"
+
+
+def test_folder_around_the_inputs_is_never_replaced(tmp_path: Path) -> None:
+    """Trainer's output folder holds the final model and, beneath it, the checkpoints."""
+    output = folder(tmp_path / "out", 9)
+    paths = [folder(output / f"checkpoint-{seed}", seed) for seed in (1, 2)]
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for wrapped in (False, True):
+        with pytest.raises(OutputError, match="holds one of the inputs"):
+            swa_avg.average(paths, output, force=True, keep_wrapper=wrapped)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_failed_rename_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the new folder cannot take the name, the old one has it again."""
+    paths = [folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2)]
+    swa_avg.average(paths[:1], tmp_path / "swa")
+    before = (tmp_path / "swa" / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OutputError, match="Input/output error"):
+        swa_avg.average(paths, tmp_path / "swa", force=True)
+    assert (tmp_path / "swa" / "model.safetensors").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2", "swa"}
+
+
+def test_links_in_a_folder_that_is_kept(tmp_path: Path) -> None:
+    """Two names of one small file are copied both; weights under two names are refused."""
+    one, two = (folder(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2))
+    (two / "generation_config.json").symlink_to(two / "config.json")
+    swa_avg.average([one, two], tmp_path / "swa", keep_wrapper=True)
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "swa" / name).read_text() == (two / name).read_text()
+    (two / "zlink.safetensors").symlink_to(two / "model.safetensors")
+    with pytest.raises(OutputError, match="two names"):
+        swa_avg.average([one, two], tmp_path / "other", keep_wrapper=True)
+
+
+def test_ties_in_shards_are_found_again(tmp_path: Path) -> None:
+    """Names tied in the inputs are tied in a sharded output, for our own reader too."""
+    for seed in (1, 2):
+        folder(tmp_path / f"checkpoint-{seed}", seed, names="ab")
+        state = load_file(tmp_path / f"checkpoint-{seed}" / "model.safetensors")
+        alias = {"format": "pt", "tied": "layer.a"}
+        save_file(state, tmp_path / f"checkpoint-{seed}" / "model.safetensors", alias)
+    swa_avg.average(tmp_path / "checkpoint-?", tmp_path / "swa", max_shard_size=1)
+    with swa_avg.open_checkpoint(tmp_path / "swa") as made:
+        assert sorted(made.names) == ["layer.a", "layer.b", "tied"]
+        assert torch.equal(made.read("tied"), made.read("layer.a"))
+        assert not made.notes
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:

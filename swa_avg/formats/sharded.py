@@ -80,6 +80,7 @@ def _read_shards(folder: Path, path: Path) -> Checkpoint:
         for name in dict.fromkeys(weight_map.values()):
             shards[name] = open_file(folder / name)
             opened.callback(shards[name].close)
+        weight_map |= _aliases(shards, weight_map)
         tree = {name: _tensor(shards[shard], name) for name, shard in weight_map.items()}
         opened.pop_all()
     return Checkpoint(
@@ -90,6 +91,16 @@ def _read_shards(folder: Path, path: Path) -> Checkpoint:
         next((shard.metadata for shard in shards.values()), {}),
         tuple(_notes(shards, weight_map)),
     )
+
+
+def _aliases(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) -> dict[str, str]:
+    """Return the tied names that shards record in their metadata, with the shard of each."""
+    return {
+        name: shard
+        for shard, opened in shards.items()
+        for name in opened.metadata
+        if isinstance(opened.tree, dict) and name in opened.tree and name not in weight_map
+    }
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
@@ -244,7 +255,7 @@ def layout(state_dict: OutputStateDict, like: Path, shard_bytes: int = SHARD_BYT
         shard_bytes: The most bytes of tensors in one file, unless one tensor has more.
     """
     source = next(_candidates(like)).name.removesuffix(_INDEX)
-    stem = source.rpartition(".")[0].replace("pytorch_model", "model")
+    stem = Path(source).stem.replace("pytorch_model", "model") or "model"
     groups = _grouped(state_dict, shard_bytes)
     shards = []
     for number, group in enumerate(groups, 1):
