@@ -248,8 +248,8 @@ def planned(
 
     Args:
         checkpoints: Files, or patterns of them.
-        output: What to write. `.safetensors` gives safetensors, another suffix a torch
-            zip, none the form of the inputs: a Hugging Face folder for such folders.
+        output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
+            `.bin` and `.tar` a torch zip; another name the form of the inputs.
         bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
         dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
         force: Replace an output that exists.
@@ -338,8 +338,8 @@ def average(
 
     Args:
         checkpoints: Files, or patterns of them.
-        output: What to write. `.safetensors` gives safetensors, another suffix a torch
-            zip, none the form of the inputs: a Hugging Face folder for such folders.
+        output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
+            `.bin` and `.tar` a torch zip; another name the form of the inputs.
         bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
         dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
         force: Replace an output that exists.

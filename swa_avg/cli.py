@@ -21,7 +21,7 @@ import click
 
 import swa_avg
 from swa_avg import messages
-from swa_avg.errors import SelectionError, SwaAvgError, printable
+from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
@@ -169,6 +169,7 @@ _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _AVERAGE_OPTIONS = (
     *_CHOICE,
     *("ema", "bn_buffers", "dtype", "keep_wrapper", "max_shard_size", "threads", "dry_run"),
+    "force",
 )
 
 
@@ -277,7 +278,7 @@ def _average(run: _Run) -> None:
         with _written(averaging, run) as (file, report):
             file.commit()
     if run.as_json:
-        _print_json(report.to_dict())
+        _print_json(report.to_dict() | _tensors(averaging, run))
     elif not run.quiet:
         _show_average(report, averaging, run)
         if report.stale:
@@ -324,7 +325,8 @@ def _recompute(run: _Run) -> None:
     if run.as_json:
         averaged = report.to_dict() if report else {"output": run.output}
         made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
-        _print_json(averaged | made | {"batchnorm_notes": list(notes)})
+        tensors = _tensors(averaging, run) if averaging else {}
+        _print_json(averaged | made | {"batchnorm_notes": list(notes)} | tensors)
     elif not run.quiet:
         if report and averaging:
             _show_average(report, averaging, run)
@@ -333,14 +335,20 @@ def _recompute(run: _Run) -> None:
         _say([messages.of_output(run.output, Path(run.output).stat().st_size)])
 
 
+def _tensors(averaging: Averaging, run: _Run) -> dict[str, object]:
+    return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
+
+
 def _leads() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Tell whether this process is the only one, or the first of those torchrun started."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
 
 
 @contextmanager
 def _bar(total: int | None, run: _Run, unit: str, desc: str) -> Iterator[Any]:
     """Show a progress bar, if somebody is there to see it; else give None."""
-    if run.quiet or not sys.stderr.isatty():
+    if run.quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
@@ -371,9 +379,13 @@ def _note(notes: Iterable[str]) -> None:
 def _show_plan(averaging: Averaging, run: _Run) -> None:
     """Print what would be done."""
     if run.as_json:
-        _print_json(averaging.to_dict())
+        _print_json(averaging.to_dict() | {"recompute_bn": run.recompute_bn})
+        return
+    if run.quiet:
         return
     _say(messages.of_plan(averaging, tensors=run.verbose or len(averaging.inputs) == 1))
+    if run.recompute_bn:
+        _say([f"would recompute BatchNorm over {run.data}"])
     _note(averaging.notes)
 
 
@@ -408,6 +420,7 @@ def main() -> None:
 
 def _run() -> int:
     """Run the command and turn whatever it raises into an exit code."""
+    ctx: click.Context | None = None
     try:
         # Not command.main: it ends the process itself when nobody reads its output.
         with command.make_context("swa-avg", sys.argv[1:]) as ctx:
@@ -420,10 +433,10 @@ def _run() -> int:
         error.show()
         return error.exit_code
     except SwaAvgError as error:
-        _show_error(error)
+        _show_error(error, everything=bool(ctx and ctx.params["verbose"]))
         return 2 if isinstance(error, SelectionError) else 1
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was written", err=True)
+        click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
         # Nobody reads our output: not worth a message, and none must come at exit either.
@@ -435,9 +448,7 @@ def _run() -> int:
     return 0
 
 
-def _show_error(error: SwaAvgError) -> None:
-    click.echo(f"error: {error}", err=True)
-    more = getattr(error, "disagreements", ())[1:]
-    if more and "-v" in sys.argv[1:]:
-        for one in more:
-            click.echo(f"error: {one}", err=True)
+def _show_error(error: SwaAvgError, everything: bool) -> None:
+    shown = error.disagreements if everything and isinstance(error, MismatchError) else (error,)
+    for one in shown:
+        click.echo(f"error: {one}", err=True)

@@ -64,7 +64,7 @@ class SwaAvgError(Exception):
             line += f", expected {self.expected}"
         if self.remedy:
             line += f". {self.remedy}"
-        return printable(line.removesuffix(".") + ".")
+        return printable(line if line.endswith("?") else line.removesuffix(".") + ".")
 
 
 class FileError(SwaAvgError):

@@ -51,11 +51,6 @@ class InputFile:
         """What two names of one file have in common: its device and inode."""
         return self._stat.st_dev, self._stat.st_ino
 
-    @property
-    def mtime_ns(self) -> int:
-        """When it was last modified, as of the opening, in nanoseconds."""
-        return self._stat.st_mtime_ns
-
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on.
 

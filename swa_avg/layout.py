@@ -169,7 +169,12 @@ def _locate(
     if ema:
         raise _absent(checkpoint, "has no averaged weights where frameworks put them")
     root = mapping(tree)
-    if root is not None and 2 * tensor_count(root) > len(root):
+    tensors = tensor_count(tree)
+    if (
+        root is not None
+        and tensors
+        and (2 * tensors > len(root) or not any(dicts_of_tensors(tree)))
+    ):
         return ""
     if averages:
         raise LayoutError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import mmap
@@ -35,6 +35,10 @@ Progress = Callable[[int], None]
 CHUNK = 128 * 1024  # elements: they and their float64 sums stay in the processor's cache
 _STRIDED = 8  # times as many where inputs lie in another order than the output
 _WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
+_WORTH_ANNOUNCING = 1024 * 1024  # bytes of one input
+_LEAST_BATCH_BYTES = 4 * 1024 * 1024
+_CHECKS = 1024  # checksums that are compared in one task
+_TORCH_THREADS = threading.Lock()
 _BATCH_BYTES = 256 * 1024 * 1024  # of all inputs together: what one task reads
 _PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 
@@ -98,14 +102,19 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
                 job.ledger.expect(record, work.name)
     read = 0
     with _one_torch_thread(), ThreadPoolExecutor(threads, "swa-avg") as pool:
-        tasks = [pool.submit(job.do, batch) for batch in _batches(kernel)]
+        tasks = [pool.submit(job.do, batch) for batch in _batches(kernel, threads)]
         try:
             for count in _results(tasks):
                 read += count
                 if progress:
                     progress(count)
-            checks = [pool.submit(job.ledger.check, record) for record in job.ledger.records]
-            for _ in _results(checks):
+            records = job.ledger.records
+            for _ in _results(
+                [
+                    pool.submit(job.check, records[at : at + _CHECKS])
+                    for at in range(0, len(records), _CHECKS)
+                ]
+            ):
                 pass
         except BaseException:
             job.stop.set()
@@ -118,30 +127,33 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
 
 def _results(tasks: Sequence[Future[_T]]) -> Iterator[_T]:
     """Yield results as they come; raise the error of the earliest task that has one."""
-    waiting = set(tasks)
-    while waiting:
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        if any(task.exception() for task in done):
+    for done in as_completed(tasks):
+        if done.exception():
             # An earlier task may be about to fail too: which error is shown must not be chance.
             for task in tasks:
                 task.result()
-        for task in done:
-            yield task.result()
+        yield done.result()
 
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Keep torch from splitting our small operations: our threads are the parallelism."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    """Keep torch from splitting our small operations: our threads are the parallelism.
+
+    The setting is the process's: of two averages at once the second waits.
+    """
+    with _TORCH_THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
-def _batches(kernel: Kernel) -> Iterator[list[_Stretch]]:
-    """Deal the works out into tasks of about equal reading."""
+def _batches(kernel: Kernel, threads: int) -> Iterator[list[_Stretch]]:
+    """Deal the works out into tasks of about equal reading, a few for each thread."""
+    total = sum(source.nbytes for work in kernel.works for source in work.sources)
+    enough = min(_BATCH_BYTES, max(_LEAST_BATCH_BYTES, total // (4 * threads)))
     batch: list[_Stretch] = []
     weight = 0
     for number, work in enumerate(kernel.works):
@@ -156,7 +168,7 @@ def _batches(kernel: Kernel) -> Iterator[list[_Stretch]]:
             collected.append(box)
             place += box.numel
             weight += box.numel * each
-            if weight >= _BATCH_BYTES:
+            if weight >= enough:
                 yield [*batch, _Stretch(number, tuple(collected), start)]
                 batch, collected, start, weight = [], [], place, 0
         if collected:
@@ -181,6 +193,11 @@ class _Job:
         self.differing: set[int] = set()
         self._local = threading.local()
 
+    def check(self, records: Sequence[Record]) -> None:
+        """Compare the checksums of some records with those of what was read."""
+        for record in records:
+            self.ledger.check(record)
+
     def do(self, batch: list[_Stretch]) -> int:
         """Do one task; return how many bytes it read."""
         if not hasattr(self._local, "desk"):
@@ -191,6 +208,8 @@ class _Job:
         """Do a stretch of one work, chunk by chunk."""
         work = self.kernel.works[stretch.number]
         readers = [_Reader(source, work) for source in work.sources]
+        for reader in readers:
+            reader.announce(stretch.start, sum(box.numel for box in stretch.boxes))
         itemsize = work.dtype.itemsize
         crc, place = 0, stretch.start * itemsize
         for box in stretch.boxes:
@@ -243,6 +262,13 @@ class _Reader:
         self.steps = contiguous_stride(_chunked_shape(work)) if whole(source) else None
         self.bytes_read = 0
         self.pieces: dict[Record, Piece] = {}
+
+    def announce(self, start: int, count: int) -> None:
+        """Tell the kernel which elements will be read: of a cold disk it reads all inputs ahead."""
+        itemsize = self.source.dtype.itemsize
+        if self.steps is not None and count * itemsize >= _WORTH_ANNOUNCING:
+            place = self.source.record.offset + (self.source.offset + start) * itemsize
+            self.source.record.file.will_read(place, count * itemsize)
 
     def read(self, box: Box, buffer: memoryview) -> torch.Tensor:
         """Read a box into `buffer`; return its elements, one-dimensional."""

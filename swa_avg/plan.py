@@ -155,7 +155,7 @@ def make_plan(states: Sequence[StateDict], rules: Rules) -> Plan:
         for name in family.names:
             views[name] = _view(last.tensors[name], last.tensors[family.base], base, len(works))
         works.append(work)
-    notes = list(_notes(states))
+    notes = list(_notes(states, rules))
     if untied:
         notes.append(f"{listed(untied)}: tied in some checkpoints only; written untied")
     return Plan(tuple(planned.values()), tuple(works), _output(last, works, views), tuple(notes))
@@ -206,7 +206,7 @@ def _treat(name: str, states: Sequence[StateDict], rules: Rules) -> Planned:
     dtype = rules.dtype if rules.dtype and ref.dtype.kind is Kind.FLOAT else ref.dtype
     treatment, reason = Treatment.AVERAGED, f"mean of {count}"
     if is_bn_buffer(name, last.tensors):
-        treatment, reason = _treat_bn_buffer(ref, states, rules)
+        treatment, reason = _treat_bn_buffer(name, ref, states, rules)
     elif ref.dtype.kind in (Kind.EXACT, Kind.OPAQUE):
         treatment, reason = Treatment.COPIED, f"{ref.dtype} has no mean"
     return Planned(name, treatment, reason, dtype, ref.shape)
@@ -222,11 +222,12 @@ def is_bn_buffer(name: str, tensors: Mapping[str, object]) -> bool:
 
 
 def _treat_bn_buffer(
-    ref: TensorRef, states: Sequence[StateDict], rules: Rules
+    name: str, ref: TensorRef, states: Sequence[StateDict], rules: Rules
 ) -> tuple[Treatment, str]:
     if rules.bn_buffers == "reset":
         return Treatment.RESET, "BatchNorm buffer"
-    if rules.bn_buffers == "mean" and ref.dtype.kind is Kind.FLOAT:
+    counts = name.rpartition(".")[2] == _COUNTER
+    if rules.bn_buffers == "mean" and ref.dtype.kind is Kind.FLOAT and not counts:
         return Treatment.AVERAGED, f"BatchNorm buffer, mean of {len(states)}"
     of = states[0] if rules.bn_buffers == "first" else states[-1]
     return Treatment.KEPT, f"BatchNorm buffer of {of.checkpoint.path}"
@@ -270,7 +271,7 @@ def _output(
     return OutputStateDict(storages, items, last.metadata, text)
 
 
-def _notes(states: Sequence[StateDict]) -> Iterator[str]:
+def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     """Yield what the user should know about the checkpoints."""
     for state in states:
         for note in state.checkpoint.notes:
@@ -281,3 +282,12 @@ def _notes(states: Sequence[StateDict]) -> Iterator[str]:
         yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"
     if last.dropped:
         yield f"{listed(last.dropped)}: no tensor and no plain value; left out"
+    if last.values and not rules.strides:
+        yield f"{listed(list(last.values))}: no tensor; left out, for want of a place in the output"
+    differing = [
+        name
+        for name, value in last.values.items()
+        if any(state.values.get(name) != value for state in states[:-1])
+    ]
+    if differing and rules.strides:
+        yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"

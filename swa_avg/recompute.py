@@ -26,12 +26,12 @@ from swa_avg.batchnorm import (
     recomputed_buffers,
 )
 from swa_avg.checksums import Ledger
-from swa_avg.errors import NotFiniteError, OutputError, listed
+from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import open_checkpoint, patch
 from swa_avg.gather import read_tensor
 from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.output import AtomicFile
-from swa_avg.tensors import Record, TensorRef
+from swa_avg.tensors import Record, TensorRef, is_dense
 from swa_avg.userdata import Fit, UserCode, load_weights, user_code
 
 
@@ -97,6 +97,7 @@ class Session:
             DataError: The user's code failed or does not fit the file.
         """
         with ExitStack() as opened:
+            opened.enter_context(_named_after(file))
             checkpoint = open_checkpoint(file.path)
             opened.callback(checkpoint.close)
             state = find_state_dict(checkpoint, key, ema)
@@ -129,6 +130,17 @@ class Session:
 
 
 @contextmanager
+def _named_after(file: AtomicFile) -> Iterator[None]:
+    """Have errors name the file that is to come, not the temporary one it still is."""
+    try:
+        yield
+    except SwaAvgError as error:
+        if error.file == str(file.path):
+            error.file = str(file.target)
+        raise
+
+
+@contextmanager
 def session(options: Recompute) -> Iterator[Session]:
     """Load the user's code; under torchrun, join the other processes.
 
@@ -137,7 +149,8 @@ def session(options: Recompute) -> Iterator[Session]:
     """
     with ExitStack() as entered:
         ranks: Ranks = Alone()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        world = os.environ.get("WORLD_SIZE", "")
+        if world.isdecimal() and int(world) > 1:
             from swa_avg.distributed import ranks as joined
 
             ranks = entered.enter_context(joined())
@@ -207,6 +220,7 @@ def _replaced(
 ) -> dict[Record, bytes]:
     """Return the records that hold new BatchNorm buffers, with those in place."""
     contents: dict[Record, bytearray] = {}
+    taken: dict[tuple[Record, int], TensorRef] = {}
     for key, buffer in buffers.items():
         name = fit.in_state_dict(key)
         ref = state.tensors.get(name)
@@ -215,6 +229,7 @@ def _replaced(
         record = ref.record
         if record not in contents:
             contents[record] = bytearray(record.file.read(record.offset, record.length))
+        _check_own_place(name, ref, taken)
         dtype = getattr(torch, ref.dtype.name)
         new = buffer.detach().to("cpu", dtype)
         if not torch.isfinite(new).all():
@@ -226,6 +241,22 @@ def _replaced(
         flat = torch.frombuffer(contents[record], dtype=dtype)
         flat.as_strided(ref.shape, ref.stride, ref.offset).copy_(new)
     return {record: bytes(data) for record, data in contents.items()}
+
+
+def _check_own_place(name: str, ref: TensorRef, taken: dict[tuple[Record, int], TensorRef]) -> None:
+    """Refuse a buffer whose elements are another's too: there is no room for new ones.
+
+    Names of one layer, which share all their elements, are no others.
+    """
+    places = [(ref.record, ref.offset + at) for at in range(ref.extent)]
+    shared = any(taken.get(place, ref) != ref for place in places)
+    if shared or not is_dense(ref.shape, ref.stride):
+        raise OutputError(
+            "shares its elements, so that it has no room for new statistics",
+            tensor=name,
+            remedy="Average it to a new file with -o, or save it contiguous",
+        )
+    taken.update(dict.fromkeys(places, ref))
 
 
 def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:

@@ -18,7 +18,7 @@ from swa_avg.layout import StateDict
 from swa_avg.metrics import Score
 
 _MAGIC = re.compile(r"[*?[]")
-_EPOCH_IN_NAME = re.compile(r"epoch[-_=]?(\d+)|(\d+)[-_]?epoch")
+_EPOCH_IN_NAME = re.compile(r"epoch[-_=]?(\d+)|(\d+)epoch")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def expand(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = 
         matches = [text]
         # A file may be called `run[1].pt`: what exists is no pattern.
         if _MAGIC.search(text) and not os.path.lexists(text):
-            matches = sorted(glob(text))  # noqa: PTH207 - paths stay as the user wrote them
+            matches = sorted(glob(text, recursive=True))  # noqa: PTH207 - paths stay as the user wrote them
             if not matches:
                 raise SelectionError("matches no file", file=text, remedy="Check the pattern")
         for path in map(Path, matches):
@@ -283,7 +283,7 @@ def _scored(states: Sequence[StateDict], metric: str) -> dict[Path, Score]:
             raise SelectionError(
                 f"records no {metric}",
                 file=state.checkpoint.path,
-                remedy=f"Looked at: {metrics.looked_at(state.checkpoint)}",
+                remedy=f"Looked at {metrics.looked_at(state.checkpoint)}; --exclude leaves it out",
             )
     for where in found[0]:
         if all(where in scores for scores in found):

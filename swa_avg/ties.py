@@ -51,8 +51,24 @@ def families(
             else:
                 made += [Family(name, (name,)) for name in part.names]
                 untied += part.names
+    untied += (name for name in _tied_before(states) if name not in untied)
     place = {name: number for number, name in enumerate(tensors)}
     return sorted(made, key=lambda family: place[family.names[0]]), untied
+
+
+def _tied_before(states: Sequence[StateDict]) -> dict[str, None]:
+    """Return names that are one tensor in some checkpoint, but not in the last."""
+    found: dict[str, None] = {}
+    last = states[-1].tensors
+    for state in states[:-1]:
+        by_view: dict[TensorRef, list[str]] = {}
+        for name, ref in state.tensors.items():
+            if ref.numel:
+                by_view.setdefault(ref, []).append(name)
+        for names in by_view.values():
+            if len({last[name] for name in names}) > 1:
+                found.update(dict.fromkeys(names))
+    return found
 
 
 def _overlapping(

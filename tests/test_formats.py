@@ -365,8 +365,8 @@ def test_tensors_are_read_once_and_the_rest_not_at_all(
     weights = {"a": torch.randn(100, 1000), "b": torch.randn(300_000), "ids": torch.arange(9000)}
     optimizer = {"state": {0: {"momentum": torch.randn(200_000)}}}
     paths = [tmp_path / f"{n}.pt" for n in range(3)]
-    for path in paths:
-        torch.save({"state_dict": weights, "optimizer": optimizer}, path)
+    for n, path in enumerate(paths):  # equal ones would be counted once, and not read
+        torch.save({"state_dict": weights | {"n": torch.ones(9) * n}, "optimizer": optimizer}, path)
     times = {path: torch.zeros(path.stat().st_size, dtype=torch.uint8) for path in paths}
     preadv = os.preadv
     opened: dict[int, Path] = {}
@@ -400,7 +400,7 @@ def of_record(times: Tensor, record: Record) -> list[int]:
 def test_report_counts_the_bytes(tmp_path: Path, saved: Path) -> None:
     """What is read is the tensors of all inputs; what is written, the file."""
     other = tmp_path / "other.pt"
-    torch.save(state(), other)
+    torch.save(state() | {"a.weight": torch.ones(7)}, other)
     report = swa_avg.average([saved, other], tmp_path / "out.pt")
     assert report.bytes_read == 2 * sum(value.nbytes for value in state().values())
     assert report.bytes_written == (tmp_path / "out.pt").stat().st_size

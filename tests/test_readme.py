@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import click
 from test_structure import PACKAGE, ROOMS
 
 from swa_avg.cli import command
@@ -14,8 +13,9 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def help_text() -> str:
-    context = click.Context(command, info_name="swa-avg", terminal_width=96, max_content_width=96)
-    return f"```text\n{command.get_help(context)}\n```\n"
+    width = {"terminal_width": 96, "max_content_width": 96}
+    with command.make_context("swa-avg", [], resilient_parsing=True, **width) as context:
+        return f"```text\n{command.get_help(context)}\n```\n"
 
 
 def files_table() -> str:

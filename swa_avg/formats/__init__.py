@@ -88,9 +88,9 @@ def form_of(path: Path, like: Checkpoint) -> Form:
         path: The output.
         like: One of the inputs.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return Form.SAFETENSORS
-    if path.suffix in _TORCH_SUFFIXES:
+    if path.suffix.lower() in _TORCH_SUFFIXES:
         return Form.TORCH
     if like.path.is_dir():
         return Form.FOLDER if sharded.is_checkpoint(like.path) else Form.DCP
