@@ -220,7 +220,7 @@ def _replaced(
 ) -> dict[Record, bytes]:
     """Return the records that hold new BatchNorm buffers, with those in place."""
     contents: dict[Record, bytearray] = {}
-    taken: dict[tuple[Record, int], TensorRef] = {}
+    taken: dict[tuple[Record, int], tuple[TensorRef, str]] = {}
     for key, buffer in buffers.items():
         name = fit.in_state_dict(key)
         ref = state.tensors.get(name)
@@ -256,7 +256,7 @@ def _check_own_place(name: str, ref: TensorRef, taken: dict[tuple[Record, int], 
             tensor=name,
             remedy="Average it to a new file with -o, or save it contiguous",
         )
-    taken.update(dict.fromkeys(places, ref))
+    taken.update(dict.fromkeys(places, own))
 
 
 def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:

@@ -6,6 +6,7 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -650,3 +651,59 @@ def test_any_state_dicts(
     for name, last in states[-1].items():
         exact = oracle.mean([s[name] for s in states]) if has_mean(last) else last
         assert oracle.same_bits(found[name], exact), name
+
+
+def test_counter_is_never_averaged(tmp_path: Path) -> None:
+    """Not with --bn-buffers mean either, and not if it was saved as a float."""
+    for number in (1, 4):
+        state = {"bn.running_mean": torch.ones(2) * number, "bn.running_var": torch.ones(2)}
+        count = torch.tensor(float(number))
+        torch.save(state | {"bn.num_batches_tracked": count}, tmp_path / f"{number}.pt")
+    swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.pt", bn_buffers="mean")
+    made = torch.load(tmp_path / "swa.pt")
+    assert made["bn.num_batches_tracked"] == 4
+    assert made["bn.running_mean"].tolist() == [2.5, 2.5]
+
+
+def test_what_is_plain_is_said(tmp_path: Path) -> None:
+    """Plain values that differ, or that the output has no place for, are noted."""
+    for number in (1, 2):
+        state = {"w": torch.ones(3) * number, "scale": float(number), "kind": "a"}
+        torch.save(state, tmp_path / f"{number}.pt")
+    report = swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.pt")
+    assert any("scale" in note and "2.pt" in note for note in report.notes)
+    assert not any("kind" in note for note in report.notes)
+    # The output, with as many plain values as tensors, is read again.
+    swa_avg.average([tmp_path / "swa.pt"], tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "swa.pt").read_bytes()
+    report = swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.safetensors")
+    assert any("scale, kind" in note and "left out" in note for note in report.notes)
+
+
+def test_ties_of_an_earlier_checkpoint_are_said(tmp_path: Path) -> None:
+    """Names that were tied before but are not in the last: right values, untied, noted."""
+    shared = torch.arange(4.0)
+    torch.save({"a": shared, "b": shared}, tmp_path / "1.pt")
+    torch.save({"a": torch.zeros(4), "b": torch.ones(4)}, tmp_path / "2.pt")
+    report = swa_avg.average(tmp_path / "?.pt", tmp_path / "swa.pt")
+    made = torch.load(tmp_path / "swa.pt")
+    assert torch.equal(made["a"], shared / 2) and torch.equal(made["b"], (shared + 1) / 2)
+    assert any("a, b" in note and "untied" in note for note in report.notes)
+
+
+def test_averages_at_once_leave_torch_as_it_was(tmp_path: Path) -> None:
+    """Threads that average beside each other give the right bytes, and torch its threads back."""
+    for number in range(3):
+        torch.save({"w": torch.randn(400_000)}, tmp_path / f"{number}.pt")
+    swa_avg.average(tmp_path / "?.pt", tmp_path / "alone.out")
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(
+                lambda n: swa_avg.average(tmp_path / "?.pt", tmp_path / f"out_{n}.out"), range(8)
+            )
+        )
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {before}
+    for number in range(8):
+        made = (tmp_path / f"out_{number}.out").read_bytes()
+        assert made == (tmp_path / "alone.out").read_bytes()

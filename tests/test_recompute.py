@@ -270,6 +270,7 @@ def test_failures_leave_the_target(
         ["--recompute-bn", "--data", "mod:loader", "--dtype", "float16"],
         ["--recompute-bn", "--data", "mod:loader", "--bn-buffers", "mean"],
         ["--recompute-bn", "--data", "mod:loader", "--bn-batches", "0"],
+        ["--recompute-bn", "--data", "mod:loader", "--force"],
     ],
 )
 def test_options_that_would_be_ignored_are_usage_errors(
@@ -296,3 +297,38 @@ def test_two_ranks_equal_one(folder: Path, run: Run) -> None:
     one, two = torch.load("one.pt"), torch.load("two.pt")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "shared"])
+def test_buffers_without_room_of_their_own(folder: Path, run: Run, kind: str) -> None:
+    """A buffer that shares its elements is refused: new statistics have no room there."""
+    state = torch.load("ckpts/epoch_1.pt")["model"]
+    if kind == "expanded":
+        state["1.running_mean"] = torch.zeros(1).expand(8)
+    else:
+        state["1.running_mean"] = state["1.running_var"]
+    torch.save(state, "swa.pt")
+    before = Path("swa.pt").read_bytes()
+    code, _, err = run("--recompute-bn", "--data", "mod:loader")
+    assert code == 1 and "1.running_" in err and "no room" in err
+    assert Path("swa.pt").read_bytes() == before
+
+
+def test_rank_without_world_is_no_torchrun(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RANK that a scheduler set by itself does not make this process a follower."""
+    monkeypatch.setenv("RANK", "1")
+    assert run("ckpts/epoch_*.pt", "-q")[0] == 0
+    assert Path("swa.pt").exists()
+    monkeypatch.setenv("RANK", "two")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert run("--recompute-bn", "--data", "mod:loader", "-q")[0] == 0
+
+
+def test_dry_run_says_what_would_be_recomputed(folder: Path, run: Run) -> None:
+    """The plan mentions the recompute, runs none of the user's code, writes nothing."""
+    code, out, _ = run("ckpts/epoch_*.pt", "--recompute-bn", "--data", "mod:absent", "--dry-run")
+    assert code == 0 and "would recompute BatchNorm over mod:absent" in out
+    assert not Path("swa.pt").exists()
+    assert run("ckpts/epoch_*.pt", "--dry-run", "-q") == (0, "", "")
