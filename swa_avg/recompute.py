@@ -243,13 +243,16 @@ def _replaced(
     return {record: bytes(data) for record, data in contents.items()}
 
 
-def _check_own_place(name: str, ref: TensorRef, taken: dict[tuple[Record, int], TensorRef]) -> None:
+def _check_own_place(
+    name: str, ref: TensorRef, taken: dict[tuple[Record, int], tuple[TensorRef, str]]
+) -> None:
     """Refuse a buffer whose elements are another's too: there is no room for new ones.
 
-    Names of one layer, which share all their elements, are no others.
+    The same buffer of a layer that has several names is no other.
     """
+    own = (ref, name.rpartition(".")[2])
     places = [(ref.record, ref.offset + at) for at in range(ref.extent)]
-    shared = any(taken.get(place, ref) != ref for place in places)
+    shared = any(taken.get(place, own) != own for place in places)
     if shared or not is_dense(ref.shape, ref.stride):
         raise OutputError(
             "shares its elements, so that it has no room for new statistics",
