@@ -22,60 +22,16 @@ import click
 import swa_avg
 from swa_avg import messages
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
+from swa_avg.options import GroupedCommand, size
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
     from swa_avg.recompute import Recompute
     from swa_avg.select import Choice
 
-_GROUPS = {
-    "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
-    "Read": ("--key", "--ema"),
-    "Average": ("--bn-buffers", "--dtype"),
-    "Write": ("--output", "--force", "--keep-wrapper", "--max-shard-size"),
-    "BatchNorm": (
-        "--recompute-bn",
-        "--data",
-        "--model",
-        "--forward",
-        "--device",
-        "--bn-estimator",
-        "--bn-batches",
-        "--amp",
-    ),
-    "Report": ("--dry-run", "--json", "--quiet", "--verbose", "--version", "--help"),
-    "Speed": ("--threads",),
-}
-
-
-class _GroupedCommand(click.Command):
-    """A command whose `--help` shows its options by what they are about."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        records = {
-            parameter.opts[-1]: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)
-        }
-        for title, names in _GROUPS.items():
-            with formatter.section(title):
-                formatter.write_dl([record for name in names if (record := records[name])])
-
-
-class _Size(click.ParamType[int]):
-    """A number of bytes, as in 5GB, 500MB or 1000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-        digits = str(value).upper().rstrip("KMGTB")
-        unit = units.get(str(value).upper()[len(digits) :].strip())
-        if unit is None or not digits.strip().isdecimal() or int(digits) == 0:
-            self.fail(f"{value!r} is no size, such as 5GB or 500MB", param, ctx)
-        return int(digits) * unit
-
 
 @click.command(
-    cls=_GroupedCommand,
+    cls=GroupedCommand,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.argument("checkpoints", nargs=-1)
@@ -110,7 +66,9 @@ class _Size(click.ParamType[int]):
 )
 @click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
 @click.option("--keep-wrapper", is_flag=True, help="Keep the last file; replace only its weights.")
-@click.option("--max-shard-size", type=_Size(), metavar="SIZE", help="Of a folder.  [default: 5GB]")
+@click.option(
+    "--max-shard-size", callback=size, metavar="SIZE", help="Of a folder.  [default: 5GB]"
+)
 @click.option("--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data.")
 @click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one.")
 @click.option("--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]")

@@ -15,9 +15,8 @@ import stat
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from swa_avg.errors import OutputError, listed
@@ -112,7 +111,7 @@ def check_replaceable(target: Path, names: Iterable[str]) -> None:
         )
 
 
-class AtomicFile:
+class AtomicFile(AbstractContextManager["AtomicFile"]):
     """A file that comes into being whole, by `commit`, or not at all.
 
     A symbolic link stays a link: the file behind it is replaced. The mode is the
@@ -182,19 +181,11 @@ class AtomicFile:
         os.close(self._fd)
         self._remove()
 
-    def __enter__(self) -> AtomicFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._discard()
 
 
-class AtomicFolder:
+class AtomicFolder(AbstractContextManager["AtomicFolder"]):
     """A folder of files that comes into being whole, by `commit`, or not at all.
 
     Places count through the files as if they lay one behind the other. A folder
@@ -265,15 +256,7 @@ class AtomicFolder:
         self._opened.close()
         self._remove()
 
-    def __enter__(self) -> AtomicFolder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._discard()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from swa_avg import formats
@@ -42,7 +42,7 @@ def open_checkpoint(
     return CheckpointReader(path, key, ema)
 
 
-class CheckpointReader:
+class CheckpointReader(AbstractContextManager["CheckpointReader"]):
     """A checkpoint that is open for reading.
 
     Attributes:
@@ -101,13 +101,5 @@ class CheckpointReader:
         """Close its files."""
         self._checkpoint.close()
 
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self.close()

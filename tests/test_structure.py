@@ -22,7 +22,7 @@ ROOMS = (
     *("select", "ties", "plan"),
     *("checksums", "reader", "wrapper", "exact", "output", "mean", "averaging"),
     *("batches", "estimators", "batchnorm", "userdata", "messages", "distributed", "recompute"),
-    *("demo", "cli", "__main__"),
+    *("demo", "options", "cli", "__main__"),
 )
 PRINTERS = {"cli", "demo"}
 
