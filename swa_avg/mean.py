@@ -82,6 +82,7 @@ class _Stretch:
     number: int
     boxes: tuple[Box, ...]
     start: int  # the first element, counted in C order of the work's shape
+    steps: tuple[int, ...]  # between neighbours in the shape that was cut into boxes
 
 
 def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outcome:
@@ -157,29 +158,27 @@ def _batches(kernel: Kernel, threads: int) -> Iterator[list[_Stretch]]:
     batch: list[_Stretch] = []
     weight = 0
     for number, work in enumerate(kernel.works):
-        shape = _chunked_shape(work)
+        # All inputs in C order are cut as if they had one dimension. Another order is read
+        # in short runs: longer ones in larger boxes.
+        flat = all(map(whole, work.sources))
+        shape = (math.prod(work.shape),) if flat else work.shape
+        most = kernel.chunk if flat else _STRIDED * kernel.chunk
+        steps = contiguous_stride(shape)
         itemsize = max([work.dtype.itemsize, *(ref.dtype.itemsize for ref in work.sources)])
         each = itemsize * max(len(work.sources), 1)
         collected: list[Box] = []
         start = place = 0
-        # Another order on disk is read in short runs: longer ones in larger boxes.
-        most = kernel.chunk if all(map(whole, work.sources)) else _STRIDED * kernel.chunk
         for box in boxes(shape, most):
             collected.append(box)
             place += box.numel
             weight += box.numel * each
             if weight >= enough:
-                yield [*batch, _Stretch(number, tuple(collected), start)]
+                yield [*batch, _Stretch(number, tuple(collected), start, steps)]
                 batch, collected, start, weight = [], [], place, 0
         if collected:
-            batch.append(_Stretch(number, tuple(collected), start))
+            batch.append(_Stretch(number, tuple(collected), start, steps))
     if batch:
         yield batch
-
-
-def _chunked_shape(work: Work) -> tuple[int, ...]:
-    """Return the shape to cut into boxes: one dimension where all inputs lie in C order."""
-    return (math.prod(work.shape),) if all(map(whole, work.sources)) else work.shape
 
 
 class _Job:
@@ -207,7 +206,7 @@ class _Job:
     def _average(self, stretch: _Stretch, desk: _Desk) -> int:
         """Do a stretch of one work, chunk by chunk."""
         work = self.kernel.works[stretch.number]
-        readers = [_Reader(source, work) for source in work.sources]
+        readers = [_Reader(source, stretch.steps) for source in work.sources]
         for reader in readers:
             reader.announce(stretch.start, sum(box.numel for box in stretch.boxes))
         itemsize = work.dtype.itemsize
@@ -257,9 +256,10 @@ class _Job:
 class _Reader:
     """Reads one input of one stretch, box after box, and keeps its checksums."""
 
-    def __init__(self, source: TensorRef, work: Work) -> None:
+    def __init__(self, source: TensorRef, steps: tuple[int, ...]) -> None:
         self.source = source
-        self.steps = contiguous_stride(_chunked_shape(work)) if whole(source) else None
+        # Strides of the boxes' shape, where ranges can be read; None where boxes must be.
+        self.steps = steps if whole(source) else None
         self.bytes_read = 0
         self.pieces: dict[Record, Piece] = {}
 
