@@ -19,13 +19,17 @@ from pathlib import Path
 import click
 
 PRELUDE = """
-import glob, os, resource, shutil, sys, time, torch
-files, base = sorted(glob.glob("epoch_*")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import glob, os, re, shutil, sys, time, torch
+
+def peak():  # not ru_maxrss, which a child inherits from its parent
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+files, base = sorted(glob.glob("epoch_*")), peak()
 started = time.perf_counter()
 """
 EPILOGUE = """
 seconds = time.perf_counter() - started
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024)
+print(seconds, peak() - base)
 """
 SUBJECTS = {
     "floor: cat all, cp one": """
