@@ -30,7 +30,9 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, a section for each group."""
         records = {
-            parameter.opts[-1]: parameter.get_help_record(ctx) for parameter in self.get_params(ctx)
+            name: parameter.get_help_record(ctx)
+            for parameter in self.get_params(ctx)
+            for name in parameter.opts
         }
         for title, names in _GROUPS.items():
             with formatter.section(title):
