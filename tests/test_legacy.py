@@ -28,7 +28,7 @@ from torch import nn
 
 import swa_avg
 from swa_avg.errors import FormatError, SwaAvgError
-from swa_avg.formats import open_checkpoint
+from swa_avg.formats import open_checkpoint, pickles
 from swa_avg.gather import read_tensor
 from swa_avg.layout import find_state_dict
 
@@ -245,13 +245,24 @@ def test_any_content_does_not_stop_a_read(
 
 
 @FORMATS
-def test_protocol_0_is_refused_by_name(zipped: bool, tmp_path: Path) -> None:
-    """torch itself cannot read tensors from protocol 0: it is refused, saying so."""
-    path = save({"w": torch.rand(3)}, tmp_path / "c.pt", zipped, 0)
-    with pytest.raises(FormatError, match="pickle protocol 0"):
-        open_checkpoint(path)
+def test_protocol_0_is_read(zipped: bool, tmp_path: Path) -> None:
+    """torch writes protocol 0, but cannot read its own reference to a storage: we can."""
+    state = {"w": torch.rand(3), "half": torch.rand(4).bfloat16(), "n": torch.arange(6).view(2, 3)}
+    state["f8"] = torch.rand(5).to(torch.float8_e4m3fn)
+    state["tied"] = state["w"]
+    path = save({"epoch": 3, "state_dict": state}, tmp_path / "c.pt", zipped, 0)
+    assert_same(tensors(path), state)
     with pytest.raises((pickle.UnpicklingError, AssertionError, RuntimeError)):
         torch.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["('storage', 1)", "os.system", "('storage', <class 'os.x'>, '0', 'cpu', 3)"]
+)
+def test_text_that_is_no_reference(text: str) -> None:
+    """A protocol-0 reference of any other form is refused, whatever it says."""
+    with pytest.raises(FormatError, match="no storage"):
+        pickles.load(b"P" + text.encode() + b"\n.", lambda storage: pytest.fail("was looked up"))
 
 
 # Nothing runs -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ from swa_avg.tensors import DTYPES, DType, Record, TensorRef, extent
 # An expanded (stride 0) view is written out in full. Small ones are honest
 # buffers; past this a small file would ask for a huge output.
 _MOST_EXPANDED_BYTES = 1 << 20
+_TEXT_REFERENCE = re.compile(
+    r"\('storage', <class '(torch[\w.]*)\.(\w+)'>, '(\w+)', '([^']*)', (\d{1,18})(?:, None)?\)",
+    re.ASCII,
+)
 _MOST_KEY_NODES = 1000
 # A pickle has what it holds once or twice copied, by its constructors; no honest one more often.
 _MOST_COPIES = 64
@@ -149,10 +154,7 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> object:
         if isinstance(pid, str):
-            raise FormatError(
-                "was saved with pickle protocol 0, in which torch cannot refer to storages",
-                remedy="Save it again with torch.save as it is by default",
-            )
+            pid = _spelled_out(pid)
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             return pid[1]  # of a module that is saved whole torch once kept the source, too
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
@@ -348,6 +350,15 @@ def _view_start(view: object, numel: int) -> int:
         if type(start) is type(size) is int and 0 <= start <= start + size <= numel:
             return start
     raise FormatError("holds a storage that is an impossible part of another")
+
+
+def _spelled_out(pid: str) -> tuple[Any, ...]:
+    """Return a reference to a storage as protocol 0 has it: the text of what others hold."""
+    found = _TEXT_REFERENCE.fullmatch(pid)
+    if not found:
+        raise FormatError(f"holds a reference that is no storage, {described(pid)}")
+    module, name, key, location, numel = found.groups()
+    return "storage", Global(module, name), key, location, int(numel)
 
 
 def _storage_dtype(kind: object) -> DType | None:
