@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +17,6 @@ from swa_avg.formats import (
     layout_for,
     open_checkpoint,
 )
-from swa_avg.formats.dcp_layout import DcpLayout
-from swa_avg.formats.sharded import FolderLayout
 from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.metrics import Score
 from swa_avg.output import (
@@ -130,13 +128,7 @@ class Averaging:
     @property
     def is_folder(self) -> bool:
         """Whether the output is a folder of files."""
-        return bool(self._files)
-
-    @property
-    def _files(self) -> Mapping[str, int]:
-        """The files of a folder with their sizes; none for a single file."""
-        folders = (FolderLayout, DcpLayout, wrapper.WrapperLayout)
-        return self.layout.files if isinstance(self.layout, folders) else {}
+        return bool(self.layout.files)
 
     def open_output(self) -> AtomicFile | AtomicFolder:
         """Make room for the output, which comes into being when it is committed.
@@ -145,8 +137,8 @@ class Averaging:
             OutputError: It cannot be written there, or there is no room.
         """
         if self.is_folder:
-            check_replaceable(self.output, self._files)
-            return AtomicFolder(self.output, self._files)
+            check_replaceable(self.output, self.layout.files)
+            return AtomicFolder(self.output, self.layout.files)
         return AtomicFile(self.output, self.layout.size)
 
     def write(
@@ -298,8 +290,7 @@ def _check_form(
 ) -> None:
     """Refuse a name that says another form than the output will have, and shards of one file."""
     safe = last.checkpoint.format == "safetensors"
-    is_file = target.suffix.lower() in (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-    unlike = last.checkpoint.path.is_dir() and is_file
+    unlike = last.checkpoint.path.is_dir() and form not in _FOLDERS
     if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
         raise OutputError(
             f"would not be what its name says, but like {last.checkpoint.path}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
@@ -63,15 +64,7 @@ class Ledger:
         Raises:
             FormatError: They differ: the bytes are not those that were saved.
         """
-        pieces = self._disjoint(record)
-        place = 0
-        missing = []
-        for piece in pieces:
-            missing.append((place, piece.start - place))
-            place = piece.start + piece.length
-        missing.append((place, record.length - place))
-        pieces += [read_piece(record, start, length) for start, length in missing if length]
-        if combined(pieces) != record.crc32:
+        if combined(with_gaps(record, self._disjoint(record))) != record.crc32:
             raise FormatError(
                 "is damaged: its bytes do not have the checksum that the file records",
                 file=record.file.path,
@@ -88,7 +81,31 @@ class Ledger:
         return kept
 
 
-def read_piece(record: Record, start: int, length: int) -> Piece:
+def verify(named: Iterable[tuple[Record, str]]) -> None:
+    """Read records whole and compare their checksums, where they carry any.
+
+    Args:
+        named: Records, each with the name of a tensor that looks at it.
+
+    Raises:
+        FormatError: The bytes of one are not those that were saved.
+    """
+    ledger = Ledger()
+    for record, name in named:
+        ledger.expect(record, name)
+    for record in ledger.records:
+        ledger.check(record)
+
+
+def with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
+    """Return pieces of a record that do not overlap, and what is between them, read now."""
+    edges = [0, *(edge for p in sorted(pieces) for edge in (p.start, p.start + p.length))]
+    edges.append(record.length)
+    gaps = zip(edges[::2], edges[1::2], strict=True)
+    return pieces + [_read_piece(record, start, end - start) for start, end in gaps if end > start]
+
+
+def _read_piece(record: Record, start: int, length: int) -> Piece:
     """Read a part of a record for its checksum only."""
     crc = 0
     for chunk in record.file.chunks(record.offset + start, length):

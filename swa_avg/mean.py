@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from zlib_ng.zlib_ng import crc32
 
-from swa_avg.checksums import Ledger, Piece, combined
+from swa_avg.checksums import Ledger, Piece, combined, verify
 from swa_avg.errors import NotFiniteError
 from swa_avg.exact import BITS, Averager, NonFiniteError, cast_into
 from swa_avg.gather import Box, boxes, read_box, whole
@@ -239,11 +239,7 @@ class _Job:
                 remedy="Choose a wider --dtype",
             ) from error
         source = work.sources[error.source]
-        damage = Ledger()
-        for record in source.records:
-            damage.expect(record, work.name)
-        for record in damage.records:
-            damage.check(record)
+        verify((record, work.name) for record in source.records)
         raise NotFiniteError(
             f"has {error.value:g}",
             file=source.record.file.path,

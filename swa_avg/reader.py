@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from swa_avg import formats
-from swa_avg.checksums import Ledger
+from swa_avg.checksums import verify
 from swa_avg.gather import read_tensor
 from swa_avg.layout import find_state_dict
 
@@ -90,11 +90,7 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
             FormatError: Its bytes are not those that were saved.
         """
         ref = self._tensors[name]
-        ledger = Ledger()
-        for record in ref.records:
-            ledger.expect(record, name)
-        for record in ledger.records:
-            ledger.check(record)
+        verify((record, name) for record in ref.records)
         return read_tensor(ref)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from swa_avg.batchnorm import (
     recompute_batchnorm,
     recomputed_buffers,
 )
-from swa_avg.checksums import Ledger
+from swa_avg.checksums import verify
 from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import open_checkpoint, patch
 from swa_avg.gather import read_tensor
@@ -182,11 +182,7 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile]:
     try:
         state = find_state_dict(checkpoint, key)
         (source,) = checkpoint.files
-        ledger = Ledger()
-        for name, ref in state.tensors.items():
-            ledger.expect(ref.record, name)
-        for record in ledger.records:
-            ledger.check(record)
+        verify((ref.record, name) for name, ref in state.tensors.items())
         with AtomicFile(path, source.size) as file:
             place = 0
             for chunk in source.chunks(0, source.size):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from swa_avg.checksums import Piece, combined, read_piece
+from swa_avg.checksums import Piece, combined, with_gaps
 from swa_avg.errors import OutputError
 from swa_avg.files import InputFile
 from swa_avg.formats import checksum_places
@@ -100,17 +100,9 @@ class WrapperLayout:
         places = {part: checksum_places(part) for part in {record.file for record in pieces}}
         for record, replaced in pieces.items():
             if record.offset in places[record.file]:
-                checksum = combined(_with_gaps(record, replaced))
+                checksum = combined(with_gaps(record, replaced))
                 for place in places[record.file][record.offset]:
                     yield record.file.start + place, checksum
-
-
-def _with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
-    """Return the pieces and those between them, which keep their bytes."""
-    ends = [0, *(edge for p in sorted(pieces) for edge in (p.start, p.start + p.length))]
-    ends.append(record.length)
-    gaps = [(start, end - start) for start, end in list(pairwise(ends))[::2]]
-    return pieces + [read_piece(record, start, length) for start, length in gaps if length]
 
 
 def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -> WrapperLayout:

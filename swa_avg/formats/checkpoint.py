@@ -93,6 +93,10 @@ class Layout(Protocol):
         """The size of the whole file in bytes."""
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """The size of each file of a folder; none for a single file."""
+
+    @property
     def places(self) -> Sequence[int]:
         """Where each storage's first byte goes, in the order of the storages."""
 

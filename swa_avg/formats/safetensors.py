@@ -119,6 +119,11 @@ class SafetensorsLayout:
     places: tuple[int, ...]
     size: int
 
+    @property
+    def files(self) -> Mapping[str, int]:
+        """None: it is a single file."""
+        return {}
+
     def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """Yield the header; the format carries no checksums."""
         yield 0, self.header

@@ -261,6 +261,11 @@ class ZipLayout:
     entries: tuple[_Entry, ...]
 
     @property
+    def files(self) -> Mapping[str, int]:
+        """None: it is a single file."""
+        return {}
+
+    @property
     def places(self) -> tuple[int, ...]:
         """Where each storage's first byte goes."""
         return tuple(entry.start for entry in self.entries if entry.data is None)
