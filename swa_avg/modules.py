@@ -32,11 +32,11 @@ def state_dict_of(value: Inert) -> dict[object, object] | None:
         parts = _parts(module)
         if parts is None:
             continue
-        left -= 1
-        if left < 0:
-            raise FormatError("holds modules that hold each other")
         made.update((f"{prefix}{name}", tensor) for name, tensor in _own(parts))
         children = reversed(parts["_modules"].items())
+        left -= len(parts["_modules"])
+        if left < 0:
+            raise FormatError("holds modules that hold each other")
         waiting += [(f"{prefix}{name}.", child) for name, child in children]
     return made
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stored import tensors as read
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -33,7 +34,6 @@ import swa_avg
 from swa_avg import files
 from swa_avg.errors import FileError, FormatError, SwaAvgError
 from swa_avg.formats import open_checkpoint
-from swa_avg.gather import read_tensor
 from swa_avg.layout import find_state_dict
 from swa_avg.select import expand, select
 
@@ -46,15 +46,6 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-
-
-def read(path: Path, **options: Any) -> Weights:
-    checkpoint = open_checkpoint(path)
-    try:
-        state = find_state_dict(checkpoint, **options)
-        return {name: read_tensor(ref) for name, ref in state.tensors.items()}
-    finally:
-        checkpoint.close()
 
 
 def assert_same(found: Weights, expected: Weights) -> None:

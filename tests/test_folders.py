@@ -14,11 +14,11 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored import tensors as read
 
 import swa_avg
 from swa_avg.errors import FileError, FormatError, SelectionError, SwaAvgError
 from swa_avg.formats import open_checkpoint
-from swa_avg.gather import read_tensor
 from swa_avg.layout import find_state_dict
 from swa_avg.select import expand, select
 
@@ -28,15 +28,6 @@ Weights = dict[str, torch.Tensor]
 def weights(seed: int = 0) -> Weights:
     torch.manual_seed(seed)
     return {f"layers.{n}.weight": torch.rand(3, n + 1) for n in range(6)}
-
-
-def read(path: Path) -> Weights:
-    checkpoint = open_checkpoint(path)
-    try:
-        state = find_state_dict(checkpoint)
-        return {name: read_tensor(ref) for name, ref in state.tensors.items()}
-    finally:
-        checkpoint.close()
 
 
 def assert_same(found: Weights, expected: Weights) -> None:

@@ -585,3 +585,12 @@ def test_command_line_takes_ema_and_several_keys(tmp_path: Path) -> None:
     assert same(torch.load(out), dict(RAW) | {"head.w": torch.ones(2)})
     with pytest.raises(click.UsageError, match="--key or --ema"):
         run(path, "-o", out, "-f", "--key", "state_dict", "--ema")
+
+
+def test_module_that_is_all_its_own_children(tmp_path: Path) -> None:
+    """Modules are counted where they are named: a small file cannot ask for much memory."""
+    module = nn.Module()
+    module._modules.update({str(number): module for number in range(1000)})
+    torch.save(module, tmp_path / "m.pt")
+    with pytest.raises(swa_avg.SwaAvgError, match="hold each other"):
+        swa_avg.open_checkpoint(tmp_path / "m.pt")

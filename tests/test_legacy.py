@@ -24,12 +24,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stored import tensors
 from torch import nn
 
 import swa_avg
 from swa_avg.errors import FormatError, SwaAvgError
 from swa_avg.formats import open_checkpoint, pickles
-from swa_avg.gather import read_tensor
 from swa_avg.layout import find_state_dict
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -40,15 +40,6 @@ FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"]
 def save(tree: object, path: Path, zipped: bool = False, protocol: int = 2) -> Path:
     torch.save(tree, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     return path
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(path)
-    try:
-        state = find_state_dict(checkpoint)
-        return {name: read_tensor(ref) for name, ref in state.tensors.items()}
-    finally:
-        checkpoint.close()
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
