@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging as Averaging
-    from swa_avg.averaging import Report as Report
+    from swa_avg.averaging import Options as Options
     from swa_avg.averaging import average as average
     from swa_avg.averaging import planned as planned
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from swa_avg.errors import SwaAvgError as SwaAvgError
     from swa_avg.reader import CheckpointReader as CheckpointReader
     from swa_avg.reader import open_checkpoint as open_checkpoint
+    from swa_avg.report import Report as Report
     from swa_avg.select import Choice as Choice
 
 __version__ = "0.1.0"
@@ -26,7 +27,8 @@ _HOME = {
     "average": "averaging",
     "planned": "averaging",
     "Averaging": "averaging",
-    "Report": "averaging",
+    "Options": "averaging",
+    "Report": "report",
     "recompute_batchnorm": "batchnorm",
     "BatchNormReport": "batchnorm",
     "CheckpointReader": "reader",
@@ -40,6 +42,7 @@ __all__ = [
     "BatchNormReport",
     "CheckpointReader",
     "Choice",
+    "Options",
     "Report",
     "SwaAvgError",
     "average",

@@ -30,47 +30,61 @@ def combined(pieces: list[Piece]) -> int:
 
 
 class Ledger:
-    """Collects the checksums of what was read, and compares them in the end."""
+    """Collects the checksums of what was read, and compares them with those recorded.
+
+    Attributes:
+        found: The checksum of each record that has been read whole; it is the
+            recorded one, where one is recorded.
+    """
 
     def __init__(self) -> None:
+        self.found: dict[Record, int] = {}
         self._pieces: dict[Record, list[Piece]] = {}
         self._names: dict[Record, str] = {}
         self._lock = threading.Lock()
 
-    def expect(self, record: Record, name: str) -> None:
-        """Note that a record is used, by the tensor `name`."""
-        if record.crc32 is not None:
-            with self._lock:
-                self._pieces.setdefault(record, [])
-                self._names.setdefault(record, name)
+    def add(self, record: Record, name: str, piece: Piece | None) -> None:
+        """Note the checksum of a piece that was read, by the tensor `name`; None: of nothing.
 
-    def add(self, record: Record, piece: Piece) -> None:
-        """Note the checksum of a piece that was read."""
-        if record.crc32 is not None:
-            with self._lock:
-                self._pieces[record].append(piece)
+        Raises:
+            FormatError: It is the whole record, and its bytes are not those that were saved.
+        """
+        if piece is not None and piece.length == record.length:
+            self._settle(record, name, piece.crc)
+            return
+        with self._lock:
+            self._names.setdefault(record, name)
+            pieces = self._pieces.setdefault(record, [])
+            if piece is not None:
+                pieces.append(piece)
 
     @property
-    def records(self) -> list[Record]:
-        """The records in use that carry a checksum."""
-        return list(self._pieces)
+    def open(self) -> list[Record]:
+        """The records of which pieces were read, but not yet the whole."""
+        return [record for record in self._pieces if record not in self.found]
 
     def check(self, record: Record) -> None:
-        """Compare a record's checksum with the one that its file records.
+        """Make up an open record's checksum from its pieces.
 
         What was not read in whole pieces, for one the rest of a storage of which
         the state_dict holds a view, is read now.
 
         Raises:
-            FormatError: They differ: the bytes are not those that were saved.
+            FormatError: Its bytes are not those that were saved.
         """
-        if combined(with_gaps(record, self._disjoint(record))) != record.crc32:
+        crc = combined(with_gaps(record, self._disjoint(record)))
+        self._settle(record, self._names[record], crc)
+
+    def _settle(self, record: Record, name: str, crc: int) -> None:
+        if record.crc32 is not None and crc != record.crc32:
+            record.file.check_unchanged()  # a run that is still writing it did no damage
             raise FormatError(
                 "is damaged: its bytes do not have the checksum that the file records",
                 file=record.file.path,
-                tensor=self._names[record],
+                tensor=name,
                 remedy="Restore the file from its source, or leave it out",
             )
+        self.found[record] = crc
 
     def _disjoint(self, record: Record) -> list[Piece]:
         """Return the pieces without those that overlap an earlier one."""
@@ -92,8 +106,9 @@ def verify(named: Iterable[tuple[Record, str]]) -> None:
     """
     ledger = Ledger()
     for record, name in named:
-        ledger.expect(record, name)
-    for record in ledger.records:
+        if record.crc32 is not None:
+            ledger.add(record, name, None)
+    for record in ledger.open:
         ledger.check(record)
 
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,12 +22,12 @@ import click
 import swa_avg
 from swa_avg import messages
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
-from swa_avg.options import GroupedCommand, size
+from swa_avg.options import BATCHNORM, GroupedCommand, check_usage, size
+from swa_avg.remote import path_of
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging, Report
-    from swa_avg.recompute import Recompute
-    from swa_avg.select import Choice
+    from swa_avg.averaging import Averaging, Options
+    from swa_avg.report import Report
 
 
 @click.command(
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Write as keep, float32, bfloat16 or float16.  [default: keep]",
 )
+@click.option("--start-from", metavar="AVERAGE", multiple=True, help="Go on from this average.")
 @click.option(
     "-o",
     "--output",
@@ -76,11 +77,14 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda[:i] or mps.  [default: auto]")
 @click.option(
     "--bn-estimator",
+    "estimator",
     type=click.Choice(["population", "torch"]),
     metavar="NAME",
     help="population, or torch: as update_bn.  [default: population]",
 )
-@click.option("--bn-batches", type=click.IntRange(1), metavar="N", help="Use only so many batches.")
+@click.option(
+    "--bn-batches", "batches", type=click.IntRange(1), metavar="N", help="Use only so many batches."
+)
 @click.option(
     "--amp",
     type=click.Choice(["off", "bf16", "fp16"]),
@@ -88,6 +92,10 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--report", metavar="FILE", help="Write the report, as JSON, to a file.")
+@click.option("--distances", is_flag=True, help="Tell how far each checkpoint is from the mean.")
+@click.option("--verify", is_flag=True, help="Read the output again; average a sample anew.")
+@click.option("--show", metavar="FILE", help="Print how an average was made, and stop.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement.")
 @click.option(
@@ -111,132 +119,88 @@ def command(ctx: click.Context, /, **options: Any) -> None:
       swa-avg ckpts/ --best 5 --metric val_loss
       swa-avg ckpts/*.ckpt --dry-run -v
     """  # noqa: D301 - \b is click's mark: do not wrap the next paragraph
-    _check_usage(ctx)
-    for name, default in _BN_DEFAULTS.items():
-        options[name] = default if options[name] is None else options[name]
-    run = _Run(choice=_choice(options), **options)
-    if run.recompute_bn and not run.dry_run:
-        _recompute(run)
+    check_usage(ctx)
+    if options["show"]:
+        _show(options["show"], as_json=options["as_json"])
+        return
+    run = _run_of(options)
+    if run.recompute is not None and not run.dry_run:
+        _recompute(run, run.recompute)
     elif _leads():  # of several ranks one averages: it is as fast as the disk
         _average(run)
 
 
-_BN_DEFAULTS = {"device": "auto", "bn_estimator": "population", "amp": "off"}
-_BN_OPTIONS = ("data", "model", "forward", "device", "bn_estimator", "bn_batches", "amp")
-_CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
-_AVERAGE_OPTIONS = (
-    *_CHOICE,
-    *("ema", "bn_buffers", "dtype", "keep_wrapper", "max_shard_size", "threads", "dry_run"),
-    "force",
-)
-
-
-def _check_usage(ctx: click.Context) -> None:
-    """Refuse options that would be ignored."""
-
-    def given(names: tuple[str, ...]) -> list[str]:
-        source = click.core.ParameterSource.COMMANDLINE
-        return [
-            f"--{name.replace('_', '-')}"
-            for name in names
-            if ctx.get_parameter_source(name) is source
-        ]
-
-    checkpoints, recompute = ctx.params["checkpoints"], ctx.params["recompute_bn"]
-    if not checkpoints and not recompute:
-        raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    if ctx.params["key"] and ctx.params["ema"]:
-        raise click.UsageError("Give --key or --ema, not both.")
-    if recompute and not ctx.params["data"]:
-        raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
-    if not recompute and given(_BN_OPTIONS):
-        raise click.UsageError(f"{given(_BN_OPTIONS)[0]} needs --recompute-bn.")
-    if ctx.params["keep_wrapper"] and ctx.params["dtype"] != "keep":
-        raise click.UsageError("--keep-wrapper keeps the dtypes too: it goes without --dtype.")
-    if not checkpoints and given(_AVERAGE_OPTIONS):
-        raise click.UsageError(f"{given(_AVERAGE_OPTIONS)[0]} needs checkpoints to average.")
-
-
-def _choice(options: dict[str, Any]) -> Choice:
-    """Take the options of one choice out of `options`, and check that they are one."""
-    from swa_avg.select import Choice
-
-    try:
-        return Choice(**{name: options.pop(name) for name in _CHOICE})
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from error
-
-
 @dataclass(frozen=True)
 class _Run:
-    """The options of one run."""
+    """What one call of the command is to do.
+
+    Attributes:
+        checkpoints: Files, folders or patterns of them.
+        output: What to write.
+        options: How to average.
+        recompute: The fields of `recompute.Recompute`; None where BatchNorm is left alone.
+        dry_run: Whether only to show what would be done.
+        as_json: Whether to print the report as JSON.
+        report: Where to write the report, if anywhere.
+        quiet: Whether to print nothing but errors.
+        verbose: Whether to show every tensor and every disagreement.
+        threads: How many threads work; None for one a core.
+    """
 
     checkpoints: tuple[str, ...]
-    choice: Choice
     output: str
-    key: tuple[str, ...]
-    ema: bool
-    bn_buffers: str
-    dtype: str
-    force: bool
-    keep_wrapper: bool
-    max_shard_size: int | None
-    recompute_bn: bool
-    data: str
-    model: str | None
-    forward: str | None
-    device: str
-    bn_estimator: Any
-    bn_batches: int | None
-    amp: Any
+    options: Options
+    recompute: dict[str, Any] | None
     dry_run: bool
     as_json: bool
+    report: str | None
     quiet: bool
     verbose: bool
     threads: int | None
 
-    def planned(self) -> AbstractContextManager[Averaging]:
-        """Open the checkpoints and plan their average."""
-        from swa_avg.averaging import planned
 
-        return planned(
-            self.checkpoints,
-            self.output,
-            bn_buffers=self.bn_buffers,
-            dtype=self.dtype,
-            force=self.force or self.dry_run,
-            key=self.key,
-            ema=self.ema,
-            keep_wrapper=self.keep_wrapper,
-            max_shard_size=self.max_shard_size,
-            choice=self.choice,
-        )
+def _run_of(given: dict[str, Any]) -> _Run:
+    """Sort the options of the command line by what they are for."""
+    from swa_avg.averaging import Options
+    from swa_avg.select import Choice
 
-    def recompute_options(self) -> Recompute:
-        """Return how BatchNorm is recomputed."""
-        from swa_avg.recompute import Recompute
+    def taken(kind: type) -> dict[str, Any]:
+        """Take what a dataclass has fields for; None stands for its default."""
+        names = [one.name for one in fields(kind) if one.name in given]
+        return {name: value for name in names if (value := given.pop(name)) is not None}
 
-        return Recompute(
-            data=self.data,
-            model=self.model,
-            forward=self.forward,
-            device=self.device,
-            estimator=self.bn_estimator,
-            amp=self.amp,
-            batches=self.bn_batches,
-        )
+    try:
+        choice = Choice(**taken(Choice))
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+    batchnorm = {name: value for name in BATCHNORM if (value := given.pop(name)) is not None}
+    options = Options(choice=choice, **taken(Options))
+    recompute = batchnorm if given["recompute_bn"] else None
+    own = {one.name: given.get(one.name) for one in fields(_Run)}
+    return _Run(**own | {"options": options, "recompute": recompute})
+
+
+def _planned(run: _Run) -> AbstractContextManager[Averaging]:
+    """Open the checkpoints and plan their average."""
+    from swa_avg.averaging import planned
+
+    options = replace(run.options, force=run.options.force or run.dry_run)
+    return planned(run.checkpoints, run.output, options)
 
 
 def _average(run: _Run) -> None:
     """Average checkpoints, and nothing else."""
-    with run.planned() as averaging:
+    with _planned(run) as averaging:
         if run.dry_run:
             _show_plan(averaging, run)
             return
+        _check_report(averaging, run)
         with _written(averaging, run) as (file, report):
             file.commit()
+    content = report.to_dict() | _tensors(averaging, run)
+    _write_report(content, run)
     if run.as_json:
-        _print_json(report.to_dict() | _tensors(averaging, run))
+        click.echo(_json(content))
     elif not run.quiet:
         _show_average(report, averaging, run)
         if report.stale:
@@ -253,48 +217,87 @@ def _written(averaging: Averaging, run: _Run) -> Iterator[tuple[Any, Report]]:
         yield file, report
 
 
-def _recompute(run: _Run) -> None:
+def _recompute(run: _Run, bn_options: dict[str, Any]) -> None:
     """Recompute BatchNorm: of the average of checkpoints, or of the output that is there."""
-    from swa_avg.recompute import copy_of, session
-
+    averages = run.checkpoints or run.options.start_from
     with ExitStack() as entered:
         # Planned first: what the headers tell needs none of the user's code.
-        averaging = entered.enter_context(run.planned()) if run.checkpoints and _leads() else None
+        averaging = entered.enter_context(_planned(run)) if averages and _leads() else None
         if averaging and averaging.is_folder:
             raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
-        bn = entered.enter_context(session(run.recompute_options()))
+        _check_report(averaging, run)
+        from swa_avg.recompute import Recompute, copy_of, session
+
+        bn = entered.enter_context(session(Recompute(**bn_options)))
         if not bn.leads:
             bn.follow()
             return
-        report = None
+        report, key, ema = None, run.options.key, run.options.ema
         if averaging:
             file, report = entered.enter_context(_written(averaging, run))
+            if not run.options.keep_wrapper:
+                key, ema = (), False  # our own output holds nothing but the state_dict
         else:
-            file = entered.enter_context(copy_of(Path(run.output), run.key))
+            file = entered.enter_context(copy_of(path_of(run.output), key))
         with _bar(bn.batches, run, unit="batch", desc="recomputing BatchNorm") as bar:
-            wrapped = averaging is None or run.keep_wrapper
-            batchnorm, notes = bn.recompute(
-                file,
-                run.key if wrapped else (),
-                ema=run.ema and wrapped,
-                progress=bar and partial(_advance, bar),
-            )
+            progress = bar and partial(_advance, bar)
+            batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
         file.commit()
+    averaged = report.to_dict() if report else {"output": run.output}
+    made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
+    tensors = _tensors(averaging, run) if averaging else {}
+    content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
+    _write_report(content, run)
     if run.as_json:
-        averaged = report.to_dict() if report else {"output": run.output}
-        made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
-        tensors = _tensors(averaging, run) if averaging else {}
-        _print_json(averaged | made | {"batchnorm_notes": list(notes)} | tensors)
+        click.echo(_json(content))
     elif not run.quiet:
         if report and averaging:
             _show_average(report, averaging, run)
         _say(messages.of_recompute(batchnorm, layers=run.verbose))
         _note(notes)
-        _say([messages.of_output(run.output, Path(run.output).stat().st_size)])
+        _say([messages.of_output(run.output, path_of(run.output).stat().st_size)])
 
 
 def _tensors(averaging: Averaging, run: _Run) -> dict[str, object]:
     return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
+
+
+def _check_report(averaging: Averaging | None, run: _Run) -> None:
+    """Refuse, before any work, a report that would replace a checkpoint."""
+    if run.report is None:
+        return
+    from swa_avg.output import check_target
+
+    states = averaging.states if averaging else ()
+    check_target(
+        Path(run.report),
+        [file for state in states for file in state.checkpoint.files],
+        force=True,
+    )
+    if Path(run.report).resolve() == Path(run.output).resolve():
+        raise click.UsageError("--report and --output name the same file.")
+
+
+def _write_report(content: object, run: _Run) -> None:
+    if run.report is None:
+        return
+    from swa_avg.output import AtomicFile
+
+    data = f"{_json(content)}\n".encode()
+    with AtomicFile(Path(run.report), len(data)) as file:
+        file.write(data, 0)
+        file.commit()
+
+
+def _show(path: str, as_json: bool) -> None:
+    """Print how an average was made."""
+    from swa_avg.provenance import made_from
+
+    said = made_from(path)
+    if as_json:
+        click.echo(_json(said.to_dict()))
+    else:
+        _say(messages.of_provenance(path, said))
 
 
 def _leads() -> bool:
@@ -337,13 +340,13 @@ def _note(notes: Iterable[str]) -> None:
 def _show_plan(averaging: Averaging, run: _Run) -> None:
     """Print what would be done."""
     if run.as_json:
-        _print_json(averaging.to_dict() | {"recompute_bn": run.recompute_bn})
+        click.echo(_json(averaging.to_dict() | {"recompute_bn": run.recompute is not None}))
         return
     if run.quiet:
         return
     _say(messages.of_plan(averaging, tensors=run.verbose or len(averaging.inputs) == 1))
-    if run.recompute_bn:
-        _say([f"would recompute BatchNorm over {run.data}"])
+    if run.recompute is not None:
+        _say([f"would recompute BatchNorm over {run.recompute['data']}"])
     _note(averaging.notes)
 
 
@@ -352,13 +355,15 @@ def _show_average(report: Report, averaging: Averaging, run: _Run) -> None:
     if run.verbose:
         _say(messages.of_tensors(averaging))
     _say(messages.of_average(report))
+    if report.distances:
+        _say(messages.of_distances(report, report.distances, modules=run.verbose))
     _note(report.notes)
 
 
-def _print_json(content: object) -> None:
+def _json(content: object) -> str:
     import json
 
-    click.echo(json.dumps(content, indent=2))
+    return json.dumps(content, indent=2)
 
 
 def _end_on_signal(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,6 @@ an error into a line and an exit code.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 
@@ -45,13 +44,13 @@ class SwaAvgError(Exception):
         self,
         found: str,
         *,
-        file: str | os.PathLike[str] | None = None,
+        file: object = None,
         tensor: str | None = None,
         expected: str = "",
         remedy: str = "",
     ) -> None:
         self.found = found
-        self.file = None if file is None else os.fspath(file)
+        self.file = None if file is None else str(file)
         self.tensor = tensor
         self.expected = expected
         self.remedy = remedy
@@ -81,6 +80,10 @@ class LayoutError(SwaAvgError):
 
 class SelectionError(SwaAvgError):
     """The choice of checkpoints leaves nothing, or nothing meaningful, to average."""
+
+
+class ProvenanceError(SwaAvgError):
+    """What an average says of how it was made forbids the use that is asked of it."""
 
 
 class MismatchError(SwaAvgError):

@@ -7,14 +7,17 @@ Both are put right here at almost no cost:
 * The processor notes when an addition had to round. Where it did, the part
   that was lost is recovered (Knuth's TwoSum, The Art of Computer Programming
   vol. 2, 4.2.2, theorem B) and kept in a second float64.
-* A number that is rounded to odd before it is rounded to nearest has in effect
-  been rounded once (Boldo & Melquiond, "Emulation of FMA and correctly rounded
-  sums", IEEE Trans. Computers 57(4), 2008).
+* What is still missing from the quotient is put into its last bit: rounded to
+  odd, it can be rounded once more (see `rounding`).
 
 The quotient of an exact float64 sum by a count needs no such care. Were it
 rounded onto a tie m of a dtype of up to 24 bits, |sum - count * m| would be at
-most count * ulp(m) / 2, which is less than ulp(sum); but both are multiples of
-ulp(sum), so they are equal, and the tie is a true one.
+most count * ulp(m) / 2, which is less than ulp(sum); but for counts of up to 2^26
+both are multiples of ulp(sum), so they are equal, and the tie is a true one.
+
+A weight of up to 26 bits times a number of up to 24 is exact in float64; a
+float64 is cut into two halves first (Dekker, "A floating-point technique for
+extending the available precision", Numerische Mathematik 18, 1971).
 
 What does not fit in two float64, which takes exponents more than 2^53 apart, is
 done element by element in rational arithmetic.
@@ -22,41 +25,38 @@ done element by element in rational arithmetic.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import platform
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
-from typing import ClassVar
+from functools import partial
+from itertools import islice
 
 import torch
 
-from swa_avg.tensors import DTYPES, DType
+from swa_avg.rounding import (
+    BITS,
+    NonFiniteError,
+    round_at,
+    round_into,
+    rounding_detector,
+)
+from swa_avg.tensors import DType
 
 Inputs = Callable[[], Iterable[torch.Tensor]]
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SMALLEST_NORMAL = 2.0**-126
-# Adding and subtracting it rounds to a multiple of 2^-133, bfloat16's smallest number.
-_BFLOAT16_SUBNORMAL = 1.5 * 2.0 ** (52 - 133)
+MOST_WEIGHT = 1 << 26
+_LOWER_HALF = (1 << 27) - 1  # of a float64's significand
 
 
-class NonFiniteError(ArithmeticError):
-    """An element that is NaN or infinite, and not the same in all inputs.
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A sum as high + low (None: zero), and where even that is not all of it."""
 
-    Attributes:
-        source: The number of the first input in which it is not finite; None if
-            it is finite in all, and became infinite by rounding to the output's dtype.
-        element: Its place in the chunk.
-        value: What it is there.
-    """
-
-    def __init__(self, source: int | None, element: int, value: float) -> None:
-        super().__init__(source, element, value)
-        self.source = source
-        self.element = element
-        self.value = value
+    high: torch.Tensor
+    low: torch.Tensor | None = None
+    unsure: torch.Tensor | None = None
 
 
 class Averager:
@@ -67,14 +67,21 @@ class Averager:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._high = torch.empty(capacity, dtype=torch.float64)
-        self._sum = torch.empty(capacity, dtype=torch.float64)
-        self._wide = torch.empty(capacity, dtype=torch.float64)
-        self._half = torch.empty(capacity, dtype=torch.float32)
+        self._all = [torch.empty(capacity, dtype=torch.float64) for _ in range(4)]
+        self._narrow = torch.empty(capacity, dtype=torch.float32)
+        self._size = -1
         self._rounded = rounding_detector()
-        self._careful = isinstance(self._rounded, AlwaysRounded)
+        self._careful = False
 
-    def mean_into(self, inputs: Inputs, count: int, out: torch.Tensor, dtype: DType) -> None:
+    def mean_into(
+        self,
+        inputs: Inputs,
+        count: int,
+        out: torch.Tensor,
+        dtype: DType,
+        weights: Sequence[int] = (),
+        rows: torch.Tensor | None = None,
+    ) -> None:
         """Write the mean of `count` chunks into `out`.
 
         float16, bfloat16, float32 and float8 inputs give the correctly rounded
@@ -89,86 +96,161 @@ class Averager:
             count: How many they are.
             out: Where the mean goes, one-dimensional, of `dtype`.
             dtype: The dtype of `out`.
+            weights: How often each chunk counts, 1 to `MOST_WEIGHT`; empty where each
+                counts once. A sum of more than `MOST_WEIGHT` is slow.
+            rows: float64, `count` by the length of a chunk; the chunks are left in it.
 
         Raises:
             NonFiniteError: An element is not finite in some input, or becomes so by rounding.
         """
-        size = out.numel()
-        high, low, unsure = self._add_up(inputs, size)
-        mean = self._sum[:size]
-        torch.div(high, count, out=mean)
-        if low is not None:
-            tail, lost = _refine(mean, high, low, count)
-            if dtype.significand < 53:
-                _round_to_odd(mean, tail)
-                unsure = lost if unsure is None else unsure | lost
-        if unsure is not None and unsure.any():
-            _settle_exactly(mean, unsure.nonzero().flatten(), inputs, count, dtype)
-        if not round_into(mean, out, dtype, self._wide[:size]):
-            _settle_non_finite(out, mean, inputs, count, dtype)
+        self._resize(out.numel())
+        total = self._add_up(inputs, weights, rows)
+        self._finish(total, inputs, weights or (1,) * count, out, dtype)
 
-    def _add_up(
-        self, inputs: Inputs, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return the sum as high + low (None: zero), and where even that is not all.
+    def running_means(
+        self,
+        inputs: Inputs,
+        count: int,
+        out: torch.Tensor,
+        dtype: DType,
+        weights: Sequence[int] = (),
+        rows: torch.Tensor | None = None,
+    ) -> Iterator[int]:
+        """Write the mean of the first chunk into `out`, then of the first two, and so on.
+
+        Each is what `mean_into` gives for so many. The arguments are those of `mean_into`.
+
+        Yields:
+            Of how many chunks the mean is in `out` now: 1 to `count`.
+        """
+        self._resize(out.numel())
+        summing = self._careful_sums if self._careful else self._sums
+        sums = summing(inputs(), weights, rows)
+        for done in range(1, count + 1):
+            self._rounded.clear()
+            total = next(sums)
+            if not self._careful and self._rounded.raised():
+                self._careful = True
+                sums = islice(self._careful_sums(inputs(), weights, rows), done - 1, None)
+                total = next(sums)
+            taken = (*weights[:done],) or (1,) * done
+            self._finish(total, partial(_first, inputs, done), taken, out, dtype)
+            yield done
+        self._careful = self._careful and total.low is not None
+
+    def _resize(self, size: int) -> None:
+        """Make the buffers as long as the chunk."""
+        if size != self._size:
+            self._size = size
+            self._high, self._new, self._wide, self._low = (made[:size] for made in self._all)
+            self._middle = self._narrow[:size]
+
+    def _add_up(self, inputs: Inputs, weights: Sequence[int], rows: torch.Tensor | None) -> _Sum:
+        """Return the sum of all inputs.
 
         Where the plain sum had to round, it is done again with care; the chunk after
         such a one, which is of the same kind, is done with care at once.
         """
         if not self._careful:
-            high = self._add_plainly(inputs(), size)
-            if high is not None:
-                return high, None, None
-        high, low, unsure = self._add_carefully(inputs(), size)
-        self._careful = low is not None
-        return high, low, unsure
-
-    def _add_plainly(self, chunks: Iterable[torch.Tensor], size: int) -> torch.Tensor | None:
-        """Return the sum, or None as soon as an addition has rounded."""
-        high = self._high[:size]
-        for number, chunk in enumerate(chunks):
-            if number == 0:
-                high.copy_(chunk)
-                continue
-            values = self._widened(chunk)
             self._rounded.clear()
-            high.add_(values)
-            if self._rounded.raised():
-                return None
-        return high
+            total = _last(self._sums(inputs(), weights, rows))
+            if not self._rounded.raised():
+                return total
+        total = _last(self._careful_sums(inputs(), weights, rows))
+        self._careful = total.low is not None
+        return total
 
-    def _add_carefully(
-        self, chunks: Iterable[torch.Tensor], size: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        high, new = self._high[:size], self._sum[:size]
+    def _sums(
+        self, chunks: Iterable[torch.Tensor], weights: Sequence[int], rows: torch.Tensor | None
+    ) -> Iterator[_Sum]:
+        """Yield the sum after each chunk, not minding the processor's roundings."""
+        high, wide = self._high, self._wide
+        total = _Sum(high)
+        for number, chunk in enumerate(chunks):
+            into = rows[number] if rows is not None else wide if number else high
+            addends = self._addends(chunk, weights[number] if weights else 1, into)
+            for addend in addends:
+                if number or addend is not addends[0]:
+                    high.add_(addend)
+                elif addend is not high:
+                    high.copy_(addend)
+            yield total
+
+    def _careful_sums(
+        self, chunks: Iterable[torch.Tensor], weights: Sequence[int], rows: torch.Tensor | None
+    ) -> Iterator[_Sum]:
+        """Yield the sum after each chunk, with what additions have lost."""
+        high, new = self._high, self._new
         low: torch.Tensor | None = None
         unsure: torch.Tensor | None = None
         for number, chunk in enumerate(chunks):
-            if number == 0:
-                high.copy_(chunk)
-                continue
-            values = self._widened(chunk)
-            self._rounded.clear()
-            torch.add(high, values, out=new)
-            if self._rounded.raised():
-                error = _lost(high, values, new)
-                if low is None:
-                    low, unsure = error, torch.zeros(size, dtype=torch.bool)
-                else:
-                    total = low + error
-                    unsure |= _lost(low, error, total) != 0  # type: ignore[operator]
-                    low = total
-            high, new = new, high
-        if high.data_ptr() != self._high.data_ptr():
-            self._high, self._sum = self._sum, self._high
-        return high, low, unsure
+            into = self._wide if rows is None else rows[number]
+            addends = self._addends(chunk, weights[number] if weights else 1, into)
+            for addend in addends:
+                if number == 0 and addend is addends[0]:
+                    high.copy_(addend)
+                    continue
+                self._rounded.clear()
+                torch.add(high, addend, out=new)
+                if self._rounded.raised():
+                    error = _lost(high, addend, new)
+                    before = torch.zeros_like(error) if low is None else low
+                    low = before + error
+                    wrong = _lost(before, error, low) != 0
+                    unsure = wrong if unsure is None else unsure | wrong
+                high.copy_(new)
+            yield _Sum(high, low, unsure)
 
-    def _widened(self, chunk: torch.Tensor) -> torch.Tensor:
-        """Return a chunk in float64: converting first and adding then is fastest."""
-        wide = self._wide[: chunk.numel()]
+    def _addends(
+        self, chunk: torch.Tensor, weight: int, into: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Return float64 tensors whose sum is the chunk times its weight, exactly.
+
+        The chunk in float64 goes to `into`: converting first and adding then is fastest.
+        """
         if chunk.dtype is torch.float16:  # torch is slow at float16 to float64 in one step
-            return wide.copy_(self._half[: chunk.numel()].copy_(chunk))
-        return wide.copy_(chunk)
+            chunk = self._middle.copy_(chunk)
+        into.copy_(chunk)
+        if weight == 1:
+            return (into,)
+        if chunk.dtype is not torch.float64:
+            return (torch.mul(into, weight, out=self._wide),)
+        upper, lower = self._low, self._wide
+        torch.bitwise_and(into.view(torch.int64), ~_LOWER_HALF, out=upper.view(torch.int64))
+        torch.sub(into, upper, out=lower)
+        torch.copysign(lower, upper, out=lower)  # for -0.0 plus 0.0 is 0.0
+        return upper.mul_(weight), lower.mul_(weight)
+
+    def _finish(
+        self,
+        total: _Sum,
+        inputs: Inputs,
+        weights: Sequence[int],
+        out: torch.Tensor,
+        dtype: DType,
+    ) -> None:
+        """Divide a sum by its weights and round it into `out`."""
+        count, mean, unsure = sum(weights), self._new, total.unsure
+        torch.div(total.high, count, out=mean)
+        if total.low is not None:
+            tail, lost = _refine(mean, total.high, total.low, count)
+            if dtype.significand < 53:
+                _round_to_odd(mean, tail)
+                unsure = lost if unsure is None else unsure | lost
+        if count > MOST_WEIGHT:
+            unsure = torch.ones(self._size, dtype=torch.bool)
+        if unsure is not None and unsure.any():
+            _settle_exactly(mean, unsure.nonzero().flatten(), inputs, weights, dtype)
+        if not round_into(mean, out, dtype, (self._wide, self._middle)):
+            _settle_non_finite(out, mean, inputs, weights, dtype)
+
+
+def _first(inputs: Inputs, count: int) -> Iterator[torch.Tensor]:
+    return islice(inputs(), count)
+
+
+def _last(sums: Iterator[_Sum]) -> _Sum:
+    return deque(sums, maxlen=1).pop()
 
 
 def _lost(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -214,7 +296,7 @@ def _round_to_odd(mean: torch.Tensor, tail: torch.Tensor) -> None:
 
 
 def _settle_exactly(
-    mean: torch.Tensor, places: torch.Tensor, inputs: Inputs, count: int, dtype: DType
+    mean: torch.Tensor, places: torch.Tensor, inputs: Inputs, weights: Sequence[int], dtype: DType
 ) -> None:
     """Put the mean of some elements in place by rational arithmetic.
 
@@ -222,14 +304,17 @@ def _settle_exactly(
     """
     columns = [chunk[places].to(torch.float64).tolist() for chunk in inputs()]
     odd = dtype.significand < 53
-    exact = [_exact_mean(values, count, odd) for values in zip(*columns, strict=True)]
+    exact = [_exact_mean(values, weights, odd) for values in zip(*columns, strict=True)]
     mean[places] = torch.tensor(exact, dtype=torch.float64)
 
 
-def _exact_mean(values: tuple[float, ...], count: int, odd: bool) -> float:
+def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) -> float:
     if not all(map(math.isfinite, values)):
         return math.nan
-    exact = sum(map(Fraction, values), Fraction(0)) / count
+    addends = (Fraction(value) * weight for value, weight in zip(values, weights, strict=True))
+    exact = sum(addends, Fraction(0)) / sum(weights)
+    if not exact:
+        return -0.0 if all(math.copysign(1, value) < 0 for value in values) else 0.0
     nearest = float(exact)
     missing = exact - Fraction(nearest)
     if not odd or not missing or math.frexp(nearest)[0] * 2**53 % 2:
@@ -237,44 +322,8 @@ def _exact_mean(values: tuple[float, ...], count: int, odd: bool) -> float:
     return math.nextafter(nearest, math.inf if missing > 0 else -math.inf)
 
 
-def round_into(
-    values: torch.Tensor, out: torch.Tensor, dtype: DType, scratch: torch.Tensor | None = None
-) -> bool:
-    """Round float64 numbers into `out` once: to nearest, ties to even.
-
-    torch goes from float64 to the small dtypes through float32, which would
-    round twice; here the first of these roundings is to odd, which does no harm.
-
-    Args:
-        values: One-dimensional, not empty.
-        out: As long as `values`, of `dtype`.
-        dtype: The dtype of `out`.
-        scratch: float64 memory to work in, as long as `values`.
-
-    Returns:
-        False if some element of `out` may not be finite.
-    """
-    if dtype.significand >= 24:
-        out.copy_(values)
-        return math.isfinite(out.sum().item())
-    below = (1 << 29) - 1  # the bits that float32 does not have
-    bits = values.view(torch.int64)
-    odd = torch.empty_like(bits) if scratch is None else scratch.view(torch.int64)
-    torch.bitwise_and(bits, below, out=odd)
-    odd.add_(below).bitwise_or_(bits).bitwise_and_(~below)
-    middle = odd.view(torch.float64).to(torch.float32)
-    smallest, largest = (bound.item() for bound in torch.aminmax(middle.abs()))
-    if dtype is DTYPES["bfloat16"] and not smallest >= _SMALLEST_NORMAL:
-        tiny = middle.abs() < _SMALLEST_NORMAL
-        few = values[tiny]
-        rounded = (few + _BFLOAT16_SUBNORMAL) - _BFLOAT16_SUBNORMAL
-        middle[tiny] = torch.copysign(rounded, few).to(torch.float32)
-    out.copy_(middle)
-    return largest <= torch.finfo(out.dtype).max
-
-
 def _settle_non_finite(
-    out: torch.Tensor, mean: torch.Tensor, inputs: Inputs, count: int, dtype: DType
+    out: torch.Tensor, mean: torch.Tensor, inputs: Inputs, weights: Sequence[int], dtype: DType
 ) -> None:
     """Put right the elements that came out NaN or infinite, or refuse them."""
     places = (~torch.isfinite(out.to(torch.float64))).nonzero().flatten()
@@ -291,7 +340,7 @@ def _settle_non_finite(
     if last.dtype == out.dtype:
         _bits(out)[places[same]] = _bits(last)[same]
     else:
-        _round_at(places[same], last[same].to(torch.float64), out, dtype)
+        round_at(places[same], last[same].to(torch.float64), out, dtype)
     rest = places[~same]
     for source, column in enumerate(columns):
         values = column.to(torch.float64)[~same]
@@ -299,99 +348,9 @@ def _settle_non_finite(
         if bad.numel():
             raise NonFiniteError(source, int(rest[bad[0]]), float(values[bad[0]]))
     # Finite in every input: only the sum, or the rounding to a smaller dtype, overflowed.
-    _settle_exactly(mean, rest, inputs, count, dtype)
-    _round_at(rest, mean[rest], out, dtype)
-
-
-def _round_at(places: torch.Tensor, values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
-    """Round `values` into some places of `out`; refuse those that become infinite."""
-    if places.numel():
-        rounded = torch.empty(places.numel(), dtype=out.dtype)
-        round_into(values, rounded, dtype)
-        _refuse_overflow(values, rounded, places)
-        out[places] = rounded
-
-
-def cast_into(values: torch.Tensor, out: torch.Tensor, dtype: DType) -> None:
-    """Convert one chunk to the output's dtype, rounding once.
-
-    Raises:
-        NonFiniteError: A finite element becomes infinite or NaN.
-    """
-    _round_at(torch.arange(out.numel()), values.to(torch.float64), out, dtype)
-
-
-def _refuse_overflow(wide: torch.Tensor, out: torch.Tensor, places: torch.Tensor) -> None:
-    over = torch.isfinite(wide) & ~torch.isfinite(out.to(torch.float64))
-    if over.any():
-        first = int(over.nonzero()[0])
-        raise NonFiniteError(None, int(places[first]), float(wide[first]))
+    _settle_exactly(mean, rest, inputs, weights, dtype)
+    round_at(rest, mean[rest], out, dtype)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.view(BITS[values.dtype.itemsize])
-
-
-class RoundingDetector:
-    """The processor's note, kept for each thread, that some operation had to round.
-
-    Of the C standard's <fenv.h>: FE_INEXACT stays set until it is cleared.
-    """
-
-    _INEXACT: ClassVar = {
-        "x86_64": 0x20,
-        "AMD64": 0x20,
-        "i686": 0x20,
-        "aarch64": 0x10,
-        "arm64": 0x10,
-    }
-
-    def __init__(self) -> None:
-        self._mask = self._INEXACT[platform.machine()]
-        library = ctypes.PyDLL(None)  # PyDLL: the call is too short to give up the GIL for
-        self._clear = library.feclearexcept
-        self._test = library.fetestexcept
-
-    def clear(self) -> None:
-        """Forget earlier roundings."""
-        self._clear(self._mask)
-
-    def raised(self) -> bool:
-        """Tell whether any operation has rounded since `clear`."""
-        return bool(self._test(self._mask))
-
-
-class AlwaysRounded(RoundingDetector):
-    """Where the processor cannot be asked: every addition is taken to have rounded."""
-
-    def __init__(self) -> None:
-        pass
-
-    def clear(self) -> None:
-        """Do nothing."""
-
-    def raised(self) -> bool:
-        """Return True."""
-        return True
-
-
-@cache
-def rounding_detector() -> RoundingDetector:
-    """Return a detector that was seen to work, on more elements than torch leaves to one thread.
-
-    One rounding in the last element must be noticed, and none where there is none.
-    """
-    size = 1 << 16
-    try:
-        detector = RoundingDetector()
-    except (KeyError, OSError, AttributeError, TypeError):
-        return AlwaysRounded()
-    ones = torch.ones(size, dtype=torch.float64)
-    values = torch.ones(size, dtype=torch.float32)
-    detector.clear()
-    torch.add(ones, values, out=torch.empty_like(ones))
-    quiet = not detector.raised()
-    values[-1] = 2.0**-60
-    detector.clear()
-    torch.add(ones, values, out=torch.empty_like(ones))
-    return detector if quiet and detector.raised() else AlwaysRounded()

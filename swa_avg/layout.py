@@ -7,15 +7,16 @@ reads a tensor or compares checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 from swa_avg import recorded
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.pickles import Dict, Inert, UnreadableTensor, described
-from swa_avg.tensors import TensorRef
+from swa_avg.tensors import TensorRef, View
 from swa_avg.tree import at, dicts_of_tensors, mapping, matching, tensor_count
 
 # Where frameworks put the weights of the model.
@@ -43,6 +44,9 @@ _PREFIXES = ("module.", "_orig_mod.")
 # A wrapper's own counter stands beside its `module.`: torch's AveragedModel, mmengine's.
 _COUNTERS = {"ema_state_dict": "steps"}
 _COUNTER = "n_averaged"
+# What normalisation layers with running statistics keep.
+BN_STATISTICS = ("running_mean", "running_var")
+BN_COUNTER = "num_batches_tracked"
 # What a state_dict holds besides tensors is small; nested lists can take for ever to look at.
 _MOST_PLAIN_VALUES = 1_000_000
 
@@ -55,27 +59,57 @@ class StateDict:
         checkpoint: The checkpoint it is in.
         where: The dotted path to it, or to its parts; empty for the root.
         prefix: What was stripped from every name.
-        tensors: Its tensors by name, in order.
+        views: Its tensors by name, in order, as the headers speak of them: one object for
+            all checkpoints that a `Finder` found alike.
         values: Its other plain values by name; each also stands in `order`.
         order: All names in order.
         dropped: Names whose values are objects that cannot be written again.
         metadata: The `_metadata` that torch keeps beside it, or None.
-        epoch: The epoch that the checkpoint records, or None.
-        step: The step that the checkpoint records, or None.
         averages: Dotted paths of averaged weights that the checkpoint has as well, not taken.
+        counter: The counter of torch's AveragedModel that stood beside its weights, or None.
     """
 
     checkpoint: Checkpoint
     where: str
     prefix: str
-    tensors: Mapping[str, TensorRef]
+    views: Mapping[str, View | TensorRef]
     values: Mapping[str, object]
     order: tuple[str, ...]
     dropped: tuple[str, ...]
     metadata: Mapping[str, object] | None
-    epoch: int | None
-    step: int | None
     averages: tuple[str, ...]
+    counter: View | TensorRef | None = None
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Its tensors by name, in order."""
+        return dict(
+            zip(self.views, map(self.checkpoint.located, self.views.values()), strict=True)
+        )
+
+    @cached_property
+    def epoch(self) -> int | None:
+        """The epoch that the checkpoint records, or None."""
+        return recorded.epoch(self.checkpoint)
+
+    @cached_property
+    def step(self) -> int | None:
+        """The step that the checkpoint records, or None."""
+        return recorded.step(self.checkpoint)
+
+    @property
+    def n_averaged(self) -> TensorRef | None:
+        """Where the counter of torch's AveragedModel is, or None."""
+        return self.counter and self.checkpoint.located(self.counter)
+
+
+def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
+    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
+    layer, _, buffer = name.rpartition(".")
+    if buffer not in (*BN_STATISTICS, BN_COUNTER):
+        return False
+    before = f"{layer}." if layer else ""
+    return all(before + statistic in tensors for statistic in BN_STATISTICS)
 
 
 def find_state_dict(
@@ -99,6 +133,7 @@ def find_state_dict(
     entries: dict[str, object] = {}
     metadata: dict[str, object] = {}
     prefixes: list[str] = []
+    counter = None
     for place in taken:
         part = _read_part(checkpoint, place, alone=len(taken) == 1)
         twice = [name for name in part.entries if name in entries]
@@ -107,24 +142,48 @@ def find_state_dict(
         entries.update(part.entries)
         metadata.update(part.metadata or {})
         prefixes += [part.prefix] if part.prefix else []
-    tensors = {name: value for name, value in entries.items() if isinstance(value, TensorRef)}
+        counter = counter or part.counter
+    views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
     plain = _Plain()
     values = {
-        name: value for name, value in entries.items() if name not in tensors and plain(value)
+        name: value for name, value in entries.items() if name not in views and plain(value)
     }
     return StateDict(
         checkpoint=checkpoint,
         where=" + ".join(taken),
         prefix=" + ".join(dict.fromkeys(prefixes)),
-        tensors=tensors,
+        views=views,
         values=values,
-        order=tuple(name for name in entries if name in tensors or name in values),
-        dropped=tuple(name for name in entries if name not in tensors and name not in values),
+        order=tuple(name for name in entries if name in views or name in values),
+        dropped=tuple(name for name in entries if name not in views and name not in values),
         metadata=metadata or None,
-        epoch=recorded.epoch(checkpoint),
-        step=recorded.step(checkpoint),
         averages=() if ema else tuple(path for path in averages if path not in taken),
+        counter=counter,
     )
+
+
+class Finder:
+    """Finds the state_dicts of checkpoints of one run; in trees that are one object only once."""
+
+    def __init__(self, keys: Sequence[str] = (), ema: bool = False) -> None:
+        """Take what `find_state_dict` takes."""
+        self._keys = keys
+        self._ema = ema
+        self._found: dict[int, StateDict] = {}
+
+    def find(self, checkpoint: Checkpoint) -> StateDict:
+        """Find the state_dict of a checkpoint.
+
+        Raises:
+            LayoutError: As `find_state_dict` does.
+        """
+        # What was found keeps its tree, so that no other one can have its id.
+        like = self._found.get(id(checkpoint.tree))
+        if like is not None:
+            return replace(like, checkpoint=checkpoint)
+        found = find_state_dict(checkpoint, self._keys, self._ema)
+        self._found[id(checkpoint.tree)] = found
+        return found
 
 
 def _places(tree: object) -> tuple[list[str], list[str]]:
@@ -205,6 +264,7 @@ class _Part:
     prefix: str
     entries: Mapping[str, object]
     metadata: Mapping[str, object] | None
+    counter: View | TensorRef | None
 
 
 def _read_part(checkpoint: Checkpoint, place: str, alone: bool) -> _Part:
@@ -222,7 +282,9 @@ def _read_part(checkpoint: Checkpoint, place: str, alone: bool) -> _Part:
         for name, value in zip(names, found.values(), strict=True)
         if name.startswith(prefix)
     }
-    return _Part(prefix, entries, _metadata(found, prefix, added))
+    counter = found.get(_COUNTER) if "module." in prefix else None
+    known = counter if isinstance(counter, View | TensorRef) else None
+    return _Part(prefix, entries, _metadata(found, prefix, added), known)
 
 
 def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> None:

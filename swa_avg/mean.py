@@ -1,46 +1,41 @@
 """The kernel: the byte ranges of N inputs in, one range of the output out.
 
-Each storage of the output is cut into chunks that stay in the processor's
-cache. For a chunk the same range of every input is read in turn into one
-buffer and added up; the mean is written to the place that the output has for
-it. Threads take batches of chunks. Memory does not grow with the model or
-with the number of checkpoints. Knows no format.
+The works are cut into cells that stay in the processor's cache. For a cell the
+same range of every input is read in turn into one buffer and added up; the mean
+is written to the place that the output has for it. Threads take tasks of many
+cells. Memory does not grow with the model or with the number of checkpoints.
+Knows no format.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
-from mmap import mmap
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from zlib_ng.zlib_ng import crc32
 
 from swa_avg.checksums import Ledger, Piece, combined, verify
+from swa_avg.cutting import CHUNK, Cell, Item, tasks
+from swa_avg.desk import Desk
 from swa_avg.errors import NotFiniteError
-from swa_avg.exact import BITS, Averager, NonFiniteError, cast_into
-from swa_avg.gather import Box, boxes, read_box, whole
+from swa_avg.gather import Box
+from swa_avg.grams import Gram
 from swa_avg.output import Output
 from swa_avg.plan import Treatment, Work
-from swa_avg.tensors import DTYPES, DType, Kind, Record, TensorRef, contiguous_stride
+from swa_avg.reading import Reader, readers_of
+from swa_avg.rounding import NonFiniteError
+from swa_avg.tensors import Kind, Record
+from swa_avg.writing import writer_to
 
 _T = TypeVar("_T")
 Progress = Callable[[int], None]
 
-CHUNK = 128 * 1024  # elements: they and their float64 sums stay in the processor's cache
-_STRIDED = 8  # times as many where inputs lie in another order than the output
-_WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
-_WORTH_ANNOUNCING = 1024 * 1024  # bytes of one input
-_LEAST_BATCH_BYTES = 4 * 1024 * 1024
 _CHECKS = 1024  # checksums that are compared in one task
 _TORCH_THREADS = threading.Lock()
-_BATCH_BYTES = 256 * 1024 * 1024  # of all inputs together: what one task reads
-_PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +47,29 @@ class Kernel:
         places: Where each work's bytes begin in it.
         works: What is computed.
         chunk: How many elements are averaged at once.
+        groups: For each work the number of the group, 0 or more, to the inner products
+            of which it counts; -1 for none. Empty where none are wanted.
+        partials: As many outputs as there are checkpoints, less one, or none: number
+            k - 1 receives, at the same places, the mean of the last k sources of each
+            averaged work, and of every other work the same bytes as `output`.
     """
 
     output: Output
     places: Sequence[int]
     works: Sequence[Work]
     chunk: int = CHUNK
+    groups: Sequence[int] = ()
+    partials: Sequence[Output] = ()
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """All that is written; number k - 1 is of the last k sources."""
+        return (*self.partials, self.output)
+
+    def group(self, number: int) -> int:
+        """Return the group to which a work's inner products count; -1 for none."""
+        averaged = self.works[number].treatment is Treatment.AVERAGED
+        return self.groups[number] if self.groups and averaged else -1
 
 
 @dataclass(frozen=True)
@@ -68,21 +80,25 @@ class Outcome:
         checksums: The CRC-32 of each storage as written.
         differing: Names of copied tensors that are not the same in all inputs.
         bytes_read: Bytes read from all inputs.
+        crcs: The CRC-32 of every record that an averaged work read, whole, whether the
+            file records one or not. Equal length and CRC: the same bytes, but for one
+            chance in 2^32.
+        grams: For each group that has an averaged work, the float64 matrix of
+            <x_i - x_0, x_j - x_0>, i and j the sources, summed over its averaged works
+            in float64. Complex numbers count as twice as many real ones. What is not
+            finite (it is then the same in all sources) counts as no difference.
+        squares: For each of these groups the squared norm of the mean as written;
+            what is not finite is left out.
+        partial_checksums: The same as `checksums` for each of the kernel's `partials`.
     """
 
     checksums: tuple[int, ...]
     differing: tuple[str, ...]
     bytes_read: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Consecutive boxes of one work: what a task does of it."""
-
-    number: int
-    boxes: tuple[Box, ...]
-    start: int  # the first element, counted in C order of the work's shape
-    steps: tuple[int, ...]  # between neighbours in the shape that was cut into boxes
+    crcs: Mapping[Record, int] = field(default_factory=dict)
+    grams: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    squares: Mapping[int, float] = field(default_factory=dict)
+    partial_checksums: tuple[tuple[int, ...], ...] = ()
 
 
 def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outcome:
@@ -94,45 +110,38 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
         progress: Called in the calling thread with the bytes read since the last call.
 
     Raises:
-        SwaAvgError: The first problem, in the order of the output, that any task met.
+        SwaAvgError: The first problem, in the order of the tasks, that any of them met.
     """
     job = _Job(kernel)
-    for work in kernel.works:
-        for source in work.sources:
-            for record in source.records:
-                job.ledger.expect(record, work.name)
+    groups = [kernel.group(number) for number in range(len(kernel.works))]
     read = 0
     with _one_torch_thread(), ThreadPoolExecutor(threads, "swa-avg") as pool:
-        tasks = [pool.submit(job.do, batch) for batch in _batches(kernel, threads)]
+        submitted = [
+            pool.submit(job.do, task) for task in tasks(kernel.works, groups, kernel.chunk, threads)
+        ]
         try:
-            for count in _results(tasks):
+            for count in _results(submitted):
                 read += count
                 if progress:
                     progress(count)
-            records = job.ledger.records
-            for _ in _results(
-                [
-                    pool.submit(job.check, records[at : at + _CHECKS])
-                    for at in range(0, len(records), _CHECKS)
-                ]
-            ):
+            left = job.ledger.open
+            parts = [left[at : at + _CHECKS] for at in range(0, len(left), _CHECKS)]
+            for _ in _results([pool.submit(job.check, records) for records in parts]):
                 pass
         except BaseException:
             job.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    checksums = tuple(combined(job.written[number]) for number in range(len(kernel.works)))
-    differing = tuple(kernel.works[number].name for number in sorted(job.differing))
-    return Outcome(checksums, differing, read)
+    return job.outcome(read)
 
 
-def _results(tasks: Sequence[Future[_T]]) -> Iterator[_T]:
+def _results(futures: Sequence[Future[_T]]) -> Iterator[_T]:
     """Yield results as they come; raise the error of the earliest task that has one."""
-    for done in as_completed(tasks):
+    for done in as_completed(futures):
         if done.exception():
             # An earlier task may be about to fail too: which error is shown must not be chance.
-            for task in tasks:
-                task.result()
+            for future in futures:
+                future.result()
         yield done.result()
 
 
@@ -151,36 +160,6 @@ def _one_torch_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _batches(kernel: Kernel, threads: int) -> Iterator[list[_Stretch]]:
-    """Deal the works out into tasks of about equal reading, a few for each thread."""
-    total = sum(source.nbytes for work in kernel.works for source in work.sources)
-    enough = min(_BATCH_BYTES, max(_LEAST_BATCH_BYTES, total // (4 * threads)))
-    batch: list[_Stretch] = []
-    weight = 0
-    for number, work in enumerate(kernel.works):
-        # All inputs in C order are cut as if they had one dimension. Another order is read
-        # in short runs: longer ones in larger boxes.
-        flat = all(map(whole, work.sources))
-        shape = (math.prod(work.shape),) if flat else work.shape
-        most = kernel.chunk if flat else _STRIDED * kernel.chunk
-        steps = contiguous_stride(shape)
-        itemsize = max([work.dtype.itemsize, *(ref.dtype.itemsize for ref in work.sources)])
-        each = itemsize * max(len(work.sources), 1)
-        collected: list[Box] = []
-        start = place = 0
-        for box in boxes(shape, most):
-            collected.append(box)
-            place += box.numel
-            weight += box.numel * each
-            if weight >= enough:
-                yield [*batch, _Stretch(number, tuple(collected), start, steps)]
-                batch, collected, start, weight = [], [], place, 0
-        if collected:
-            batch.append(_Stretch(number, tuple(collected), start, steps))
-    if batch:
-        yield batch
-
-
 class _Job:
     """One run of a kernel: its tasks and what they have in common."""
 
@@ -188,8 +167,11 @@ class _Job:
         self.kernel = kernel
         self.ledger = Ledger()
         self.stop = threading.Event()
-        self.written: list[list[Piece]] = [[] for _ in kernel.works]
-        self.differing: set[int] = set()
+        self._outputs = kernel.outputs
+        self._written: list[list[list[Piece]]] = [[[] for _ in kernel.works] for _ in self._outputs]
+        self._differing: set[int] = set()
+        self._grams: dict[int, Gram] = {}
+        self._lock = threading.Lock()
         self._local = threading.local()
 
     def check(self, records: Sequence[Record]) -> None:
@@ -197,41 +179,79 @@ class _Job:
         for record in records:
             self.ledger.check(record)
 
-    def do(self, batch: list[_Stretch]) -> int:
+    def do(self, task: Sequence[Item]) -> int:
         """Do one task; return how many bytes it read."""
         if not hasattr(self._local, "desk"):
-            self._local.desk = _Desk(self.kernel.chunk)
-        return sum(self._average(stretch, self._local.desk) for stretch in batch)
+            self._local.desk = Desk(self.kernel.chunk)
+        return sum(self._do(item, self._local.desk) for item in task)
 
-    def _average(self, stretch: _Stretch, desk: _Desk) -> int:
-        """Do a stretch of one work, chunk by chunk."""
-        work = self.kernel.works[stretch.number]
-        readers = [_Reader(source, stretch.steps) for source in work.sources]
-        for reader in readers:
-            reader.announce(stretch.start, sum(box.numel for box in stretch.boxes))
-        itemsize = work.dtype.itemsize
-        crc, place = 0, stretch.start * itemsize
-        for box in stretch.boxes:
+    def outcome(self, bytes_read: int) -> Outcome:
+        """Return what was found."""
+        *partial, checksums = (tuple(map(combined, pieces)) for pieces in self._written)
+        differing = tuple(self.kernel.works[number].name for number in sorted(self._differing))
+        grams = {group: gram.products for group, gram in sorted(self._grams.items())}
+        squares = {group: gram.square for group, gram in sorted(self._grams.items())}
+        crcs = {
+            record: self.ledger.found[record]
+            for work in self.kernel.works
+            if work.treatment is Treatment.AVERAGED
+            for source in work.sources
+            for record in source.records
+        }
+        return Outcome(checksums, differing, bytes_read, crcs, grams, squares, tuple(partial))
+
+    def _do(self, item: Item, desk: Desk) -> int:
+        """Do one item, cell by cell."""
+        work = self.kernel.works[item.number]
+        readers = readers_of(item, self.kernel.works)
+        writers = [
+            writer_to(output, item, self.kernel.places, work.dtype) for output in self._outputs
+        ]
+        group = self.kernel.group(item.number)
+        gram = Gram(len(work.sources)) if group >= 0 else None
+        for cell in item.cells():
             if self.stop.is_set():
-                break
+                return 0
             try:
-                data, same = desk.compute(work, readers, box)
+                for numbers, data in self._compute(item, readers, cell, gram, desk):
+                    for number in numbers:
+                        writers[number].write(data)
             except NonFiniteError as error:
-                self._refuse(work, error)
-            if not same:
-                self.differing.add(stretch.number)
-            self.kernel.output.write(data, self.kernel.places[stretch.number] + place)
-            crc = crc32(data, crc)
-            place += len(data)
-        first = stretch.start * itemsize
-        self.written[stretch.number].append(Piece(first, place - first, crc))
-        for reader in readers:
-            for record, piece in reader.pieces.items():
-                self.ledger.add(record, piece)
-        return sum(reader.bytes_read for reader in readers)
+                self._refuse(item, error)
+        for writer, written in zip(writers, self._written, strict=True):
+            for number, piece in writer.pieces():
+                written[number].append(piece)
+        if gram is not None:
+            with self._lock:
+                self._grams.setdefault(group, Gram(len(work.sources))).add(gram)
+        return sum(reader.close(self.ledger) for reader in readers)
 
-    def _refuse(self, work: Work, error: NonFiniteError) -> None:
+    def _compute(
+        self,
+        item: Item,
+        readers: Sequence[Reader],
+        cell: Cell | Box,
+        gram: Gram | None,
+        desk: Desk,
+    ) -> Iterator[tuple[Iterable[int], memoryview]]:
+        """Yield the bytes of a cell, with the numbers of the outputs they are for."""
+        work = self.kernel.works[item.number]
+        everywhere = range(len(self._outputs))
+        if work.treatment is not Treatment.AVERAGED:
+            data, same = desk.without_mean(work, readers, cell)
+            if not same:
+                self._differing.add(item.number)
+            yield everywhere, data
+        elif len(everywhere) == 1:
+            yield everywhere, desk.mean(work, readers, cell, gram)
+        else:
+            for count, data in desk.means(work, readers, cell, gram):
+                yield (count - 1,), data
+
+    def _refuse(self, item: Item, error: NonFiniteError) -> None:
         """Raise what makes an element not finite: damage, if it is that."""
+        parts = 2 if self.kernel.works[item.number].dtype.kind is Kind.COMPLEX else 1
+        work = self.kernel.works[item.number_at(error.element // parts)]
         if error.source is None:
             raise NotFiniteError(
                 f"has {error.value:g}, which {work.dtype} cannot hold",
@@ -240,6 +260,7 @@ class _Job:
             ) from error
         source = work.sources[error.source]
         verify((record, work.name) for record in source.records)
+        source.record.file.check_unchanged()
         raise NotFiniteError(
             f"has {error.value:g}",
             file=source.record.file.path,
@@ -247,112 +268,3 @@ class _Job:
             expected="finite numbers, or the same in every checkpoint",
             remedy="Leave this checkpoint out",
         ) from error
-
-
-class _Reader:
-    """Reads one input of one stretch, box after box, and keeps its checksums."""
-
-    def __init__(self, source: TensorRef, steps: tuple[int, ...]) -> None:
-        self.source = source
-        # Strides of the boxes' shape, where ranges can be read; None where boxes must be.
-        self.steps = steps if whole(source) else None
-        self.bytes_read = 0
-        self.pieces: dict[Record, Piece] = {}
-
-    def announce(self, start: int, count: int) -> None:
-        """Tell the kernel which elements will be read: of a cold disk it reads all inputs ahead."""
-        itemsize = self.source.dtype.itemsize
-        if self.steps is not None and count * itemsize >= _WORTH_ANNOUNCING:
-            place = self.source.record.offset + (self.source.offset + start) * itemsize
-            self.source.record.file.will_read(place, count * itemsize)
-
-    def read(self, box: Box, buffer: memoryview) -> torch.Tensor:
-        """Read a box into `buffer`; return its elements, one-dimensional."""
-        dtype = _carrier(self.source.dtype)
-        count = box.numel * self.source.dtype.itemsize
-        into = buffer[:count]
-        values = torch.frombuffer(into, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-        if self.steps is None:
-            self.bytes_read += read_box(self.source, box, values.view(box.shape), self._seen)
-            return values
-        first = sum(at * step for at, step in zip(box.start, self.steps, strict=True))
-        at = (self.source.offset + first) * self.source.dtype.itemsize
-        self.source.record.file.read_into(into, self.source.record.offset + at)
-        self._seen(self.source.record, at, into)
-        self.bytes_read += count
-        return values
-
-    def _seen(self, record: Record, start: int, data: memoryview) -> None:
-        """Take what was read into the checksum, unless it was read before."""
-        if record.crc32 is None:
-            return
-        piece = self.pieces.get(record, Piece(start, 0, 0))
-        if start == piece.start + piece.length:
-            crc = crc32(data, piece.crc)
-            self.pieces[record] = Piece(piece.start, piece.length + len(data), crc)
-
-
-class _Desk:
-    """The buffers of one thread."""
-
-    def __init__(self, chunk: int) -> None:
-        # Room for the largest boxes; what they do not need is never touched, nor taken.
-        most = _STRIDED * chunk
-        self._in = memoryview(mmap(-1, most * _WIDEST))
-        self._out = memoryview(mmap(-1, most * _WIDEST))
-        self._averager = Averager(2 * most)  # complex numbers are two each
-
-    def compute(self, work: Work, readers: Sequence[_Reader], box: Box) -> tuple[memoryview, bool]:
-        """Return the bytes of one box of the output, and whether all inputs had the same."""
-        count = box.numel * work.dtype.itemsize
-        data = self._out[:count]
-        if not count:
-            return data, True
-        out = torch.frombuffer(data, dtype=_carrier(work.dtype))
-        if work.treatment is Treatment.RESET:
-            out.fill_(work.fill)
-        elif work.treatment is Treatment.AVERAGED:
-            self._average(work, readers, box, out)
-        elif work.treatment is Treatment.KEPT:
-            self._convert(readers[-1].read(box, self._in), work, readers[-1], out)
-        else:
-            return data, self._copy(readers, box, out)
-        return data, True
-
-    def _average(self, work: Work, readers: Sequence[_Reader], box: Box, out: torch.Tensor) -> None:
-        def chunks() -> Iterable[torch.Tensor]:
-            return (_parts(reader.read(box, self._in), reader.source.dtype) for reader in readers)
-
-        dtype = DTYPES[_PARTS.get(work.dtype.name, work.dtype.name)]
-        self._averager.mean_into(chunks, len(readers), _parts(out, work.dtype), dtype)
-
-    def _convert(
-        self, values: torch.Tensor, work: Work, reader: _Reader, out: torch.Tensor
-    ) -> None:
-        if reader.source.dtype == work.dtype:
-            out.copy_(values)
-        else:
-            cast_into(values, out, work.dtype)
-
-    def _copy(self, readers: Sequence[_Reader], box: Box, out: torch.Tensor) -> bool:
-        out.copy_(readers[-1].read(box, self._in))
-        same = True
-        for reader in readers[:-1]:  # each is read to its end, for its checksum
-            same &= torch.equal(reader.read(box, self._in), out)
-        return same
-
-
-def _parts(values: torch.Tensor, dtype: DType) -> torch.Tensor:
-    """Return complex numbers as twice as many real ones."""
-    part = _PARTS.get(dtype.name)
-    return values.view(getattr(torch, part)) if part else values
-
-
-def _carrier(dtype: DType) -> torch.dtype:
-    """Return the torch dtype in which elements travel: bits where there is no arithmetic."""
-    # complex32 is bits too: torch warns of every tensor of it.
-    if dtype.kind in (Kind.EXACT, Kind.OPAQUE) or dtype.name == "complex32":
-        return BITS[dtype.itemsize]
-    made = getattr(torch, dtype.name)
-    assert isinstance(made, torch.dtype)
-    return made

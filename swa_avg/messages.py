@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging, Report
+    from swa_avg.averaging import Averaging
     from swa_avg.batchnorm import BatchNormReport
+    from swa_avg.distances import Distances
+    from swa_avg.provenance import Provenance
+    from swa_avg.report import Report
 
 _MEANINGS = {
     "averaged": "averaged",
@@ -23,6 +26,7 @@ def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
     for number, source in enumerate(averaging.inputs, 1):
         details = [f"{name} {value}" for name, value in source.recorded.items()]
         details += [f"{source.score.name} {source.score.value:.6g}"] if source.score else []
+        details += [f"stands for {source.count}"] if source.count > 1 else []
         details += [f"at {source.where}"] if source.where else []
         details += [f"prefix {source.prefix} stripped"] if source.prefix else []
         yield f"{number:6}  {source.path}  {', '.join(details)}".rstrip()
@@ -46,8 +50,41 @@ def of_average(report: Report) -> Iterator[str]:
     """Yield what was averaged."""
     first, last = report.inputs[0].path, report.inputs[-1].path
     of = first if len(report.inputs) == 1 else f"{first} … {last}"
-    yield f"averaged {counted(len(report.inputs), 'checkpoint')}: {of}"
+    count = sum(source.count for source in report.inputs)
+    yield f"averaged {counted(count, 'checkpoint')}: {of}"
     yield f"tensors: {_treatments(report.counts)}"
+
+
+def of_distances(report: Report, distances: Distances, modules: bool) -> Iterator[str]:
+    """Yield how far each checkpoint is from the mean, and with `modules` where."""
+    yield "distance from the mean, over its norm:"
+    cosines = [None, *distances.cosines, None]
+    for number, (source, distance) in enumerate(zip(report.inputs, distances.overall, strict=True)):
+        turn = cosines[number] if 0 < number < len(report.inputs) - 1 else None
+        said = "" if turn is None else f"  cosine of the steps to it and from it {turn:+.2f}"
+        yield f"{distance:10.4f}  {source.path}{said}"
+    if modules:
+        width = max(map(len, distances.modules), default=0)
+        for module, found in distances.modules.items():
+            yield f"  {module:<{width}}  {' '.join(f'{distance:.4f}' for distance in found)}"
+
+
+def of_provenance(path: str, said: Provenance) -> Iterator[str]:
+    """Yield how an average was made."""
+    yield f"{path}: average of {counted(said.count, 'checkpoint')}, by swa-avg {said.version}"
+    for source in said.sources:
+        recorded = {"epoch": source.epoch, "step": source.step}
+        details = [f"{name} {value}" for name, value in recorded.items() if value is not None]
+        details += [f"stands for {source.count}"] if source.count > 1 else []
+        details += [in_bytes(source.size), f"fingerprint {source.fingerprint}"]
+        yield f"  {source.name}  {', '.join(details)}"
+    for name, value in said.options.items():
+        yield f"option {name}: {value}"
+    if isinstance(said.batchnorm, dict):
+        described = ", ".join(f"{name} {value}" for name, value in said.batchnorm.items())
+        yield f"BatchNorm: recomputed ({described})"
+    elif said.batchnorm:
+        yield f"BatchNorm: {said.batchnorm}"
 
 
 def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:

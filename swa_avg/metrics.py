@@ -17,7 +17,7 @@ from swa_avg.files import InputFile
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.pickles import Inert
 from swa_avg.gather import read_tensor
-from swa_avg.tensors import Kind, TensorRef
+from swa_avg.tensors import Kind, TensorRef, View
 from swa_avg.tree import at, mapping
 
 MODES = ("min", "max")
@@ -75,7 +75,7 @@ def scores(checkpoint: Checkpoint, name: str) -> dict[str, Score]:
     """Return a metric of a checkpoint by where it is recorded, the best place first."""
     found: dict[str, Score] = {}
     for where, value in _values(checkpoint, name):
-        number = _number(value, checkpoint.files)
+        number = _number(value, checkpoint)
         if number is not None:
             found.setdefault(where, Score(name, number, where))
     return found
@@ -153,11 +153,11 @@ def _in_name(path: Path, name: str) -> float | None:
     return float(found[1] or found[2]) if found else None
 
 
-def _number(value: object, files: Sequence[InputFile]) -> float | None:
+def _number(value: object, checkpoint: Checkpoint) -> float | None:
     """Return a number, or a tensor of one element in a file that is open, as a float."""
-    if isinstance(value, TensorRef) and value.numel == 1 and value.dtype.kind in _REAL:
-        is_open = any(value.record.file is file for file in files)
-        value = read_tensor(value).double().item() if is_open else None
+    if isinstance(value, View | TensorRef) and value.numel == 1 and value.dtype.kind in _REAL:
+        is_open = isinstance(value, TensorRef) or value.stored in checkpoint.records
+        value = read_tensor(checkpoint.located(value)).double().item() if is_open else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

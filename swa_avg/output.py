@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import shutil
 import stat
 import weakref
 from bisect import bisect_right
@@ -19,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
+from swa_avg import placing, temporary
 from swa_avg.errors import OutputError, listed
 from swa_avg.files import InputFile
 
@@ -32,8 +31,15 @@ _WEIGHTS = re.compile(
 class Output(Protocol):
     """What an average is written to: one file, or several that count as one."""
 
+    @property
+    def path(self) -> Path:
+        """Where its bytes are until it is committed."""
+
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
+
+    def sync(self) -> None:
+        """Force what is written to disk."""
 
     def commit(self) -> None:
         """Put it in its target's place."""
@@ -111,14 +117,59 @@ def check_replaceable(target: Path, names: Iterable[str]) -> None:
         )
 
 
+class _Draft:
+    """One file that is being written; errors name it as it will be called."""
+
+    def __init__(self, path: Path, shown: Path) -> None:
+        self.path = path
+        self._shown = shown
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def hold(self) -> bool:
+        """Lock the file for as long as it is open; tell whether it is still there."""
+        return temporary.hold(self._fd, self.path)
+
+    def reserve(self, size: int) -> None:
+        """Make room for all of it, where the file system can: a full disk is found here."""
+        if not size or not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            if error.errno not in placing.UNSUPPORTED:
+                raise _refusal(self._shown, error) from error
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                count = os.pwrite(self._fd, view, offset)
+            except OSError as error:
+                raise _refusal(self._shown, error) from error
+            view = view[count:]
+            offset += count
+
+    def sync(self) -> None:
+        try:
+            # A failed fsync is final: the kernel may have dropped the pages it could not write.
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _refusal(self._shown, error) from error
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class AtomicFile(AbstractContextManager["AtomicFile"]):
     """A file that comes into being whole, by `commit`, or not at all.
 
     A symbolic link stays a link: the file behind it is replaced. The mode is the
-    replaced file's, or what the umask leaves of 0666.
+    replaced file's, or what the umask leaves of 0666. What killed runs to the same
+    target have left behind goes first.
 
     Attributes:
         target: The name that the user gave.
+        path: Where its bytes are until it is committed.
     """
 
     def __init__(self, target: Path, size: int) -> None:
@@ -128,23 +179,23 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
             # A name too long is found here, not at the very end.
             with suppress(FileNotFoundError):
                 self._final.lstat()
-            self._temporary = self._final.parent / f".swa-avg-{secrets.token_hex(8)}.tmp"
-            # A signal can come between any two steps: whatever happens, this is done at exit.
-            self._remove = weakref.finalize(self, _unlink, self._temporary)
-            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            temporary.remove_leftovers(self._final)
+            held = False
+            while not held:
+                self.path = temporary.name_beside(self._final)
+                # A signal can come between any two steps: whatever happens, this is done at exit.
+                self._remove = weakref.finalize(self, temporary.remove, self.path)
+                self._draft = _Draft(self.path, target)
+                held = self._draft.hold()
+                if not held:
+                    self._discard()
         except OSError as error:
             raise _refusal(target, error) from error
         try:
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:
+            self._draft.reserve(size)
+        except BaseException:
             self._discard()
-            raise _refusal(target, error) from error
-
-    @property
-    def path(self) -> Path:
-        """Where its bytes are until it is committed."""
-        return self._temporary
+            raise
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`; may be called from several threads.
@@ -152,14 +203,15 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         Raises:
             OutputError: The system refuses, for one because the disk is full.
         """
-        view = memoryview(data)
-        while view:
-            try:
-                count = os.pwrite(self._fd, view, offset)
-            except OSError as error:
-                raise _refusal(self.target, error) from error
-            view = view[count:]
-            offset += count
+        self._draft.write(data, offset)
+
+    def sync(self) -> None:
+        """Force what is written to disk.
+
+        Raises:
+            OutputError: The system could not; it is not tried again.
+        """
+        self._draft.sync()
 
     def commit(self) -> None:
         """Force the file to disk and put it in the target's place.
@@ -168,17 +220,15 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
             OutputError: The system refuses; the target is as it was.
         """
         try:
-            with suppress(FileNotFoundError):
-                os.fchmod(self._fd, stat.S_IMODE(self._final.stat().st_mode))
-            # A failed fsync is final: the kernel may have dropped the pages it could not write.
-            os.fsync(self._fd)
-            self._temporary.replace(self._final)
+            placing.take_mode(self.path, self._final)
+            self.sync()
+            self.path.replace(self._final)
         except OSError as error:
             raise _refusal(self.target, error) from error
-        _sync(self._final.parent)
+        _sync_name(self.target, self._final)
 
     def _discard(self) -> None:
-        os.close(self._fd)
+        self._draft.close()
         self._remove()
 
     def __exit__(self, *failure: object) -> None:
@@ -188,36 +238,61 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
 class AtomicFolder(AbstractContextManager["AtomicFolder"]):
     """A folder of files that comes into being whole, by `commit`, or not at all.
 
-    Places count through the files as if they lay one behind the other. A folder
-    that is replaced is moved away first: between that and the last rename there is
-    a moment without it.
+    Places count through the files as if they lay one behind the other. A folder that
+    is replaced changes places with the new one in one step, where the system can;
+    else there is a moment between two renames in which neither has the name.
 
     Attributes:
         target: The name that the user gave.
+        path: Where its files are, under their names, until it is committed.
     """
 
     def __init__(self, target: Path, files: Mapping[str, int]) -> None:
         self.target = target
         self._final = Path(os.path.realpath(target))
-        self._temporary = self._final.parent / f".swa-avg-{secrets.token_hex(8)}.tmp"
-        self._remove = weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
         self._opened = ExitStack()
         self._starts: list[int] = []
-        self._files: list[AtomicFile] = []
+        self._drafts: list[_Draft] = []
         try:
-            self._temporary.mkdir()
-            place = 0
-            for name, size in files.items():
-                (self._temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                file = AtomicFile(self._temporary / name, size)
-                self._files.append(self._opened.enter_context(file))
-                self._starts.append(place)
-                place += size
+            with suppress(FileNotFoundError):
+                self._final.lstat()
+            temporary.remove_leftovers(self._final)
+            held = False
+            while not held:
+                self.path = temporary.name_beside(self._final)
+                self._remove = weakref.finalize(self, temporary.remove, self.path)
+                self.path.mkdir()
+                held = self._hold()
+        except OSError as error:
+            self._opened.close()
+            raise _refusal(target, error) from error
+        try:
+            self._make_room(files)
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError):
                 raise _refusal(target, error) from error
             raise
+
+    def _hold(self) -> bool:
+        try:
+            folder = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        self._opened.callback(os.close, folder)
+        return temporary.hold(folder, self.path)
+
+    def _make_room(self, files: Mapping[str, int]) -> None:
+        place = 0
+        for name, size in files.items():
+            if not (self.path / name).parent.is_dir():
+                (self.path / name).parent.mkdir(parents=True)
+            draft = _Draft(self.path / name, self.target / name)
+            self._opened.callback(draft.close)
+            draft.reserve(size)
+            self._drafts.append(draft)
+            self._starts.append(place)
+            place += size
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data`, which lies in one file, at `offset`.
@@ -227,30 +302,36 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         """
         # The last file that starts there: an empty one before it has no bytes to write.
         number = bisect_right(self._starts, offset) - 1
-        self._files[number].write(data, offset - self._starts[number])
+        self._drafts[number].write(data, offset - self._starts[number])
+
+    def sync(self) -> None:
+        """Force what is written to disk, and the names in the folder.
+
+        Raises:
+            OutputError: The system could not; it is not tried again.
+        """
+        for draft in self._drafts:
+            draft.sync()
+        folders = {self.path, *(draft.path.parent for draft in self._drafts)}
+        try:
+            for folder in sorted(folders):
+                placing.sync_folder(folder)
+        except OSError as error:
+            raise _refusal(self.target, error) from error
 
     def commit(self) -> None:
         """Force the files to disk and put the folder in the target's place.
 
         Raises:
-            OutputError: The system refuses.
+            OutputError: The system refuses; the target is as it was.
         """
-        for file in self._files:
-            file.commit()
         try:
-            replaced = self._temporary.with_suffix(".old")
-            with suppress(FileNotFoundError):
-                self._final.rename(replaced)
-            try:
-                self._temporary.rename(self._final)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    replaced.rename(self._final)
-                raise
+            placing.take_mode(self.path, self._final)
+            self.sync()
+            placing.put_folder(self.path, self._final)
         except OSError as error:
             raise _refusal(self.target, error) from error
-        _sync(self._final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _sync_name(self.target, self._final)
 
     def _discard(self) -> None:
         self._opened.close()
@@ -260,19 +341,16 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         self._discard()
 
 
-def _sync(folder: Path) -> None:
-    """Force the names in a folder to disk, where its file system knows how and we may."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _unlink(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+def _sync_name(target: Path, final: Path) -> None:
+    """Force the new name to disk."""
+    try:
+        placing.sync_folder(final.parent)
+    except OSError as error:
+        raise OutputError(
+            f"is written, but its name could not be forced to disk: {error.strerror}",
+            file=target,
+            remedy="After a power failure the old one may be back",
+        ) from error
 
 
 def _refusal(target: Path, error: OSError | ValueError) -> OutputError:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from swa_avg.errors import MismatchError, SwaAvgError, listed
+from swa_avg.files import InputFile
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
 from swa_avg.gather import permuted
-from swa_avg.layout import StateDict
+from swa_avg.layout import BN_COUNTER, StateDict, is_bn_buffer
 from swa_avg.tensors import (
     DType,
     Kind,
@@ -26,9 +27,7 @@ from swa_avg.tensors import (
 )
 from swa_avg.ties import families
 
-_STATISTICS = ("running_mean", "running_var")
-_COUNTER = "num_batches_tracked"
-_RESET = {"running_mean": 0.0, "running_var": 1.0, _COUNTER: 0.0}
+_RESET = {"running_mean": 0.0, "running_var": 1.0, BN_COUNTER: 0.0}
 
 
 class Treatment(Enum):
@@ -72,6 +71,7 @@ class Work:
             are compared with it.
         dtype: Its dtype in the output.
         fill: What a reset one is filled with.
+        weights: How many checkpoints each source stands for; empty where each is one.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Work:
     sources: tuple[TensorRef, ...]
     dtype: DType
     fill: float = 0.0
+    weights: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,14 @@ class Plan:
     def bytes_to_read(self) -> int:
         """Bytes of tensors that are read from all checkpoints."""
         return sum(source.nbytes for work in self.works for source in work.sources)
+
+    @property
+    def ranges(self) -> Iterator[tuple[InputFile, int, int]]:
+        """What is read of which file: the first byte and how many, in the order of the output."""
+        for work in self.works:
+            for source in work.sources:
+                # Whole records: their checksums are over all of them.
+                yield from ((rec.file, rec.offset, rec.length) for rec in source.records)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -134,24 +143,30 @@ class Rules:
     strides: bool = True
 
 
-def make_plan(states: Sequence[StateDict], rules: Rules) -> Plan:
+def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] = ()) -> Plan:
     """Plan the average of checkpoints that are in their order.
+
+    Args:
+        states: Their state_dicts.
+        rules: How tensors are treated.
+        counts: How many checkpoints each stands for; by default one.
 
     Raises:
         MismatchError: They do not agree; it holds all disagreements.
     """
     last = states[-1]
+    counts = tuple(counts) or (1,) * len(states)
     disagreements = [error for state in states[:-1] for error in _differences(state, last, rules)]
     if disagreements:
         raise MismatchError(disagreements)
-    planned = {name: _treat(name, states, rules) for name in last.tensors}
+    planned = {name: _treat(name, states, rules, sum(counts)) for name in last.tensors}
     made, untied = families(
         states, {name: tensor.treatment for name, tensor in planned.items()}, rules.strides
     )
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
     for family in made:
-        work, base = _work(family.base, states, planned[family.base], rules)
+        work, base = _work(family.base, states, planned[family.base], rules, counts)
         for name in family.names:
             views[name] = _view(last.tensors[name], last.tensors[family.base], base, len(works))
         works.append(work)
@@ -163,6 +178,8 @@ def make_plan(states: Sequence[StateDict], rules: Rules) -> Plan:
 
 def _differences(state: StateDict, last: StateDict, rules: Rules) -> Iterator[SwaAvgError]:
     """Yield each way in which a checkpoint does not agree with the last one."""
+    if state.views is last.views:
+        return
     path, other = state.checkpoint.path, last.checkpoint.path
     missing = [name for name in last.tensors if name not in state.tensors]
     extra = [name for name in state.tensors if name not in last.tensors]
@@ -199,42 +216,33 @@ def _differences(state: StateDict, last: StateDict, rules: Rules) -> Iterator[Sw
                 )
 
 
-def _treat(name: str, states: Sequence[StateDict], rules: Rules) -> Planned:
-    """Decide what happens to a tensor."""
-    last, count = states[-1], len(states)
+def _treat(name: str, states: Sequence[StateDict], rules: Rules, count: int) -> Planned:
+    """Decide what happens to a tensor of an average of `count` checkpoints."""
+    last = states[-1]
     ref = last.tensors[name]
     dtype = rules.dtype if rules.dtype and ref.dtype.kind is Kind.FLOAT else ref.dtype
     treatment, reason = Treatment.AVERAGED, f"mean of {count}"
     if is_bn_buffer(name, last.tensors):
-        treatment, reason = _treat_bn_buffer(name, ref, states, rules)
+        treatment, reason = _treat_bn_buffer(name, ref, states, rules, count)
     elif ref.dtype.kind in (Kind.EXACT, Kind.OPAQUE):
         treatment, reason = Treatment.COPIED, f"{ref.dtype} has no mean"
     return Planned(name, treatment, reason, dtype, ref.shape)
 
 
-def is_bn_buffer(name: str, tensors: Mapping[str, object]) -> bool:
-    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
-    layer, _, buffer = name.rpartition(".")
-    if buffer not in _RESET:
-        return False
-    before = f"{layer}." if layer else ""
-    return all(before + statistic in tensors for statistic in _STATISTICS)
-
-
 def _treat_bn_buffer(
-    name: str, ref: TensorRef, states: Sequence[StateDict], rules: Rules
+    name: str, ref: TensorRef, states: Sequence[StateDict], rules: Rules, count: int
 ) -> tuple[Treatment, str]:
     if rules.bn_buffers == "reset":
         return Treatment.RESET, "BatchNorm buffer"
-    counts = name.rpartition(".")[2] == _COUNTER
-    if rules.bn_buffers == "mean" and ref.dtype.kind is Kind.FLOAT and not counts:
-        return Treatment.AVERAGED, f"BatchNorm buffer, mean of {len(states)}"
+    counter = name.rpartition(".")[2] == BN_COUNTER
+    if rules.bn_buffers == "mean" and ref.dtype.kind is Kind.FLOAT and not counter:
+        return Treatment.AVERAGED, f"BatchNorm buffer, mean of {count}"
     of = states[0] if rules.bn_buffers == "first" else states[-1]
     return Treatment.KEPT, f"BatchNorm buffer of {of.checkpoint.path}"
 
 
 def _work(
-    name: str, states: Sequence[StateDict], planned: Planned, rules: Rules
+    name: str, states: Sequence[StateDict], planned: Planned, rules: Rules, counts: Sequence[int]
 ) -> tuple[Work, OutputTensor]:
     """Return what is computed for a tensor, and how it lies in its new storage."""
     ref = states[-1].tensors[name]
@@ -247,9 +255,13 @@ def _work(
         taken = states[:1] if rules.bn_buffers == "first" else states[-1:]
     elif planned.treatment is Treatment.RESET:
         taken = ()
-    sources = tuple(permuted(state.tensors[name], order, shape) for state in taken)
+    sources = tuple(state.tensors[name] for state in taken)
+    if order != tuple(range(len(order))):
+        sources = tuple(permuted(source, order, shape) for source in sources)
     fill = _RESET.get(name.rpartition(".")[2], 0.0)
-    work = Work(name, planned.treatment, shape, sources, planned.dtype, fill)
+    equal = planned.treatment is not Treatment.AVERAGED or set(counts) == {1}
+    weights = () if equal else tuple(counts)
+    work = Work(name, planned.treatment, shape, sources, planned.dtype, fill, weights)
     return work, OutputTensor(0, 0, ref.shape, stride)
 
 

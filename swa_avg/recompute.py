@@ -11,12 +11,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from swa_avg import provenance
 from swa_avg.batches import Alone, Ranks
 from swa_avg.batchnorm import (
     Amp,
@@ -27,11 +28,13 @@ from swa_avg.batchnorm import (
 )
 from swa_avg.checksums import verify
 from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
-from swa_avg.formats import open_checkpoint, patch
+from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.gather import read_tensor
 from swa_avg.layout import StateDict, find_state_dict
 from swa_avg.output import AtomicFile
+from swa_avg.remote import is_remote
 from swa_avg.tensors import Record, TensorRef, is_dense
+from swa_avg.upload import RemoteFile
 from swa_avg.userdata import Fit, UserCode, load_weights, user_code
 
 
@@ -77,7 +80,7 @@ class Session:
 
     def recompute(
         self,
-        file: AtomicFile,
+        file: AtomicFile | RemoteFile,
         key: Sequence[str] = (),
         ema: bool = False,
         progress: Callable[[int], None] | None = None,
@@ -105,9 +108,24 @@ class Session:
             report = self._run(progress)
             buffers = recomputed_buffers(self._code.model, report)
             contents = _replaced(state, fit, buffers)
-            for place, data in list(patch(checkpoint, contents)):
+            for place, data in list(patch(checkpoint, contents, self._said(checkpoint, report))):
                 file.write(data, place)
         return report, tuple(_notes(report, fit))
+
+    def _said(self, checkpoint: Checkpoint, report: BatchNormReport) -> str:
+        """Return what a file of ours says from now on of how it was made."""
+        said = provenance.of(checkpoint)
+        if said is None:
+            return checkpoint.provenance
+        made = {
+            "estimator": self._options.estimator,
+            "batches": report.batches,
+            "samples": report.samples,
+        }
+        try:
+            return replace(said, batchnorm=made).text(len(checkpoint.provenance))
+        except ValueError:  # somebody has taken out the room that we left
+            return checkpoint.provenance
 
     def follow(self) -> None:
         """Take this process's share of the batches, with the leader's weights."""
@@ -130,7 +148,7 @@ class Session:
 
 
 @contextmanager
-def _named_after(file: AtomicFile) -> Iterator[None]:
+def _named_after(file: AtomicFile | RemoteFile) -> Iterator[None]:
     """Have errors name the file that is to come, not the temporary one it still is."""
     try:
         yield
@@ -161,7 +179,7 @@ def session(options: Recompute) -> Iterator[Session]:
 
 
 @contextmanager
-def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile]:
+def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | RemoteFile]:
     """Give a copy of a checkpoint that takes its place when it is committed.
 
     Its bytes are checked against the checksums that it carries.
@@ -183,7 +201,8 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile]:
         state = find_state_dict(checkpoint, key)
         (source,) = checkpoint.files
         verify((ref.record, name) for name, ref in state.tensors.items())
-        with AtomicFile(path, source.size) as file:
+        new = RemoteFile if is_remote(path) else AtomicFile
+        with new(path, source.size) as file:
             place = 0
             for chunk in source.chunks(0, source.size):
                 file.write(chunk, place)

@@ -11,11 +11,13 @@ from fnmatch import fnmatchcase
 from glob import glob
 from pathlib import Path
 
-from swa_avg import metrics
+from swa_avg import metrics, provenance
+from swa_avg.copies import copies
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import is_checkpoint
 from swa_avg.layout import StateDict
 from swa_avg.metrics import Score
+from swa_avg.remote import is_remote, path_of, remote_matches
 
 _MAGIC = re.compile(r"[*?[]")
 _EPOCH_IN_NAME = re.compile(r"epoch[-_=]?(\d+)|(\d+)epoch")
@@ -104,14 +106,7 @@ def expand(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = 
     paths: list[Path] = []
     excluded: list[Path] = []
     for pattern in patterns:
-        text = os.fspath(pattern)
-        matches = [text]
-        # A file may be called `run[1].pt`: what exists is no pattern.
-        if _MAGIC.search(text) and not os.path.lexists(text):
-            matches = sorted(glob(text, recursive=True))  # noqa: PTH207 - paths stay as the user wrote them
-            if not matches:
-                raise SelectionError("matches no file", file=text, remedy="Check the pattern")
-        for path in map(Path, matches):
+        for path in _matching(path_of(pattern), str(pattern)):
             if _matches(path, exclude):
                 excluded.append(path)
             else:
@@ -123,6 +118,21 @@ def expand(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = 
     if not paths:
         raise SelectionError("no checkpoints were given")
     return paths
+
+
+def _matching(path: Path, text: str) -> list[Path]:
+    """Return a path, or those that there are of a pattern."""
+    # A file may be called `run[1].pt`: what exists is no pattern.
+    if not _MAGIC.search(text) or (path.exists() if is_remote(path) else os.path.lexists(text)):
+        return [path]
+    if is_remote(path):
+        matches = remote_matches(path)
+    else:
+        # Path.glob would not leave them as the user wrote them.
+        matches = [Path(match) for match in sorted(glob(text, recursive=True))]  # noqa: PTH207
+    if not matches:
+        raise SelectionError("matches no file", file=text, remedy="Check the pattern")
+    return matches
 
 
 def _matches(path: Path, patterns: Iterable[str]) -> bool:
@@ -176,7 +186,7 @@ def select(candidates: Sequence[StateDict], choice: Choice = ALL) -> Selection:
         SelectionError: That leaves none, or a checkpoint lacks what it is chosen by.
     """
     notes: list[str] = []
-    chosen = _distinct(_ordered(candidates), notes)
+    chosen = _distinct(_ordered(_no_averages(candidates, notes)), notes)
     scores: dict[Path, Score] = {}
     if choice.epochs is not None:
         chosen = _of_epochs(chosen, choice.epochs, notes)
@@ -209,31 +219,29 @@ def _distinct(ordered: Sequence[StateDict], notes: list[str]) -> list[StateDict]
     Of several the first one with a number in its name counts: of `best.pt` and
     `epoch_3.pt` only the latter tells its place among the others.
     """
-    first: dict[object, StateDict] = {}
-    repeats: dict[int, str] = {}
-    for state in sorted(ordered, key=lambda state: _number_in(state.checkpoint.path) is None):
-        path = state.checkpoint.path
-        files = tuple(file.identity for file in state.checkpoint.files)
-        contents = _contents(state) or files
-        counted = first.get(files) or first.get(contents) or state
-        if counted is not state:
-            what = "is the same file as" if files in first else "holds the same weights as"
-            repeats[id(state)] = f"{path}: {what} {counted.checkpoint.path}; counted once"
-        first.setdefault(files, counted)
-        first.setdefault(contents, counted)
+    numbered = sorted(ordered, key=lambda state: _number_in(state.checkpoint.path) is None)
+    repeats = {
+        id(state): f"{state.checkpoint.path}: {why} {counted.checkpoint.path}; counted once"
+        for state, counted, why in copies(numbered)
+    }
     notes += [repeats[id(state)] for state in ordered if id(state) in repeats]
     return [state for state in ordered if id(state) not in repeats]
 
 
-def _contents(state: StateDict) -> object:
-    """Return what equal weights have in common, told without reading; None if nothing tells."""
-    found = []
-    for name, ref in sorted(state.tensors.items()):
-        checksums = tuple((record.length, record.crc32) for record in ref.records)
-        if ref.parts or any(crc32 is None for _, crc32 in checksums):
-            return None
-        found.append((name, ref.dtype, ref.shape, ref.stride, ref.offset, checksums))
-    return tuple(found) or None
+def _no_averages(candidates: Sequence[StateDict], notes: list[str]) -> list[StateDict]:
+    """Return the checkpoints that are no averages of ours, and note which are."""
+    averages = [state for state in candidates if provenance.of(state.checkpoint)]
+    if averages and len(averages) == len(candidates):
+        raise SelectionError(
+            "is an average already, and nothing else was given",
+            file=averages[0].checkpoint.path,
+            remedy="To add checkpoints to it, or to write it anew, give it with --start-from",
+        )
+    notes += [
+        f"{state.checkpoint.path}: is an average already; left out (--start-from takes it)"
+        for state in averages
+    ]
+    return [state for state in candidates if state not in averages]
 
 
 def _of_epochs(states: list[StateDict], text: str, notes: list[str]) -> list[StateDict]:
@@ -328,6 +336,6 @@ def natural(path: Path) -> tuple[tuple[int, int, str], ...]:
     """
     return tuple(
         (0, int(part), part) if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", os.fspath(path))
+        for part in re.split(r"(\d+)", str(path))
         if part
     )

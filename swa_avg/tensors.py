@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from swa_avg.files import InputFile
 
@@ -81,8 +82,7 @@ SAFETENSORS_DTYPES: Mapping[str, DType] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A stretch of bytes in a file: what a storage is on disk.
 
     Attributes:
@@ -99,30 +99,18 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef:
-    """A tensor that has not been read: where its elements are.
+class Tensor:
+    """A tensor that has not been read: what its elements are, and how they lie.
 
     Attributes:
         dtype: Its element type.
         shape: Its sizes.
         stride: Elements between neighbours, for each dimension.
-        record: The storage that it looks at; of several parts the first one's.
-        offset: Its first element, counted in elements from the storage's start.
-        parts: The boxes that it is made of, where they are stored apart; without
-            holes and overlaps.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    record: Record
-    offset: int = 0
-    parts: tuple[Part, ...] = ()
-
-    @property
-    def records(self) -> tuple[Record, ...]:
-        """All storages that it looks at."""
-        return tuple(part.ref.record for part in self.parts) or (self.record,)
 
     @property
     def numel(self) -> int:
@@ -143,6 +131,57 @@ class TensorRef:
     def contiguous(self) -> bool:
         """Whether its elements lie one after the other in C order."""
         return is_contiguous(self.shape, self.stride)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A storage as a header speaks of it, whichever file it is in.
+
+    Two are never equal, of whatever name: so none is taken for that of another header.
+
+    Attributes:
+        name: Its name there.
+        numel: Its elements.
+        nbytes: Its size in bytes.
+    """
+
+    name: str
+    numel: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class View(Tensor):
+    """A tensor as a header speaks of it. Files with equal headers have it in common.
+
+    Attributes:
+        stored: The storage that it looks at.
+        offset: Its first element, counted in elements from the storage's start.
+    """
+
+    stored: Stored
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef(Tensor):
+    """A tensor in a file: where its elements are.
+
+    Attributes:
+        record: The storage that it looks at; of several parts the first one's.
+        offset: Its first element, counted in elements from the storage's start.
+        parts: The boxes that it is made of, where they are stored apart; without
+            holes and overlaps.
+    """
+
+    record: Record
+    offset: int = 0
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """All storages that it looks at."""
+        return tuple(part.ref.record for part in self.parts) if self.parts else (self.record,)
 
 
 @dataclass(frozen=True, slots=True)

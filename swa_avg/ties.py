@@ -61,6 +61,8 @@ def _tied_before(states: Sequence[StateDict]) -> dict[str, None]:
     found: dict[str, None] = {}
     last = states[-1].tensors
     for state in states[:-1]:
+        if state.views is states[-1].views:
+            continue
         by_view: dict[TensorRef, list[str]] = {}
         for name, ref in state.tensors.items():
             if ref.numel:
@@ -115,7 +117,7 @@ def _equal(names: list[str], tensors: Mapping[str, TensorRef]) -> list[Family]:
 
 def _alike(family: Family, state: StateDict, last: StateDict) -> bool:
     """Tell whether names are tied in a checkpoint just as they are in the last."""
-    if len(family.names) == 1:
+    if len(family.names) == 1 or state.views is last.views:
         return True
     base, base_last = state.tensors[family.base], last.tensors[family.base]
     for name in family.names:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from swa_avg.formats.pickles import Inert, UnreadableTensor
 from swa_avg.modules import state_dict_of
-from swa_avg.tensors import TensorRef
+from swa_avg.tensors import Tensor
 
 
 def mapping(value: object) -> Mapping[object, object] | None:
@@ -19,7 +19,7 @@ def mapping(value: object) -> Mapping[object, object] | None:
 def tensor_count(value: object) -> int:
     """Return how many tensors a mapping holds itself; 0 for anything else."""
     entries = mapping(value) or {}
-    return sum(isinstance(item, TensorRef | UnreadableTensor) for item in entries.values())
+    return sum(isinstance(item, Tensor | UnreadableTensor) for item in entries.values())
 
 
 def at(tree: object, path: str) -> object:

@@ -3,7 +3,8 @@
 What a framework put around the weights (optimizer, hyper-parameters, schedules)
 stays as it is, byte for byte: it is neither understood nor written anew, so
 that the framework's own loader takes the file, or the folder. Only the ranges
-of the averaged tensors, and the checksums over them, are other ones.
+of the averaged tensors, and the checksums over them, are other ones; and how the
+average was made is put in, where the format has room for it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 from swa_avg.checksums import Piece, combined, with_gaps
 from swa_avg.errors import OutputError
 from swa_avg.files import InputFile
-from swa_avg.formats import checksum_places
+from swa_avg.formats import PROVENANCE, Splice, checksum_places, with_provenance
 from swa_avg.layout import StateDict
 from swa_avg.plan import Plan, Work
 from swa_avg.tensors import Record, is_dense
@@ -39,41 +41,65 @@ class WrapperLayout:
     Attributes:
         sources: The files, by their names in the folder; of a single file the name is empty.
         ranges: What is replaced, in the order of the storages.
+        provenance: How the output was made, as far as that is known before it is.
     """
 
     sources: Mapping[str, InputFile]
     ranges: tuple[_Range, ...]
+    provenance: str
+
+    @property
+    def _single(self) -> InputFile | None:
+        return self.sources.get("")
 
     @property
     def files(self) -> Mapping[str, int]:
         """The size of each file of a folder; none for a single file."""
-        return {name: file.size for name, file in self.sources.items() if name}
+        if self._single:
+            return {}
+        sizes = {name: file.size for name, file in self.sources.items()}
+        return sizes | {PROVENANCE: len(self.provenance)}
 
     @property
     def size(self) -> int:
         """The size of all files in bytes."""
-        return sum(file.size for file in self.sources.values())
+        if self._single:
+            return _moved(self._single.size, self._splices)
+        return sum(self.files.values())
+
+    @cached_property
+    def _splices(self) -> tuple[Splice, ...]:
+        """What is changed in a single file beside the ranges; nothing in a folder's files."""
+        return with_provenance(self._single, self.provenance) if self._single else ()
 
     @property
     def places(self) -> Sequence[int]:
         """Where each range goes; places count through the files one after the other."""
         starts = {self.sources[name].identity: start for name, start in self._starts()}
-        return [starts[file] + place for file, place in map(_place, self.ranges)]
+        return [
+            starts[file] + _moved(place, self._splices) for file, place in map(_place, self.ranges)
+        ]
 
-    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes outside the ranges, then the checksums over what is inside.
 
         Args:
             checksums: The CRC-32 of each range.
+            provenance: How the output was made.
         """
+        splices = replace(self, provenance=provenance)._splices
         for name, first in self._starts():
             file = self.sources[name]
             for start, length in self._outside(file):
                 for chunk in file.chunks(start, length):
-                    yield first + start, chunk
+                    yield first + _moved(start, splices), chunk
                     start += len(chunk)
+            for number, splice in enumerate(splices):
+                yield _moved(splice.start, splices[:number]), splice.data
             for place, checksum in self._checksums(file, checksums):
-                yield first + place, struct.pack("<I", checksum)
+                yield first + _moved(place, splices), struct.pack("<I", checksum)
+        if not self._single:
+            yield self.size - len(provenance), provenance.encode()
 
     def _starts(self) -> Iterator[tuple[str, int]]:
         place = 0
@@ -85,7 +111,9 @@ class WrapperLayout:
         """Yield the start and length of each stretch of a file that stays as it is."""
         place = 0
         inside = [r for r in self.ranges if r.record.file.identity == file.identity]
-        for start, length in sorted((_place(r)[1], r.length) for r in inside):
+        stretches = [(_place(r)[1], r.length) for r in inside if r.length]
+        stretches += [(splice.start, splice.length) for splice in self._splices]
+        for start, length in sorted(stretches):
             yield place, start - place
             place = start + length
         yield place, file.size - place
@@ -103,6 +131,12 @@ class WrapperLayout:
                 checksum = combined(with_gaps(record, replaced))
                 for place in places[record.file][record.offset]:
                     yield record.file.start + place, checksum
+
+
+def _moved(place: int, splices: Sequence[Splice]) -> int:
+    """Return where a byte of a file is when what comes before it is spliced."""
+    before = [splice for splice in splices if splice.start + splice.length <= place]
+    return place + sum(len(splice.data) - splice.length for splice in before)
 
 
 def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -> WrapperLayout:
@@ -126,7 +160,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     path = last.checkpoint.path
     if not path.is_dir():
         (file,) = last.checkpoint.files
-        return WrapperLayout({"": file}, ranges)
+        return WrapperLayout({"": file}, ranges, plan.state_dict.provenance)
     sources = {}
     for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
         sources[inner.relative_to(path).as_posix()] = file = InputFile(inner)
@@ -139,7 +173,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
                 file=r.record.file.path,
                 remedy="Remove one of the links, or leave out --keep-wrapper",
             )
-    return WrapperLayout(sources, ranges)
+    return WrapperLayout(sources, ranges, plan.state_dict.provenance)
 
 
 def _range(work: Work, last: StateDict) -> _Range:
@@ -151,7 +185,7 @@ def _range(work: Work, last: StateDict) -> _Range:
     return _Range(ref.record, ref.offset * ref.dtype.itemsize, ref.nbytes)
 
 
-def _place(r: _Range) -> tuple[tuple[int, int], int]:
+def _place(r: _Range) -> tuple[tuple[object, object], int]:
     """Return which file on disk a range is in, and where."""
     return r.record.file.identity, r.record.file.start + r.record.offset + r.start
 

@@ -89,17 +89,20 @@ def from_bits(patterns: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
 
-def mean(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+def mean(
+    inputs: Sequence[Tensor], dtype: torch.dtype | None = None, weights: Sequence[int] = ()
+) -> Tensor:
     """Return the mean of tensors of one shape, rounded once to `dtype`.
 
-    Elements with the same bits in all inputs keep them.
+    Without weights each input counts once. Elements with the same bits in all inputs keep them.
     """
     wanted = dtype or inputs[0].dtype
     if wanted in PARTS:
         parts = [torch.view_as_real(values) for values in inputs]
-        return torch.view_as_complex(mean(parts, PARTS[wanted]))
+        return torch.view_as_complex(mean(parts, PARTS[wanted], weights))
     same_dtype = all(values.dtype == wanted for values in inputs)
     forms = [FORMATS[values.dtype] for values in inputs]
+    times = weights or [1] * len(inputs)
     made = []
     for column in zip(*map(bits, inputs), strict=True):
         patterns = set(column)
@@ -108,7 +111,8 @@ def mean(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
             continue
         numbers = [form.value(pattern) for pattern, form in zip(column, forms, strict=True)]
         assert None not in numbers, "NaN and infinity have no mean"
-        made.append(FORMATS[wanted].bits(sum(numbers, Fraction(0)) / len(numbers)))
+        exact = sum((n * w for n, w in zip(numbers, times, strict=True)), Fraction(0)) / sum(times)
+        made.append(FORMATS[wanted].bits(exact))
     return from_bits(made, wanted).reshape(inputs[0].shape)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import random
@@ -16,6 +15,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from folders import HALVES, WHOLE, Box, Weights, save_chunks, set_chunks, set_info, set_size
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stored import tensors as read
@@ -23,11 +23,8 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
 )
 
 import swa_avg
@@ -38,9 +35,6 @@ from swa_avg.layout import find_state_dict
 from swa_avg.select import expand, select
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-Weights = dict[str, torch.Tensor]
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -232,44 +226,6 @@ def test_two_ranks(kind: str, ranks: Path, tmp_path: Path) -> None:
 # By hand --------------------------------------------------------------------------------------
 
 
-def save_chunks(
-    folder: Path,
-    tensors: Weights,
-    boxes: dict[str, list[Box]],
-    zipped: bool = True,
-    change: Any = lambda metadata: None,
-) -> Path:
-    """Write a folder as several ranks do, each chunk to one of three files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described: dict[str, Any] = {}
-    items: dict[Any, Any] = {}
-    names = [f"__{rank}_0.distcp" for rank in range(3)]
-    written = {name: bytearray() for name in names}
-    turn = itertools.cycle(names)
-    for name, tensor in tensors.items():
-        chunks = []
-        for number, (start, size) in enumerate(boxes[name]):
-            chunks.append(ChunkStorageMetadata(torch.Size(start), torch.Size(size)))
-            part = tensor[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-            file = next(turn)
-            path = folder / "item"
-            torch.save(part.clone(), path, _use_new_zipfile_serialization=zipped)
-            data = path.read_bytes()
-            path.unlink()
-            index = MetadataIndex(f"model.{name}", start, number)
-            items[index] = _StorageInfo(file, len(written[file]), len(data))
-            written[file] += data
-        described[f"model.{name}"] = TensorStorageMetadata(
-            TensorProperties(dtype=tensor.dtype), tensor.size(), chunks
-        )
-    metadata = Metadata(described, {f"model.{name}": ("model", name) for name in tensors}, items)
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    for file, data in written.items():
-        (folder / file).write_bytes(data)
-    return folder
-
-
 def cut(shape: tuple[int, ...], cuts: int, rng: random.Random) -> list[Box]:
     """Cut a tensor into boxes at random, none of them empty."""
     boxes: list[Box] = [((0,) * len(shape), shape)]
@@ -371,33 +327,6 @@ def test_a_flipped_bit_is_found(place: float, tmp_path: Path) -> None:
 
 
 # Refusals -------------------------------------------------------------------------------------
-
-WHOLE = {"w": torch.arange(24.0).reshape(4, 6)}
-HALVES: list[Box] = [((0, 0), (4, 3)), ((0, 3), (4, 3))]
-
-
-def set_info(**values: object) -> Any:
-    def change(metadata: Metadata) -> None:
-        for info in metadata.storage_data.values():
-            info.__dict__.update(values)
-
-    return change
-
-
-def set_chunks(*boxes: Box) -> Any:
-    def change(metadata: Metadata) -> None:
-        metadata.state_dict_metadata["model.w"].chunks = [
-            ChunkStorageMetadata(torch.Size(start), torch.Size(size)) for start, size in boxes
-        ]
-
-    return change
-
-
-def set_size(*size: int) -> Any:
-    def change(metadata: Metadata) -> None:
-        metadata.state_dict_metadata["model.w"].size = torch.Size(size)
-
-    return change
 
 
 def add_twin(metadata: Metadata) -> None:

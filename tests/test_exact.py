@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import permutations
 
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swa_avg.exact import (
+from swa_avg.exact import MOST_WEIGHT, Averager
+from swa_avg.rounding import (
     AlwaysRounded,
-    Averager,
     NonFiniteError,
     RoundingDetector,
     rounding_detector,
@@ -29,11 +30,22 @@ names = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 narrow_names = pytest.mark.parametrize("dtype", NARROW, ids=str)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """As in the kernel: the processor's note of a rounding is kept for each thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rounding_detector.cache_clear()
+    yield
+    torch.set_num_threads(before)
+
+
 def averaged(
     inputs: list[Tensor],
     dtype: torch.dtype | None = None,
     chunk: int | None = None,
     detector: RoundingDetector | None = None,
+    weights: tuple[int, ...] = (),
 ) -> Tensor:
     """Return the mean as swa-avg computes it, in chunks of `chunk` elements."""
     out = torch.empty(inputs[0].numel(), dtype=dtype or inputs[0].dtype)
@@ -47,12 +59,16 @@ def averaged(
             len(parts),
             out[start : start + chunk],
             DTYPES[str(out.dtype).removeprefix("torch.")],
+            weights,
         )
     return out
 
 
-def assert_correct(inputs: list[Tensor], dtype: torch.dtype | None = None) -> None:
-    expected, found = oracle.mean(inputs, dtype), averaged(inputs, dtype)
+def assert_correct(
+    inputs: list[Tensor], dtype: torch.dtype | None = None, weights: tuple[int, ...] = ()
+) -> None:
+    expected = oracle.mean(inputs, dtype, weights)
+    found = averaged(inputs, dtype, weights=weights)
     pairs = zip(oracle.bits(expected), oracle.bits(found), strict=True)
     wrong = [n for n, (a, b) in enumerate(pairs) if a != b]
     columns = [[values[n].item().hex() for values in inputs] for n in wrong[:2]]
@@ -230,6 +246,119 @@ def test_mean_of_the_largest_numbers_does_not_overflow(dtype: torch.dtype) -> No
     form = oracle.FORMATS[dtype]
     rows = [[form.largest, form.largest | form.sign, form.largest - n] for n in range(7)]
     assert_correct([oracle.from_bits(row, dtype) for row in rows])
+
+
+# Weighted.
+
+WEIGHTS = st.lists(
+    st.one_of(st.integers(1, 9), st.integers(1, MOST_WEIGHT), st.just(MOST_WEIGHT)),
+    min_size=4,
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    raw=st.binary(min_size=32, max_size=256), dtype=st.sampled_from(FLOATS), drawn=WEIGHTS,
+    cancel=st.booleans(),
+)  # fmt: skip
+def test_weighted_mean_is_correctly_rounded(
+    raw: bytes, dtype: torch.dtype, drawn: list[int], cancel: bool
+) -> None:
+    """The sum of w_i x_i over that of w_i, for any finite bits, in any order of the inputs."""
+    form = oracle.FORMATS[dtype]
+    smallest = Fraction(2) ** -900  # below, float64 has ties that are not promised
+    largest = Fraction(2) ** 990
+
+    def sound(pattern: int) -> int:
+        value = form.value(pattern)
+        return pattern if value is not None and smallest <= abs(value) <= largest else 0
+
+    size, weights = dtype.itemsize, tuple(drawn)
+    numbers = [int.from_bytes(raw[n : n + size], "little") for n in range(0, len(raw), size)]
+    length = max(1, len(numbers) // 4)
+    rows = [[sound(numbers[(n + k * length) % len(numbers)]) for n in range(length)]
+            for k in range(4)]  # fmt: skip
+    if cancel and not form.unsigned_zero:
+        rows[1] = [pattern ^ form.sign for pattern in rows[0]]
+        weights = (weights[0], weights[0], *weights[2:])
+    inputs = [oracle.from_bits(row, dtype) for row in rows]
+    assert_correct(inputs, None, weights)
+    backwards = averaged(inputs[::-1], weights=weights[::-1])
+    assert oracle.same_bits(averaged(inputs, weights=weights), backwards)
+
+
+@names
+@pytest.mark.parametrize("weights", [(1, 1, 1), (2, 1, 5), (MOST_WEIGHT, MOST_WEIGHT - 1, 3)])
+def test_weighted_mean_of_real_weights(dtype: torch.dtype, weights: tuple[int, ...]) -> None:
+    """Over weights like real ones, and elements the same in all inputs keep their bits."""
+    torch.manual_seed(0)
+    inputs = spread(3, 400, -6, 4, dtype)
+    for values in inputs:
+        values[::9] = -0.0
+        values[4] = inputs[0][4]
+    assert_correct(inputs, None, weights)
+    chunks = averaged(inputs, chunk=37, weights=weights)
+    assert oracle.same_bits(chunks, averaged(inputs, weights=weights))
+
+
+@names
+def test_identical_inputs_keep_their_bits_whatever_their_weights(dtype: torch.dtype) -> None:
+    """Infinities, NaN payloads, -0.0, subnormals, the largest numbers."""
+    form = oracle.FORMATS[dtype]
+    patterns = [form.sign, form.largest, form.largest + 1, form.largest + 2, 1, 0, 3]
+    patterns = [p for p in patterns if p < 2 * form.sign]
+    values = oracle.from_bits([*patterns, *oracle.bits(spread(1, 90, -6, 4, dtype)[0])], dtype)
+    for weights in ((3, 1, 7), (MOST_WEIGHT, MOST_WEIGHT, 1)):
+        assert oracle.same_bits(averaged([values] * 3, weights=weights), values)
+
+
+def test_equal_weights_are_no_weights() -> None:
+    """A mean in which each counts seven times is the mean."""
+    inputs = anything(4, 300, torch.float32, seed=2)
+    assert oracle.same_bits(averaged(inputs, weights=(7,) * 4), averaged(inputs))
+
+
+# All means of the first k inputs.
+
+
+@names
+@pytest.mark.parametrize("weights", [(), (3, 1, 4, 1, 5, 9)])
+@pytest.mark.parametrize("make", ["like weights", "all exponents", "halfway"])
+@pytest.mark.parametrize("careful", [False, True])
+def test_running_means_are_the_means(
+    dtype: torch.dtype, weights: tuple[int, ...], make: str, careful: bool
+) -> None:
+    """Each running mean is that of the first k inputs by themselves, bit for bit."""
+    torch.manual_seed(0)
+    inputs = spread(6, 200, -3, 1, dtype)
+    if make == "all exponents":
+        inputs = anything(6, 200, dtype, seed=1)
+    elif make == "halfway":  # additions are exact up to the fourth
+        inputs[3:] = anything(3, 200, dtype, seed=4)
+    for values in inputs:
+        values[::13] = -0.0
+    inputs[0][5] = math.nan  # alone it is what it is
+    averager = Averager(200)
+    averager._rounded = AlwaysRounded() if careful else averager._rounded
+    out = torch.empty(200, dtype=dtype)
+    made = averager.running_means(
+        lambda: iter(inputs), 6, out, DTYPES[str(dtype).removeprefix("torch.")], weights
+    )
+    assert next(made) == 1
+    assert oracle.same_bits(out, inputs[0])
+    with pytest.raises(NonFiniteError):
+        next(made)
+    for values in inputs:
+        values[5] = 1
+    for _ in range(2):  # what the averager has learnt from a chunk changes nothing
+        counts = []
+        for k in averager.running_means(
+            lambda: iter(inputs), 6, out, DTYPES[str(dtype).removeprefix("torch.")], weights
+        ):
+            counts.append(k)
+            assert oracle.same_bits(out, averaged(inputs[:k], weights=weights[:k])), k
+        assert counts == [1, 2, 3, 4, 5, 6]
 
 
 # The same bits, whatever the way.

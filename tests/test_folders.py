@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from folders import Weights, index, save_one, save_shards, weights
 from safetensors.torch import save_file
 from stored import tensors as read
 
@@ -22,45 +23,11 @@ from swa_avg.formats import open_checkpoint
 from swa_avg.layout import find_state_dict
 from swa_avg.select import expand, select
 
-Weights = dict[str, torch.Tensor]
-
-
-def weights(seed: int = 0) -> Weights:
-    torch.manual_seed(seed)
-    return {f"layers.{n}.weight": torch.rand(3, n + 1) for n in range(6)}
-
 
 def assert_same(found: Weights, expected: Weights) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert oracle.same_bits(found[name], tensor), name
-
-
-def save_shards(folder: Path, state: Weights, safe: bool = True, shards: int = 3) -> Path:
-    """Write shards and their index as `save_pretrained` names them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")
-    weight_map = {}
-    for number in range(shards):
-        name = f"{stem}-{number + 1:05}-of-{shards:05}.{suffix}"
-        part = {key: state[key] for key in list(state)[number::shards]}
-        if safe:
-            save_file(part, folder / name, {"format": "pt"})
-        else:
-            torch.save(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    index = {"metadata": {"total_size": 1}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    return folder
-
-
-def save_one(folder: Path, state: Weights, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    if name.endswith(".safetensors"):
-        save_file(state, folder / name, {"format": "pt"})
-    else:
-        torch.save(state, folder / name)
-    return folder
 
 
 ONE_FILE = (
@@ -126,10 +93,6 @@ def test_trainer_folders_are_ordered_by_what_they_record(tmp_path: Path) -> None
     assert [(state.epoch, state.step) for state in states] == [(2, 300), (None, 100), (None, 200)]
     chosen = select(states).chosen
     assert [state.checkpoint.path.name for state in chosen] == ["b", "c", "a"]
-
-
-def index(weight_map: Any) -> str:
-    return json.dumps({"metadata": {}, "weight_map": weight_map})
 
 
 @pytest.mark.parametrize(

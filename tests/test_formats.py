@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zipfile
@@ -13,6 +12,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from hostile import entry, header
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
@@ -294,15 +294,6 @@ def test_name_that_safetensors_cannot_hold_is_refused(tmp_path: Path, name: str)
     assert set(torch.load(tmp_path / "out.pt", weights_only=True)) == {name, "b"}
 
 
-def header(**entries: object) -> bytes:
-    text = json.dumps(entries).encode()
-    return len(text).to_bytes(8, "little") + text
-
-
-def entry(begin: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -389,7 +380,7 @@ def test_tensors_are_read_once_and_the_rest_not_at_all(
         for ref in find_state_dict(checkpoint).tensors.values():
             assert set(of_record(times[path], ref.record)) == {1}
         momentum = checkpoint.tree["optimizer"]["state"][0]["momentum"]
-        assert set(of_record(times[path], momentum.record)) == {0}
+        assert set(of_record(times[path], checkpoint.located(momentum).record)) == {0}
         checkpoint.close()
 
 

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import test_faults_corrupt
+import test_faults_environment
+import test_faults_malicious
+import test_faults_mismatched
+import test_faults_odd
 from test_structure import PACKAGE, ROOMS
 
 from swa_avg.cli import command
 
 README = Path(__file__).parent.parent / "README.md"
+CATALOGUE = (
+    test_faults_malicious,
+    test_faults_corrupt,
+    test_faults_mismatched,
+    test_faults_odd,
+    test_faults_environment,
+)
+FAULTS = range(1, 108)
 
 
 def help_text() -> str:
@@ -31,9 +48,41 @@ def files_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def faults() -> dict[int, list[tuple[str, ModuleType, tuple[str, ...]]]]:
+    """The tests of each fault: name, module, and what the mark says of the fault."""
+    found = defaultdict(list)
+    for module in CATALOGUE:
+        for name, test in vars(module).items():
+            marked = dict.fromkeys(marks(test)) if name.startswith("test_") else {}
+            for number, *said in marked:
+                found[number].append((name, module, tuple(said)))
+    return found
+
+
+def marks(test: Any) -> Iterator[tuple[Any, ...]]:
+    """The arguments of a test's marks of faults, those of single cases included."""
+    for mark in getattr(test, "pytestmark", ()):
+        if mark.name == "fault":
+            yield mark.args
+        elif mark.name == "parametrize":
+            for case in mark.args[1]:
+                yield from (m.args for m in getattr(case, "marks", ()) if m.name == "fault")
+
+
+def faults_table() -> str:
+    """Every fault of the catalogue, what happens, and the tests that hold it to that."""
+    lines = ["| | fault | what happens | tests |", "| --- | --- | --- | --- |"]
+    for number, tests in sorted(faults().items()):
+        what, happens = next(said for _, _, said in tests if said)
+        names = {f"[`{name}`](tests/{module.__name__}.py)": None for name, module, _ in tests}
+        lines.append(f"| {number} | {what} | {happens} | {', '.join(names)} |")
+    return "<details>\n<summary>All 107</summary>\n\n" + "\n".join(lines) + "\n\n</details>\n"
+
+
 def rendered(text: str) -> str:
     """Return the README with its generated parts as they should be."""
-    for name, content in (("help", help_text()), ("files", files_table())):
+    parts = {"help": help_text(), "files": files_table(), "faults": faults_table()}
+    for name, content in parts.items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->\n"
         before, _, rest = text.partition(start)
         _, found, after = rest.partition(end)
@@ -43,8 +92,15 @@ def rendered(text: str) -> str:
 
 
 def test_readme_is_generated() -> None:
-    """The help and the list of files in the README are those of the code, to the letter."""
+    """Help, files and faults in the README are those of the code and its tests, to the letter."""
     assert README.read_text() == rendered(README.read_text())
+
+
+def test_every_fault_has_its_test() -> None:
+    """No number of the catalogue is without a test, and each says once what it is."""
+    assert sorted(faults()) == list(FAULTS)
+    for number, tests in faults().items():
+        assert len([said for *_, said in tests if said]) == 1, number
 
 
 def test_help_fits_two_screens() -> None:

@@ -41,7 +41,7 @@ def plan(
 ) -> tuple[list[str], Averaging]:
     """Return the names of what is chosen, in order, and the plan."""
     first = checkpoints if isinstance(checkpoints, Path) else checkpoints[0]
-    with planned(checkpoints, first.parent / "out.pt", choice=choice, **options) as made:
+    with planned(checkpoints, first.parent / "out.pt", Options(choice=choice, **options)) as made:
         return [Path(source.path).name for source in made.inputs], made
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from swa_avg.files import InputFile
-from swa_avg.tensors import DType
+from swa_avg.tensors import DType, Record, Stored, TensorRef, View
+
+# The name under which an average says how it was made: a record, a file, a key of metadata.
+PROVENANCE = "swa_avg.json"
+MOST_PROVENANCE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,15 @@ class Checkpoint:
     Attributes:
         path: As the user named it.
         format: The name of its format, for people.
-        tree: What was saved: containers and plain values, with a `TensorRef` for each tensor.
+        tree: What was saved: containers and plain values, with a `View` for each tensor, or a
+            `TensorRef`. Checkpoints whose headers are equal may have it in common.
         files: The files it is made of, open.
         metadata: Text that a safetensors file carries about itself.
         notes: What a user should know about the file itself.
         beside: What stands in files beside the tensors (`trainer_state.json`), if anything.
+        provenance: What an average of ours says of how it was made; else empty.
+        provenance_record: The record that says it, where that is one of its own.
+        records: Where the storages are that the views in `tree` look at.
     """
 
     path: Path
@@ -32,11 +40,40 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     beside: object = None
+    provenance: str = ""
+    provenance_record: Record | None = None
+    records: Mapping[Stored, Record] = field(default_factory=dict)
+
+    def located(self, tensor: View | TensorRef) -> TensorRef:
+        """Return where a tensor of `tree` is.
+
+        Raises:
+            KeyError: It is none of this checkpoint.
+        """
+        if isinstance(tensor, TensorRef):
+            return tensor
+        record = self.records[tensor.stored]
+        return TensorRef(tensor.dtype, tensor.shape, tensor.stride, record, tensor.offset)
 
     def close(self) -> None:
         """Close its files."""
         for file in self.files:
             file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """A stretch of a file that gives way to other bytes, as many or not.
+
+    Attributes:
+        start: Its first byte.
+        length: How many bytes go; none where something is put in between.
+        data: What comes instead.
+    """
+
+    start: int
+    length: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +109,15 @@ class OutputStateDict:
         metadata: Its `_metadata` (module paths to versions), which torch keeps
             beside a state_dict, or None.
         text: The metadata of a safetensors file.
+        provenance: How it was made, in ASCII, as far as that is known before its tensors
+            are; what is known then has the same length. Empty where nothing is said.
     """
 
     storages: tuple[OutputStorage, ...]
     items: Mapping[str, OutputTensor | object]
     metadata: Mapping[str, object] | None = None
     text: Mapping[str, str] = field(default_factory=dict)
+    provenance: str = ""
 
     @property
     def tensors(self) -> dict[str, OutputTensor]:
@@ -100,9 +140,10 @@ class Layout(Protocol):
     def places(self) -> Sequence[int]:
         """Where each storage's first byte goes, in the order of the storages."""
 
-    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes that are no storage's, with their places.
 
         Args:
             checksums: The CRC-32 of each storage.
+            provenance: How the output was made, as long as what it was laid out with.
         """

@@ -19,9 +19,10 @@ from swa_avg.errors import FormatError
 from swa_avg.files import InputFile, Section
 from swa_avg.formats import pickles, single
 from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.headers import Headers
 from swa_avg.formats.pickles import Global, Inert
 from swa_avg.formats.sharded import is_inside, trainer_state
-from swa_avg.tensors import Part, Record, TensorRef, contiguous_stride
+from swa_avg.tensors import Part, TensorRef, View, contiguous_stride
 
 _METADATA = ".metadata"
 # accelerate and Trainer put the model's folder into their own, beside the optimizer's.
@@ -79,7 +80,7 @@ def _lightning_state(folder: Path) -> object:
     path = folder / _LIGHTNING
     if not path.exists():
         return None
-    meta = single.open_file(path)
+    meta = single.open_file(path, Headers())
     meta.close()
     return meta.tree
 
@@ -90,17 +91,13 @@ def _metadata(path: Path) -> Mapping[str, object]:
     try:
         if file.size > _MOST_METADATA_BYTES:
             raise FormatError(f"is {file.size} bytes long", expected="metadata")
-        found = _fields(pickles.load(file.read(0, file.size), _no_storage))
+        found = _fields(pickles.load_plain(file.read(0, file.size)))
     finally:
         file.close()
     for name in ("state_dict_metadata", "storage_data"):
         if not isinstance(found.get(name), dict):
             raise FormatError(f"has no {name}", expected="metadata of a distributed checkpoint")
     return found
-
-
-def _no_storage(storage: pickles.Storage) -> Record:
-    raise FormatError("refers to a storage where none belongs")
 
 
 def _fields(value: object) -> Mapping[str, object]:
@@ -244,6 +241,7 @@ class _Source:
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
         self.files: dict[str, InputFile] = {}
+        self._headers = Headers()
         self._folder = folder
         self._opened = opened
         self._places: dict[tuple[str, tuple[int, ...] | None], object] = {}
@@ -267,16 +265,17 @@ class _Source:
             self.files[place.file] = InputFile(self._folder / place.file)
             self._opened.callback(self.files[place.file].close)
         file = self.files[place.file]
-        found = single.read(Section(file, place.start, place.length)).tree
-        if not isinstance(found, TensorRef) or found.shape != shape:
-            what = list(found.shape) if isinstance(found, TensorRef) else pickles.described(found)
+        item = single.read(Section(file, place.start, place.length), self._headers)
+        found = item.tree
+        if not isinstance(found, View) or found.shape != shape:
+            what = list(found.shape) if isinstance(found, View) else pickles.described(found)
             raise FormatError(
                 f"has {what} for a chunk",
                 file=file.path,
                 tensor=name,
                 expected=f"a tensor of shape {list(shape)}",
             )
-        return found
+        return item.located(found)
 
     def _place(self, name: str, start: tuple[int, ...]) -> _Place:
         info = _fields(self._places.get((name, start)))

@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from swa_avg.formats import torch_zip
-from swa_avg.formats.checkpoint import OutputStateDict
+from swa_avg.formats.checkpoint import PROVENANCE, OutputStateDict
 from swa_avg.formats.torch_zip import ZipLayout
 
 _DATA = "__0_0.distcp"
@@ -23,24 +23,27 @@ _METADATA = ".metadata"
 
 @dataclass(frozen=True)
 class DcpLayout:
-    """A folder of two files that lie, as far as places are concerned, one behind the other.
+    """A folder of files that lie, as far as places are concerned, one behind the other.
 
     Attributes:
         items: The torch zip of each storage.
         metadata: The bytes of `.metadata`.
+        provenance: The bytes of the side file as laid out; none where nothing is said.
     """
 
     items: tuple[ZipLayout, ...]
     metadata: bytes
+    provenance: bytes
 
     @property
     def files(self) -> Mapping[str, int]:
         """The size of each file."""
-        return {_DATA: sum(item.size for item in self.items), _METADATA: len(self.metadata)}
+        sizes = {_DATA: sum(item.size for item in self.items), _METADATA: len(self.metadata)}
+        return sizes | ({PROVENANCE: len(self.provenance)} if self.provenance else {})
 
     @property
     def size(self) -> int:
-        """The size of both files in bytes."""
+        """The size of all files in bytes."""
         return sum(self.files.values())
 
     @property
@@ -49,13 +52,16 @@ class DcpLayout:
         starts = _starts(self.items)
         return [at + item.places[0] for at, item in zip(starts, self.items, strict=True)]
 
-    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes that are no storage's, with their places."""
         starts = _starts(self.items)
         for at, item, checksum in zip(starts, self.items, checksums, strict=True):
             for place, data in item.headers([checksum]):
                 yield at + place, data
-        yield sum(item.size for item in self.items), self.metadata
+        behind = sum(item.size for item in self.items)
+        yield behind, self.metadata
+        if self.provenance:
+            yield behind + len(self.metadata), provenance.encode()
 
 
 def layout(state_dict: OutputStateDict, where: str) -> DcpLayout:
@@ -71,7 +77,8 @@ def layout(state_dict: OutputStateDict, where: str) -> DcpLayout:
         torch_zip.layout_tensor(storage, shapes[number])
         for number, storage in enumerate(state_dict.storages)
     )
-    return DcpLayout(items, pickle.dumps(_metadata(state_dict, items, where)))
+    metadata = pickle.dumps(_metadata(state_dict, items, where))
+    return DcpLayout(items, metadata, state_dict.provenance.encode())
 
 
 def _starts(items: Sequence[ZipLayout]) -> list[int]:

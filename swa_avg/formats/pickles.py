@@ -3,7 +3,7 @@
 Nothing that a pickle names is ever looked up, imported or called. A
 name becomes an inert `Global`; calling one gives an inert `Inert`, except for
 the few functions in `_REBUILD`, which are ours and build plain containers and
-`TensorRef`s. The stack machine is the standard library's own, in Python, with
+`View`s. The stack machine is the standard library's own, in Python, with
 every opcode replaced that could call, hash or allocate what a file asks for.
 """
 
@@ -15,10 +15,11 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from swa_avg.errors import FormatError
-from swa_avg.tensors import DTYPES, DType, Record, TensorRef, extent
+from swa_avg.tensors import DTYPES, DType, Record, Stored, View
 
 # An expanded (stride 0) view is written out in full. Small ones are honest
 # buffers; past this a small file would ask for a huge output.
@@ -80,21 +81,52 @@ class Storage:
     """A storage as a pickle refers to it.
 
     Attributes:
-        key: Its name in the file.
+        stored: Its name and its size.
         dtype: Its element type; None for an untyped one.
-        numel: Its elements; for an untyped one its bytes.
         start: The element at which it begins to count, if it is a part of that storage.
     """
 
-    key: str
+    stored: Stored
     dtype: DType | None
-    numel: int
     start: int = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
+@dataclass(frozen=True)
+class Pickled:
+    """What a pickle holds, wherever its storages are.
+
+    Attributes:
+        tree: Plain containers, numbers and strings, `View`s, and `Inert` for the rest.
+        storages: The storages that it refers to, by name.
+    """
+
+    tree: object
+    storages: Mapping[str, Stored]
+
+    def located(self, record: Callable[[str], Record | None], file: Path) -> dict[Stored, Record]:
+        """Find the storages in a file.
+
+        Args:
+            record: Gives a storage's record by its name, or None.
+            file: The file's name for messages.
+
+        Raises:
+            FormatError: One is not there, or is not as large as it must be.
+        """
+        found: dict[Stored, Record] = {}
+        for name, stored in self.storages.items():
+            there = record(name)
+            if there is None:
+                raise FormatError(f"has no record for storage {name}", file=file)
+            if there.length != stored.nbytes:
+                raise FormatError(
+                    f"storage {name} has {there.length} bytes",
+                    file=file,
+                    expected=f"{stored.nbytes}",
+                    remedy="The file is damaged",
+                )
+            found[stored] = there
+        return found
 
 
 class Stream(Protocol):
@@ -110,21 +142,18 @@ class Stream(Protocol):
         """Return how many bytes have been read."""
 
 
-def load(data: bytes | Stream, records: Callable[[Storage], Record]) -> object:
+def load(data: bytes | Stream) -> Pickled:
     """Read a pickle, running nothing.
 
     Args:
         data: The pickle, protocol 0 to 5; of a stream it is what comes next.
-        records: Gives a storage's place in the file; raises `FormatError` if it has none.
-
-    Returns:
-        Plain containers, numbers and strings, `TensorRef`s, and `Inert` for the rest.
 
     Raises:
         FormatError: Anything about the pickle that is not sound.
     """
     try:
-        return _Unpickler(io.BytesIO(data) if isinstance(data, bytes) else data, records).load()
+        machine = _Unpickler(io.BytesIO(data) if isinstance(data, bytes) else data)
+        return Pickled(machine.load(), machine.storages)
     except FormatError:
         raise
     except (Exception, RecursionError) as error:
@@ -135,13 +164,25 @@ def load(data: bytes | Stream, records: Callable[[Storage], Record]) -> object:
         ) from error
 
 
+def load_plain(data: bytes | Stream) -> object:
+    """Read a pickle that has no storages.
+
+    Raises:
+        FormatError: It has, or is not sound.
+    """
+    pickled = load(data)
+    if pickled.storages:
+        raise FormatError("refers to a storage where none belongs")
+    return pickled.tree
+
+
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, stream: Stream, records: Callable[[Storage], Record]) -> None:
+    def __init__(self, stream: Stream) -> None:
         super().__init__(stream, encoding="utf-8", errors="surrogateescape")
         self.stream = stream
-        self.records = records
+        self.storages: dict[str, Stored] = {}
         self.copied = 0
         self.stack: list[Any]
         self.append: Callable[[Any], None]
@@ -163,9 +204,16 @@ class _Unpickler(pickle._Unpickler):
         if not (isinstance(key, str) and isinstance(numel, int) and numel >= 0):
             raise FormatError(f"storage {described(key)} has {described(numel)} elements")
         start = _view_start(view[0], numel) if view and view[0] is not None else 0
-        storage = Storage(key, _storage_dtype(kind), numel, start)
-        self.records(storage)  # each must be there, even if no tensor looks at it
-        return storage
+        dtype = _storage_dtype(kind)
+        nbytes = numel * (dtype.itemsize if dtype else 1)
+        stored = self.storages.setdefault(key, Stored(key, numel, nbytes))
+        if stored.nbytes != nbytes:
+            raise FormatError(
+                f"storage {key} has {stored.nbytes} bytes",
+                expected=f"{nbytes}",
+                remedy="The file is damaged",
+            )
+        return Storage(stored, dtype, start)
 
     def get_extension(self, code: int) -> None:
         raise FormatError("holds a pickle extension code")
@@ -268,7 +316,7 @@ class _Unpickler(pickle._Unpickler):
         shape: Sequence[int],
         stride: Sequence[int],
         dtype: DType | None = None,
-    ) -> TensorRef | UnreadableTensor:
+    ) -> View | UnreadableTensor:
         if not isinstance(storage, Storage):
             return UnreadableTensor("tensor whose storage is of an unknown kind")
         dtype = dtype or storage.dtype
@@ -276,9 +324,9 @@ class _Unpickler(pickle._Unpickler):
             return UnreadableTensor("tensor of an unknown dtype")
         if type(offset) is int:
             offset += storage.start
-        ref = TensorRef(dtype, tuple(shape), tuple(stride), self.records(storage), offset)
-        _check_geometry(ref, storage)
-        return ref
+        view = View(dtype, tuple(shape), tuple(stride), storage.stored, offset)
+        _check_geometry(view)
+        return view
 
 
 for _code, _load in (
@@ -313,25 +361,20 @@ def _checked_key(key: Any) -> Any:
     return key
 
 
-def _check_geometry(ref: TensorRef, storage: Storage) -> None:
+def _check_geometry(view: View) -> None:
     """Refuse a tensor that looks outside its storage, or is larger than it."""
-    numbers = (ref.offset, *ref.shape, *ref.stride)
+    numbers = (view.offset, *view.shape, *view.stride)
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise FormatError("holds a tensor with an impossible shape, stride or offset")
-    if len(ref.shape) != len(ref.stride):
-        raise FormatError(f"holds a tensor of {len(ref.shape)} sizes, {len(ref.stride)} strides")
-    if storage.nbytes != ref.record.length:
+    if len(view.shape) != len(view.stride):
+        raise FormatError(f"holds a tensor of {len(view.shape)} sizes, {len(view.stride)} strides")
+    room = view.stored.nbytes
+    end = (view.offset + view.extent) * view.dtype.itemsize
+    if view.numel and end > room:
+        raise FormatError(f"holds a tensor that ends {end} bytes into storage {view.stored.name}")
+    if view.nbytes > max(room, _MOST_EXPANDED_BYTES):
         raise FormatError(
-            f"storage {storage.key} has {ref.record.length} bytes",
-            expected=f"{storage.nbytes}",
-            remedy="The file is damaged",
-        )
-    end = (ref.offset + extent(ref.shape, ref.stride)) * ref.dtype.itemsize
-    if ref.numel and end > ref.record.length:
-        raise FormatError(f"holds a tensor that ends {end} bytes into storage {storage.key}")
-    if ref.nbytes > max(ref.record.length, _MOST_EXPANDED_BYTES):
-        raise FormatError(
-            f"holds a tensor of {ref.nbytes} bytes, expanded from {ref.record.length} bytes",
+            f"holds a tensor of {view.nbytes} bytes, expanded from {room} bytes",
             remedy="Save it contiguous",
         )
 

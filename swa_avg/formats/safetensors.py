@@ -9,6 +9,7 @@ format carries no checksums.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any
 
 from swa_avg.errors import FormatError, OutputError
 from swa_avg.files import InputFile
-from swa_avg.formats.checkpoint import Checkpoint, OutputStateDict
-from swa_avg.tensors import SAFETENSORS_DTYPES, Record, TensorRef, contiguous_stride
+from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, OutputStateDict, Splice
+from swa_avg.formats.headers import Headers
+from swa_avg.tensors import SAFETENSORS_DTYPES, Record, Stored, View, contiguous_stride
 
 _MOST_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
@@ -29,23 +31,19 @@ _ORDER = (
 _RANK = {name: rank for rank, name in enumerate(_ORDER.split())}
 
 
-def read(file: InputFile) -> Checkpoint:
+def read(file: InputFile, headers: Headers) -> Checkpoint:
     """Read the header of a safetensors file.
+
+    Args:
+        file: The file.
+        headers: What was read of other files.
 
     Raises:
         FormatError: The header is not sound, or does not fit the file.
     """
     try:
-        header, start = _header(file)
-        metadata = header.pop(_METADATA, {})
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError(f"{_METADATA} is no map of text to text")
-        tree: dict[str, object] = {
-            name: _tensor(file, start, entry) for name, entry in header.items()
-        }
-        _check_cover(file, start, header)
-    except FormatError:
-        raise
+        data, start = _raw_header(file)
+        header = headers.once(_parsed, data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(
             f"has a header that cannot be read ({error})",
@@ -53,22 +51,82 @@ def read(file: InputFile) -> Checkpoint:
             expected="safetensors",
             remedy="The file is damaged or no checkpoint",
         ) from error
+    if start + header.size != file.size:
+        raise FormatError(
+            f"has {file.size} bytes",
+            file=file.path,
+            expected=f"{start + header.size}",
+            remedy="The file is cut short, or something was appended to it",
+        )
+    return Checkpoint(
+        file.path,
+        "safetensors",
+        header.tree,
+        (file,),
+        metadata=header.metadata,
+        provenance=header.provenance,
+        records={
+            stored: Record(file, start + place, stored.nbytes)
+            for stored, place in header.places.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a header says, whichever file it is of.
+
+    Attributes:
+        tree: The tensors by name.
+        places: Where each storage begins, counted from the end of the header.
+        size: Bytes of all storages.
+        metadata: The text beside them.
+        provenance: What an average of ours says of how it was made.
+    """
+
+    tree: Mapping[str, View]
+    places: Mapping[Stored, int]
+    size: int
+    metadata: Mapping[str, str]
+    provenance: str
+
+
+def _raw_header(file: InputFile) -> tuple[bytes, int]:
+    """Return the header's bytes, and where the tensors begin."""
+    (length,) = struct.unpack("<Q", file.read(0, 8))
+    if length > min(_MOST_HEADER_BYTES, file.size - 8):
+        raise ValueError(f"{length} bytes long")
+    return file.read(8, length), 8 + length
+
+
+def _entries(data: bytes) -> dict[str, Any]:
+    """Return the entries of a header."""
+    header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    if not isinstance(header, dict):
+        raise ValueError("no JSON object")
+    return header
+
+
+def _parsed(data: bytes) -> _Header:
+    """Read a header, and check that its tensors leave no hole and do not overlap."""
+    header = _entries(data)
+    metadata = header.pop(_METADATA, {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{_METADATA} is no map of text to text")
+    tree = {name: _tensor(name, entry) for name, entry in header.items()}
+    places = {tree[name].stored: entry["data_offsets"][0] for name, entry in header.items()}
+    end = 0
+    for stored, place in sorted(places.items(), key=lambda item: (item[1], item[0].nbytes)):
+        if place != end:
+            raise ValueError("tensors that overlap or leave a hole")
+        end += stored.nbytes
+    provenance = metadata.pop(PROVENANCE, "")
     # Tied names that safetensors' own save_model left out: alias → the name kept.
     # A file of format "pt" may well hold a tensor called pt.
     for alias, kept in metadata.items():
         if alias != "format" and alias not in tree and kept in header:
             tree[alias] = tree[kept]
-    return Checkpoint(file.path, "safetensors", tree, (file,), metadata=metadata)
-
-
-def _header(file: InputFile) -> tuple[dict[str, Any], int]:
-    (length,) = struct.unpack("<Q", file.read(0, 8))
-    if length > min(_MOST_HEADER_BYTES, file.size - 8):
-        raise ValueError(f"{length} bytes long")
-    header = json.loads(file.read(8, length).decode("utf-8"), object_pairs_hook=unique)
-    if not isinstance(header, dict):
-        raise ValueError("no JSON object")
-    return header, 8 + length
+    return _Header(tree, places, end, metadata, provenance)
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,7 +137,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _tensor(file: InputFile, start: int, entry: Mapping[str, Any]) -> TensorRef:
+def _tensor(name: str, entry: Mapping[str, Any]) -> View:
     dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ValueError(f"dtype {entry['dtype']}")
@@ -88,34 +146,23 @@ def _tensor(file: InputFile, start: int, entry: Mapping[str, Any]) -> TensorRef:
     numbers = (*shape, begin, end)
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise ValueError("an impossible shape or offset")
-    record = Record(file, start + begin, end - begin)
-    ref = TensorRef(dtype, shape, contiguous_stride(shape), record)
-    if ref.nbytes != record.length:
-        raise ValueError(f"{record.length} bytes for shape {shape} of {dtype}")
-    return ref
-
-
-def _check_cover(file: InputFile, start: int, header: Mapping[str, Any]) -> None:
-    """Check that the tensors fill the rest of the file, without holes or overlaps."""
-    place = 0
-    for begin, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
-        if begin != place:
-            raise ValueError("tensors that overlap or leave a hole")
-        place = end
-    if start + place != file.size:
-        raise FormatError(
-            f"has {file.size} bytes",
-            file=file.path,
-            expected=f"{start + place}",
-            remedy="The file is cut short, or something was appended to it",
-        )
+    stored = Stored(name, math.prod(shape), end - begin)
+    if stored.numel * dtype.itemsize != stored.nbytes:
+        raise ValueError(f"{stored.nbytes} bytes for shape {shape} of {dtype}")
+    return View(dtype, shape, contiguous_stride(shape), stored)
 
 
 @dataclass(frozen=True)
 class SafetensorsLayout:
-    """A safetensors file of which every byte has its place before the first is written."""
+    """A safetensors file of which every byte has its place before the first is written.
 
-    header: bytes
+    Attributes:
+        entries: The header, as JSON will have it.
+        places: Where each storage's first byte goes.
+        size: The size of the whole file in bytes.
+    """
+
+    entries: Mapping[str, Any]
     places: tuple[int, ...]
     size: int
 
@@ -124,9 +171,16 @@ class SafetensorsLayout:
         """None: it is a single file."""
         return {}
 
-    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def headers(
+        self, checksums: Sequence[int], provenance: str = ""
+    ) -> Iterator[tuple[int, bytes]]:
         """Yield the header; the format carries no checksums."""
-        yield 0, self.header
+        text = self.entries.get(_METADATA, {})
+        if PROVENANCE in text:
+            text = text | {PROVENANCE: provenance}
+            yield 0, _encoded({**self.entries, _METADATA: text})
+        else:
+            yield 0, _encoded(self.entries)
 
 
 def layout(state_dict: OutputStateDict) -> SafetensorsLayout:
@@ -140,6 +194,8 @@ def layout(state_dict: OutputStateDict) -> SafetensorsLayout:
     """
     names: dict[int, str] = {}
     text = dict(state_dict.text)
+    if state_dict.provenance:
+        text[PROVENANCE] = state_dict.provenance
     tensors = state_dict.tensors
     for name, tensor in tensors.items():
         _check_name(name)
@@ -159,14 +215,27 @@ def layout(state_dict: OutputStateDict) -> SafetensorsLayout:
         }
         offsets[key] = place
         place += storage.nbytes
-    encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    start = 8 + len(encoded)
+    start = len(_encoded(entries))
     return SafetensorsLayout(
-        struct.pack("<Q", len(encoded)) + encoded,
+        entries,
         tuple(start + offsets[key] for key in range(len(state_dict.storages))),
         start + place,
     )
+
+
+def _encoded(entries: Mapping[str, Any]) -> bytes:
+    """Return a header as the file has it: its length, and JSON filled up with spaces."""
+    encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
+    """Return what to change in a file for its metadata to say how it was made."""
+    data, start = _raw_header(file)
+    entries = _entries(data)
+    text = entries.pop(_METADATA, {}) | {PROVENANCE: provenance}
+    return (Splice(0, start, _encoded({_METADATA: text, **entries})),)
 
 
 def _check_name(name: str) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 from swa_avg.errors import FormatError, listed
 from swa_avg.files import InputFile
-from swa_avg.formats.checkpoint import Checkpoint, Layout, OutputStateDict
+from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, Layout, OutputStateDict
+from swa_avg.formats.headers import Headers
 from swa_avg.formats.safetensors import layout as safetensors_layout
 from swa_avg.formats.safetensors import unique
 from swa_avg.formats.single import open_file
+from swa_avg.tensors import View
 
 # The names that the weights have, the first that is there counts; each may be in shards.
 _WEIGHTS = (
@@ -40,8 +42,12 @@ def is_checkpoint(folder: Path) -> bool:
     return next(_candidates(folder), None) is not None
 
 
-def read(folder: Path) -> Checkpoint:
+def read(folder: Path, headers: Headers) -> Checkpoint:
     """Read the headers of all files of a folder's weights.
+
+    Args:
+        folder: The folder.
+        headers: What was read of other files.
 
     Raises:
         FormatError: The index or a shard is not sound.
@@ -56,8 +62,8 @@ def read(folder: Path) -> Checkpoint:
         )
     beside = trainer_state(folder)
     if path.name.endswith(_INDEX):
-        return replace(_read_shards(folder, path), beside=beside)
-    whole = open_file(path)
+        return replace(_read_shards(folder, path, headers), beside=beside)
+    whole = open_file(path, headers)
     return replace(
         whole,
         path=folder,
@@ -73,12 +79,12 @@ def trainer_state(folder: Path) -> object:
     return _json(path) if path.exists() else None
 
 
-def _read_shards(folder: Path, path: Path) -> Checkpoint:
+def _read_shards(folder: Path, path: Path, headers: Headers) -> Checkpoint:
     with ExitStack() as opened:
         shards: dict[str, Checkpoint] = {}
         weight_map = _weight_map(path)
         for name in dict.fromkeys(weight_map.values()):
-            shards[name] = open_file(folder / name)
+            shards[name] = open_file(folder / name, headers)
             opened.callback(shards[name].close)
         weight_map |= _aliases(shards, weight_map)
         tree = {name: _tensor(shards[shard], name) for name, shard in weight_map.items()}
@@ -156,7 +162,8 @@ def _tensor(shard: Checkpoint, name: str) -> object:
             tensor=name,
             remedy="The shards are not all of one checkpoint",
         )
-    return shard.tree[name]
+    found = shard.tree[name]
+    return shard.located(found) if isinstance(found, View) else found
 
 
 def _notes(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) -> Iterator[str]:
@@ -233,15 +240,15 @@ class FolderLayout:
             start += shard.layout.size
         return [places[storage] for storage in range(len(places))]
 
-    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes that are no storage's, with their places."""
         start = 0
         for shard in self.shards:
-            for place, data in shard.layout.headers(checksums):
+            for place, data in shard.layout.headers(checksums, ""):
                 yield start + place, data
             start += shard.layout.size
-        for data in self.others.values():
-            yield start, data
+        for name, data in self.others.items():
+            yield start, provenance.encode() if name == PROVENANCE else data
             start += len(data)
 
 
@@ -265,6 +272,8 @@ def layout(state_dict: OutputStateDict, like: Path, shard_bytes: int = SHARD_BYT
     others = dict(_side_files(like))
     if len(groups) > 1:
         others[f"{stem}.safetensors{_INDEX}"] = _index(state_dict, shards)
+    if state_dict.provenance:
+        others[PROVENANCE] = state_dict.provenance.encode()
     return FolderLayout(tuple(shards), others)
 
 
@@ -307,7 +316,7 @@ def _index(state_dict: OutputStateDict, shards: Sequence[_Shard]) -> bytes:
 def _side_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the small files that a model is not complete without."""
     for path in sorted(folder.iterdir()):
-        skipped = path.name == _STATE or path.name.endswith(_INDEX)
+        skipped = path.name in (_STATE, PROVENANCE) or path.name.endswith(_INDEX)
         if skipped or path.suffix not in _SIDE_SUFFIXES or not path.is_file():
             continue
         file = InputFile(path)

@@ -8,6 +8,7 @@ from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
 from swa_avg.formats import safetensors, torch_legacy, torch_zip
 from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.headers import Headers
 
 # What people name .pt by mistake: the first bytes, and what they are.
 _STRANGERS = (
@@ -21,8 +22,12 @@ _STRANGERS = (
 )
 
 
-def open_file(path: Path) -> Checkpoint:
+def open_file(path: Path, headers: Headers) -> Checkpoint:
     """Open a file and read its headers.
+
+    Args:
+        path: The file.
+        headers: What was read of other files.
 
     Raises:
         FileError: It cannot be opened.
@@ -30,7 +35,7 @@ def open_file(path: Path) -> Checkpoint:
     """
     file = InputFile(path)
     try:
-        return read(file)
+        return read(file, headers)
     except BaseException:
         file.close()
         raise
@@ -48,8 +53,12 @@ def is_checkpoint(path: Path) -> bool:
         file.close()
 
 
-def read(file: InputFile) -> Checkpoint:
+def read(file: InputFile, headers: Headers) -> Checkpoint:
     """Read the headers of a file.
+
+    Args:
+        file: The file.
+        headers: What was read of other files.
 
     Raises:
         FormatError: It is no checkpoint, or not a sound one.
@@ -58,11 +67,11 @@ def read(file: InputFile) -> Checkpoint:
         raise FormatError("is empty", file=file.path, expected="a checkpoint")
     start = file.read(0, min(512, file.size))
     if start.startswith(torch_zip.MAGIC):
-        return torch_zip.read(file)
+        return torch_zip.read(file, headers)
     if torch_legacy.is_legacy(start):
         return torch_legacy.read(file)
     if start[8:9] == b"{":
-        return safetensors.read(file)
+        return safetensors.read(file, headers)
     looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
     if looks is None and start[257:262] == b"ustar":
         looks = "a tar archive, as torch wrote them before 0.1.10"

@@ -2,20 +2,20 @@
 
 Pickles that follow each other - a magic number, a version, the machine, the
 object, the keys of its storages - and then the storages, each with its count of
-elements before it. Where a storage lies is known only when all before it is, so
-the object is unpickled twice: for the sizes of its storages, then for itself.
+elements before it. Where a storage lies is known only when all before it is.
 The format carries no checksums.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
 from swa_avg.formats import pickles
 from swa_avg.formats.checkpoint import Checkpoint
-from swa_avg.tensors import Record
+from swa_avg.tensors import Record, Stored
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
@@ -38,60 +38,46 @@ def read(file: InputFile) -> Checkpoint:
         FormatError: The file is not sound.
     """
     try:
-        tree, end = _read(file)
+        pickled, records, end = _read(file)
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise
+    located = pickled.located(records.get, file.path)
     more = file.size - end
     notes = ["is of torch's format before 1.6, without checksums: damage to it cannot be found"]
     if more:
         notes.append(f"{more} bytes follow the checkpoint; not read")
-    return Checkpoint(file.path, "torch before 1.6", tree, (file,), notes=tuple(notes))
+    name = "torch before 1.6"
+    return Checkpoint(
+        file.path, name, pickled.tree, (file,), notes=tuple(notes), records=located
+    )
 
 
-def _read(file: InputFile) -> tuple[object, int]:
-    """Return what was saved, and where the last storage ends."""
+def _read(file: InputFile) -> tuple[pickles.Pickled, dict[str, Record], int]:
+    """Return what was saved, where its storages are, and where the last one ends."""
     stream = _Stream(file)
-    if pickles.load(stream, _none) != _MAGIC:
+    if pickles.load_plain(stream) != _MAGIC:
         raise FormatError("has another magic number than torch's")
-    version = pickles.load(stream, _none)
+    version = pickles.load_plain(stream)
     if version != _VERSION:
         raise FormatError(f"has version {pickles.described(version)}", expected=f"{_VERSION}")
-    system = pickles.load(stream, _none)
+    system = pickles.load_plain(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise FormatError("was not written by a little-endian machine")
-    wanted: dict[str, pickles.Storage] = {}
-
-    def note(storage: pickles.Storage) -> Record:
-        first = wanted.setdefault(storage.key, storage)
-        return Record(file, 0, first.nbytes)
-
-    start = stream.tell()
-    pickles.load(stream, note)
-    end = stream.tell()
-    keys = pickles.load(stream, _none)
-    records, last = _storages(file, stream.tell(), keys, wanted)
-
-    def place(storage: pickles.Storage) -> Record:
-        if storage.key not in records:
-            raise FormatError(f"has no storage {storage.key}", remedy="The file is damaged")
-        return records[storage.key]
-
-    return pickles.load(file.read(start, end - start), place), last
-
-
-def _none(storage: pickles.Storage) -> Record:
-    raise FormatError("refers to a storage where none belongs")
+    pickled = pickles.load(stream)
+    keys = pickles.load_plain(stream)
+    records, end = _storages(file, stream.tell(), keys, pickled.storages)
+    return pickled, records, end
 
 
 def _storages(
-    file: InputFile, place: int, keys: object, wanted: dict[str, pickles.Storage]
+    file: InputFile, place: int, keys: object, wanted: Mapping[str, Stored]
 ) -> tuple[dict[str, Record], int]:
     """Return where each storage lies, and where the last one ends."""
     records: dict[str, Record] = {}
     for key in keys if isinstance(keys, list) else [keys]:
         storage = wanted.get(key) if isinstance(key, str) else None
-        if storage is None or storage.key in records:
+        if storage is None or storage.name in records:
             raise FormatError(f"lists storage {pickles.described(key)}, which is not in its pickle")
         (count,) = _COUNT.unpack(file.read(place, _COUNT.size))
         if count != storage.numel:
@@ -107,7 +93,7 @@ def _storages(
                 expected=f"{storage.nbytes} bytes at {place}",
                 remedy="The file is cut short or damaged",
             )
-        records[storage.key] = Record(file, place, storage.nbytes)
+        records[storage.name] = Record(file, place, storage.nbytes)
         place += storage.nbytes
     return records, place
 

@@ -1,34 +1,33 @@
 """Torch's zip format (since 1.6): `.pt`, `.pth`, `.ckpt`, `.bin`.
 
-One stored record `data.pkl` is the pickle, each `data/KEY` a storage. The
-standard library reads the directory of the zip; what torch takes on trust
-(places, overlaps, checksums) is checked here. TorchScript archives look the
-same from outside and are refused.
+One stored record `data.pkl` is the pickle, each `data/KEY` a storage. TorchScript
+archives look the same from outside and are refused.
 """
 
 from __future__ import annotations
 
 import struct
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import IO, cast
+from dataclasses import dataclass, replace
 
 from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
-from swa_avg.formats import pickler, pickles
+from swa_avg.formats import pickler, pickles, zip_directory
 from swa_avg.formats.checkpoint import (
+    MOST_PROVENANCE_BYTES,
+    PROVENANCE,
     Checkpoint,
     OutputStateDict,
     OutputStorage,
     OutputTensor,
+    Splice,
 )
+from swa_avg.formats.headers import Headers
+from swa_avg.formats.zip_directory import FULL, MAGIC, UTF8
 from swa_avg.tensors import Record, contiguous_stride
 
-MAGIC = b"PK\x03\x04"
 _ALIGNMENT = 64
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
@@ -36,110 +35,50 @@ _ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
 _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
 _DOS_DATE = 0x21  # 1980-01-01, so that equal inputs give equal bytes
-_UTF8 = 0x800
-_DESCRIPTOR = 0x8  # the checksum stands behind the data
-_FULL = 0xFFFFFFFF
+_UNCHECKED = "carries no checksums: damage to it cannot be found"
+_PROVENANCE = f"/{PROVENANCE}".encode()  # torch.load looks at no record that it does not know
 
 
-def read(file: InputFile) -> Checkpoint:
+def read(file: InputFile, headers: Headers) -> Checkpoint:
     """Read the headers of a torch zip.
+
+    Args:
+        file: The archive.
+        headers: What was read of other files.
 
     Raises:
         FormatError: The archive or its pickle is not sound, or is TorchScript.
     """
-    records = _records(file)
-    root, data = _root(file, records)
-    if f"{root}constants.pkl" in records:
-        raise FormatError(
-            "is a TorchScript archive",
-            file=file.path,
-            expected="a checkpoint of tensors",
-            remedy="Save model.state_dict() with torch.save",
-        )
-    order = _byteorder(file, records.get(f"{root}byteorder"))
-    if order != "little":
-        raise FormatError(f"has byte order {order}", file=file.path, expected="little")
-    unchecked = all(record.crc32 is None for record in records.values() if record.length)
-
-    def storage(ref: pickles.Storage) -> Record:
-        record = records.get(f"{root}data/{ref.key}")
-        if record is None:
-            raise FormatError(f"has no record for storage {ref.key}", file=file.path)
-        return record
-
-    try:
-        tree = pickles.load(data, storage)
-    except FormatError as error:
-        error.file = error.file or str(file.path)
-        raise
-    notes = ("carries no checksums: damage to it cannot be found",) if unchecked else ()
-    return Checkpoint(file.path, "torch zip", tree, (file,), notes=notes)
-
-
-def _records(file: InputFile) -> dict[str, Record]:
-    """Return where each record of the archive is, having checked that none overlap."""
-    try:
-        with zipfile.ZipFile(cast("IO[bytes]", _Seekable(file))) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise FormatError(
-            f"is not a whole zip archive ({error})",
-            file=file.path,
-            expected="a checkpoint written by torch.save",
-            remedy="The file is cut short or damaged",
-        ) from error
-    records: dict[str, Record] = {}
-    spans: list[tuple[int, int]] = []
-    for entry in entries:
-        start = _data_offset(file, entry)
-        if entry.filename in records:
-            raise FormatError(f"holds two records named {entry.filename}", file=file.path)
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise FormatError(
-                f"holds a compressed record, {entry.filename}",
-                file=file.path,
-                expected="stored records, as torch writes them",
-                remedy="Save it again with torch.save",
-            )
-        # A checksum of 0 over data means that torch was told not to compute any.
-        checksum = entry.CRC if entry.CRC or not entry.file_size else None
-        records[entry.filename] = Record(file, start, entry.file_size, checksum)
-        spans.append((entry.header_offset, start + entry.file_size))
-    spans.sort()
-    for (_, end), (start, _) in pairwise(spans):
-        if start < end:
-            raise FormatError("holds records that overlap", file=file.path)
-    if spans and spans[-1][1] > file.size:
-        raise FormatError("holds a record that ends outside the file", file=file.path)
-    return records
-
-
-def _data_offset(file: InputFile, entry: zipfile.ZipInfo) -> int:
-    """Return where a record's bytes begin, from its local header."""
-    header = file.read(entry.header_offset, _LOCAL.size)
-    magic, _, flags, _, _, _, _, _, _, name_length, extra_length = _LOCAL.unpack(header)
-    name = file.read(entry.header_offset + _LOCAL.size, name_length)
-    expected = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
-    if magic != MAGIC or flags & 1 or name != expected:
-        raise FormatError(
-            f"has another local header than its directory says, at {entry.filename}",
-            file=file.path,
-            remedy="The file is damaged",
-        )
-    return int(entry.header_offset + _LOCAL.size + name_length + extra_length)
-
-
-def _root(file: InputFile, records: Mapping[str, Record]) -> tuple[str, bytes]:
-    """Return the folder that all records are in, and the pickle."""
-    pickled = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
-    roots = {name.partition("/")[0] for name in records}
-    if len(pickled) != 1 or len(roots) != 1 or pickled[0].count("/") != 1:
+    directory = zip_directory.read(file, headers.forms)
+    pickled = directory.record(file, "data.pkl")
+    if pickled is None or not directory.root:
         raise FormatError(
             "is a zip archive without a torch pickle",
             file=file.path,
             expected="a checkpoint written by torch.save",
         )
-    return pickled[0].removesuffix("data.pkl"), _checked(records[pickled[0]])
+    if "constants.pkl" in directory.numbers:
+        zip_directory.refuse_torchscript(file)
+    order = _byteorder(directory.record(file, "byteorder"))
+    if order != "little":
+        raise FormatError(f"has byte order {order}", file=file.path, expected="little")
+    try:
+        found = headers.once(pickles.load, _checked(pickled))
+    except FormatError as error:
+        error.file = error.file or str(file.path)
+        raise
+    said = directory.record(file, PROVENANCE)
+    records = found.located(lambda name: directory.record(file, f"data/{name}"), file.path)
+    return Checkpoint(
+        file.path,
+        "torch zip",
+        found.tree,
+        (file,),
+        notes=() if any(directory.checksums) else (_UNCHECKED,),
+        provenance=_provenance(said),
+        provenance_record=said,
+        records=records,
+    )
 
 
 def _checked(record: Record) -> bytes:
@@ -154,10 +93,16 @@ def _checked(record: Record) -> bytes:
     return data
 
 
-def _byteorder(file: InputFile, record: Record | None) -> str:
+def _byteorder(record: Record | None) -> str:
     if record is None:
         return "little"  # torch before 2.1 wrote no such record
     return _checked(record).decode("ascii", "replace") if record.length < 16 else "unknown"
+
+
+def _provenance(record: Record | None) -> str:
+    if record is None or record.length > MOST_PROVENANCE_BYTES:
+        return ""
+    return _checked(record).decode("ascii", "replace")
 
 
 def checksum_places(file: InputFile) -> dict[int, tuple[int, ...]]:
@@ -167,53 +112,14 @@ def checksum_places(file: InputFile) -> dict[int, tuple[int, ...]]:
         For the place of each record's first byte, the places of its CRC-32: beside the
         data and in the directory. Records without a checksum are left out.
     """
-    places: dict[int, tuple[int, ...]] = {}
-    for entry, central in _entries(file):
-        if not entry.CRC:
-            continue
-        start = _data_offset(file, entry)
-        beside = entry.header_offset + 14
-        if entry.flag_bits & _DESCRIPTOR:
-            end = start + entry.file_size
-            beside = end + (4 if file.read(end, 4) == b"PK\x07\x08" else 0)
-        places[start] = (beside, central + 16)
-    return places
-
-
-def _entries(file: InputFile) -> Iterator[tuple[zipfile.ZipInfo, int]]:
-    """Yield the entries of an archive, each with the place of its line in the directory."""
-    with zipfile.ZipFile(cast("IO[bytes]", _Seekable(file))) as archive:
-        place = archive.start_dir
-        for entry in archive.infolist():
-            yield entry, place
-            lengths = struct.unpack("<HHH", file.read(place + 28, 6))
-            place += _CENTRAL.size + sum(lengths)
-
-
-class _Seekable:
-    """Just enough of a file for `zipfile` to find the directory, on an open `InputFile`."""
-
-    def __init__(self, file: InputFile) -> None:
-        self.file = file
-        self.place = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset + (0, self.place, self.file.size)[whence]
-        if self.place < 0:
-            raise ValueError("seek before the start of the file")
-        return self.place
-
-    def tell(self) -> int:
-        return self.place
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.file.size - self.place)
-        data = self.file.read(self.place, left if count < 0 else min(count, left))
-        self.place += len(data)
-        return data
+    directory = zip_directory.read(file, {})
+    return {
+        start: zip_directory.checksum_places(file, entry, start)
+        for entry, start, checksum in zip(
+            directory.entries, directory.starts, directory.checksums, strict=True
+        )
+        if checksum
+    }
 
 
 @dataclass(frozen=True)
@@ -228,16 +134,16 @@ class _Entry:
 
     def extra(self, offset: int | None = None) -> bytes:
         """The zip64 field, where a number needs more than 32 bits."""
-        numbers = [self.length, self.length] if self.length >= _FULL else []
-        if offset is not None and offset >= _FULL:
+        numbers = [self.length, self.length] if self.length >= FULL else []
+        if offset is not None and offset >= FULL:
             numbers.append(offset)
         return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
     def fixed(self, checksum: int) -> tuple[int, ...]:
         """The fields that the local header and the directory share."""
-        size = min(self.length, _FULL)
-        version = 45 if self.length >= _FULL or self.header >= _FULL else 20
-        return version, _UTF8, 0, 0, _DOS_DATE, checksum, size, size, len(self.name)
+        size = min(self.length, FULL)
+        version = 45 if self.length >= FULL or self.header >= FULL else 20
+        return version, UTF8, 0, 0, _DOS_DATE, checksum, size, size, len(self.name)
 
     def local(self, checksum: int) -> bytes:
         """The local header, padded so that the data begin at `start`."""
@@ -250,7 +156,7 @@ class _Entry:
         """The entry of the directory."""
         extra = self.extra(self.header)
         version, *rest = self.fixed(checksum)
-        fields = (version, version, *rest, len(extra), 0, 0, 0, 0, min(self.header, _FULL))
+        fields = (version, version, *rest, len(extra), 0, 0, 0, 0, min(self.header, FULL))
         return _CENTRAL.pack(b"PK\x01\x02", *fields) + self.name + extra
 
 
@@ -280,13 +186,18 @@ class ZipLayout:
         """The size of the whole file in bytes."""
         return self._directory + len(self._tail([0] * len(self.entries)))
 
-    def headers(self, checksums: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    def headers(
+        self, checksums: Sequence[int], provenance: str = ""
+    ) -> Iterator[tuple[int, bytes]]:
         """Yield all bytes that are no storage's, with their places."""
+        entries = self.entries
+        if entries[-1].name.endswith(_PROVENANCE):
+            entries = (*entries[:-1], replace(entries[-1], data=provenance.encode()))
         of_storages = iter(checksums)
         every = [
-            next(of_storages) if entry.data is None else crc32(entry.data) for entry in self.entries
+            next(of_storages) if entry.data is None else crc32(entry.data) for entry in entries
         ]
-        for entry, checksum in zip(self.entries, every, strict=True):
+        for entry, checksum in zip(entries, every, strict=True):
             yield entry.header, entry.local(checksum) + (entry.data or b"")
         yield self._directory, self._tail(every)
 
@@ -295,27 +206,33 @@ class ZipLayout:
         directory = b"".join(
             entry.central(checksum) for entry, checksum in zip(self.entries, checksums, strict=True)
         )
-        count, size, start = len(self.entries), len(directory), self._directory
-        tail = b""
-        if count >= 0xFFFF or size >= _FULL or start >= _FULL:
-            tail = _ZIP64_END.pack(
-                b"PK\x06\x06", _ZIP64_END.size - 12, 45, 45, 0, 0, count, count, size, start
-            ) + _ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1)
-        counted = min(count, 0xFFFF)
-        return (
-            directory
-            + tail
-            + _END.pack(
-                b"PK\x05\x06",
-                0,
-                0,
-                counted,
-                counted,
-                min(size, _FULL),
-                min(start, _FULL),
-                0,
-            )
-        )
+        return directory + _end(len(self.entries), len(directory), self._directory)
+
+
+def _end(count: int, size: int, start: int) -> bytes:
+    """Return the records that say where the directory is: `size` bytes from `start` on."""
+    counted = min(count, 0xFFFF)
+    end = _END.pack(b"PK\x05\x06", 0, 0, counted, counted, min(size, FULL), min(start, FULL), 0)
+    if counted == count < 0xFFFF and max(size, start) < FULL:
+        return end
+    zip64 = _ZIP64_END.pack(
+        b"PK\x06\x06", _ZIP64_END.size - 12, 45, 45, 0, 0, count, count, size, start
+    )
+    return zip64 + _ZIP64_LOCATOR.pack(b"PK\x06\x07", 0, start + size, 1) + end
+
+
+def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
+    """Return what to change in an archive for a last record to say how it was made."""
+    directory = zip_directory.read(file, {})
+    first, end = directory.start, directory.end
+    name = f"{directory.root}{PROVENANCE}".encode()
+    data = provenance.encode()
+    entry = _entry(name, first, len(data), data)
+    put_in = entry.local(crc32(data)) + data
+    line = entry.central(crc32(data))
+    size = end - first + len(line)
+    behind = line + _end(len(directory.entries) + 1, size, first + len(put_in))
+    return Splice(first, 0, put_in), Splice(end, file.size - end, behind)
 
 
 def layout(state_dict: OutputStateDict) -> ZipLayout:
@@ -324,7 +241,8 @@ def layout(state_dict: OutputStateDict) -> ZipLayout:
     The records have torch's names and its alignment to 64 bytes; the folder
     is always `archive`, so that the output's name is not part of its bytes.
     """
-    return _layout(pickler.dump(state_dict), state_dict.storages)
+    said = state_dict.provenance.encode()
+    return _layout(pickler.dump(state_dict), state_dict.storages, said)
 
 
 def layout_tensor(storage: OutputStorage, shape: tuple[int, ...]) -> ZipLayout:
@@ -333,20 +251,26 @@ def layout_tensor(storage: OutputStorage, shape: tuple[int, ...]) -> ZipLayout:
     return _layout(pickler.dump_tensor(tensor, storage), (storage,))
 
 
-def _layout(pickled: bytes, storages: Sequence[OutputStorage]) -> ZipLayout:
+def _layout(
+    pickled: bytes, storages: Sequence[OutputStorage], provenance: bytes = b""
+) -> ZipLayout:
     contents: list[tuple[str, int, bytes | None]] = [
         ("data.pkl", len(pickled), pickled),
         ("byteorder", 6, b"little"),
         *((f"data/{key}", storage.nbytes, None) for key, storage in enumerate(storages)),
         ("version", 2, b"3\n"),
+        *([(PROVENANCE, len(provenance), provenance)] if provenance else []),
     ]
     entries: list[_Entry] = []
     place = 0
     for name, length, data in contents:
-        encoded = f"archive/{name}".encode()
-        sizes = 20 if length >= _FULL else 0
-        start = place + _LOCAL.size + len(encoded) + sizes + 4
-        start += -start % _ALIGNMENT
-        entries.append(_Entry(encoded, place, start, length, data))
-        place = start + length
+        entries.append(_entry(f"archive/{name}".encode(), place, length, data))
+        place = entries[-1].start + length
     return ZipLayout(tuple(entries))
+
+
+def _entry(name: bytes, place: int, length: int, data: bytes | None) -> _Entry:
+    """Give a record its place: its header at `place`, its bytes aligned."""
+    sizes = 20 if length >= FULL else 0
+    start = place + _LOCAL.size + len(name) + sizes + 4
+    return _Entry(name, place, start + -start % _ALIGNMENT, length, data)

@@ -1,0 +1,204 @@
+"""How the work is dealt out: tasks of about equal reading, in the order of the output.
+
+Most tensors lie in all inputs in C order: they are averaged by ranges, and small
+ones together, as if they were one. The others, and those that are not averaged,
+are cut into boxes. Reads nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from swa_avg.gather import Box, boxes, whole
+from swa_avg.plan import Treatment, Work
+from swa_avg.tensors import TensorRef, contiguous_stride
+
+# Elements that are averaged at once: they and their float64 sums stay in the processor's cache.
+CHUNK = 32 * 1024
+_STRIDED = 32  # times as many where inputs lie in another order than the output
+_TOGETHER = 256  # small works: a read takes up to 1024 pieces, and there are gaps between them
+_TASK_BYTES = 256 * 1024 * 1024  # of all inputs together
+_LEAST_TASK_BYTES = 4 * 1024 * 1024
+_KEPT_BYTES = 4 * 1024 * 1024  # of all inputs of one chunk, where they are kept, in float64
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Consecutive elements: what is averaged at once."""
+
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Consecutive elements of one averaged work of which all inputs lie in C order."""
+
+    number: int
+    start: int
+    numel: int
+    chunk: int
+
+    def number_at(self, element: int) -> int:
+        """Return the number of the work to which an element of a cell belongs."""
+        return self.number
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield its chunks."""
+        end = self.start + self.numel
+        for at in range(self.start, end, self.chunk):
+            yield Cell(at, min(self.chunk, end - at))
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Small works, treated alike, whose elements are averaged as if they were one's."""
+
+    numbers: tuple[int, ...]
+    bounds: tuple[int, ...]  # where each begins, and the last one ends
+
+    @property
+    def number(self) -> int:
+        """One that stands for all."""
+        return self.numbers[0]
+
+    def number_at(self, element: int) -> int:
+        """Return the number of the work to which an element of the cell belongs."""
+        return self.numbers[bisect_right(self.bounds, element) - 1]
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield its only chunk."""
+        yield Cell(0, self.bounds[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive boxes of one work."""
+
+    number: int
+    boxes: tuple[Box, ...]
+    start: int  # the first element, counted in C order of the work's shape
+    steps: tuple[int, ...]  # between neighbours in the shape that was cut into boxes
+
+    def number_at(self, element: int) -> int:
+        """Return the number of the work to which an element of a cell belongs."""
+        return self.number
+
+    def cells(self) -> Iterator[Box]:
+        """Yield its boxes."""
+        yield from self.boxes
+
+
+Item = Strip | Bundle | Stretch
+
+
+def most_elements(chunk: int) -> int:
+    """Return how many elements a cell can have."""
+    return _STRIDED * chunk
+
+
+def tasks(
+    works: Sequence[Work], groups: Sequence[int], chunk: int, threads: int
+) -> Iterator[list[Item]]:
+    """Deal works out into tasks, a few for each thread.
+
+    Args:
+        works: What is to be done.
+        groups: For each work the group whose inner products it counts to, or -1.
+        chunk: How many elements are averaged at once.
+        threads: How many threads there are.
+    """
+    total = sum(math.prod(work.shape) * _bytes_each(work) for work in works)
+    enough = min(_TASK_BYTES, max(_LEAST_TASK_BYTES, total // (4 * threads)))
+    task: list[Item] = []
+    weight = 0
+    for item, cost in _items(works, groups, chunk, enough):
+        task.append(item)
+        weight += cost
+        if weight >= enough:
+            yield task
+            task, weight = [], 0
+    if task:
+        yield task
+
+
+def _bytes_each(work: Work) -> int:
+    return sum(source.dtype.itemsize for source in work.sources) or work.dtype.itemsize
+
+
+def _items(
+    works: Sequence[Work], groups: Sequence[int], chunk: int, enough: int
+) -> Iterator[tuple[Item, int]]:
+    """Yield items with the bytes that they read; small works wait until they fill a chunk."""
+    waiting: list[int] = []
+    bounds = [0]
+    for number, work in enumerate(works):
+        numel, each = math.prod(work.shape), _bytes_each(work)
+        flat = _in_order(work.sources)
+        most = chunk
+        if groups[number] >= 0:  # all inputs of a chunk are kept
+            most = min(chunk, max(1, _KEPT_BYTES // (8 * len(work.sources))))
+        if not (work.treatment is Treatment.AVERAGED and flat and numel):
+            strided = most if flat or most < chunk else most_elements(chunk)
+            yield from _stretches(number, work, flat, strided, max(1, enough // each))
+        elif numel > most // 2:
+            step = max(most, enough // each // most * most)
+            for start in range(0, numel, step):
+                size = min(step, numel - start)
+                yield Strip(number, start, size, most), size * each
+        else:
+            full = bounds[-1] + numel > most or len(waiting) == _TOGETHER
+            if waiting and (full or not _alike(number, waiting[0], works, groups)):
+                yield Bundle(tuple(waiting), tuple(bounds)), bounds[-1] * each
+                waiting, bounds = [], [0]
+            waiting.append(number)
+            bounds.append(bounds[-1] + numel)
+    if waiting:
+        yield Bundle(tuple(waiting), tuple(bounds)), bounds[-1] * _bytes_each(works[waiting[0]])
+
+
+def _in_order(sources: Sequence[TensorRef]) -> bool:
+    """Tell whether all inputs lie in C order, so that ranges of them can be read."""
+    if not sources:
+        return True
+    stride = sources[-1].stride
+    if whole(sources[-1]) and all(ref.stride == stride and not ref.parts for ref in sources):
+        return True
+    return all(map(whole, sources))
+
+
+def _alike(a: int, b: int, works: Sequence[Work], groups: Sequence[int]) -> bool:
+    """Tell whether two averaged works can be averaged together."""
+    one, other = works[a], works[b]
+    return (
+        groups[a] == groups[b]
+        and one.dtype is other.dtype
+        and one.weights == other.weights
+        and len(one.sources) == len(other.sources)
+        and all(x.dtype is y.dtype for x, y in zip(one.sources, other.sources, strict=True))
+    )
+
+
+def _stretches(
+    number: int, work: Work, flat: bool, most: int, enough: int
+) -> Iterator[tuple[Stretch, int]]:
+    """Cut a work into boxes of at most `most` elements, `enough` together.
+
+    Inputs in C order are cut as if they had one dimension.
+    """
+    shape = (math.prod(work.shape),) if flat else work.shape
+    steps = contiguous_stride(shape)
+    each = _bytes_each(work)
+    collected: list[Box] = []
+    start = place = 0
+    for box in boxes(shape, most):
+        collected.append(box)
+        place += box.numel
+        if place - start >= enough:
+            yield Stretch(number, tuple(collected), start, steps), (place - start) * each
+            collected, start = [], place
+    if collected:
+        yield Stretch(number, tuple(collected), start, steps), (place - start) * each
