@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from swa_avg.reader import open_checkpoint as open_checkpoint
     from swa_avg.report import Report as Report
     from swa_avg.select import Choice as Choice
+    from swa_avg.sweeping import sweep as sweep
+    from swa_avg.trials import SweepReport as SweepReport
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,8 @@ _HOME = {
     "CheckpointReader": "reader",
     "open_checkpoint": "reader",
     "Choice": "select",
+    "sweep": "sweeping",
+    "SweepReport": "trials",
     "SwaAvgError": "errors",
 }
 
@@ -45,10 +49,12 @@ __all__ = [
     "Options",
     "Report",
     "SwaAvgError",
+    "SweepReport",
     "average",
     "open_checkpoint",
     "planned",
     "recompute_batchnorm",
+    "sweep",
 ]
 
 

@@ -107,6 +107,7 @@ class Averaging:
         options: How it is averaged.
         bases: The averages to go on from.
         selection: The checkpoints, in their order.
+        rules: How tensors are treated.
         plan: What happens to each tensor.
         layout: Where everything goes in the output.
     """
@@ -115,6 +116,7 @@ class Averaging:
     options: Options
     bases: tuple[Base, ...]
     selection: Selection
+    rules: Rules
     plan: Plan
     layout: Layout
 
@@ -334,7 +336,9 @@ def _provenance(
     added = [source_of(state, crcs) for state in chosen]
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
-    kept = "of the last checkpoint" if options.bn_buffers == "last" else options.bn_buffers
+    kept: object = options.bn_buffers
+    if kept == "last":
+        kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
     return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
 
 
@@ -372,7 +376,7 @@ def planned(
         said = _provenance(bases, selection.chosen, options, {}).text()
         plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
         layout = _layout(form, plan, states[-1], options, opened)
-        yield Averaging(target, options, bases, selection, plan, layout)
+        yield Averaging(target, options, bases, selection, rules, plan, layout)
 
 
 def _listed(paths: Paths) -> list[str | os.PathLike[str]]:

@@ -118,6 +118,27 @@ def blamed(batch: int | None, doing: str = "") -> Iterator[None]:
         raise DataError(doing + theirs(error), batch=batch) from error
 
 
+@contextmanager
+def same_draws(batches: object = None) -> Iterator[None]:
+    """Put torch's random numbers back where they were, so that what comes next draws the same.
+
+    Args:
+        batches: What has generators of its own, if it is a DataLoader.
+    """
+    sampler = getattr(batches, "sampler", None)
+    holders = (batches, sampler, getattr(batches, "batch_sampler", None))
+    own = (getattr(holder, "generator", None) for holder in holders)
+    states = [(one, one.get_state()) for one in own if isinstance(one, torch.Generator)]
+    # Before CUDA is first used there is nothing to put back.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
 def numbered(batches: Iterable[Any], numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
     """Yield the batches with their numbers, until either ends.
 

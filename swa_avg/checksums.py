@@ -50,7 +50,7 @@ class Ledger:
             FormatError: It is the whole record, and its bytes are not those that were saved.
         """
         if piece is not None and piece.length == record.length:
-            self._settle(record, name, piece.crc)
+            self.settle(record, name, piece.crc)
             return
         with self._lock:
             self._names.setdefault(record, name)
@@ -73,9 +73,14 @@ class Ledger:
             FormatError: Its bytes are not those that were saved.
         """
         crc = combined(with_gaps(record, self._disjoint(record)))
-        self._settle(record, self._names[record], crc)
+        self.settle(record, self._names[record], crc)
 
-    def _settle(self, record: Record, name: str, crc: int) -> None:
+    def settle(self, record: Record, name: str, crc: int) -> None:
+        """Note the checksum of a whole record.
+
+        Raises:
+            FormatError: Its bytes are not those that were saved.
+        """
         if record.crc32 is not None and crc != record.crc32:
             record.file.check_unchanged()  # a run that is still writing it did no damage
             raise FormatError(

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,13 +21,14 @@ import click
 
 import swa_avg
 from swa_avg import messages
+from swa_avg.bars import advance, bar, move
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
-from swa_avg.options import BATCHNORM, GroupedCommand, check_usage, size
-from swa_avg.remote import path_of
+from swa_avg.options import GroupedCommand, Run, Search, check_beside, check_usage, run_of, size
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging, Options
+    from swa_avg.averaging import Averaging
     from swa_avg.report import Report
+    from swa_avg.trials import Found
 
 
 @click.command(
@@ -90,6 +91,11 @@ if TYPE_CHECKING:
     type=click.Choice(["off", "bf16", "fp16"]),
     help="Autocast the forward.  [default: off]",
 )
+@click.option("--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; keep the best.")
+@click.option(
+    "--greedy", metavar="MOD:ATTR", help="Average only what makes evaluate(model) better."
+)
+@click.option("--plot", metavar="FILE", help="Draw the scores: .png, .svg or .html.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--report", metavar="FILE", help="Write the report, as JSON, to a file.")
@@ -123,64 +129,16 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     if options["show"]:
         _show(options["show"], as_json=options["as_json"])
         return
-    run = _run_of(options)
-    if run.recompute is not None and not run.dry_run:
+    run = run_of(options)
+    if run.search and not run.dry_run:
+        _search(run, run.search)
+    elif run.recompute is not None and not run.dry_run:
         _recompute(run, run.recompute)
     elif _leads():  # of several ranks one averages: it is as fast as the disk
         _average(run)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one call of the command is to do.
-
-    Attributes:
-        checkpoints: Files, folders or patterns of them.
-        output: What to write.
-        options: How to average.
-        recompute: The fields of `recompute.Recompute`; None where BatchNorm is left alone.
-        dry_run: Whether only to show what would be done.
-        as_json: Whether to print the report as JSON.
-        report: Where to write the report, if anywhere.
-        quiet: Whether to print nothing but errors.
-        verbose: Whether to show every tensor and every disagreement.
-        threads: How many threads work; None for one a core.
-    """
-
-    checkpoints: tuple[str, ...]
-    output: str
-    options: Options
-    recompute: dict[str, Any] | None
-    dry_run: bool
-    as_json: bool
-    report: str | None
-    quiet: bool
-    verbose: bool
-    threads: int | None
-
-
-def _run_of(given: dict[str, Any]) -> _Run:
-    """Sort the options of the command line by what they are for."""
-    from swa_avg.averaging import Options
-    from swa_avg.select import Choice
-
-    def taken(kind: type) -> dict[str, Any]:
-        """Take what a dataclass has fields for; None stands for its default."""
-        names = [one.name for one in fields(kind) if one.name in given]
-        return {name: value for name in names if (value := given.pop(name)) is not None}
-
-    try:
-        choice = Choice(**taken(Choice))
-    except ValueError as error:
-        raise click.UsageError(f"{error}.") from error
-    batchnorm = {name: value for name in BATCHNORM if (value := given.pop(name)) is not None}
-    options = Options(choice=choice, **taken(Options))
-    recompute = batchnorm if given["recompute_bn"] else None
-    own = {one.name: given.get(one.name) for one in fields(_Run)}
-    return _Run(**own | {"options": options, "recompute": recompute})
-
-
-def _planned(run: _Run) -> AbstractContextManager[Averaging]:
+def _planned(run: Run) -> AbstractContextManager[Averaging]:
     """Open the checkpoints and plan their average."""
     from swa_avg.averaging import planned
 
@@ -188,13 +146,13 @@ def _planned(run: _Run) -> AbstractContextManager[Averaging]:
     return planned(run.checkpoints, run.output, options)
 
 
-def _average(run: _Run) -> None:
+def _average(run: Run) -> None:
     """Average checkpoints, and nothing else."""
     with _planned(run) as averaging:
         if run.dry_run:
             _show_plan(averaging, run)
             return
-        _check_report(averaging, run)
+        check_beside(run, averaging)
         with _written(averaging, run) as (file, report):
             file.commit()
     content = report.to_dict() | _tensors(averaging, run)
@@ -204,20 +162,20 @@ def _average(run: _Run) -> None:
     elif not run.quiet:
         _show_average(report, averaging, run)
         if report.stale:
-            _note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
+            _note_stale()
         _say([messages.of_output(report.output, report.bytes_written)])
 
 
 @contextmanager
-def _written(averaging: Averaging, run: _Run) -> Iterator[tuple[Any, Report]]:
+def _written(averaging: Averaging, run: Run) -> Iterator[tuple[Any, Report]]:
     """Average into a file or folder; it becomes the output when it is committed."""
     with averaging.open_output() as file:
-        with _bar(averaging.plan.bytes_to_read, run, unit="B", desc="averaging") as bar:
-            report = averaging.write(file, threads=run.threads, progress=bar and bar.update)
+        with bar(averaging.plan.bytes_to_read, run.quiet, unit="B", desc="averaging") as shown:
+            report = averaging.write(file, threads=run.threads, progress=shown and shown.update)
         yield file, report
 
 
-def _recompute(run: _Run, bn_options: dict[str, Any]) -> None:
+def _recompute(run: Run, bn_options: dict[str, Any]) -> None:
     """Recompute BatchNorm: of the average of checkpoints, or of the output that is there."""
     averages = run.checkpoints or run.options.start_from
     with ExitStack() as entered:
@@ -225,8 +183,9 @@ def _recompute(run: _Run, bn_options: dict[str, Any]) -> None:
         averaging = entered.enter_context(_planned(run)) if averages and _leads() else None
         if averaging and averaging.is_folder:
             raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
-        _check_report(averaging, run)
+        check_beside(run, averaging)
         from swa_avg.recompute import Recompute, copy_of, session
+        from swa_avg.remote import path_of
 
         bn = entered.enter_context(session(Recompute(**bn_options)))
         if not bn.leads:
@@ -239,8 +198,8 @@ def _recompute(run: _Run, bn_options: dict[str, Any]) -> None:
                 key, ema = (), False  # our own output holds nothing but the state_dict
         else:
             file = entered.enter_context(copy_of(path_of(run.output), key))
-        with _bar(bn.batches, run, unit="batch", desc="recomputing BatchNorm") as bar:
-            progress = bar and partial(_advance, bar)
+        with bar(bn.batches, run.quiet, unit="batch", desc="recomputing BatchNorm") as shown:
+            progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
         file.commit()
     averaged = report.to_dict() if report else {"output": run.output}
@@ -258,33 +217,52 @@ def _recompute(run: _Run, bn_options: dict[str, Any]) -> None:
         _say([messages.of_output(run.output, path_of(run.output).stat().st_size)])
 
 
-def _tensors(averaging: Averaging, run: _Run) -> dict[str, object]:
+def _search(run: Run, wanted: Search) -> None:
+    """Find out which average is best, and write that one."""
+    from swa_avg import plot, sweeping, trials
+    from swa_avg.judging import judged
+    from swa_avg.recompute import Recompute
+
+    suffix = plot.check_plot(Path(wanted.plot)) if wanted.plot else ""
+    with ExitStack() as entered:
+        averaging = entered.enter_context(_planned(run))
+        if averaging.is_folder:
+            raise click.UsageError(f"{wanted.option} writes a file, no folder: name one with -o.")
+        check_beside(run, averaging)
+        bn = Recompute(**run.recompute) if run.recompute is not None else None
+        judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.told))
+        search = sweeping.greedy if wanted.greedy else sweeping.swept
+        steps = 2 * len(averaging.inputs) + (not wanted.greedy)
+        with bar(steps, run.quiet, unit="model", desc="judging") as shown:
+            bench = trials.Bench(*judge, shown and partial(move, shown))
+            best = entered.enter_context(search(averaging, bench, run.threads))
+        picture = plot.drawn(best.report, suffix) if wanted.plot else b""
+        best.file.commit()
+    if wanted.plot:
+        _write(wanted.plot, picture)
+    content = best.report.to_dict() | _tensors(best.averaging, run)
+    _write_report(content, run)
+    if run.as_json:
+        click.echo(_json(content))
+    elif not run.quiet:
+        _show_search(best, run)
+        if wanted.plot:
+            _say([messages.of_output(wanted.plot, len(picture))])
+
+
+def _tensors(averaging: Averaging, run: Run) -> dict[str, object]:
     return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
 
 
-def _check_report(averaging: Averaging | None, run: _Run) -> None:
-    """Refuse, before any work, a report that would replace a checkpoint."""
-    if run.report is None:
-        return
-    from swa_avg.output import check_target
-
-    states = averaging.states if averaging else ()
-    check_target(
-        Path(run.report),
-        [file for state in states for file in state.checkpoint.files],
-        force=True,
-    )
-    if Path(run.report).resolve() == Path(run.output).resolve():
-        raise click.UsageError("--report and --output name the same file.")
+def _write_report(content: object, run: Run) -> None:
+    if run.report is not None:
+        _write(run.report, f"{_json(content)}\n".encode())
 
 
-def _write_report(content: object, run: _Run) -> None:
-    if run.report is None:
-        return
+def _write(path: str, data: bytes) -> None:
     from swa_avg.output import AtomicFile
 
-    data = f"{_json(content)}\n".encode()
-    with AtomicFile(Path(run.report), len(data)) as file:
+    with AtomicFile(Path(path), len(data)) as file:
         file.write(data, 0)
         file.commit()
 
@@ -306,27 +284,6 @@ def _leads() -> bool:
     return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
 
 
-@contextmanager
-def _bar(total: int | None, run: _Run, unit: str, desc: str) -> Iterator[Any]:
-    """Show a progress bar, if somebody is there to see it; else give None."""
-    if run.quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    bar: Any = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=desc, leave=False)
-    with bar:
-        yield bar
-
-
-def _advance(bar: Any, samples: int) -> None:
-    """Count a batch, and show how fast samples come."""
-    bar.samples = getattr(bar, "samples", 0) + samples
-    elapsed = bar.format_dict["elapsed"]
-    bar.set_postfix_str(f"{bar.samples / elapsed:.0f} samples/s" if elapsed else "", refresh=False)
-    bar.update(1)
-
-
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
         click.echo(printable(line))
@@ -337,26 +294,49 @@ def _note(notes: Iterable[str]) -> None:
         click.echo(printable(f"note: {note}"), err=True)
 
 
-def _show_plan(averaging: Averaging, run: _Run) -> None:
+def _note_stale() -> None:
+    _note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
+
+
+def _show_plan(averaging: Averaging, run: Run) -> None:
     """Print what would be done."""
     if run.as_json:
-        click.echo(_json(averaging.to_dict() | {"recompute_bn": run.recompute is not None}))
+        searched = {"search": run.search.evaluate if run.search else None}
+        planned = averaging.to_dict() | {"recompute_bn": run.recompute is not None} | searched
+        click.echo(_json(planned))
         return
     if run.quiet:
         return
     _say(messages.of_plan(averaging, tensors=run.verbose or len(averaging.inputs) == 1))
     if run.recompute is not None:
         _say([f"would recompute BatchNorm over {run.recompute['data']}"])
+    if run.search:
+        _say(messages.of_search_plan(averaging, run.search.evaluate, run.search.greedy))
     _note(averaging.notes)
 
 
-def _show_average(report: Report, averaging: Averaging, run: _Run) -> None:
+def _show_search(best: Found, run: Run) -> None:
+    """Print which averages were tried, and what became the output."""
+    report = best.report
+    _say(messages.of_search(report))
+    _show_average(report.average, best.averaging, run)
+    if report.batchnorm:
+        _say(messages.of_recompute(report.batchnorm, layers=run.verbose))
+        _note(report.notes)
+    elif report.average.stale:
+        _note_stale()
+    _say([messages.of_output(report.average.output, report.average.bytes_written)])
+
+
+def _show_average(report: Report, averaging: Averaging, run: Run) -> None:
     """Print what was averaged."""
     if run.verbose:
         _say(messages.of_tensors(averaging))
     _say(messages.of_average(report))
     if report.distances:
         _say(messages.of_distances(report, report.distances, modules=run.verbose))
+    if averaging.options.verify:
+        _say(["verified: all of it read again, and a sample averaged anew"])
     _note(report.notes)
 
 

@@ -20,10 +20,12 @@ class Base:
     Attributes:
         state: Its state_dict.
         sources: What it was made from; itself, where it does not say.
+        batchnorm: Where its BatchNorm statistics come from, as far as it says.
     """
 
     state: StateDict
     sources: tuple[Source, ...]
+    batchnorm: object = None
 
     @property
     def count(self) -> int:
@@ -41,7 +43,7 @@ def base_of(state: StateDict) -> Base:
     """
     known = provenance.of(state.checkpoint)
     if known:
-        return Base(state, known.sources)
+        return Base(state, known.sources, known.batchnorm)
     count = _n_averaged(state)
     if count < 1:
         raise ProvenanceError(

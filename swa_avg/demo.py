@@ -9,7 +9,8 @@ others. The averaging itself is not here: it happens in the commands.
 
 This is also the worked example of a data module: `swa-avg --recompute-bn
 --data swa_avg.demo:loader` needs nothing but the functions `loader`, which gives
-the batches of the training set, and `model`, which gives the untrained network.
+the batches of the training set, and `model`, which gives the untrained network;
+`--sweep swa_avg.demo:evaluate` asks `evaluate` how good an average is.
 
 The data are the test set of E. Alpaydin and C. Kaynak, "Optical Recognition of
 Handwritten Digits", UCI Machine Learning Repository (CC BY 4.0,
@@ -60,6 +61,7 @@ RATE, SWA_RATE = 0.1, 0.1
 SEED = 0
 
 MARKER = ".swa-avg-demo"
+BESIDE = ("best.pt", "sweep.svg")  # what the README's sweep writes here: let alone
 OUTPUT = "swa.pt"
 CHECKPOINTS = [f"ckpts/epoch_{epoch}.pt" for epoch in range(SWA_START, EPOCHS)]
 
@@ -67,7 +69,7 @@ AVERAGE = f"swa-avg ckpts/epoch_*.pt -o {OUTPUT}"
 RECOMPUTE = "swa-avg --recompute-bn --data swa_avg.demo:loader"
 
 
-# The data module: what `--data` and `--model` look for.
+# The data module: what `--data`, `--model` and `--sweep` look for.
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -94,6 +96,11 @@ def model() -> nn.Module:
 def _block(inputs: int, outputs: int) -> list[nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def evaluate(network: nn.Module) -> dict[str, float]:
+    """Return how good `network` is; the metric's name tells that more is better."""
+    return {"accuracy": accuracy(network)}
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -214,7 +221,7 @@ def prepare(folder: Path) -> None:
     is_ours = (folder / MARKER).is_file()
     found = folder.rglob("*") if is_ours else folder.iterdir()
     names = {path.relative_to(folder).as_posix() for path in found}
-    own = {MARKER, "ckpts", OUTPUT, *CHECKPOINTS} if is_ours else set()
+    own = {MARKER, "ckpts", OUTPUT, *CHECKPOINTS, *BESIDE} if is_ours else set()
     if foreign := sorted(names - own):
         raise OutputError(
             f"holds what this demo did not write ({listed(foreign)})",

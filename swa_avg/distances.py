@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Independent runs of one network lie farther than this from their mean, and checkpoints
 # of one run nearer; how that was measured stands in the README.
-APART = 0.5
+APART = 0.3
 # A checkpoint so many times as far from the mean as the others are in the median.
 OUTLIER = 3.0
 

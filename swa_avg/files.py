@@ -4,7 +4,7 @@ A file stays open from the reading of its header to the end of the averaging,
 so that a trainer that renames a new checkpoint over it changes nothing for us,
 and one that writes into it is noticed. Plain reads, never a memory map: a
 mapped file that shrinks kills the process. What a URL names is read in the
-same way, through `remote.py`.
+same way, through `fetching.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Protocol
 
 from swa_avg.ahead import Range, ReadAhead
 from swa_avg.errors import FileError, FormatError
-from swa_avg.remote import RemotePath, RemoteSource
+from swa_avg.fetching import RemoteSource
+from swa_avg.remote import RemotePath
 
 _CHUNK = 1 << 20
 _ANNOUNCED = 1 << 30
@@ -107,6 +108,21 @@ class _Disk:
         """Tell the kernel, where it listens, that a range is wanted soon."""
         if hasattr(os, "posix_fadvise") and length > 0:
             os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def will_not_read(self, offset: int, length: int) -> None:
+        """Tell the kernel, where it listens, that a range need not stay in its cache."""
+        if hasattr(os, "posix_fadvise") and length > 0:
+            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def is_cached(self, offset: int) -> bool:
+        """Tell whether a byte is in the kernel's cache; True where it cannot be asked."""
+        try:
+            os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except (AttributeError, OSError):
+            pass
+        return True
 
     def check_unchanged(self) -> None:
         """Raise `FormatError` if the file was written to since it was opened."""
@@ -224,7 +240,16 @@ class InputFile:
     def will_read(self, offset: int, length: int) -> None:
         """Tell the kernel, where it listens, that a range is wanted soon."""
         if isinstance(self.source, _Disk):
-            self.source.will_read(offset, length)
+            self.source.will_read(self.start + offset, length)
+
+    def will_not_read(self, offset: int, length: int) -> None:
+        """Tell the kernel, where it listens, that a range need not stay in its cache."""
+        if isinstance(self.source, _Disk):
+            self.source.will_not_read(self.start + offset, length)
+
+    def is_cached(self, offset: int) -> bool:
+        """Tell whether a byte is in the kernel's cache; True where it cannot be asked."""
+        return not isinstance(self.source, _Disk) or self.source.is_cached(self.start + offset)
 
     def check_unchanged(self) -> None:
         """Raise `FormatError` if the file was written to since it was opened."""
@@ -264,10 +289,6 @@ class Section(InputFile):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on, counted from the section's start."""
         super().read_into(buffer, self._start + offset)
-
-    def will_read(self, offset: int, length: int) -> None:
-        """Tell the kernel, where it listens, that a range is wanted soon."""
-        super().will_read(self._start + offset, length)
 
     def close(self) -> None:
         """Leave the file open: it is not the section's."""
@@ -347,7 +368,7 @@ def announce(ranges: Iterable[tuple[InputFile, int, int]]) -> None:
     ends: dict[InputFile, int] = {}
     for file, offset, length in ranges:
         for start in range(max(offset, ends.get(file, 0)), offset + length, _CHUNK):
-            file.will_read(start, _CHUNK)  # of more at once Linux takes no notice
+            file.will_read(start, _CHUNK)  # of a longer range Linux heeds the start only
             ends[file] = start + _CHUNK
             left -= _CHUNK
             if left <= 0:

@@ -2,27 +2,27 @@
 
 `evaluate(model)` returns a number, or a mapping of names to numbers of which one
 counts. Whether a small or a large one is good is asked, or told by the metric's
-name; it is never guessed. Knows neither averages nor BatchNorm.
+name; it is never guessed. Knows no averages.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
-from swa_avg.batches import blamed
+from swa_avg.batches import blamed, same_draws
 from swa_avg.errors import DataError, SelectionError, listed
 from swa_avg.layout import StateDict
 from swa_avg.metrics import mode_of
-from swa_avg.recompute import read_state
-from swa_avg.userdata import load_weights
+from swa_avg.recompute import Recompute, Session, read_state, session
+from swa_avg.userdata import found, importable, load_weights, model_of
 
 Evaluate = Callable[[nn.Module], object]
 
@@ -119,24 +119,48 @@ class Judge:
             modes = {self._mode}
         if len(modes) != 1:
             raise SelectionError(
-                f"is a small or a large {' of '.join(names)} good",
+                f"nothing tells whether a small or a large {names[0]} is good",
                 remedy="Say it with --mode min or --mode max",
             )
         return Scale(names[0], modes.pop())
 
 
 @contextmanager
-def same_draws(*generators: torch.Generator) -> Iterator[None]:
-    """Put random numbers back where they were, so that what comes next draws the same."""
-    states = [generator.get_state() for generator in generators]
-    # Before CUDA is first used there is nothing to put back.
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+def judged(
+    evaluate: str,
+    recompute: Recompute | None,
+    *,
+    model: str | None = None,
+    metric: str | None = None,
+    mode: str | None = None,
+) -> Iterator[tuple[Judge, Session | None]]:
+    """Load the user's code; inside the `with` it can still import.
+
+    Args:
+        evaluate: `MOD:ATTR` of the function.
+        recompute: What to recompute BatchNorm statistics with, if that is wanted.
+        model: `MOD:ATTR` of the model; by default `model` of the data's module, else
+            of `evaluate`'s.
+        metric: As for `Judge`.
+        mode: As for `Judge`.
+
+    Returns:
+        Who judges, and who recomputes BatchNorm statistics.
+
+    Raises:
+        DataError: Something that is named is not there, or of no use.
+    """
+    with ExitStack() as opened:
+        opened.enter_context(importable())
+        module, function = found(evaluate)
+        called = evaluate.rpartition(":")[2].rpartition(".")[2]
+        bn: Session | None = None
+        if recompute:
+            if model is None and not hasattr(found(recompute.data)[0], "model"):
+                model = f"{evaluate.rpartition(':')[0]}:model"
+            bn = opened.enter_context(session(replace(recompute, model=model)))
+        network = bn.model if bn else model_of(module, evaluate, model)
+        yield Judge(function, network, called, metric, mode), bn
 
 
 def _number(value: object, doing: str) -> float:
@@ -148,8 +172,10 @@ def _number(value: object, doing: str) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
-        kind = type(value).__name__
-        raise DataError(f"{doing}gives a {kind}", expected="a number, or a mapping of names to such")
+        raise DataError(
+            f"{doing}gives a {type(value).__name__}",
+            expected="a number, or a mapping of names to numbers",
+        )
     if not math.isfinite(value):
         raise DataError(f"{doing}gives {float(value)}", expected="a finite number")
     return float(value)

@@ -83,9 +83,7 @@ class StateDict:
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
         """Its tensors by name, in order."""
-        return dict(
-            zip(self.views, map(self.checkpoint.located, self.views.values()), strict=True)
-        )
+        return dict(zip(self.views, map(self.checkpoint.located, self.views.values()), strict=True))
 
     @cached_property
     def epoch(self) -> int | None:
@@ -100,7 +98,7 @@ class StateDict:
     @property
     def n_averaged(self) -> TensorRef | None:
         """Where the counter of torch's AveragedModel is, or None."""
-        return self.counter and self.checkpoint.located(self.counter)
+        return self.checkpoint.located(self.counter) if self.counter else None
 
 
 def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
@@ -145,9 +143,7 @@ def find_state_dict(
         counter = counter or part.counter
     views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
     plain = _Plain()
-    values = {
-        name: value for name, value in entries.items() if name not in views and plain(value)
-    }
+    values = {name: value for name, value in entries.items() if name not in views and plain(value)}
     return StateDict(
         checkpoint=checkpoint,
         where=" + ".join(taken),

@@ -24,6 +24,7 @@ from swa_avg.desk import Desk
 from swa_avg.errors import NotFiniteError
 from swa_avg.gather import Box
 from swa_avg.grams import Gram
+from swa_avg.lookahead import LookAhead
 from swa_avg.output import Output
 from swa_avg.plan import Treatment, Work
 from swa_avg.reading import Reader, readers_of
@@ -114,11 +115,20 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
     """
     job = _Job(kernel)
     groups = [kernel.group(number) for number in range(len(kernel.works))]
+    dealt = list(tasks(kernel.works, groups, kernel.chunk, threads))
     read = 0
-    with _one_torch_thread(), ThreadPoolExecutor(threads, "swa-avg") as pool:
-        submitted = [
-            pool.submit(job.do, task) for task in tasks(kernel.works, groups, kernel.chunk, threads)
-        ]
+    with (
+        _one_torch_thread(),
+        LookAhead(dealt, kernel.works, threads) as ahead,
+        ThreadPoolExecutor(threads, "swa-avg") as pool,
+    ):
+
+        def do(number: int) -> int:
+            count = job.do(dealt[number])
+            ahead.done(number)
+            return count
+
+        submitted = [pool.submit(do, number) for number in range(len(dealt))]
         try:
             for count in _results(submitted):
                 read += count

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from swa_avg.distances import Distances
     from swa_avg.provenance import Provenance
     from swa_avg.report import Report
+    from swa_avg.trials import SweepReport
 
 _MEANINGS = {
     "averaged": "averaged",
@@ -99,6 +101,42 @@ def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
             f"{'  ' if layers else 'largest move: '}{layer.name}: mean by {layer.mean_shift:.3g} "
             f"standard deviations, deviation by a factor of {layer.std_ratio:.3g}"
         )
+
+
+def of_search_plan(averaging: Averaging, evaluate: str, greedy: bool) -> Iterator[str]:
+    """Yield what a search would do."""
+    count = len(averaging.inputs)
+    which = "the greedy soup of these" if greedy else f"the averages of the last 1, 2, … {count}"
+    yield f"would judge with {evaluate} each checkpoint alone, and {which}"
+    room = averaging.layout.size * (2 if greedy else count)
+    yield f"would need {in_bytes(room)} beside the output meanwhile"
+
+
+def of_search(report: SweepReport) -> Iterator[str]:
+    """Yield the scores of all that was tried, the best marked."""
+    scale, tried = report.scale, report.tried
+    averages, singles = _aligned([one.score for one in tried]), _aligned(report.singles)
+    better = "larger" if scale.mode == "max" else "smaller"
+    joined = " with it" if report.greedy else " averaged"
+    first = "" if report.greedy else f"{'last':>6} "
+    yield f"{scale.name} ({better} is better):"
+    yield f"{first}{joined:>12}{'alone':>12}"
+    for place, score in enumerate(averages):
+        number = report.added(place)
+        marks = ["best"] if place == report.best else []
+        if report.greedy:
+            marks = ["joins" if number in report.winner.members else "stays out"]
+        count = "" if report.greedy else f"{place + 1:6} "
+        whose = f"{report.paths[number]}  {' '.join(marks)}".rstrip()
+        yield f"{count}{score:>12}{singles[number]:>12}  {whose}"
+
+
+def _aligned(scores: Sequence[float]) -> list[str]:
+    """Return numbers with as many decimals as give the largest of them five digits."""
+    largest = max(map(abs, scores), default=0)
+    digits = math.floor(math.log10(largest)) + 1 if largest else 0
+    decimals = min(max(0, 5 - digits), 12)
+    return [f"{score:.{decimals}f}" for score in scores]
 
 
 def of_output(path: str, size: int) -> str:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from swa_avg.files import InputFile
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.pickles import Inert
 from swa_avg.gather import read_tensor

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from swa_avg.averaging import Averaging, Options
 
 _GROUPS = {
     "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
@@ -21,6 +28,7 @@ _GROUPS = {
         "--bn-batches",
         "--amp",
     ),
+    "Search": ("--sweep", "--greedy", "--plot"),
     "Report": (
         "--dry-run",
         "--json",
@@ -83,12 +91,34 @@ def check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if named["keep_wrapper"] and named["dtype"] != "keep":
         raise click.UsageError("--keep-wrapper keeps the dtypes too: it goes without --dtype.")
+    searches = named["sweep"] or named["greedy"]
+    if searches:
+        _check_search(named)
+    elif named["plot"]:
+        raise click.UsageError("--plot needs --sweep or --greedy.")
     if not named["recompute_bn"]:
-        for option in given(BATCHNORM):
+        for option in given([one for one in BATCHNORM if not (searches and one == "model")]):
             raise click.UsageError(f"{option} needs --recompute-bn.")
     unfit = () if named["checkpoints"] else _OF_CHECKPOINTS
     for option in given(unfit if averages else (*unfit, *_OF_AVERAGING)):
         raise click.UsageError(f"{option} needs checkpoints to average.")
+
+
+def _check_search(named: Mapping[str, Any]) -> None:
+    """Refuse what does not go with a search."""
+    option = "--sweep" if named["sweep"] else "--greedy"
+    if named["sweep"] and named["greedy"]:
+        raise click.UsageError("Give --sweep or --greedy, not both.")
+    if not named["checkpoints"]:
+        raise click.UsageError(f"{option} needs checkpoints to average.")
+    for other in ("start_from", "distances"):
+        if named[other]:
+            raise click.UsageError(f"{option} goes without --{other.replace('_', '-')}.")
+    if named["bn_buffers"] == "first":
+        raise click.UsageError(f"{option} goes without --bn-buffers first: who is first varies.")
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        raise click.UsageError(f"{option} is done by one process: start it without torchrun.")
 
 
 def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -101,3 +131,114 @@ def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> i
     if unit is None or not digits.strip().isdecimal() or int(digits) == 0:
         raise click.BadParameter(f"{value!r} is no size, such as 5GB or 500MB")
     return int(digits) * unit
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of the command is to do.
+
+    Attributes:
+        checkpoints: Files, folders or patterns of them.
+        output: What to write.
+        options: How to average.
+        recompute: The fields of `recompute.Recompute`; None where BatchNorm is left alone.
+        search: How to find the best average; None where there is nothing to find.
+        dry_run: Whether only to show what would be done.
+        as_json: Whether to print the report as JSON.
+        report: Where to write the report, if anywhere.
+        quiet: Whether to print nothing but errors.
+        verbose: Whether to show every tensor and every disagreement.
+        threads: How many threads work; None for one a core.
+    """
+
+    checkpoints: tuple[str, ...]
+    output: str
+    options: Options
+    recompute: dict[str, Any] | None
+    search: Search | None
+    dry_run: bool
+    as_json: bool
+    report: str | None
+    quiet: bool
+    verbose: bool
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to find the best average.
+
+    Attributes:
+        evaluate: `MOD:ATTR` of what judges.
+        greedy: Whether to make a greedy soup; else to sweep over the last 1, 2, 3, ….
+        model: `MOD:ATTR` of the model, if it was given.
+        metric: What the score is called, if that was given.
+        mode: Which way is better, if that was given.
+        plot: Where to draw the scores, if anywhere.
+    """
+
+    evaluate: str
+    greedy: bool
+    model: str | None
+    metric: str | None
+    mode: str | None
+    plot: str | None
+
+    @property
+    def option(self) -> str:
+        """The option that asked for it."""
+        return "--greedy" if self.greedy else "--sweep"
+
+    @property
+    def told(self) -> dict[str, str | None]:
+        """What the user said of the score and the model."""
+        return {"model": self.model, "metric": self.metric, "mode": self.mode}
+
+
+def run_of(given: dict[str, Any]) -> Run:
+    """Sort the options of the command line by what they are for."""
+    from swa_avg.averaging import Options
+    from swa_avg.select import Choice
+
+    def taken(kind: type) -> dict[str, Any]:
+        """Take what a dataclass has fields for; None stands for its default."""
+        names = [one.name for one in fields(kind) if one.name in given]
+        return {name: value for name in names if (value := given.pop(name)) is not None}
+
+    search = _search_of(given)
+    try:
+        choice = Choice(**taken(Choice))
+    except ValueError as error:
+        raise click.UsageError(f"{error}.") from error
+    batchnorm = {name: value for name in BATCHNORM if (value := given.pop(name)) is not None}
+    options = Options(choice=choice, **taken(Options))
+    recompute = batchnorm if given["recompute_bn"] else None
+    own = {one.name: given.get(one.name) for one in fields(Run)}
+    return Run(**own | {"options": options, "recompute": recompute, "search": search})
+
+
+def _search_of(given: dict[str, Any]) -> Search | None:
+    """Take what a search needs; it shares the metric with the choice of the best."""
+    evaluate = given["sweep"] or given["greedy"]
+    if not evaluate:
+        return None
+    found = {name: given[name] for name in ("model", "metric", "mode", "plot")}
+    if given["best"] is None:
+        given["metric"] = given["mode"] = None
+    return Search(evaluate, greedy=bool(given["greedy"]), **found)
+
+
+def check_beside(run: Run, averaging: Averaging | None) -> None:
+    """Refuse, before any work, a report or picture that would replace something else."""
+    from swa_avg.output import check_target
+
+    states = averaging.states if averaging else ()
+    inputs = [file for state in states for file in state.checkpoint.files]
+    taken = {Path(run.output).resolve(): "--output"}
+    for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
+        if not path:
+            continue
+        check_target(Path(path), inputs, force=True)
+        other = taken.setdefault(Path(path).resolve(), option)
+        if other != option:
+            raise click.UsageError(f"{option} and {other} name the same file.")

@@ -20,6 +20,8 @@ from typing import Protocol
 from swa_avg import placing, temporary
 from swa_avg.errors import OutputError, listed
 from swa_avg.files import InputFile
+from swa_avg.remote import is_remote
+from swa_avg.writeback import WriteBack
 
 # Files of weights in a folder: of Hugging Face, whatever their number, and of a distributed one.
 _WEIGHTS = re.compile(
@@ -90,6 +92,8 @@ def check_target(
 
 def _is_beneath(path: Path, folder: Path) -> bool:
     """Tell whether a file is in a folder, however deep, under either of its names."""
+    if is_remote(path):
+        return False
     places = (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name))
     return any(Path(os.path.realpath(folder)) in place.parents for place in places)
 
@@ -124,6 +128,7 @@ class _Draft:
         self.path = path
         self._shown = shown
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._writeback = WriteBack(self._fd)
 
     def hold(self) -> bool:
         """Lock the file for as long as it is open; tell whether it is still there."""
@@ -146,6 +151,7 @@ class _Draft:
                 count = os.pwrite(self._fd, view, offset)
             except OSError as error:
                 raise _refusal(self._shown, error) from error
+            self._writeback.wrote(count)
             view = view[count:]
             offset += count
 

@@ -21,7 +21,6 @@ from swa_avg.plan import Treatment, Work
 from swa_avg.rounding import carrier
 from swa_avg.tensors import DType, Record, TensorRef
 
-_WORTH_ANNOUNCING = 1024 * 1024  # bytes of one input
 _SPARE = memoryview(bytearray(4096))  # for what lies between records; nobody looks at it
 
 
@@ -74,9 +73,6 @@ class RangeReader:
         self._zero = source.offset * self.dtype.itemsize
         self._first = self._next = self._zero + strip.start * self.dtype.itemsize
         self._crc = 0
-        length = strip.numel * self.dtype.itemsize
-        if length >= _WORTH_ANNOUNCING:
-            source.record.file.will_read(source.record.offset + self._first, length)
 
     def read(self, cell: Cell, buffer: memoryview) -> None:
         """Read on from where the last cell ended, or a cell again."""
@@ -128,13 +124,15 @@ class BundleReader:
 
     def close(self, ledger: Ledger) -> int:
         """Hand over the checksum of each tensor."""
-        length = 0
-        for work, crc in zip(self._works, self._crcs, strict=True):
+        for work, cut, crc in zip(self._works, self._slices, self._crcs, strict=True):
             source = work.sources[self._number]
-            piece = Piece(source.offset * self.dtype.itemsize, source.nbytes, crc)
-            ledger.add(source.record, work.name, piece)
-            length += piece.length
-        return length
+            record, length = source.record, cut.stop - cut.start
+            if length == record.length:
+                ledger.settle(record, work.name, crc)
+            else:
+                place = source.offset * self.dtype.itemsize
+                ledger.add(record, work.name, Piece(place, length, crc))
+        return int(self._slices[-1].stop)
 
 
 class BoxReader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from swa_avg import provenance
-from swa_avg.batches import Alone, Ranks
+from swa_avg.batches import Alone, Ranks, same_draws
 from swa_avg.batchnorm import (
     Amp,
     BatchNormReport,
@@ -69,13 +69,16 @@ class Session:
         leads: Whether this process reads and writes the file. The others have
             no file; they `follow`.
         batches: How many batches there will be, or None where nobody knows.
+        model: The model; after a recompute it has the file's weights.
     """
 
     def __init__(self, options: Recompute, code: UserCode, ranks: Ranks) -> None:
         self._options = options
         self._code = code
         self._ranks = ranks
+        self._read = False
         self.leads = ranks.rank == 0
+        self.model = code.model
         self.batches = _length(code.batches, options.batches)
 
     def recompute(
@@ -86,6 +89,8 @@ class Session:
         progress: Callable[[int], None] | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
+
+        May be called for several files: each gets the same batches, in the same order.
 
         Args:
             file: A whole checkpoint.
@@ -104,8 +109,10 @@ class Session:
             checkpoint = open_checkpoint(file.path)
             opened.callback(checkpoint.close)
             state = find_state_dict(checkpoint, key, ema)
-            fit = load_weights(self._code.model, _read(state))
-            report = self._run(progress)
+            fit = load_weights(self._code.model, read_state(state))
+            batches = self._batches()
+            with same_draws(batches):
+                report = self._run(batches, progress)
             buffers = recomputed_buffers(self._code.model, report)
             contents = _replaced(state, fit, buffers)
             for place, data in list(patch(checkpoint, contents, self._said(checkpoint, report))):
@@ -129,14 +136,24 @@ class Session:
 
     def follow(self) -> None:
         """Take this process's share of the batches, with the leader's weights."""
-        self._run(None)
+        self._run(self._batches(), None)
 
-    def _run(self, progress: Callable[[int], None] | None) -> BatchNormReport:
+    def _batches(self) -> Iterable[Any]:
+        """Return the batches from the first on: what can be read once only is made anew."""
+        batches = self._code.batches
+        if self._read and isinstance(batches, Iterator):
+            batches = self._code.again()
+        self._read = True
+        return batches
+
+    def _run(
+        self, batches: Iterable[Any], progress: Callable[[int], None] | None
+    ) -> BatchNormReport:
         model, options = self._code.model, self._options
         self._ranks.broadcast(list(model.state_dict(keep_vars=True).values()))
         return recompute_batchnorm(
             model,
-            self._code.batches,
+            batches,
             device=options.device,
             estimator=options.estimator,
             forward=self._code.forward,
@@ -213,7 +230,7 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | Remote
         checkpoint.close()
 
 
-def _read(state: StateDict) -> OrderedDict[str, Any]:
+def read_state(state: StateDict) -> OrderedDict[str, Any]:
     """Read a state_dict, its values and its `_metadata` included."""
     read: dict[TensorRef, torch.Tensor] = {}
     made: OrderedDict[str, Any] = OrderedDict()

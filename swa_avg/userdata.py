@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib import util
 from pathlib import Path
 from types import ModuleType
@@ -38,11 +39,13 @@ class UserCode:
         batches: An iterable of batches.
         model: The model, with whatever weights it was made with.
         forward: `forward(model, batch)`, or None for the usual call.
+        again: Makes the batches anew, where they can be read only once.
     """
 
     batches: Iterable[Any]
     model: nn.Module
     forward: Forward | None
+    again: Callable[[], Iterable[Any]]
 
 
 @contextmanager
@@ -69,15 +72,23 @@ def user_code(
     Raises:
         DataError: If something is not there, is of no use, or raises.
     """
+    with importable():
+        module, source = found(data)
+        yield UserCode(
+            model=model_of(module, data, model),
+            forward=_forward(module, forward),
+            batches=batches_of(source, data, once),
+            again=partial(batches_of, source, data, once),
+        )
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Let modules in the current folder be imported; afterwards `sys.path` is what it was."""
     before = list(sys.path)
     sys.path.insert(0, str(Path.cwd()))
     try:
-        module, source = _found(data)
-        yield UserCode(
-            model=_model(module, data, model),
-            forward=_forward(module, forward),
-            batches=batches_of(source, data, once),
-        )
+        yield
     finally:
         sys.path[:] = before
 
@@ -85,7 +96,7 @@ def user_code(
 # --- MOD:ATTR -----------------------------------------------------------------------
 
 
-def _found(spec: str) -> tuple[ModuleType, Any]:
+def found(spec: str) -> tuple[ModuleType, Any]:
     """Return the module that `MOD:ATTR` names, and what stands there."""
     name, colon, attribute = spec.rpartition(":")
     if not (name and colon and attribute):
@@ -219,7 +230,12 @@ def _loader(dataset: Dataset[Any]) -> DataLoader[Any]:
 # --- model and forward --------------------------------------------------------------
 
 
-def _model(module: ModuleType, data: str, spec: str | None) -> nn.Module:
+def model_of(module: ModuleType, data: str, spec: str | None) -> nn.Module:
+    """Return the model that `spec` names, else `model` of the module of `data`.
+
+    Raises:
+        DataError: It is not there, or no model.
+    """
     if spec is None and not hasattr(module, "model"):
         raise DataError(
             f"no `model` stands in the module of {data}",
@@ -227,7 +243,7 @@ def _model(module: ModuleType, data: str, spec: str | None) -> nn.Module:
             remedy="Add it, or say where it is with --model MOD:ATTR",
         )
     name = spec or data.rpartition(":")[0] + ":model"
-    made = module.model if spec is None else _found(spec)[1]
+    made = module.model if spec is None else found(spec)[1]
     if not isinstance(made, nn.Module) and callable(made):
         with blamed(None, f"{name}: "):
             made = made()
@@ -243,7 +259,7 @@ def _forward(module: ModuleType, spec: str | None) -> Forward | None:
     if spec is None:
         default = getattr(module, "forward", None)
         return default if callable(default) else None
-    function: Forward = _found(spec)[1]
+    function: Forward = found(spec)[1]
     if not callable(function):
         raise DataError(
             f"{spec} is of type {type(function).__name__}",

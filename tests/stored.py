@@ -1,7 +1,8 @@
-"""What our own readers find in a checkpoint, as tensors."""
+"""What is stored in a checkpoint: tensors as our own readers find them, records as zipfile does."""
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,10 @@ def tensors(path: Path, **options: Any) -> dict[str, torch.Tensor]:
         return {name: read_tensor(ref) for name, ref in state.tensors.items()}
     finally:
         checkpoint.close()
+
+
+def records(path: Path) -> dict[str, bytes]:
+    """Return the records of a torch zip, but for the one that says how it was made."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/swa_avg.json")]
+        return {name: archive.read(name) for name in names}

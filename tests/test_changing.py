@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import oracle
 import pytest
 import stored
 import torch
@@ -21,8 +20,9 @@ import swa_avg
 from swa_avg.errors import FileError, SwaAvgError
 from swa_avg.files import InputFile
 
+ALL = os.environ.get("SWA_AVG_FAULTS") == "all"  # else a bounded number of moments
 SUFFIXES = (".pt", ".safetensors")
-SIZE = 300_000  # elements: more than are read at once
+SIZE = 200_000  # elements: more than are read at once
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,10 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     made.close()
 
 
-def state(value: float) -> dict[str, torch.Tensor]:
-    return {"a": torch.full((SIZE,), value), "b": torch.full((SIZE,), value)}
-
-
-def write(path: Path, value: float) -> None:
+def write(path: Path, value: float, size: int = SIZE) -> None:
     """Save a checkpoint in which every number is `value`, in the file that is there."""
-    torch.save(state(value), path) if path.suffix == ".pt" else save_file(state(value), path)
+    state = {"a": torch.full((size,), value), "b": torch.full((size,), value)}
+    torch.save(state, path) if path.suffix == ".pt" else save_file(state, path)
 
 
 def overwritten(path: Path) -> None:
@@ -49,7 +46,7 @@ def overwritten(path: Path) -> None:
     with path.open("r+b") as file:
         new = path.with_name("new" + path.suffix)
         write(new, 9.0)
-        file.write(new.read_bytes())
+        file.write(new.read_bytes()[: path.stat().st_size])
         new.unlink()
 
 
@@ -79,17 +76,18 @@ CHANGES: dict[str, tuple[Callable[[Path], None], bool]] = {
 
 def assert_means_of(path: Path, value: float) -> None:
     found = stored.tensors(path)
-    assert all(oracle.same_bits(found[name], of) for name, of in state(value).items())
+    assert found.keys() == {"a", "b"}
+    assert all(bool((tensor == value).all()) for tensor in found.values())
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("at", [1, 3])
 def test_input_that_changes_in_the_middle(tmp_path: Path, suffix: str, name: str, at: int) -> None:
     """Changed when the first and when a later piece has been read; the whole old one, or none."""
     change, right = CHANGES[name]
     for number in range(3):
-        write(tmp_path / f"{number}{suffix}", float(number))
+        write(tmp_path / f"{number}{suffix}", float(number), 5 * SIZE)
     pieces = 0
 
     def progress(_: int) -> None:
@@ -135,7 +133,7 @@ def test_command_whose_input_changes(
         os.kill(process, signal.SIGCONT)
         ended: Ended = commands.wait(process)
         writes = max(writes, [call for call, _ in ended.calls].count("write"))
-        at += 3
+        at += 1 if ALL else 4
         if right:
             assert ended.code == 0
             assert_means_of(tmp_path / "out" / "swa.pt", 1.0)
@@ -143,8 +141,7 @@ def test_command_whose_input_changes(
         assert ended.code == 1
         assert ended.err.startswith(f"error: {sources[1]}: "), ended.err
         assert ended.err.count("\n") == 1
-        if at > 4:
-            assert not list((tmp_path / "out").glob("*.tmp"))
+        assert not list((tmp_path / "out").glob(".*"))
     assert writes > 4
 
 
@@ -174,7 +171,7 @@ def test_writer_beside_the_command(tmp_path: Path, commands: Commands) -> None:
     assert trainer.stdout.readline() == "running\n"
     codes = []
     try:
-        for _ in range(25):
+        for _ in range(200 if ALL else 15):
             ended = commands.run(tmp_path / "out", str(path), "-o", "swa.pt", "-f")
             codes.append(ended.code)
             assert ended.code in (0, 1), ended
@@ -204,21 +201,15 @@ def test_write_in_the_same_tick_is_told_from_the_last_one(tmp_path: Path) -> Non
         file.close()
 
 
-def test_file_that_is_always_being_written_is_refused(tmp_path: Path) -> None:
-    """One whose times never settle is not read at all."""
+def test_file_that_is_always_being_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was written to again, however often one waits, is not read at all."""
     path = tmp_path / "x"
     path.write_bytes(b"x")
-    code = "import os, sys\nprint(flush=True)\nwhile True: os.utime(sys.argv[1])"
-    writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    writer.stdout.readline()
-    try:
-        with pytest.raises(FileError, match="x: is being written to"):
-            InputFile(path)
-    finally:
-        writer.kill()
-        writer.wait()
-        writer.stdout.close()
+    monkeypatch.setattr(time, "sleep", lambda _: os.utime(path))
+    with pytest.raises(FileError, match="x: is being written to"):
+        InputFile(path)
 
 
 def test_shard_that_is_replaced_between_two(tmp_path: Path, commands: Commands) -> None:

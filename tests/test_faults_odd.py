@@ -159,7 +159,9 @@ def test_differing_bits_are_refused(tmp_path: Path) -> None:
     for number in range(2):
         packed = torch.full((4,), number, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
         torch.save({"w": torch.ones(2), "packed": packed}, tmp_path / f"{number}.pt")
-    says = "error: 1.pt: packed: differs between checkpoints, and float4_e2m1fn_x2 cannot be averaged"
+    says = (
+        "error: 1.pt: packed: differs between checkpoints, and float4_e2m1fn_x2 cannot be averaged"
+    )
     refused(tmp_path, "?.pt", says=says)
 
 
@@ -191,7 +193,7 @@ def test_what_is_not_dense_is_refused_by_name(tmp_path: Path) -> None:
     for name, (tensor, what) in odd.items():
         torch.save({"w": torch.ones(2), "v": torch.ones(1), name: tensor}, tmp_path / f"{name}.pt")
         cases[f"{name}.pt"] = f"{name}.pt: {name}: is a {what}"
-    for number, key in enumerate((3, (1, 2), None)):
+    for number, key in enumerate((3, (1, 2), None, 10**5000)):
         torch.save({key: torch.ones(1), "a": torch.ones(1)}, tmp_path / f"key{number}.pt")
         cases[f"key{number}.pt"] = "has a key that is no text"
     for number, content in enumerate(({}, {"epoch": 3}, [1, 2], {"state_dict": {}}, None)):
@@ -254,11 +256,11 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
 # Many, and large.
 
 
-@fault(82, "70,000 tensors", "averaged")
+@fault(82, "tens of thousands of tensors", "averaged")
 @fault(83, "over 65,535 records; one over 4 GiB", "averaged")
 def test_many_tensors(tmp_path: Path) -> None:
-    """Seventy thousand, from safetensors and from torch's zip, whose directory is zip64."""
-    count = 70_000
+    """More than 16 bits can count: the directory of the output, read back by torch, is zip64."""
+    count = 66_000
     values = torch.arange(count, dtype=torch.float32)
     names = [f"layer{number}.weight" for number in range(count)]
     entries = {
@@ -266,13 +268,11 @@ def test_many_tensors(tmp_path: Path) -> None:
         for at, name in enumerate(names)
     }
     header = json.dumps(entries).encode()
-    content = len(header).to_bytes(8, "little") + header + values.numpy().tobytes()
-    (tmp_path / "0.safetensors").write_bytes(content)
-    tripled = (3 * values).unbind()
-    torch.save(
-        {name: value.clone() for name, value in zip(names, tripled, strict=True)}, tmp_path / "1.pt"
-    )
-    done = averaged(tmp_path, "0.safetensors", "1.pt")
+    for number, factor in enumerate((1, 3)):
+        data = (factor * values).numpy().tobytes()
+        content = len(header).to_bytes(8, "little") + header + data
+        (tmp_path / f"{number}.safetensors").write_bytes(content)
+    done = averaged(tmp_path, "?.safetensors")
     assert list(done.tensors) == names
     assert torch.equal(torch.stack(list(done.tensors.values())), 2 * values)
 

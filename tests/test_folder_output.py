@@ -69,12 +69,12 @@ def test_folder_in_folder_out(tmp_path: Path, limit: int | None, files: int) -> 
     for name, value in made.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=0)
     index = {"model.safetensors.index.json"} if files > 1 else set()
-    beside = {"config.json", "tokenizer.json"} | index
+    beside = {"config.json", "tokenizer.json", "swa_avg.json"} | index
     assert {path.name for path in output.iterdir() if path.suffix == ".json"} == beside
     assert len(list(output.glob("*.safetensors"))) == files
     assert not list(output.glob("optimizer*"))
     # Our own reader takes it as a checkpoint again, and averages it with the others.
-    swa_avg.average([output], tmp_path / "again")
+    swa_avg.average([], tmp_path / "again", start_from=output)
     for path in output.iterdir():
         if path.suffix == ".safetensors" and files == 1:
             assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
@@ -86,7 +86,7 @@ def test_output_form_follows_its_name(tmp_path: Path) -> None:
     swa_avg.average(paths, tmp_path / "swa.pt")
     swa_avg.average(paths, tmp_path / "swa.safetensors")
     swa_avg.average(paths, tmp_path / "llama-3.1")
-    swa_avg.average([tmp_path / "swa.safetensors"], tmp_path / "bare")
+    swa_avg.average([], tmp_path / "bare", start_from=tmp_path / "swa.safetensors")
     expected = loaded(tmp_path / "llama-3.1")
     for made in (
         torch.load(tmp_path / "swa.pt"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from folders import Weights, index, save_one, save_shards, weights
 from safetensors.torch import save_file
+from stored import records
 from stored import tensors as read
 
 import swa_avg
@@ -80,7 +81,7 @@ def test_forms_average_together(tmp_path: Path) -> None:
         assert oracle.same_bits(tensor, oracle.mean([weights(n)[name] for n in range(5)]))
     plain = [save_one(tmp_path, weights(n), f"{n}.pt") / f"{n}.pt" for n in range(5)]
     swa_avg.average(plain, tmp_path / "plain.pt")
-    assert (tmp_path / "plain.pt").read_bytes() == (tmp_path / "out.pt").read_bytes()
+    assert records(tmp_path / "plain.pt") == records(tmp_path / "out.pt")
 
 
 def test_trainer_folders_are_ordered_by_what_they_record(tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ def stored(fs: Any, folder: Path, name: str) -> None:
         fs.pipe(f"/{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def hugging_face(folder: Path, seed: int) -> Path:
     folder.mkdir(parents=True)
     save_file(weights(seed), folder / "model.safetensors")
@@ -105,10 +110,11 @@ def test_folders(make: Any, memory: Any, tmp_path: Path) -> None:
     average(tmp_path / "run", tmp_path / "local.pt")
     average("memory://run", "memory://out/swa.pt")
     assert memory.cat("/out/swa.pt") == (tmp_path / "local.pt").read_bytes()
-    average(["memory://run/checkpoint-*"], tmp_path / "folder")
-    average(tmp_path / "run", tmp_path / "of_local")
-    for path in (tmp_path / "of_local").iterdir():
-        assert (tmp_path / "folder" / path.name).read_bytes() == path.read_bytes()
+    for keep in (False, True):
+        options = {"keep_wrapper": keep, "force": True}
+        average(["memory://run/checkpoint-*"], tmp_path / "of_remote", **options)
+        average(tmp_path / "run", tmp_path / "of_local", **options)
+        assert contents(tmp_path / "of_remote") == contents(tmp_path / "of_local")
 
 
 def test_choice(memory: Any, tmp_path: Path) -> None:
@@ -413,13 +419,29 @@ class Store:
 def server() -> Iterator[str]:
     pytest.importorskip("s3fs")
     pytest.importorskip("moto")
-    from moto.server import ThreadedMotoServer
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
 
-    made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    made.start()
-    host, port = made.get_host_and_port()
-    yield f"http://{host}:{port}"
-    made.stop()
+    moto = DomainDispatcherApplication(create_backend_app)
+
+    def guarded(environ: Any, start: Any) -> Any:
+        """moto, but what is called secret is denied, and the second part of an upload, too."""
+        asked = environ["PATH_INFO"] + "?" + environ.get("QUERY_STRING", "")
+        if "secret" in asked or ("broken" in asked and "partNumber=2" in asked):
+            said = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+            said = b"" if environ["REQUEST_METHOD"] == "HEAD" else said
+            environ["wsgi.input"].read()
+            start("403 Forbidden", [("Content-Length", str(len(said)))])
+            return [said]
+        return moto(environ, start)
+
+    made = make_server("127.0.0.1", 0, guarded, threaded=True)
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    thread.join()
+    made.server_close()
 
 
 @pytest.fixture
@@ -463,7 +485,7 @@ def test_command_on_a_folder(store: Store, tmp_path: Path) -> None:
 
 
 def test_large_output(store: Store, tmp_path: Path) -> None:
-    """What is uploaded in several parts is whole; --keep-wrapper keeps what is around it."""
+    """What is uploaded in several parts is whole, or not there if one of them fails."""
     torch.save({"w": torch.randn(26_500_000), "step": 3}, tmp_path / "big.pt")
     assert run(tmp_path, "big.pt", "-o", "local.pt", "--keep-wrapper").returncode == 0
     ended = store.command(tmp_path, "big.pt", "-o", "s3://bucket/out.pt", "--keep-wrapper")
@@ -471,6 +493,11 @@ def test_large_output(store: Store, tmp_path: Path) -> None:
     found = store.client.head_object(Bucket="bucket", Key="out.pt")
     assert re.search(r"-\d+\"$", found["ETag"]), "not uploaded in parts: the test is too small"
     assert store.get("out.pt") == (tmp_path / "local.pt").read_bytes()
+    before = store.names
+    line = one_line(store.command(tmp_path, "big.pt", "-o", "s3://bucket/broken.pt"))
+    assert "s3://bucket/broken.pt: cannot be written: Access Denied" in line
+    assert store.names == before
+    assert "Uploads" not in store.client.list_multipart_uploads(Bucket="bucket")
 
 
 @pytest.mark.parametrize(
@@ -478,6 +505,8 @@ def test_large_output(store: Store, tmp_path: Path) -> None:
     [
         (("s3://nowhere/run/e_1.pt", "-o", "out.pt"), "nowhere"),
         (("s3://bucket/run/none.pt", "-o", "out.pt"), "there is no such file"),
+        (("s3://bucket/secret.pt", "-o", "out.pt"), "Forbidden"),
+        (("s3://bucket/run/e_*.pt", "-o", "s3://bucket/secret.pt"), "Forbidden"),
         (("s3://bucket/run/e_*.pt", "-o", "s3://nowhere/swa.pt"), "there is no such bucket"),
         (("s3://bucket/run/e_*.pt", "-o", "s3://bucket/run/e_1.pt", "-f"), "is one of the inputs"),
         (("s3://bucket/run/e_*.pt", "-o", "s3://bucket/run/e_1.json"), "exists already"),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import swa_avg
 from swa_avg import Choice
-from swa_avg.averaging import Averaging, planned
+from swa_avg.averaging import Averaging, Options, planned
 from swa_avg.errors import SelectionError
 from swa_avg.metrics import mode_of
 

@@ -14,19 +14,21 @@ import swa_avg
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up: a room imports only those before it.
 ROOMS = (
-    *("errors", "ahead", "remote", "files", "tensors"),
-    *("formats.checkpoint", "formats.pickles", "formats.pickler", "formats.zip_directory"),
-    *("formats.headers", "formats.torch_zip"),
+    *("errors", "ahead", "remote", "fetching", "files", "tensors"),
+    *("formats.checkpoint", "formats.pickles", "formats.pickler"),
+    *("formats.zip_directory", "formats.headers", "formats.torch_zip"),
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
     *("formats.sharded", "formats.dcp_layout", "formats.dcp"),
     *("formats", "modules", "tree", "recorded", "layout", "gather", "metrics"),
     *("provenance", "copies"),
     *("select", "ties", "plan"),
     *("checksums", "reader", "continuing", "wrapper", "rounding", "exact", "grams"),
-    *("temporary", "placing", "output", "upload", "distances", "report"),
-    *("cutting", "reading", "writing", "desk", "mean", "sampling", "verification", "averaging"),
-    *("batches", "estimators", "batchnorm", "userdata", "messages", "distributed", "recompute"),
-    *("demo", "options", "cli", "__main__"),
+    *("temporary", "placing", "writeback", "output", "upload", "distances", "report"),
+    *("cutting", "lookahead", "reading", "writing", "desk", "mean"),
+    *("sampling", "verification", "averaging"),
+    *("batches", "estimators", "batchnorm", "userdata", "distributed", "recompute"),
+    *("judging", "trials", "messages", "sweeping", "plot"),
+    *("demo", "options", "bars", "cli", "__main__"),
 )
 PRINTERS = {"cli", "demo"}
 

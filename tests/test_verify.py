@@ -18,6 +18,7 @@ from faults import FLIP, Commands, Fault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
 
 import swa_avg
 from swa_avg import verification
@@ -31,6 +32,7 @@ from swa_avg.tensors import View
 
 ALL = os.environ.get("SWA_AVG_FAULTS") == "all"  # else a bounded number of faults
 FLOATS = list(oracle.FORMATS)
+distributed = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,9 @@ def inputs(tmp_path: Path) -> list[Path]:
         plain = {name: value.contiguous().clone() for name, value in state(seed).items()}
         (tmp_path / str(seed)).mkdir()
         save_file(plain, tmp_path / str(seed) / "model.safetensors", {"format": "pt"})
+        dcp.save(
+            {"model": plain, "epoch": seed}, checkpoint_id=tmp_path / f"dcp_{seed}", no_dist=True
+        )
     return [tmp_path / f"{seed}.pt" for seed in range(3)]
 
 
@@ -81,6 +86,8 @@ OUTPUTS = {
     "safetensors": ("?.pt", "out.safetensors", {}),
     "wrapper": ("?.pt", "kept.pt", {"keep_wrapper": True}),
     "shards": ("[0-2]", "out", {"max_shard_size": 500}),
+    "distributed": ("dcp_?", "out_dcp", {}),
+    "wrapped distributed": ("dcp_?", "kept_dcp", {"keep_wrapper": True}),
     "wrapped folder": ("[0-2]", "kept", {"keep_wrapper": True}),
     "other dtype": ("?.pt", "half.pt", {"dtype": "bfloat16", "bn_buffers": "mean"}),
     "reset": ("?.pt", "reset.pt", {"bn_buffers": "reset"}),
@@ -88,6 +95,7 @@ OUTPUTS = {
 }
 
 
+@distributed
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_what_is_right_is_found_right(tmp_path: Path, inputs: list[Path], name: str) -> None:
     """No false alarm, in any form, for any dtype; and the bytes are those of an unproven run."""
@@ -102,6 +110,7 @@ def test_what_is_right_is_found_right(tmp_path: Path, inputs: list[Path], name: 
 # Disks that write something else.
 
 
+@distributed
 @pytest.mark.parametrize("form", ["zip", "safetensors", "shards", "wrapper"])
 def test_disk_that_writes_another_bit(
     tmp_path: Path, inputs: list[Path], commands: Commands, form: str

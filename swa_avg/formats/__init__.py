@@ -16,7 +16,15 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
-from swa_avg.formats import dcp, dcp_layout, safetensors, sharded, single, torch_zip
+from swa_avg.formats import (
+    dcp,
+    dcp_layout,
+    safetensors,
+    sharded,
+    single,
+    torch_zip,
+    zip_directory,
+)
 from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
     PROVENANCE,
@@ -206,7 +214,7 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
         provenance: What it is to say.
     """
     start = file.read(0, min(9, file.size))
-    if start.startswith(torch_zip.MAGIC):
+    if start.startswith(zip_directory.MAGIC):
         return torch_zip.with_provenance(file, provenance)
     if start[8:9] == b"{":
         return safetensors.with_provenance(file, provenance)
@@ -215,6 +223,6 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
 
 def checksum_places(file: InputFile) -> Mapping[int, tuple[int, ...]]:
     """Return, for the place of each record in a file, the places of its CRC-32, if it has any."""
-    if file.size < 4 or file.read(0, 4) != torch_zip.MAGIC:
+    if file.size < 4 or file.read(0, 4) != zip_directory.MAGIC:
         return {}
     return torch_zip.checksum_places(file)

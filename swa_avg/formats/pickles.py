@@ -29,6 +29,7 @@ _TEXT_REFERENCE = re.compile(
     re.ASCII,
 )
 _MOST_KEY_NODES = 1000
+_LONGEST_INT = 1024  # bytes; Python refuses to print much longer ones
 # A pickle has what it holds once or twice copied, by its constructors; no honest one more often.
 _MOST_COPIES = 64
 
@@ -305,6 +306,16 @@ class _Unpickler(pickle._Unpickler):
         values = self.pop_mark()
         self.append(frozenset(map(_checked_key, values)))
 
+    def load_long4(self) -> None:
+        (length,) = struct.unpack("<i", self.read(4))
+        if length < 0:
+            raise FormatError("holds a number of negative length")
+        data = self.read(length)
+        if length > _LONGEST_INT:
+            self.append(Inert(Global("builtins", "int")))
+        else:
+            self.append(int.from_bytes(data, "little", signed=True))
+
     def load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(length)))
@@ -343,6 +354,7 @@ for _code, _load in (
     (pickle.APPENDS, _Unpickler.load_appends),
     (pickle.ADDITEMS, _Unpickler.load_additems),
     (pickle.FROZENSET, _Unpickler.load_frozenset),
+    (pickle.LONG4, _Unpickler.load_long4),
     (pickle.BYTEARRAY8, _Unpickler.load_bytearray8),
 ):
     _Unpickler.dispatch[_code[0]] = _load
@@ -363,18 +375,19 @@ def _checked_key(key: Any) -> Any:
 
 def _check_geometry(view: View) -> None:
     """Refuse a tensor that looks outside its storage, or is larger than it."""
-    numbers = (view.offset, *view.shape, *view.stride)
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
-        raise FormatError("holds a tensor with an impossible shape, stride or offset")
+    for number in (view.offset, *view.shape, *view.stride):
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise FormatError("holds a tensor with an impossible shape, stride or offset")
     if len(view.shape) != len(view.stride):
         raise FormatError(f"holds a tensor of {len(view.shape)} sizes, {len(view.stride)} strides")
     room = view.stored.nbytes
-    end = (view.offset + view.extent) * view.dtype.itemsize
-    if view.numel and end > room:
+    itemsize, numel = view.dtype.itemsize, view.numel
+    end = (view.offset + view.extent) * itemsize
+    if numel and end > room:
         raise FormatError(f"holds a tensor that ends {end} bytes into storage {view.stored.name}")
-    if view.nbytes > max(room, _MOST_EXPANDED_BYTES):
+    if numel * itemsize > max(room, _MOST_EXPANDED_BYTES):
         raise FormatError(
-            f"holds a tensor of {view.nbytes} bytes, expanded from {room} bytes",
+            f"holds a tensor of {numel * itemsize} bytes, expanded from {room} bytes",
             remedy="Save it contiguous",
         )
 

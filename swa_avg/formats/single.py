@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
-from swa_avg.formats import safetensors, torch_legacy, torch_zip
+from swa_avg.formats import safetensors, torch_legacy, torch_zip, zip_directory
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.headers import Headers
 
@@ -48,7 +48,7 @@ def is_checkpoint(path: Path) -> bool:
         start = file.read(0, min(512, file.size))
         header = int.from_bytes(start[:8], "little")
         safe = start[8:9] == b"{" and header <= file.size - 8
-        return safe or start.startswith(torch_zip.MAGIC) or torch_legacy.is_legacy(start)
+        return safe or start.startswith(zip_directory.MAGIC) or torch_legacy.is_legacy(start)
     finally:
         file.close()
 
@@ -66,7 +66,7 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
     if file.size == 0:
         raise FormatError("is empty", file=file.path, expected="a checkpoint")
     start = file.read(0, min(512, file.size))
-    if start.startswith(torch_zip.MAGIC):
+    if start.startswith(zip_directory.MAGIC):
         return torch_zip.read(file, headers)
     if torch_legacy.is_legacy(start):
         return torch_legacy.read(file)

@@ -48,9 +48,7 @@ def read(file: InputFile) -> Checkpoint:
     if more:
         notes.append(f"{more} bytes follow the checkpoint; not read")
     name = "torch before 1.6"
-    return Checkpoint(
-        file.path, name, pickled.tree, (file,), notes=tuple(notes), records=located
-    )
+    return Checkpoint(file.path, name, pickled.tree, (file,), notes=tuple(notes), records=located)
 
 
 def _read(file: InputFile) -> tuple[pickles.Pickled, dict[str, Record], int]:

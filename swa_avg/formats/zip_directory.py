@@ -89,7 +89,8 @@ class Directory:
             return None
         length, checksum = self.entries[number].length, self.checksums[number]
         # A checksum of 0 over data means that torch was told not to compute any.
-        return Record(file, self.starts[number], length, checksum if checksum or not length else None)
+        known = checksum if checksum or not length else None
+        return Record(file, self.starts[number], length, known)
 
 
 def read(file: InputFile, forms: dict[int, Form]) -> Directory:
@@ -278,7 +279,7 @@ def _form(file: InputFile, lines: bytes, start: int, count: int) -> Form:
     heads = _heads(file, entries, [raw for raw, *_ in read], start)
     starts = [entry.header + len(head) for entry, head in zip(entries, heads, strict=True)]
     _check_apart(file, entries, starts, start)
-    checksums = [checksum for _, _, _, checksum, _, _ in read]
+    checksums = tuple(checksum for _, _, _, checksum, _, _ in read)
     folder = _decoded(root, entries[0].flags) if entries else ""
     directory = Directory(folder, entries, numbers, starts, checksums, start, start + len(lines))
     return Form(directory, lines, heads, len(root))
@@ -341,11 +342,11 @@ def _heads(
 ) -> list[bytes]:
     """Return the local header of each record, having compared it with the directory."""
     places = [entry.header for entry in entries]
-    if any(place + _LOCAL.size + len(name) > end for place, name in zip(places, names, strict=True)):
+    least = [_LOCAL.size + len(name) for name in names]
+    if any(place + length > end for place, length in zip(places, least, strict=True)):
         _refuse(file, "its directory is damaged")
     likely = [
-        min(_LOCAL.size + len(name) + _ALIGNMENT, end - place)
-        for place, name in zip(places, names, strict=True)
+        min(length + _ALIGNMENT, end - place) for place, length in zip(places, least, strict=True)
     ]
     heads = _read_all(file, places, likely)
     for number, (entry, name, head) in enumerate(zip(entries, names, heads, strict=True)):
