@@ -10,7 +10,7 @@ from html import escape
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from swa_avg.errors import OutputError
 from swa_avg.trials import SweepReport
@@ -141,8 +141,11 @@ def _mark_best(axes: Axes, report: SweepReport, place: int, score: float) -> Non
     axes.plot([place], [score], "o", gid="best", markersize=10, markeredgewidth=1.6, **ring)
     above = report.scale.mode == "max"
     count = len(report.winner.members)
-    # Text at the ends must not leave the picture.
-    side = {1: "left", len(report.paths): "right"}.get(place, "center")
+    # Text near the ends must not leave the picture.
+    share = (place - 1) / max(len(report.paths) - 1, 1)
+    side: Literal["left", "center", "right"] = "center"
+    if not 0.25 < share < 0.75:
+        side = "left" if share < 0.5 else "right"
     axes.annotate(
         f"best: {count} averaged, {score:.4g}",
         (place, score),

@@ -117,6 +117,7 @@ class Session:
             contents = _replaced(state, fit, buffers)
             for place, data in list(patch(checkpoint, contents, self._said(checkpoint, report))):
                 file.write(data, place)
+            _read_back(file.path, contents, key, ema)
         return report, tuple(_notes(report, fit))
 
     def _said(self, checkpoint: Checkpoint, report: BatchNormReport) -> str:
@@ -273,6 +274,26 @@ def _replaced(
         flat = torch.frombuffer(contents[record], dtype=dtype)
         flat.as_strided(ref.shape, ref.stride, ref.offset).copy_(new)
     return {record: bytes(data) for record, data in contents.items()}
+
+
+def _read_back(path: Path, contents: Mapping[Record, bytes], key: Sequence[str], ema: bool) -> None:
+    """Read again what was replaced: its bytes, and the checksums that are to fit them.
+
+    Raises:
+        SwaAvgError: It is not what was to be written.
+    """
+    written = {record.offset: data for record, data in contents.items()}
+    checkpoint = open_checkpoint(path)
+    try:
+        tensors = find_state_dict(checkpoint, key, ema).tensors
+        named = [(ref.record, name) for name, ref in tensors.items()]
+        replaced = [(record, name) for record, name in named if record.offset in written]
+        verify(replaced)
+        for record, name in replaced:
+            if record.file.read(record.offset, record.length) != written[record.offset]:
+                raise OutputError("is not what was to be written", file=path, tensor=name)
+    finally:
+        checkpoint.close()
 
 
 def _check_own_place(

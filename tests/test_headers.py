@@ -135,9 +135,9 @@ def test_a_directory_is_read_alike_whatever_was_read_before(tmp_path: Path) -> N
     forms: dict[int, Form] = {}
     known = described(sound, forms)
     refused = 0
-    for place in header_bytes(sound):
+    for place in header_bytes(sound)[::3]:
         flipped = bytearray(data)
-        flipped[place] ^= (0x01, 0x80, 0xFF)[place % 3]
+        flipped[place] ^= (0x01, 0x80, 0xFF)[place % 5 % 3]
         changed.write_bytes(flipped)
         alone = described(changed, {})
         assert described(changed, dict(forms)) == alone, place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from swa_avg import mean
+from swa_avg import lookahead, mean
 from swa_avg.averaging import Averaging, planned
 from swa_avg.errors import FormatError, NotFiniteError
 from swa_avg.output import AtomicFile
@@ -245,3 +246,28 @@ def test_record_is_hashable_by_what_it_is() -> None:
     """Two records of one place in one file are one key of `Outcome.crcs`."""
     file: Any = object()
     assert {Record(file, 1, 2): 3}[Record(file, 1, 2)] == 3
+
+
+# The kernel's page cache.
+
+
+@pytest.mark.parametrize("most", [1, 1 << 40])
+def test_large_inputs_leave_the_cache_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """What was not in it is given up after use, what was stays; small inputs are not given up."""
+    monkeypatch.setattr(lookahead, "_memory", lambda: most)
+    size = 3_000_000
+    paths = saved(tmp_path, [{"w": torch.randn(size)} for _ in range(2)])
+    with open(paths[0], "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with plan_of(paths, tmp_path / "out.pt") as (averaging, file):
+        (work,) = averaging.plan.works
+        cold, warm = work.sources
+        middle = cold.record.offset + 2 * size
+        if cold.record.file.is_cached(middle) or not warm.record.file.is_cached(middle):
+            pytest.skip("this file system's cache cannot be asked, or not be emptied")
+        mean.run(mean.Kernel(file, averaging.layout.places, averaging.plan.works), 1)
+        assert cold.record.file.is_cached(middle) == (most > 1)
+        assert warm.record.file.is_cached(middle)

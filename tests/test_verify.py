@@ -151,6 +151,36 @@ def test_disk_that_writes_another_bit(
     print(f"{flips} writes with another bit: with --verify all found, else {found}")
 
 
+DATA = """
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+data = [torch.arange(32.0).view(8, 4)]
+"""
+
+
+def test_disk_that_writes_another_statistic(tmp_path: Path, commands: Commands) -> None:
+    """New BatchNorm statistics are read back too, in a file that is there already."""
+    (tmp_path / "mine.py").write_text(DATA)
+    (tmp_path / "place").mkdir()
+    made: dict[str, Any] = {}
+    exec(DATA, made)
+    path = tmp_path / "place" / "swa.pt"
+    torch.save(made["model"].state_dict(), path)
+    before = path.read_bytes()
+    arguments = ("--recompute-bn", "--data", f"{tmp_path / 'mine.py'}:data", "-o", "swa.pt")
+    calls = commands.run(tmp_path / "place", *arguments).calls
+    assert path.read_bytes() != before
+    writes = [call for call, _ in calls].count("write")
+    assert writes > 6  # the copy, then three buffers and their checksums
+    for number in range(2, writes + 1):
+        path.write_bytes(before)
+        fault = Fault(number, FLIP, 3, call="write")
+        ended = commands.run(tmp_path / "place", *arguments, fault=fault)
+        assert ended.code == 1
+        assert ended.err.startswith("error: swa.pt: ") and ended.err.count("\n") == 1
+        assert path.read_bytes() == before
+
+
 # Averages that are wrong.
 
 

@@ -238,6 +238,24 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
     return (Splice(0, start, _encoded({_METADATA: text, **entries})),)
 
 
+def restated(file: InputFile, provenance: str) -> bytes:
+    """Return the header of a file that says anew how it was made; it is as long as before.
+
+    Raises:
+        ValueError: There is no room for it.
+    """
+    data, start = _raw_header(file)
+    entries = _entries(data)
+    text = entries.pop(_METADATA)
+    text[PROVENANCE] = provenance.rstrip()
+    # A quotation mark takes two characters in a text within JSON: spaces make up for them.
+    spare = start - len(_encoded({_METADATA: text, **entries}))
+    if spare < 0:
+        raise ValueError("the provenance does not fit in its place")
+    text[PROVENANCE] += " " * spare
+    return _encoded({_METADATA: text, **entries})
+
+
 def _check_name(name: str) -> None:
     encodable = name.encode("utf-8", "replace").decode("utf-8") == name
     if name == _METADATA or not encodable:

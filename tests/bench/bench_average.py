@@ -6,9 +6,10 @@
 The floor is `cat` of all inputs and `cp` of one; where the cache is cold, `cat` of
 all side by side. Every subject runs in a process of its own, in turn, so that what
 else goes on meets all of them; what is shown is the median of its ratios to the
-floor of the same round. Its time is without the start of Python and its imports. Memory is the peak of the process, and how far that is over `import torch`.
-What it read and wrote is what it asked the system for (rchar and wchar of
-/proc/self/io: maps of files are not in it).
+floor of the same round. Its time is without the start of Python and its imports.
+Memory is the peak of the process, and how far that is over `import torch`. What it
+read and wrote is what it asked the system for (rchar and wchar of /proc/self/io:
+maps of files are not in it).
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ def mergekit_code(command: str, case: Case) -> str:
 with open("mergekit.yaml", "w") as config:
     print("merge_method: linear\\ndtype: {case.dtype}\\nmodels:", file=config)
     for file in files:
-        print("  - model:", os.path.abspath(file), "\\n    parameters: {{weight: 1.0}}", file=config)
+        print("  - model:", os.path.abspath(file), file=config)
+        print("    parameters: {{weight: 1.0}}", file=config)
 subprocess.run([{command!r}, "mergekit.yaml", "out_mergekit"], check=True, capture_output=True)
 """
 
