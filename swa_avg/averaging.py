@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import swa_avg
 from swa_avg import continuing, wrapper
 from swa_avg.continuing import Base, base_of
+from swa_avg.cutting import buffer_bytes
 from swa_avg.distances import distances, groups
 from swa_avg.errors import MismatchError, OutputError, SwaAvgError
 from swa_avg.files import ROOM, announce, reading_ahead
@@ -27,7 +28,7 @@ from swa_avg.output import (
     check_target,
 )
 from swa_avg.plan import Plan, Rules, make_plan
-from swa_avg.provenance import Provenance, fingerprint, refuse_repeats, source_of
+from swa_avg.provenance import Provenance, fingerprints, refuse_repeats, sources_of
 from swa_avg.remote import is_remote, path_of
 from swa_avg.report import Input, Report, input_of
 from swa_avg.select import ALL, Choice, Selection, expand, select
@@ -137,10 +138,16 @@ class Averaging:
 
     def _inputs(self, crcs: Mapping[Record, int]) -> tuple[Input, ...]:
         scores = self.selection.scores
+        found = fingerprints(self.states, crcs)
         return tuple(
-            input_of(state, scores.get(state.checkpoint.path), count, fingerprint(state, crcs))
-            for state, count in zip(self.states, self.counts, strict=True)
+            input_of(state, scores.get(state.checkpoint.path), count, fingerprint)
+            for state, count, fingerprint in zip(self.states, self.counts, found, strict=True)
         )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The memory that averaging takes with a thread for each core, beside torch's own."""
+        return buffer_bytes(self.plan.works, usable_cores())
 
     @property
     def is_folder(self) -> bool:
@@ -213,7 +220,7 @@ class Averaging:
             SwaAvgError: An input has changed, or the file is not what it should be.
         """
         made = _provenance(self.bases, self.selection.chosen, self.options, outcome.crcs)
-        said = made.text(len(self.plan.state_dict.provenance))
+        said = made.text(self.plan.state_dict.provenance)
         for place, data in self.layout.headers(outcome.checksums, said):
             file.write(data, place)
         for state in self.states:
@@ -311,6 +318,7 @@ class Averaging:
             "stale": self.plan.stale,
             "bytes_to_read": self.plan.bytes_to_read,
             "bytes_to_write": self.layout.size,
+            "buffer_bytes": self.buffer_bytes,
             "notes": list(self.notes),
             "options": self.options.described,
             "version": swa_avg.__version__,
@@ -333,7 +341,7 @@ def _provenance(
         ProvenanceError: A checkpoint would count twice.
     """
     before = [source for base in bases for source in base.sources]
-    added = [source_of(state, crcs) for state in chosen]
+    added = sources_of(chosen, crcs)
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
     kept: object = options.bn_buffers

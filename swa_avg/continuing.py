@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swa_avg import provenance
 from swa_avg.checksums import verify
 from swa_avg.errors import ProvenanceError
 from swa_avg.gather import read_tensor
 from swa_avg.layout import StateDict
-from swa_avg.provenance import Source, source_of
+from swa_avg.provenance import Source, sources_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def base_of(state: StateDict) -> Base:
             expected="an average that swa-avg wrote, or an AveragedModel's state_dict",
             remedy="Average all of the checkpoints anew",
         )
-    return Base(state, (source_of(state, {}, count),))
+    (source,) = sources_of([state], {})
+    return Base(state, (replace(source, count=count),))
 
 
 def _n_averaged(state: StateDict) -> int:

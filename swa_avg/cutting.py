@@ -100,6 +100,18 @@ def most_elements(chunk: int) -> int:
     return _STRIDED * chunk
 
 
+def buffer_bytes(works: Sequence[Work], threads: int) -> int:
+    """Return how many bytes of buffers threads need at most: all that grows with the inputs.
+
+    A thread has one input and the output of a cell, and their sums in float64 three times.
+    """
+    flat = all(whole(source) for work in works for source in work.sources)
+    most = CHUNK if flat else most_elements(CHUNK)
+    numel = min(most, max((math.prod(work.shape) for work in works), default=0))
+    widest = max((work.dtype.itemsize for work in works), default=0)
+    return threads * numel * (2 * widest + 3 * 8)
+
+
 def tasks(
     works: Sequence[Work], groups: Sequence[int], chunk: int, threads: int
 ) -> Iterator[list[Item]]:

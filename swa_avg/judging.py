@@ -153,6 +153,11 @@ def judged(
     with ExitStack() as opened:
         opened.enter_context(importable())
         module, function = found(evaluate)
+        if not callable(function):
+            raise DataError(
+                f"{evaluate} is of type {type(function).__name__}",
+                expected="a function evaluate(model)",
+            )
         called = evaluate.rpartition(":")[2].rpartition(".")[2]
         bn: Session | None = None
         if recompute:

@@ -37,6 +37,7 @@ def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
     plan = averaging.plan
     yield f"would read {in_bytes(plan.bytes_to_read)}: {_treatments(plan.counts)}"
     yield f"would write {in_bytes(averaging.layout.size)} to {averaging.output}"
+    yield f"would take {in_bytes(averaging.buffer_bytes)} of buffers"
 
 
 def of_tensors(averaging: Averaging) -> Iterator[str]:

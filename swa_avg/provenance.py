@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from swa_avg.errors import ProvenanceError
@@ -21,6 +21,7 @@ from swa_avg.tensors import Kind, Record, TensorRef
 
 # A fingerprint that is known only when the tensors have been read; as long as any other.
 UNKNOWN = "0" * 16
+_WITH_MEAN = (Kind.FLOAT, Kind.COMPLEX)
 # Room for what a later recompute of BatchNorm has to say, so that no other byte moves.
 _ROOM = 256
 
@@ -80,16 +81,30 @@ class Provenance:
             "batchnorm": self.batchnorm,
         }
 
-    def text(self, length: int = 0) -> str:
-        """Return it as JSON in ASCII, filled up with spaces to `length` characters.
+    def text(self, like: str = "") -> str:
+        """Return it as JSON in ASCII, filled up with white space.
+
+        Args:
+            like: What it takes the place of: it gets as long, and if it has fewer quotation
+                marks also as long as that within another JSON text, which doubles them.
 
         Raises:
-            ValueError: It is longer than `length`, if that is given.
+            ValueError: It is longer than `like`, if that is given.
         """
         made = json.dumps(self.to_dict())
-        if length and len(made) > length:
-            raise ValueError(f"{len(made)} characters do not fit in {length}")
-        return made.ljust(length or len(made) + _ROOM)
+        if not like:
+            return made.ljust(len(made) + _ROOM)
+        spare = len(like) - len(made)
+        if spare < 0:
+            raise ValueError(f"{len(made)} characters do not fit in {len(like)}")
+        # A line feed takes two characters there, too.
+        doubled = min(max(0, _doubled(like) - _doubled(made)), spare)
+        return made + "\n" * doubled + " " * (spare - doubled)
+
+
+def _doubled(text: str) -> int:
+    """Return how many characters of a text take two within a JSON text."""
+    return len(json.dumps(text)) - len(text)
 
 
 def made_from(path: str | os.PathLike[str]) -> Provenance:
@@ -138,42 +153,57 @@ def _check_kinds(expected: Mapping[type, Iterable[object]]) -> None:
                 raise TypeError(f"{value!r} where a {kind.__name__} belongs")
 
 
-def source_of(state: StateDict, crcs: Mapping[Record, int], count: int = 1) -> Source:
-    """Describe a checkpoint.
+def sources_of(states: Sequence[StateDict], crcs: Mapping[Record, int]) -> list[Source]:
+    """Describe checkpoints.
 
     Args:
-        state: Its state_dict.
+        states: Their state_dicts.
         crcs: The CRC-32 of records that have been read; others may carry their own.
-        count: How many checkpoints it stands for.
     """
-    return Source(
-        name=state.checkpoint.path.name,
-        size=sum(file.size for file in state.checkpoint.files),
-        fingerprint=fingerprint(state, crcs),
-        epoch=state.epoch,
-        step=state.step,
-        count=count,
-    )
+    return [
+        Source(
+            name=state.checkpoint.path.name,
+            size=sum(file.size for file in state.checkpoint.files),
+            fingerprint=fingerprint,
+            epoch=state.epoch,
+            step=state.step,
+        )
+        for state, fingerprint in zip(states, fingerprints(states, crcs), strict=True)
+    ]
 
 
-def fingerprint(state: StateDict, crcs: Mapping[Record, int]) -> str:
-    """Return what equal weights have in common, whatever file they are in.
+def fingerprints(states: Iterable[StateDict], crcs: Mapping[Record, int]) -> Iterator[str]:
+    """Yield what equal weights have in common, whatever file they are in.
 
     BatchNorm buffers and integers are left out: they are no part of the mean.
 
-    Returns:
-        16 hexadecimal digits; `UNKNOWN` where a tensor's checksum is not known.
+    Yields:
+        For each state_dict 16 hexadecimal digits; `UNKNOWN` where a tensor's checksum
+        is not known.
     """
-    digest = hashlib.sha256()
-    for name in sorted(state.tensors):
-        ref = state.tensors[name]
-        if ref.dtype.kind not in (Kind.FLOAT, Kind.COMPLEX) or is_bn_buffer(name, state.tensors):
-            continue
-        found = [crcs.get(record, record.crc32) for record in ref.records]
-        if None in found:
-            return UNKNOWN
-        digest.update(repr((name, ref.dtype.name, ref.shape, _view(ref), found)).encode())
-    return digest.hexdigest()[: len(UNKNOWN)]
+    # What headers say is described once for all files that have it in common.
+    known: dict[int, tuple[bytes, list[str]]] = {}
+    for state in states:
+        if id(state.views) not in known:
+            known[id(state.views)] = _described(state)
+        described, names = known[id(state.views)]
+        refs = map(state.checkpoint.located, map(state.views.__getitem__, names))
+        found = [crcs.get(record, record.crc32) for ref in refs for record in ref.records]
+        digest = hashlib.sha256(described + repr(found).encode())
+        yield UNKNOWN if None in found else digest.hexdigest()[: len(UNKNOWN)]
+
+
+def _described(state: StateDict) -> tuple[bytes, list[str]]:
+    """Return what the headers say of the tensors that have a mean, and their names, sorted."""
+    tensors = state.tensors
+    names = [
+        name
+        for name in sorted(tensors)
+        if tensors[name].dtype.kind in _WITH_MEAN and not is_bn_buffer(name, tensors)
+    ]
+    refs = [(name, tensors[name]) for name in names]
+    said = [(name, ref.dtype.name, ref.shape, _view(ref)) for name, ref in refs]
+    return repr(said).encode("utf-8", "surrogatepass"), names
 
 
 def _view(ref: TensorRef) -> object:

@@ -115,9 +115,10 @@ class Session:
                 report = self._run(batches, progress)
             buffers = recomputed_buffers(self._code.model, report)
             contents = _replaced(state, fit, buffers)
-            for place, data in list(patch(checkpoint, contents, self._said(checkpoint, report))):
+            patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
+            for place, data in patches:
                 file.write(data, place)
-            _read_back(file.path, contents, key, ema)
+            _read_back(file.path, patches, key, ema)
         return report, tuple(_notes(report, fit))
 
     def _said(self, checkpoint: Checkpoint, report: BatchNormReport) -> str:
@@ -131,7 +132,7 @@ class Session:
             "samples": report.samples,
         }
         try:
-            return replace(said, batchnorm=made).text(len(checkpoint.provenance))
+            return replace(said, batchnorm=made).text(checkpoint.provenance)
         except ValueError:  # somebody has taken out the room that we left
             return checkpoint.provenance
 
@@ -276,22 +277,21 @@ def _replaced(
     return {record: bytes(data) for record, data in contents.items()}
 
 
-def _read_back(path: Path, contents: Mapping[Record, bytes], key: Sequence[str], ema: bool) -> None:
-    """Read again what was replaced: its bytes, and the checksums that are to fit them.
+def _read_back(
+    path: Path, patches: Sequence[tuple[int, bytes]], key: Sequence[str], ema: bool
+) -> None:
+    """Read again what was replaced, and open the file as anybody will.
 
     Raises:
         SwaAvgError: It is not what was to be written.
     """
-    written = {record.offset: data for record, data in contents.items()}
     checkpoint = open_checkpoint(path)
     try:
-        tensors = find_state_dict(checkpoint, key, ema).tensors
-        named = [(ref.record, name) for name, ref in tensors.items()]
-        replaced = [(record, name) for record, name in named if record.offset in written]
-        verify(replaced)
-        for record, name in replaced:
-            if record.file.read(record.offset, record.length) != written[record.offset]:
-                raise OutputError("is not what was to be written", file=path, tensor=name)
+        find_state_dict(checkpoint, key, ema)
+        (file,) = checkpoint.files
+        for place, data in patches:
+            if file.read(place, len(data)) != data:
+                raise OutputError(f"is not what was to be written, at byte {place}", file=path)
     finally:
         checkpoint.close()
 

@@ -7,6 +7,7 @@ what it printed and what it left behind.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -149,16 +150,39 @@ def test_accuracies_tell_the_story_of_swa(run: Run) -> None:
     assert recomputed == pytest.approx(torch_updated, abs=0.6)
 
 
+def test_sweep_finds_the_best_average_of_the_run(run: Run) -> None:
+    """The README's sweep: its output is as good on the test set as the best row says."""
+    recompute = ["--recompute-bn", "--data", "swa_avg.demo:loader"]
+    search = ["--sweep", "swa_avg.demo:evaluate", "--plot", "sweep.svg", "--json"]
+    ended = subprocess.run(
+        [*(sys.executable, "-m", "swa_avg", "ckpts/epoch_*.pt", "-o", "best.pt"),
+         *(*recompute, *search)],
+        cwd=run.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    content = json.loads(ended.stdout)["search"]
+    best = max(one["score"] for one in content["tried"])
+    assert len(content["tried"]) == len(content["singles"]) == 12
+    assert demo.accuracy(demo.load(run.folder / "best.pt")) == best
+    assert (
+        best
+        >= content["tried"][-1]["score"]
+        == pytest.approx(run.accuracy["swa-avg, BatchNorm recomputed"], abs=0.3)
+    )
+    assert (run.folder / "sweep.svg").read_text().startswith("<?xml")
+
+
 # The folder.
 
 
 def test_a_folder_of_the_demos_own_is_started_anew(tmp_path: Path) -> None:
     """An earlier run's files go, and the folder is ready for the next."""
     demo.prepare(tmp_path)
-    for name in [demo.OUTPUT, *demo.CHECKPOINTS]:
+    for name in [demo.OUTPUT, *demo.CHECKPOINTS, *demo.BESIDE]:
         (tmp_path / name).write_text("an earlier run")
     demo.prepare(tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [demo.MARKER, "ckpts"]
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == sorted([demo.MARKER, *demo.BESIDE, "ckpts"])
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_large_inputs_leave_the_cache_as_it_was(
     monkeypatch.setattr(lookahead, "_memory", lambda: most)
     size = 3_000_000
     paths = saved(tmp_path, [{"w": torch.randn(size)} for _ in range(2)])
-    with open(paths[0], "rb") as file:
+    with paths[0].open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     with plan_of(paths, tmp_path / "out.pt") as (averaging, file):

@@ -430,7 +430,7 @@ def server() -> Iterator[str]:
         if "secret" in asked or ("broken" in asked and "partNumber=2" in asked):
             said = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
             said = b"" if environ["REQUEST_METHOD"] == "HEAD" else said
-            environ["wsgi.input"].read()
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("403 Forbidden", [("Content-Length", str(len(said)))])
             return [said]
         return moto(environ, start)
