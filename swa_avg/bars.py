@@ -33,5 +33,5 @@ def advance(bar: Any, samples: int) -> None:
 
 def move(bar: Any, done: int, step: str) -> None:
     """Say what comes now."""
-    bar.set_description_str(printable(step), refresh=False)
-    bar.update(done - bar.n)
+    bar.n = done
+    bar.set_description_str(printable(step))

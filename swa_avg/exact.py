@@ -72,6 +72,7 @@ class Averager:
         self._size = -1
         self._rounded = rounding_detector()
         self._careful = False
+        self._exact = True
 
     def mean_into(
         self,
@@ -127,9 +128,8 @@ class Averager:
         summing = self._careful_sums if self._careful else self._sums
         sums = summing(inputs(), weights, rows)
         for done in range(1, count + 1):
-            self._rounded.clear()
             total = next(sums)
-            if not self._careful and self._rounded.raised():
+            if not self._careful and not self._exact:
                 self._careful = True
                 sums = islice(self._careful_sums(inputs(), weights, rows), done - 1, None)
                 total = next(sums)
@@ -152,9 +152,8 @@ class Averager:
         such a one, which is of the same kind, is done with care at once.
         """
         if not self._careful:
-            self._rounded.clear()
             total = _last(self._sums(inputs(), weights, rows))
-            if not self._rounded.raised():
+            if self._exact:
                 return total
         total = _last(self._careful_sums(inputs(), weights, rows))
         self._careful = total.low is not None
@@ -163,18 +162,26 @@ class Averager:
     def _sums(
         self, chunks: Iterable[torch.Tensor], weights: Sequence[int], rows: torch.Tensor | None
     ) -> Iterator[_Sum]:
-        """Yield the sum after each chunk, not minding the processor's roundings."""
+        """Yield the sum after each chunk; whether no addition has rounded is noted."""
         high, wide = self._high, self._wide
         total = _Sum(high)
+        self._exact = True
         for number, chunk in enumerate(chunks):
             into = rows[number] if rows is not None else wide if number else high
             addends = self._addends(chunk, weights[number] if weights else 1, into)
             for addend in addends:
                 if number or addend is not addends[0]:
-                    high.add_(addend)
+                    self._add(addend)
                 elif addend is not high:
                     high.copy_(addend)
             yield total
+
+    def _add(self, addend: torch.Tensor) -> None:
+        """Add to the sum. What was done before, as reading may, could have rounded too."""
+        if self._rounded.raised():
+            self._rounded.clear()
+        self._high.add_(addend)
+        self._exact = self._exact and not self._rounded.raised()
 
     def _careful_sums(
         self, chunks: Iterable[torch.Tensor], weights: Sequence[int], rows: torch.Tensor | None

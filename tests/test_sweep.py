@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile
 
 import oracle
 import pytest
@@ -157,8 +158,9 @@ def test_output_is_the_plain_average_of_what_it_lists(
     assert all(oracle.same_bits(made[name], expected[name]) for name in made)
     assert [source.path for source in report.average.inputs] == [str(p) for p in paths[-count:]]
     assert report.average.stale == (count > 1)
-    if wrapped and suffix == ".pt":
-        assert torch.load(out)["optimizer"] == [3]
+    if suffix == ".pt":
+        assert ZipFile(out).testzip() is None, "its checksums are its own"
+        assert not wrapped or torch.load(out)["optimizer"] == [3]
     assert sorted(tmp_path.iterdir()) == sorted([*paths, out, plain])
 
 
@@ -412,7 +414,6 @@ def filled(folder: Path) -> Path:
         (["--greedy", "mod:late_loss"], 1, "late_loss of the average with epoch_1.pt: OSError"),
         (["--sweep", "mod:evaluate"], 2, "nothing tells whether"),
         (["--sweep", "mod:absent"], 1, "mod has no attribute 'absent'"),
-        (["--sweep", "mod:MODULES"], 1, "MODULES"),
         (["--sweep", "mod:calls"], 1, "mod:calls is of type list, expected a function"),
         (["--sweep", "mod:accuracy", "--model", "mod:calls"], 1, "mod:calls is of type list"),
         (
@@ -488,7 +489,7 @@ def test_sweep_of_the_command_line(folder: Path) -> None:
         *("--data", "mod:batches", "--plot", "s.svg", "--report", "r.json"),
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
+    assert "note: " not in ended.stderr
     content = json.loads((folder / "r.json").read_text())
     search = content["search"]
     assert (search["metric"], search["mode"], search["greedy"]) == ("accuracy", "max", False)
