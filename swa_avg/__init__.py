@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging as Averaging
-    from swa_avg.averaging import Options as Options
-    from swa_avg.averaging import average as average
-    from swa_avg.averaging import planned as planned
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import recompute_batchnorm as recompute_batchnorm
     from swa_avg.errors import SwaAvgError as SwaAvgError
+    from swa_avg.planning import average as average
+    from swa_avg.planning import planned as planned
     from swa_avg.reader import CheckpointReader as CheckpointReader
     from swa_avg.reader import open_checkpoint as open_checkpoint
     from swa_avg.report import Report as Report
     from swa_avg.select import Choice as Choice
+    from swa_avg.settings import Options as Options
     from swa_avg.sweeping import sweep as sweep
     from swa_avg.trials import SweepReport as SweepReport
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "average": "averaging",
-    "planned": "averaging",
+    "average": "planning",
+    "planned": "planning",
     "Averaging": "averaging",
-    "Options": "averaging",
+    "Options": "settings",
     "Report": "report",
     "recompute_batchnorm": "batchnorm",
     "BatchNormReport": "batchnorm",

@@ -1,102 +1,41 @@
-"""The conductor: from the names of checkpoints to one averaged file and a report."""
+"""An average that is planned, and what carries it out: one file and a report."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import swa_avg
-from swa_avg import continuing, wrapper
-from swa_avg.continuing import Base, base_of
+from swa_avg import wrapper
+from swa_avg.continuing import Base
 from swa_avg.cutting import buffer_bytes
 from swa_avg.distances import distances, groups
-from swa_avg.errors import MismatchError, OutputError, SwaAvgError
+from swa_avg.errors import MismatchError, SwaAvgError
 from swa_avg.files import ROOM, announce, reading_ahead
-from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
-from swa_avg.layout import Finder, StateDict
+from swa_avg.formats import Layout
+from swa_avg.layout import StateDict
 from swa_avg.output import (
     AtomicFile,
     AtomicFolder,
     Output,
     check_replaceable,
-    check_target,
 )
-from swa_avg.plan import Plan, Rules, make_plan
+from swa_avg.plan import Plan, Rules
 from swa_avg.provenance import Provenance, fingerprints, refuse_repeats, sources_of
-from swa_avg.remote import is_remote, path_of
+from swa_avg.remote import is_remote
 from swa_avg.report import Input, Report, input_of
-from swa_avg.select import ALL, Choice, Selection, expand, select
-from swa_avg.tensors import DTYPES, Kind, Record
-from swa_avg.upload import RemoteFile, check_remote_target
+from swa_avg.select import Selection
+from swa_avg.settings import Options
+from swa_avg.tensors import Kind, Record
+from swa_avg.upload import RemoteFile
 from swa_avg.verification import Written, read_back, verify
 
 if TYPE_CHECKING:
     from swa_avg.mean import Outcome
-
-Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-_FOLDERS = (Form.FOLDER, Form.DCP)
-_OPENERS = 16  # URLs that are opened at once
-BN_BUFFERS = ("last", "first", "mean", "reset")
-OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How checkpoints are averaged; each default is what most want.
-
-    Attributes:
-        bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
-        dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
-        force: Replace an output that exists.
-        key: The dotted path to the state_dict in each checkpoint, where it is not found;
-            or several paths, which make up one model.
-        ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
-        keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
-            the averaged tensors replaced in it.
-        max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
-        choice: Which of the checkpoints are wanted; by default all.
-        start_from: Averages to go on from, each of which weighs as much as all the
-            checkpoints that it was made from.
-        distances: Report how far the checkpoints lie from their mean.
-        verify: Read all of the output again before it takes its place, and average a
-            sample of its elements anew.
-
-    Raises:
-        ValueError: There is no such option, or two do not go together.
-    """
-
-    bn_buffers: str = "last"
-    dtype: str = "keep"
-    force: bool = False
-    key: str | Sequence[str] = ()
-    ema: bool = False
-    keep_wrapper: bool = False
-    max_shard_size: int | None = None
-    choice: Choice = ALL
-    start_from: Paths = ()
-    distances: bool = False
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        if self.bn_buffers not in BN_BUFFERS or self.dtype not in OUTPUT_DTYPES:
-            raise ValueError(f"no such option: {self.bn_buffers!r}, {self.dtype!r}")
-        if self.keep_wrapper and self.dtype != "keep":
-            raise ValueError("a file that is kept keeps its dtypes too")
-
-    @property
-    def described(self) -> dict[str, object]:
-        """Those that the output's tensors depend on, where they are not the defaults."""
-        names = ("bn_buffers", "dtype", "key", "ema")
-        return {name: getattr(self, name) for name in names if self._is_set(name)}
-
-    def _is_set(self, name: str) -> bool:
-        return bool(getattr(self, name) != getattr(Options, name))
 
 
 @dataclass(frozen=True)
@@ -129,7 +68,7 @@ class Averaging:
     @property
     def counts(self) -> tuple[int, ...]:
         """How many checkpoints each of `states` stands for."""
-        return _counts(self.bases, self.selection.chosen)
+        return counts_of(self.bases, self.selection.chosen)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -219,7 +158,7 @@ class Averaging:
         Raises:
             SwaAvgError: An input has changed, or the file is not what it should be.
         """
-        made = _provenance(self.bases, self.selection.chosen, self.options, outcome.crcs)
+        made = how_made(self.bases, self.selection.chosen, self.options, outcome.crcs)
         said = made.text(self.plan.state_dict.provenance)
         for place, data in self.layout.headers(outcome.checksums, said):
             file.write(data, place)
@@ -325,11 +264,12 @@ class Averaging:
         }
 
 
-def _counts(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
+def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
+    """Return how many checkpoints each average and each checkpoint stands for."""
     return (*(base.count for base in bases), *(1 for _ in chosen))
 
 
-def _provenance(
+def how_made(
     bases: Sequence[Base],
     chosen: Sequence[StateDict],
     options: Options,
@@ -348,155 +288,6 @@ def _provenance(
     if kept == "last":
         kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
     return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
-
-
-@contextmanager
-def planned(
-    checkpoints: Paths, output: str | os.PathLike[str], options: Options | None = None
-) -> Iterator[Averaging]:
-    """Open checkpoints and plan their average; they are closed at the end of the context.
-
-    Args:
-        checkpoints: Files, or patterns of them; none where averages are merged.
-        output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
-            `.bin` and `.tar` a torch zip; another name the form of the inputs.
-        options: How to average; by default with the defaults.
-
-    Raises:
-        SwaAvgError: Anything that makes the average impossible.
-    """
-    options = options or Options()
-    target = path_of(output)
-    with ExitStack() as opened:
-        averages = expand(_listed(options.start_from), ()) if options.start_from else []
-        bases = tuple(map(base_of, _opened(averages, options, opened)))
-        continuing.refuse_repeats(bases)
-        given = _listed(checkpoints)
-        paths = expand(given, options.choice.exclude) if given or not bases else []
-        candidates = _without(_opened(paths, options, opened), bases)
-        selection = select(candidates, options.choice) if candidates else Selection(())
-        states = [*(base.state for base in bases), *selection.chosen]
-        _check_target(target, states, options)
-        form = form_of(target, states[-1].checkpoint)
-        strides = options.keep_wrapper or form is Form.TORCH
-        rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides)
-        plan = make_plan(states, rules, _counts(bases, selection.chosen))
-        said = _provenance(bases, selection.chosen, options, {}).text()
-        plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
-        layout = _layout(form, plan, states[-1], options, opened)
-        yield Averaging(target, options, bases, selection, rules, plan, layout)
-
-
-def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-
-
-def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[StateDict]:
-    """Open checkpoints and find their state_dicts."""
-    paths, states = list(paths), []
-    # What their headers have in common is read once.
-    read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
-    with ThreadPoolExecutor(_OPENERS) as pool:
-        # A request takes its time, so URLs are opened side by side.
-        side_by_side = any(map(is_remote, paths))
-        for checkpoint in (pool.map if side_by_side else map)(read, paths):
-            opened.callback(checkpoint.close)
-            states.append(finder.find(checkpoint))
-    return states
-
-
-def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:
-    """Leave out what is an average to go on from, as a pattern for both may say."""
-    taken = {_identity(base.state) for base in bases}
-    return [state for state in states if _identity(state) not in taken]
-
-
-def _identity(state: StateDict) -> tuple[object, ...]:
-    return tuple(file.identity for file in state.checkpoint.files)
-
-
-def _layout(form: Form, plan: Plan, last: StateDict, options: Options, opened: ExitStack) -> Layout:
-    """Give everything its place in the output."""
-    if options.keep_wrapper:
-        return wrapper.layout(last, plan, lambda file: opened.callback(file.close))
-    return layout_for(form, plan.state_dict, last.checkpoint, last.where, options.max_shard_size)
-
-
-def _check_target(target: Path, states: Sequence[StateDict], options: Options) -> None:
-    """Refuse an output that is an input, exists, or is not of the form that its name says."""
-    last = states[-1]
-    form = form_of(target, last.checkpoint)
-    keeps = options.keep_wrapper
-    if keeps and last.checkpoint.provenance:
-        raise OutputError(
-            "is an average, and no checkpoint is given that could be kept",
-            file=last.checkpoint.path,
-            remedy="Leave out --keep-wrapper",
-        )
-    _check_form(target, last, form, keeps, options.max_shard_size)
-    files = [file for state in states for file in state.checkpoint.files]
-    folder = last.checkpoint.path.is_dir() if keeps else form in _FOLDERS
-    check = check_remote_target if is_remote(target) else check_target
-    check(target, files, force=options.force, folder=folder)
-
-
-def _check_form(
-    target: Path, last: StateDict, form: Form, keep_wrapper: bool, max_shard_size: int | None
-) -> None:
-    """Refuse a name that says another form than the output will have, and shards of one file."""
-    safe = last.checkpoint.format == "safetensors"
-    unlike = last.checkpoint.path.is_dir() and form not in _FOLDERS
-    if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
-        raise OutputError(
-            f"would not be what its name says, but like {last.checkpoint.path}",
-            file=target,
-            remedy="Choose a name like its own, or leave out --keep-wrapper",
-        )
-    if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
-        raise OutputError(
-            "will be no Hugging Face folder, which alone is written in shards",
-            file=target,
-            remedy="Leave out --max-shard-size, or give such folders",
-        )
-
-
-def average(
-    checkpoints: Paths,
-    output: str | os.PathLike[str],
-    *,
-    threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    **options: Any,
-) -> Report:
-    """Average checkpoints into one file.
-
-    Each floating tensor becomes the equal-weight mean over the checkpoints
-    (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better
-    Generalization", section 3; the mean that `torch.optim.swa_utils.AveragedModel`
-    keeps running), computed exactly and rounded once.
-
-    Args:
-        checkpoints: Files, or patterns of them; none where averages are merged.
-        output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
-            `.bin` and `.tar` a torch zip; another name the form of the inputs.
-        threads: How many threads work; by default one for each usable core.
-        progress: Called with the number of bytes read since the last call.
-        **options: The fields of `Options`, by name: `dtype="bfloat16"`.
-
-    Returns:
-        What was done.
-
-    Raises:
-        SwaAvgError: Nothing was written; the error says why.
-        ValueError: An option has no such value.
-    """
-    with (
-        planned(checkpoints, output, Options(**options)) as averaging,
-        averaging.open_output() as file,
-    ):
-        report = averaging.write(file, threads=threads, progress=progress)
-        file.commit()
-    return report
 
 
 def usable_cores() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
@@ -62,6 +62,11 @@ class Ledger:
     def open(self) -> list[Record]:
         """The records of which pieces were read, but not yet the whole."""
         return [record for record in self._pieces if record not in self.found]
+
+    def pieces(self) -> Iterator[tuple[Record, str, Sequence[Piece]]]:
+        """Yield the open records, each with a tensor that looks at it and what was read of it."""
+        for record in self.open:
+            yield record, self._names[record], self._pieces[record]
 
     def check(self, record: Record) -> None:
         """Make up an open record's checksum from its pieces.

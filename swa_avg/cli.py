@@ -140,7 +140,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 def _planned(run: Run) -> AbstractContextManager[Averaging]:
     """Open the checkpoints and plan their average."""
-    from swa_avg.averaging import planned
+    from swa_avg.planning import planned
 
     options = replace(run.options, force=run.options.force or run.dry_run)
     return planned(run.checkpoints, run.output, options)

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from swa_avg.gather import Box, boxes, whole
 from swa_avg.plan import Treatment, Work
@@ -135,6 +136,38 @@ def tasks(
             task, weight = [], 0
     if task:
         yield task
+
+
+def share(
+    dealt: Sequence[Sequence[Item]], works: Sequence[Work], number: int, count: int
+) -> list[Sequence[Item]]:
+    """Return the tasks that one of several workers takes: neighbours, an equal part by bytes.
+
+    Args:
+        dealt: All tasks, the same for every worker.
+        works: What they refer to.
+        number: Which of the workers it is, counted from 0.
+        count: How many there are.
+    """
+    costs = [sum(_cost(item, works) for item in task) for task in dealt]
+    total = sum(costs) or 1
+    # Whose part the middle of a task lies in takes it.
+    owners = (
+        (2 * end - cost) * count // (2 * total)
+        for end, cost in zip(accumulate(costs), costs, strict=True)
+    )
+    return [task for task, owner in zip(dealt, owners, strict=True) if owner == number]
+
+
+def _cost(item: Item, works: Sequence[Work]) -> int:
+    """Return how many bytes an item reads."""
+    if isinstance(item, Strip):
+        numel = item.numel
+    elif isinstance(item, Bundle):
+        numel = item.bounds[-1]
+    else:
+        numel = sum(box.numel for box in item.boxes)
+    return numel * _bytes_each(works[item.number])
 
 
 def _bytes_each(work: Work) -> int:

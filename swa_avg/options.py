@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging, Options
+    from swa_avg.averaging import Averaging
+    from swa_avg.settings import Options
 
 _GROUPS = {
     "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
@@ -197,8 +198,8 @@ class Search:
 
 def run_of(given: dict[str, Any]) -> Run:
     """Sort the options of the command line by what they are for."""
-    from swa_avg.averaging import Options
     from swa_avg.select import Choice
+    from swa_avg.settings import Options
 
     def taken(kind: type) -> dict[str, Any]:
         """Take what a dataclass has fields for; None stands for its default."""

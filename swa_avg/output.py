@@ -11,17 +11,16 @@ import os
 import re
 import stat
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
 from swa_avg import placing, temporary
+from swa_avg.draft import Draft, Drafts, refusal
 from swa_avg.errors import OutputError, listed
 from swa_avg.files import InputFile
 from swa_avg.remote import is_remote
-from swa_avg.writeback import WriteBack
 
 # Files of weights in a folder: of Hugging Face, whatever their number, and of a distributed one.
 _WEIGHTS = re.compile(
@@ -66,7 +65,7 @@ def check_target(
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise _refusal(target, error) from error
+        raise refusal(target, error) from error
     for file in inputs:
         beneath = folder and _is_beneath(file.path, target)
         if file.identity == (found.st_dev, found.st_ino) or beneath:
@@ -121,51 +120,6 @@ def check_replaceable(target: Path, names: Iterable[str]) -> None:
         )
 
 
-class _Draft:
-    """One file that is being written; errors name it as it will be called."""
-
-    def __init__(self, path: Path, shown: Path) -> None:
-        self.path = path
-        self._shown = shown
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._writeback = WriteBack(self._fd)
-
-    def hold(self) -> bool:
-        """Lock the file for as long as it is open; tell whether it is still there."""
-        return temporary.hold(self._fd, self.path)
-
-    def reserve(self, size: int) -> None:
-        """Make room for all of it, where the file system can: a full disk is found here."""
-        if not size or not hasattr(os, "posix_fallocate"):
-            return
-        try:
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:
-            if error.errno not in placing.UNSUPPORTED:
-                raise _refusal(self._shown, error) from error
-
-    def write(self, data: memoryview | bytes, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                count = os.pwrite(self._fd, view, offset)
-            except OSError as error:
-                raise _refusal(self._shown, error) from error
-            self._writeback.wrote(count)
-            view = view[count:]
-            offset += count
-
-    def sync(self) -> None:
-        try:
-            # A failed fsync is final: the kernel may have dropped the pages it could not write.
-            os.fsync(self._fd)
-        except OSError as error:
-            raise _refusal(self._shown, error) from error
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
 class AtomicFile(AbstractContextManager["AtomicFile"]):
     """A file that comes into being whole, by `commit`, or not at all.
 
@@ -191,12 +145,12 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
                 self.path = temporary.name_beside(self._final)
                 # A signal can come between any two steps: whatever happens, this is done at exit.
                 self._remove = weakref.finalize(self, temporary.remove, self.path)
-                self._draft = _Draft(self.path, target)
+                self._draft = Draft(self.path, target)
                 held = self._draft.hold()
                 if not held:
                     self._discard()
         except OSError as error:
-            raise _refusal(target, error) from error
+            raise refusal(target, error) from error
         try:
             self._draft.reserve(size)
         except BaseException:
@@ -230,7 +184,7 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
             self.sync()
             self.path.replace(self._final)
         except OSError as error:
-            raise _refusal(self.target, error) from error
+            raise refusal(self.target, error) from error
         _sync_name(self.target, self._final)
 
     def _discard(self) -> None:
@@ -257,8 +211,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         self.target = target
         self._final = Path(os.path.realpath(target))
         self._opened = ExitStack()
-        self._starts: list[int] = []
-        self._drafts: list[_Draft] = []
+        self._drafts = Drafts()
         try:
             with suppress(FileNotFoundError):
                 self._final.lstat()
@@ -271,13 +224,13 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
                 held = self._hold()
         except OSError as error:
             self._opened.close()
-            raise _refusal(target, error) from error
+            raise refusal(target, error) from error
         try:
             self._make_room(files)
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError):
-                raise _refusal(target, error) from error
+                raise refusal(target, error) from error
             raise
 
     def _hold(self) -> bool:
@@ -289,16 +242,13 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         return temporary.hold(folder, self.path)
 
     def _make_room(self, files: Mapping[str, int]) -> None:
-        place = 0
         for name, size in files.items():
             if not (self.path / name).parent.is_dir():
                 (self.path / name).parent.mkdir(parents=True)
-            draft = _Draft(self.path / name, self.target / name)
+            draft = Draft(self.path / name, self.target / name)
             self._opened.callback(draft.close)
             draft.reserve(size)
-            self._drafts.append(draft)
-            self._starts.append(place)
-            place += size
+            self._drafts.add(draft, size)
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data`, which lies in one file, at `offset`.
@@ -306,9 +256,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         Raises:
             OutputError: The system refuses, for one because the disk is full.
         """
-        # The last file that starts there: an empty one before it has no bytes to write.
-        number = bisect_right(self._starts, offset) - 1
-        self._drafts[number].write(data, offset - self._starts[number])
+        self._drafts.write(data, offset)
 
     def sync(self) -> None:
         """Force what is written to disk, and the names in the folder.
@@ -316,14 +264,13 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         Raises:
             OutputError: The system could not; it is not tried again.
         """
-        for draft in self._drafts:
-            draft.sync()
-        folders = {self.path, *(draft.path.parent for draft in self._drafts)}
+        self._drafts.sync()
+        folders = {self.path, *(path.parent for path in self._drafts.paths)}
         try:
             for folder in sorted(folders):
                 placing.sync_folder(folder)
         except OSError as error:
-            raise _refusal(self.target, error) from error
+            raise refusal(self.target, error) from error
 
     def commit(self) -> None:
         """Force the files to disk and put the folder in the target's place.
@@ -336,7 +283,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
             self.sync()
             placing.put_folder(self.path, self._final)
         except OSError as error:
-            raise _refusal(self.target, error) from error
+            raise refusal(self.target, error) from error
         _sync_name(self.target, self._final)
 
     def _discard(self) -> None:
@@ -357,8 +304,3 @@ def _sync_name(target: Path, final: Path) -> None:
             file=target,
             remedy="After a power failure the old one may be back",
         ) from error
-
-
-def _refusal(target: Path, error: OSError | ValueError) -> OutputError:
-    reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return OutputError(f"cannot be written: {reason}", file=target)

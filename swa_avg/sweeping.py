@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from swa_avg.averaging import Averaging, Options, Paths, planned
+from swa_avg.averaging import Averaging
 from swa_avg.batches import Alone, Forward
 from swa_avg.batchnorm import Amp, Estimator
 from swa_avg.errors import OutputError
@@ -28,9 +28,11 @@ from swa_avg.layout import StateDict
 from swa_avg.messages import counted, in_bytes
 from swa_avg.output import AtomicFolder
 from swa_avg.plan import make_plan
+from swa_avg.planning import planned
 from swa_avg.recompute import Recompute, Session
 from swa_avg.remote import is_remote
 from swa_avg.select import ALL
+from swa_avg.settings import Options, Paths
 from swa_avg.trials import Bench, Candidate, File, Found, Progress, SweepReport, Tried
 from swa_avg.userdata import UserCode
 

@@ -14,7 +14,7 @@ import torch
 from command import fails, run, snapshot
 from safetensors.torch import save_file
 
-from swa_avg import averaging, cli
+from swa_avg import cli, settings
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -128,5 +128,5 @@ def test_choices_are_those_of_the_library() -> None:
         for parameter in cli.command.params
         if isinstance(parameter.type, click.Choice)
     }
-    assert choices["bn_buffers"] == averaging.BN_BUFFERS
-    assert choices["dtype"] == averaging.OUTPUT_DTYPES
+    assert choices["bn_buffers"] == settings.BN_BUFFERS
+    assert choices["dtype"] == settings.OUTPUT_DTYPES

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import oracle
@@ -48,7 +49,9 @@ def spacing(largest: float) -> Fraction:
 
 
 @given(
-    values=st.lists(st.lists(finite, min_size=4, max_size=4), min_size=2, max_size=9, unique_by=repr),
+    values=st.lists(
+        st.lists(finite, min_size=4, max_size=4), min_size=2, max_size=9, unique_by=repr
+    ),
     cuts=st.sets(st.integers(1, 8), max_size=3),
 )
 @settings(deadline=None, max_examples=60)
@@ -65,7 +68,7 @@ def test_any_split_into_runs(
         torch.save({"w": torch.tensor(row)}, path)
     edges = [0, *sorted(cut for cut in cuts if cut < len(values)), len(values)]
     before: list[Path] = []
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (start, end) in enumerate(pairwise(edges)):
         swa_avg.average(paths[start:end], folder / f"run_{number}.pt", start_from=before)
         before = [folder / f"run_{number}.pt"]
     found = torch.load(before[0])["w"].tolist()

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swa_avg import lookahead, mean
-from swa_avg.averaging import Averaging, planned
+from swa_avg.averaging import Averaging
 from swa_avg.errors import FormatError, NotFiniteError
 from swa_avg.output import AtomicFile
 from swa_avg.plan import Treatment
+from swa_avg.planning import planned
 from swa_avg.tensors import Record
 
 

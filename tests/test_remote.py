@@ -19,11 +19,12 @@ from command import one_line, run
 from safetensors.torch import save_file
 
 import swa_avg
-from swa_avg.averaging import Options, planned
 from swa_avg.errors import FileError, FormatError, OutputError, SwaAvgError
 from swa_avg.files import InputFile, reading_ahead
+from swa_avg.planning import planned
 from swa_avg.recompute import copy_of
 from swa_avg.remote import path_of
+from swa_avg.settings import Options
 
 fsspec = pytest.importorskip("fsspec")
 

@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 
 import swa_avg
 from swa_avg import Choice
-from swa_avg.averaging import Averaging, Options, planned
+from swa_avg.averaging import Averaging
 from swa_avg.errors import SelectionError
 from swa_avg.metrics import mode_of
+from swa_avg.planning import planned
+from swa_avg.settings import Options
 
 LOSSES = (0.5, 0.3, 0.4, 0.2, 0.3)
 

@@ -25,7 +25,7 @@ ROOMS = (
     *("checksums", "reader", "continuing", "wrapper", "rounding", "exact", "grams"),
     *("temporary", "placing", "writeback", "output", "upload", "distances", "report"),
     *("cutting", "lookahead", "reading", "writing", "desk", "mean"),
-    *("sampling", "verification", "averaging"),
+    *("sampling", "verification", "settings", "averaging", "planning"),
     *("batches", "estimators", "batchnorm", "userdata", "distributed", "recompute"),
     *("judging", "trials", "messages", "sweeping", "plot"),
     *("demo", "options", "bars", "cli", "__main__"),

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import swa_avg
-from swa_avg.averaging import average
 from swa_avg.batchnorm import recompute_batchnorm
 from swa_avg.errors import DataError, OutputError, SelectionError
 from swa_avg.judging import Judge, Scale
 from swa_avg.layout import find_state_dict
+from swa_avg.planning import average
 from swa_avg.plot import drawn
 from swa_avg.provenance import made_from
 from swa_avg.sweeping import sweep

@@ -22,11 +22,11 @@ from torch.distributed import checkpoint as dcp
 
 import swa_avg
 from swa_avg import verification
-from swa_avg.averaging import planned
 from swa_avg.errors import OutputError
 from swa_avg.formats import open_checkpoint
 from swa_avg.gather import Box
 from swa_avg.layout import find_state_dict
+from swa_avg.planning import planned
 from swa_avg.sampling import _Elements
 from swa_avg.tensors import View
 
