@@ -7,7 +7,6 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import swa_avg
-from swa_avg import cutting, mean, settings
+from swa_avg import cutting, mean
 from swa_avg.errors import LayoutError, MismatchError, NotFiniteError, OutputError
+from swa_avg.settings import BN_BUFFERS, OUTPUT_DTYPES
 
 Save = Callable[[Mapping[str, Any], Path], None]
 
@@ -467,7 +467,7 @@ def test_format_in_the_metadata_is_no_alias(tmp_path: Path) -> None:
 # The rules.
 
 
-@pytest.mark.parametrize("choice", settings.BN_BUFFERS)
+@pytest.mark.parametrize("choice", BN_BUFFERS)
 def test_bn_buffers(tmp_path: Path, choice: str) -> None:
     """Each choice does to BatchNorm buffers what it says, and to nothing else."""
     states, _ = train(4)
@@ -491,7 +491,7 @@ def test_statistics_need_both_names(tmp_path: Path) -> None:
     assert_same(average(tmp_path, states), expected)
 
 
-@pytest.mark.parametrize("choice", settings.OUTPUT_DTYPES[1:])
+@pytest.mark.parametrize("choice", OUTPUT_DTYPES[1:])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_dtype(tmp_path: Path, choice: str, mixed: bool) -> None:
     """Means are rounded once, from the inputs to the dtype; integers are what they were."""
