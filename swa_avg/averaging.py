@@ -35,7 +35,7 @@ from swa_avg.upload import RemoteFile
 from swa_avg.verification import Written, read_back, verify
 
 if TYPE_CHECKING:
-    from swa_avg.mean import Outcome
+    from swa_avg.mean import Kernel, Outcome
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,19 @@ class Averaging:
         with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
             # The import of torch takes a second, in which a disk can read.
             pool.submit(announce, self.plan.ranges)
-            from swa_avg.mean import Kernel, run
+            from swa_avg.mean import run
+
+        threads = threads or usable_cores()
+        with reading_ahead(self.plan.ranges, threads, len(self.states), ROOM):
+            return run(self.kernel(file, partials), threads, progress)
+
+    def kernel(self, file: Output, partials: Sequence[Output] = ()) -> Kernel:
+        """Return what is to be computed, and where it is written: see `compute`."""
+        from swa_avg.mean import Kernel
 
         _, groups = self._modules()
         works, places = self.plan.works, self.layout.places
-        kernel = Kernel(file, places, works, groups=groups, partials=partials)
-        threads = threads or usable_cores()
-        with reading_ahead(self.plan.ranges, threads, len(self.states), ROOM):
-            return run(kernel, threads, progress)
+        return Kernel(file, places, works, groups=groups, partials=partials)
 
     def complete(self, file: Output, outcome: Outcome) -> Report:
         """Write what is no tensor, and make sure of the whole.

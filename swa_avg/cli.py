@@ -23,10 +23,19 @@ import swa_avg
 from swa_avg import messages
 from swa_avg.bars import advance, bar, move
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
-from swa_avg.options import GroupedCommand, Run, Search, check_beside, check_usage, run_of, size
+from swa_avg.options import (
+    GroupedCommand,
+    Run,
+    Search,
+    check_beside,
+    check_usage,
+    declared,
+    run_of,
+)
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging
+    from swa_avg.distributed import ProcessRanks
     from swa_avg.report import Report
     from swa_avg.trials import Found
 
@@ -35,79 +44,7 @@ if TYPE_CHECKING:
     cls=GroupedCommand,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.argument("checkpoints", nargs=-1)
-@click.option("--last", type=int, metavar="N", help="Take only the N latest.")
-@click.option("--epochs", metavar="A:B[:STEP]", help="Take epochs (or steps) A to B, B included.")
-@click.option("--best", type=int, metavar="N", help="Take only the N best by --metric.")
-@click.option("--metric", metavar="NAME", help="As the checkpoints or files beside them record it.")
-@click.option("--mode", type=click.Choice(["min", "max"]), help="What is good, if NAME hides it.")
-@click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names.")
-@click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c).")
-@click.option("--ema", is_flag=True, help="Take the EMA or SWA weights that the run kept.")
-@click.option(
-    "--bn-buffers",
-    type=click.Choice(["last", "first", "mean", "reset"]),
-    default="last",
-    metavar="WHICH",
-    help="BatchNorm statistics: last, first, mean or reset.  [default: last]",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    metavar="NAME",
-    help="Write as keep, float32, bfloat16 or float16.  [default: keep]",
-)
-@click.option("--start-from", metavar="AVERAGE", multiple=True, help="Go on from this average.")
-@click.option(
-    "-o",
-    "--output",
-    metavar="PATH",
-    default="swa.pt",
-    help="The file to write; *.safetensors is one.  [default: swa.pt]",
-)
-@click.option("-f", "--force", is_flag=True, help="Replace the output if it exists.")
-@click.option("--keep-wrapper", is_flag=True, help="Keep the last file; replace only its weights.")
-@click.option(
-    "--max-shard-size", callback=size, metavar="SIZE", help="Of a folder.  [default: 5GB]"
-)
-@click.option("--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data.")
-@click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one.")
-@click.option("--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]")
-@click.option("--forward", metavar="MOD:ATTR", help="forward(model, batch), if batch[0] is not it.")
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda[:i] or mps.  [default: auto]")
-@click.option(
-    "--bn-estimator",
-    "estimator",
-    type=click.Choice(["population", "torch"]),
-    metavar="NAME",
-    help="population, or torch: as update_bn.  [default: population]",
-)
-@click.option(
-    "--bn-batches", "batches", type=click.IntRange(1), metavar="N", help="Use only so many batches."
-)
-@click.option(
-    "--amp",
-    type=click.Choice(["off", "bf16", "fp16"]),
-    help="Autocast the forward.  [default: off]",
-)
-@click.option("--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; keep the best.")
-@click.option(
-    "--greedy", metavar="MOD:ATTR", help="Average only what makes evaluate(model) better."
-)
-@click.option("--plot", metavar="FILE", help="Draw the scores: .png, .svg or .html.")
-@click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--report", metavar="FILE", help="Write the report, as JSON, to a file.")
-@click.option("--distances", is_flag=True, help="Tell how far each checkpoint is from the mean.")
-@click.option("--verify", is_flag=True, help="Read the output again; average a sample anew.")
-@click.option("--show", metavar="FILE", help="Print how an average was made, and stop.")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement.")
-@click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="How many threads.  [default: cores]"
-)
-@click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s")
+@declared
 @click.pass_context
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Average the checkpoints of a finished training run into one.
@@ -130,12 +67,38 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         _show(options["show"], as_json=options["as_json"])
         return
     run = run_of(options)
-    if run.search and not run.dry_run:
-        _search(run, run.search)
-    elif run.recompute is not None and not run.dry_run:
-        _recompute(run, run.recompute)
-    elif _leads():  # of several ranks one averages: it is as fast as the disk
-        _average(run)
+    if run.dry_run:
+        if _leads():
+            with _planned(run) as averaging:
+                _show_plan(averaging, run)
+        return
+    with _joined() as ranks:
+        if run.search:
+            _search(run, run.search)
+        elif run.recompute is not None:
+            _recompute(run, run.recompute, ranks)
+        else:
+            _average(run, ranks)
+
+
+@contextmanager
+def _joined() -> Iterator[ProcessRanks | None]:
+    """Join the other ranks, if torchrun has started several; the first of them speaks for all."""
+    world = os.environ.get("WORLD_SIZE", "")
+    if not (world.isdecimal() and int(world) > 1):
+        yield None
+        return
+    from swa_avg.distributed import ranks
+
+    with ranks() as joined:
+        try:
+            yield joined
+        except (Exception, KeyboardInterrupt) as error:
+            # Told before anybody ends: torchrun then ends the others, which would tell nothing.
+            joined.fail(error)
+            verbose = click.get_current_context().params["verbose"]
+            code = _told(error, everything=verbose, silent=joined.rank > 0)
+            raise click.exceptions.Exit(code) from error
 
 
 def _planned(run: Run) -> AbstractContextManager[Averaging]:
@@ -146,15 +109,19 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     return planned(run.checkpoints, run.output, options)
 
 
-def _average(run: Run) -> None:
+def _average(run: Run, ranks: ProcessRanks | None) -> None:
     """Average checkpoints, and nothing else."""
     with _planned(run) as averaging:
-        if run.dry_run:
-            _show_plan(averaging, run)
+        if _leads():
+            check_beside(run, averaging)
+        with _written(averaging, run, ranks) as made:
+            if made:
+                file, report = made
+                file.commit()
+            if ranks:
+                ranks.meet()
+        if not made:
             return
-        check_beside(run, averaging)
-        with _written(averaging, run) as (file, report):
-            file.commit()
     content = report.to_dict() | _tensors(averaging, run)
     _write_report(content, run)
     if run.as_json:
@@ -167,33 +134,49 @@ def _average(run: Run) -> None:
 
 
 @contextmanager
-def _written(averaging: Averaging, run: Run) -> Iterator[tuple[Any, Report]]:
-    """Average into a file or folder; it becomes the output when it is committed."""
-    with averaging.open_output() as file:
-        with bar(averaging.plan.bytes_to_read, run.quiet, unit="B", desc="averaging") as shown:
-            report = averaging.write(file, threads=run.threads, progress=shown and shown.update)
-        yield file, report
+def _written(
+    averaging: Averaging, run: Run, ranks: ProcessRanks | None
+) -> Iterator[tuple[Any, Report] | None]:
+    """Average into a file or folder; it becomes the output when it is committed.
+
+    Of several ranks only the first one is given it.
+    """
+    quiet = run.quiet or not _leads()
+    size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
+    with ExitStack() as entered:
+        with bar(size, quiet, unit="B", desc="averaging") as shown:
+            how = {"threads": run.threads, "progress": shown and shown.update}
+            if ranks:
+                from swa_avg import joint
+
+                made = entered.enter_context(joint.written(averaging, ranks, **how))
+            else:
+                file = entered.enter_context(averaging.open_output())
+                made = file, averaging.write(file, **how)
+        yield made
 
 
-def _recompute(run: Run, bn_options: dict[str, Any]) -> None:
+def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None) -> None:
     """Recompute BatchNorm: of the average of checkpoints, or of the output that is there."""
     averages = run.checkpoints or run.options.start_from
     with ExitStack() as entered:
         # Planned first: what the headers tell needs none of the user's code.
-        averaging = entered.enter_context(_planned(run)) if averages and _leads() else None
+        averaging = entered.enter_context(_planned(run)) if averages else None
         if averaging and averaging.is_folder:
             raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
-        check_beside(run, averaging)
+        if _leads():
+            check_beside(run, averaging)
         from swa_avg.recompute import Recompute, copy_of, session
         from swa_avg.remote import path_of
 
-        bn = entered.enter_context(session(Recompute(**bn_options)))
+        bn = entered.enter_context(session(Recompute(**bn_options), ranks))
+        written = averaging and entered.enter_context(_written(averaging, run, ranks))
         if not bn.leads:
             bn.follow()
             return
         report, key, ema = None, run.options.key, run.options.ema
-        if averaging:
-            file, report = entered.enter_context(_written(averaging, run))
+        if written:
+            file, report = written
             if not run.options.keep_wrapper:
                 key, ema = (), False  # our own output holds nothing but the state_dict
         else:
@@ -370,28 +353,35 @@ def _run() -> int:
             command.invoke(ctx)
         if sys.stdout is not None:
             sys.stdout.flush()
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
-    except click.ClickException as error:
-        error.show()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return _told(error, everything=bool(ctx and ctx.params["verbose"]))
+
+
+def _told(error: BaseException, *, everything: bool, silent: bool = False) -> int:
+    """Say what went wrong, unless somebody else does; return the exit code.
+
+    What is nobody's mistake but ours is raised again.
+    """
+    if isinstance(error, click.exceptions.Exit):
         return error.exit_code
-    except SwaAvgError as error:
-        _show_error(error, everything=bool(ctx and ctx.params["verbose"]))
-        return 2 if isinstance(error, SelectionError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        return 130
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # Nobody reads our output: not worth a message, and none must come at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (OSError, MemoryError) as error:
-        click.echo(printable(f"error: {error or type(error).__name__}."), err=True)
-        return 1
-    return 0
-
-
-def _show_error(error: SwaAvgError, everything: bool) -> None:
-    shown = error.disagreements if everything and isinstance(error, MismatchError) else (error,)
-    for one in shown:
-        click.echo(f"error: {one}", err=True)
+    code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
+    if isinstance(error, SwaAvgError):
+        code = 2 if isinstance(error, SelectionError) else 1
+        all_of_it = everything and isinstance(error, MismatchError)
+        lines = [f"error: {one}" for one in (error.disagreements if all_of_it else [error])]
+    elif isinstance(error, click.ClickException):
+        code, lines = error.exit_code, []
+        if not silent:
+            error.show()
+    elif isinstance(error, KeyboardInterrupt | click.Abort):
+        code, lines = 130, ["interrupted"]
+    elif not isinstance(error, OSError | MemoryError):
+        raise error
+    for line in () if silent else lines:
+        click.echo(printable(line), err=True)
+    return code

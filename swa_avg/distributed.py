@@ -1,10 +1,10 @@
 """Several processes that torchrun started: who takes which batches, and how they meet.
 
 Imported only in a process that has `WORLD_SIZE` > 1. No collective operation
-runs while the model does: what the ranks have to say to each other they say in
-`gather`, once all have arrived there, or none if one has failed. So a rank may
-have fewer batches than another, and one that fails takes the others with it
-instead of leaving them waiting.
+runs while the ranks work: what they have to say to each other they say once all
+have arrived, or none if one has failed. So a rank may have less to do than
+another, and one that fails takes the others with it instead of leaving them
+waiting; one that says nothing any more is given up (`pulse.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from torch.utils.data.distributed import DistributedSampler
 
 from swa_avg.batches import theirs
 from swa_avg.errors import SwaAvgError, printable
+from swa_avg.pulse import Pulse
 
 _FAILED = "failed"
 _LEFT = "left"
 _POLL_SECONDS = 0.02
 _FAREWELL_SECONDS = 10
+_PATIENCE = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,19 @@ class ProcessRanks:
         rank: The number of this process.
         world: How many there are.
         local: The number of this process on its machine.
+        neighbours: How many there are on its machine, itself among them.
         store: The key-value store that torchrun gave all ranks.
+        pulse: Tells whether the others live.
     """
 
     rank: int
     world: int
     local: int
+    neighbours: int
     store: Store
+    pulse: Pulse
     _meetings: Iterator[int] = field(default_factory=count)
+    _told: Iterator[int] = field(default_factory=count)
 
     def share(self, batches: Iterable[Any]) -> Iterable[Any]:
         """Return this rank's batches: those numbered rank, rank + world, ...
@@ -75,10 +82,41 @@ class ProcessRanks:
         Raises:
             SwaAvgError: If another rank fails before it gets here.
         """
-        self._meet()
+        self.meet()
         all_values = [torch.empty_like(values) for _ in range(self.world)]
-        dist.all_gather(all_values, values)
+        with _connected():
+            dist.all_gather(all_values, values)
         return all_values
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return on rank 0 what all ranks have, in their order; on the others nothing.
+
+        Raises:
+            SwaAvgError: If another rank fails before it gets here.
+        """
+        sizes = [int(size) for size in self.gather(torch.tensor(len(data)))]
+        with _connected():
+            if self.rank:
+                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+                return []
+            received = [data]
+            for rank, size in enumerate(sizes[1:], 1):
+                buffer = bytearray(size)
+                dist.recv(torch.frombuffer(buffer, dtype=torch.uint8), rank)
+                received.append(bytes(buffer))
+        return received
+
+    def tell(self, data: bytes = b"") -> bytes:
+        """Return what rank 0 has to say, something short; what the others give is not asked.
+
+        Raises:
+            SwaAvgError: If another rank fails before it gets here.
+        """
+        key = f"told {next(self._told)}"
+        if self.rank == 0:
+            self.store.set(key, data)  # type: ignore[arg-type]
+        self.meet()
+        return self.store.get(key)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give rank 0's values to the same tensors, in place, of all ranks.
@@ -86,26 +124,28 @@ class ProcessRanks:
         Raises:
             SwaAvgError: If another rank fails before it gets here.
         """
-        self._meet()
+        self.meet()
         with torch.no_grad():
             for tensor in tensors:
                 values = tensor.detach().cpu().contiguous()
-                dist.broadcast(values, src=0)
+                with _connected():
+                    dist.broadcast(values, src=0)
                 tensor.copy_(values)
 
     def once(self, job: Callable[[], object]) -> None:
         """Run `job` on one rank of each machine, while the others wait for it."""
         if self.local == 0:
             job()
-        self._meet()
+        self.meet()
 
     def check(self) -> None:
-        """Raise if another rank has failed.
+        """Raise if another rank has failed, or has been silent for too long.
 
         Raises:
             SwaAvgError: With that rank's number and its error.
         """
         try:
+            self.pulse.check()
             failed = self.store.check([_FAILED])
             message = self.store.get(_FAILED).decode() if failed else ""
         except RuntimeError as error:
@@ -115,15 +155,22 @@ class ProcessRanks:
 
     def fail(self, error: BaseException) -> None:
         """Let the other ranks know; only the first failure is told."""
-        said = str(error) if isinstance(error, SwaAvgError) else theirs(error)
+        if isinstance(error, SwaAvgError):
+            said = str(error)
+        else:
+            said = theirs(error) if isinstance(error, Exception) else "it was told to end"
         with suppress(RuntimeError):  # the store has gone: there is nobody to tell
             self.store.compare_set(_FAILED, "", f"rank {self.rank} failed: {printable(said)}")
 
     def _every_nth(self, items: Iterable[Any]) -> _EveryNth:
         return _EveryNth(items, self.rank, self.world)
 
-    def _meet(self) -> None:
-        """Wait until every rank is here, or one has failed."""
+    def meet(self) -> None:
+        """Wait until every rank is here.
+
+        Raises:
+            SwaAvgError: Another rank has failed, or is silent for too long.
+        """
         place = f"meeting {next(self._meetings)}"
         self.check()
         self.store.add(place, 1)
@@ -132,7 +179,7 @@ class ProcessRanks:
             self.check()
 
     def _told_by_first(self, state: Tensor) -> Tensor:
-        self._meet()
+        self.meet()
         dist.broadcast(state, src=0)
         return state
 
@@ -168,7 +215,18 @@ def _with_batch_sampler(loader: DataLoader[Any], sampler: Sampler[list[Any]]) ->
 
 
 @contextmanager
-def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[ProcessRanks]:
+def _connected() -> Iterator[None]:
+    """Say it in one line if another rank goes away while it sends or receives."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SwaAvgError(f"another rank has gone away ({theirs(error)})") from error
+
+
+@contextmanager
+def ranks(
+    timeout: timedelta = timedelta(minutes=5), patience: timedelta = _PATIENCE
+) -> Iterator[ProcessRanks]:
     """Join the other processes of a run that torchrun started; leave them at the end.
 
     torch's default process group is up meanwhile (gloo for CPU tensors, and NCCL
@@ -177,7 +235,9 @@ def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[ProcessRanks]:
     exception, on any rank, ends all of them.
 
     Args:
-        timeout: How long to wait for the other processes to appear.
+        timeout: How long to wait for the other processes to appear, and for what they
+            send once they have all met.
+        patience: How long another process may give no sign of life.
 
     Raises:
         SwaAvgError: If the environment is not torchrun's, or a rank does not appear.
@@ -186,32 +246,48 @@ def ranks(timeout: timedelta = timedelta(minutes=30)) -> Iterator[ProcessRanks]:
     try:
         store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=rank, world_size=world
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
         raise SwaAvgError(
-            f"the ranks do not find each other ({theirs(error)})", remedy="Start with torchrun"
+            f"the ranks do not find each other ({theirs(error)})",
+            remedy="Start them with torchrun, or unset WORLD_SIZE",
         ) from error
     local = int(os.environ.get("LOCAL_RANK", rank))
-    ours = ProcessRanks(rank, world, local, PrefixStore("swa_avg", store))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ours_only = PrefixStore("swa_avg", store)
+    pulse = Pulse(ours_only, rank, world, patience)
+    ours = ProcessRanks(rank, world, local, neighbours, ours_only, pulse)
+    # The rank that keeps the store stays until the others have gone.
+    waits = rank == 0
     try:
         yield ours
+    except Exception as error:
+        ours.fail(error)
+        waits = True  # torchrun ends the others when one has ended: let them do it themselves
+        raise
     except BaseException as error:
         ours.fail(error)
+        waits = False
         raise
     finally:
-        _leave(ours)
+        _leave(ours, waits)
 
 
-def _leave(ours: ProcessRanks) -> None:
-    """Close the group; the rank that keeps the store stays until the others have gone."""
+def _leave(ours: ProcessRanks, waits: bool) -> None:
+    """Close the group, perhaps when all others have come as far, or seem to be lost."""
     try:
         left = ours.store.add(_LEFT, 1)
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        while ours.rank == 0 and left < ours.world and time.monotonic() < deadline:
+        while waits and left < ours.world and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             left = ours.store.add(_LEFT, 0)
     except RuntimeError:
         pass  # the store has gone first, and with it whom to wait for
     finally:
+        ours.pulse.stop()
         dist.destroy_process_group()

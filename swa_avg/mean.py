@@ -18,10 +18,11 @@ from typing import TypeVar
 
 import torch
 
-from swa_avg.checksums import Ledger, Piece, combined, verify
+from swa_avg.checksums import combined, verify
 from swa_avg.cutting import CHUNK, Cell, Item, tasks
 from swa_avg.desk import Desk
 from swa_avg.errors import NotFiniteError
+from swa_avg.findings import Findings
 from swa_avg.gather import Box
 from swa_avg.grams import Gram
 from swa_avg.lookahead import LookAhead
@@ -66,6 +67,11 @@ class Kernel:
     def outputs(self) -> tuple[Output, ...]:
         """All that is written; number k - 1 is of the last k sources."""
         return (*self.partials, self.output)
+
+    def tasks(self, threads: int) -> list[list[Item]]:
+        """Return all that is to be done, in order, a few tasks for each of so many threads."""
+        groups = [self.group(number) for number in range(len(self.works))]
+        return list(tasks(self.works, groups, self.chunk, threads))
 
     def group(self, number: int) -> int:
         """Return the group to which a work's inner products count; -1 for none."""
@@ -113,10 +119,30 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
     Raises:
         SwaAvgError: The first problem, in the order of the tasks, that any of them met.
     """
+    return settle(kernel, compute(kernel, kernel.tasks(threads), threads, progress), threads)
+
+
+def compute(
+    kernel: Kernel,
+    dealt: Sequence[Sequence[Item]],
+    threads: int,
+    progress: Progress | None = None,
+) -> Findings:
+    """Do tasks: all of a kernel, or of several processes' one's part.
+
+    Args:
+        kernel: What they belong to.
+        dealt: The tasks.
+        threads: How many threads do them.
+        progress: Called in the calling thread with the bytes read since the last call.
+
+    Returns:
+        What was found; `settle` makes sure of it, once all tasks are done.
+
+    Raises:
+        SwaAvgError: The first problem, in the order of the tasks, that any of them met.
+    """
     job = _Job(kernel)
-    groups = [kernel.group(number) for number in range(len(kernel.works))]
-    dealt = list(tasks(kernel.works, groups, kernel.chunk, threads))
-    read = 0
     with (
         _one_torch_thread(),
         LookAhead(dealt, kernel.works, threads) as ahead,
@@ -131,18 +157,58 @@ def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outco
         submitted = [pool.submit(do, number) for number in range(len(dealt))]
         try:
             for count in _results(submitted):
-                read += count
+                job.findings.bytes_read += count
                 if progress:
                     progress(count)
-            left = job.ledger.open
-            parts = [left[at : at + _CHECKS] for at in range(0, len(left), _CHECKS)]
-            for _ in _results([pool.submit(job.check, records) for records in parts]):
-                pass
         except BaseException:
             job.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return job.outcome(read)
+    return job.findings
+
+
+def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
+    """Make sure of what all tasks together have read, and sum up.
+
+    Args:
+        kernel: What was done.
+        findings: What all tasks have found.
+        threads: How many threads compare checksums.
+
+    Raises:
+        FormatError: What was read is not what was saved.
+    """
+    ledger = findings.ledger
+
+    def check(records: Sequence[Record]) -> None:
+        for record in records:
+            ledger.check(record)
+
+    left = ledger.open
+    parts = [left[at : at + _CHECKS] for at in range(0, len(left), _CHECKS)]
+    with ThreadPoolExecutor(threads, "swa-avg") as pool:
+        try:
+            for _ in _results([pool.submit(check, records) for records in parts]):
+                pass
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return _outcome(kernel, findings)
+
+
+def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
+    *partial, checksums = (tuple(map(combined, pieces)) for pieces in findings.written)
+    differing = tuple(kernel.works[number].name for number in sorted(findings.differing))
+    grams = {group: gram.products for group, gram in sorted(findings.grams.items())}
+    squares = {group: gram.square for group, gram in sorted(findings.grams.items())}
+    crcs = {
+        record: findings.ledger.found[record]
+        for work in kernel.works
+        if work.treatment is Treatment.AVERAGED
+        for source in work.sources
+        for record in source.records
+    }
+    return Outcome(checksums, differing, findings.bytes_read, crcs, grams, squares, tuple(partial))
 
 
 def _results(futures: Sequence[Future[_T]]) -> Iterator[_T]:
@@ -175,40 +241,16 @@ class _Job:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.ledger = Ledger()
+        self.findings = Findings(kernel.works, len(kernel.outputs))
         self.stop = threading.Event()
         self._outputs = kernel.outputs
-        self._written: list[list[list[Piece]]] = [[[] for _ in kernel.works] for _ in self._outputs]
-        self._differing: set[int] = set()
-        self._grams: dict[int, Gram] = {}
-        self._lock = threading.Lock()
         self._local = threading.local()
-
-    def check(self, records: Sequence[Record]) -> None:
-        """Compare the checksums of some records with those of what was read."""
-        for record in records:
-            self.ledger.check(record)
 
     def do(self, task: Sequence[Item]) -> int:
         """Do one task; return how many bytes it read."""
         if not hasattr(self._local, "desk"):
             self._local.desk = Desk(self.kernel.chunk)
         return sum(self._do(item, self._local.desk) for item in task)
-
-    def outcome(self, bytes_read: int) -> Outcome:
-        """Return what was found."""
-        *partial, checksums = (tuple(map(combined, pieces)) for pieces in self._written)
-        differing = tuple(self.kernel.works[number].name for number in sorted(self._differing))
-        grams = {group: gram.products for group, gram in sorted(self._grams.items())}
-        squares = {group: gram.square for group, gram in sorted(self._grams.items())}
-        crcs = {
-            record: self.ledger.found[record]
-            for work in self.kernel.works
-            if work.treatment is Treatment.AVERAGED
-            for source in work.sources
-            for record in source.records
-        }
-        return Outcome(checksums, differing, bytes_read, crcs, grams, squares, tuple(partial))
 
     def _do(self, item: Item, desk: Desk) -> int:
         """Do one item, cell by cell."""
@@ -228,13 +270,12 @@ class _Job:
                         writers[number].write(data)
             except NonFiniteError as error:
                 self._refuse(item, error)
-        for writer, written in zip(writers, self._written, strict=True):
+        for writer, written in zip(writers, self.findings.written, strict=True):
             for number, piece in writer.pieces():
                 written[number].append(piece)
         if gram is not None:
-            with self._lock:
-                self._grams.setdefault(group, Gram(len(work.sources))).add(gram)
-        return sum(reader.close(self.ledger) for reader in readers)
+            self.findings.add_gram(group, gram)
+        return sum(reader.close(self.findings.ledger) for reader in readers)
 
     def _compute(
         self,
@@ -250,7 +291,7 @@ class _Job:
         if work.treatment is not Treatment.AVERAGED:
             data, same = desk.without_mean(work, readers, cell)
             if not same:
-                self._differing.add(item.number)
+                self.findings.differing.add(item.number)
             yield everywhere, data
         elif len(everywhere) == 1:
             yield everywhere, desk.mean(work, readers, cell, gram)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+import swa_avg
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging
@@ -132,6 +134,113 @@ def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> i
     if unit is None or not digits.strip().isdecimal() or int(digits) == 0:
         raise click.BadParameter(f"{value!r} is no size, such as 5GB or 500MB")
     return int(digits) * unit
+
+
+# What the command takes, in no order that shows: `--help` has its own.
+_DECLARED = (
+    click.argument("checkpoints", nargs=-1),
+    click.option("--last", type=int, metavar="N", help="Take only the N latest."),
+    click.option(
+        "--epochs", metavar="A:B[:STEP]", help="Take epochs (or steps) A to B, B included."
+    ),
+    click.option("--best", type=int, metavar="N", help="Take only the N best by --metric."),
+    click.option(
+        "--metric", metavar="NAME", help="As the checkpoints or files beside them record it."
+    ),
+    click.option(
+        "--mode", type=click.Choice(["min", "max"]), help="What is good, if NAME hides it."
+    ),
+    click.option(
+        "--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names."
+    ),
+    click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c)."),
+    click.option("--ema", is_flag=True, help="Take the EMA or SWA weights that the run kept."),
+    click.option(
+        "--bn-buffers",
+        type=click.Choice(["last", "first", "mean", "reset"]),
+        default="last",
+        metavar="WHICH",
+        help="BatchNorm statistics: last, first, mean or reset.  [default: last]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+        default="keep",
+        metavar="NAME",
+        help="Write as keep, float32, bfloat16 or float16.  [default: keep]",
+    ),
+    click.option("--start-from", metavar="AVERAGE", multiple=True, help="Go on from this average."),
+    click.option(
+        "-o",
+        "--output",
+        metavar="PATH",
+        default="swa.pt",
+        help="The file to write; *.safetensors is one.  [default: swa.pt]",
+    ),
+    click.option("-f", "--force", is_flag=True, help="Replace the output if it exists."),
+    click.option(
+        "--keep-wrapper", is_flag=True, help="Keep the last file; replace only its weights."
+    ),
+    click.option(
+        "--max-shard-size", callback=size, metavar="SIZE", help="Of a folder.  [default: 5GB]"
+    ),
+    click.option(
+        "--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data."
+    ),
+    click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one."),
+    click.option(
+        "--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]"
+    ),
+    click.option(
+        "--forward", metavar="MOD:ATTR", help="forward(model, batch), if batch[0] is not it."
+    ),
+    click.option("--device", metavar="NAME", help="auto, cpu, cuda[:i] or mps.  [default: auto]"),
+    click.option(
+        "--bn-estimator",
+        "estimator",
+        type=click.Choice(["population", "torch"]),
+        metavar="NAME",
+        help="population, or torch: as update_bn.  [default: population]",
+    ),
+    click.option(
+        "--bn-batches",
+        "batches",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Use only so many batches.",
+    ),
+    click.option(
+        "--amp",
+        type=click.Choice(["off", "bf16", "fp16"]),
+        help="Autocast the forward.  [default: off]",
+    ),
+    click.option("--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; keep the best."),
+    click.option(
+        "--greedy", metavar="MOD:ATTR", help="Average only what makes evaluate(model) better."
+    ),
+    click.option("--plot", metavar="FILE", help="Draw the scores: .png, .svg or .html."),
+    click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
+    click.option("--report", metavar="FILE", help="Write the report, as JSON, to a file."),
+    click.option(
+        "--distances", is_flag=True, help="Tell how far each checkpoint is from the mean."
+    ),
+    click.option("--verify", is_flag=True, help="Read the output again; average a sample anew."),
+    click.option("--show", metavar="FILE", help="Print how an average was made, and stop."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement."),
+    click.option(
+        "--threads", type=click.IntRange(1), metavar="N", help="How many threads.  [default: cores]"
+    ),
+    click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s"),
+)
+
+
+def declared(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all arguments and options that there are."""
+    for add in reversed(_DECLARED):
+        command = add(command)
+    return command
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -107,10 +107,7 @@ class Plan:
     @property
     def ranges(self) -> Iterator[tuple[InputFile, int, int]]:
         """What is read of which file: the first byte and how many, in the order of the output."""
-        for work in self.works:
-            for source in work.sources:
-                # Whole records: their checksums are over all of them.
-                yield from ((rec.file, rec.offset, rec.length) for rec in source.records)
+        return ranges_of(self.works)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -303,3 +300,11 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     ]
     if differing and rules.strides:
         yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
+
+
+def ranges_of(works: Iterable[Work]) -> Iterator[tuple[InputFile, int, int]]:
+    """Yield what is read for some works, of which file: the first byte and how many."""
+    for work in works:
+        for source in work.sources:
+            # Whole records: their checksums are over all of them.
+            yield from ((rec.file, rec.offset, rec.length) for rec in source.records)

@@ -7,7 +7,6 @@ into their places in the file. Every other byte of it stays as it is.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -178,22 +177,20 @@ def _named_after(file: AtomicFile | RemoteFile) -> Iterator[None]:
 
 
 @contextmanager
-def session(options: Recompute) -> Iterator[Session]:
-    """Load the user's code; under torchrun, join the other processes.
+def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]:
+    """Load the user's code.
+
+    Args:
+        options: Says where it is.
+        ranks: The processes that share the work, if there are several.
 
     Raises:
         DataError: Something that the options name is not there, or of no use.
     """
-    with ExitStack() as entered:
-        ranks: Ranks = Alone()
-        world = os.environ.get("WORLD_SIZE", "")
-        if world.isdecimal() and int(world) > 1:
-            from swa_avg.distributed import ranks as joined
-
-            ranks = entered.enter_context(joined())
-        code = entered.enter_context(
-            user_code(options.data, model=options.model, forward=options.forward, once=ranks.once)
-        )
+    ranks = ranks or Alone()
+    with user_code(
+        options.data, model=options.model, forward=options.forward, once=ranks.once
+    ) as code:
         yield Session(options, code, ranks)
 
 
