@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import swa_avg
 from swa_avg import messages
 from swa_avg.bars import advance, bar, move
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
@@ -151,7 +150,7 @@ def _written(
 
                 made = entered.enter_context(joint.written(averaging, ranks, **how))
             else:
-                file = entered.enter_context(averaging.open_output())
+                file: Any = entered.enter_context(averaging.open_output())
                 made = file, averaging.write(file, **how)
         yield made
 
@@ -372,8 +371,8 @@ def _told(error: BaseException, *, everything: bool, silent: bool = False) -> in
     code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
     if isinstance(error, SwaAvgError):
         code = 2 if isinstance(error, SelectionError) else 1
-        all_of_it = everything and isinstance(error, MismatchError)
-        lines = [f"error: {one}" for one in (error.disagreements if all_of_it else [error])]
+        all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
+        lines = [f"error: {one}" for one in (all_of_it if everything and all_of_it else [error])]
     elif isinstance(error, click.ClickException):
         code, lines = error.exit_code, []
         if not silent:

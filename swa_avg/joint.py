@@ -206,6 +206,7 @@ def _digest(averaging: Averaging) -> str:
         note(work.name, work.treatment.value, work.shape, work.dtype.name, work.weights, place)
         for source in work.sources:
             note(source.dtype.name, source.shape, source.stride, source.offset)
+            note([(part.start, part.ref.shape, part.ref.offset) for part in source.parts])
             for record in source.records:
                 file = places.setdefault(record.file, len(places))
                 written = record.file.modified if record.crc32 is None else None

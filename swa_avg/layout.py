@@ -15,7 +15,7 @@ from itertools import chain
 from swa_avg import recorded
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
-from swa_avg.formats.pickles import Dict, Inert, UnreadableTensor, described
+from swa_avg.formats.pickled import Dict, Inert, UnreadableTensor, described
 from swa_avg.tensors import TensorRef, View
 from swa_avg.tree import at, dicts_of_tensors, mapping, matching, tensor_count
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swa_avg.formats import Checkpoint
-from swa_avg.formats.pickles import Inert
+from swa_avg.formats.pickled import Inert
 from swa_avg.gather import read_tensor
 from swa_avg.tensors import Kind, TensorRef, View
 from swa_avg.tree import at, mapping

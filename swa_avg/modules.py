@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.pickles import Inert
+from swa_avg.formats.pickled import Inert
 
 # Modules that hold each other can make a small file name endlessly many paths.
 _MOST_MODULES = 100_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from swa_avg.formats.pickles import Inert, UnreadableTensor
+from swa_avg.formats.pickled import Inert, UnreadableTensor
 from swa_avg.modules import state_dict_of
 from swa_avg.tensors import Tensor
 

@@ -35,7 +35,8 @@ from torch import Tensor
 
 import swa_avg
 from swa_avg.errors import FormatError, LayoutError, SwaAvgError
-from swa_avg.formats import open_checkpoint, pickles
+from swa_avg.formats import open_checkpoint
+from swa_avg.formats.pickled import Dict
 
 
 def averaged(path: Path) -> dict[str, Any]:
@@ -409,6 +410,6 @@ def test_storages_are_only_places(tmp_path: Path) -> None:
     """A checkpoint is opened without a byte of a tensor, and gives nothing but our own classes."""
     path = archive(tmp_path)
     checkpoint = open_checkpoint(path)
-    assert type(checkpoint.tree) in (dict, pickles.Dict)
+    assert type(checkpoint.tree) in (dict, Dict)
     assert {type(value).__name__ for value in checkpoint.tree.values()} == {"View"}
     checkpoint.close()

@@ -15,7 +15,13 @@ PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up: a room imports only those before it.
 ROOMS = (
     *("errors", "ahead", "remote", "fetching", "files", "tensors"),
-    *("formats.checkpoint", "formats.pickles", "formats.pickler"),
+    *(
+        "formats.checkpoint",
+        "formats.pickled",
+        "formats.rebuilding",
+        "formats.pickles",
+        "formats.pickler",
+    ),
     *("formats.zip_directory", "formats.headers", "formats.torch_zip"),
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
     *("formats.sharded", "formats.dcp_layout", "formats.dcp"),
@@ -23,11 +29,12 @@ ROOMS = (
     *("provenance", "copies"),
     *("select", "ties", "plan"),
     *("checksums", "reader", "continuing", "wrapper", "rounding", "exact", "grams"),
-    *("temporary", "placing", "writeback", "output", "upload", "distances", "report"),
+    *("findings", "temporary", "placing", "writeback", "draft", "output", "upload"),
+    *("distances", "report"),
     *("cutting", "lookahead", "reading", "writing", "desk", "mean"),
     *("sampling", "verification", "settings", "averaging", "planning"),
-    *("batches", "estimators", "batchnorm", "userdata", "distributed", "recompute"),
-    *("judging", "trials", "messages", "sweeping", "plot"),
+    *("batches", "estimators", "batchnorm", "userdata", "pulse", "distributed", "joint"),
+    *("recompute", "judging", "trials", "messages", "sweeping", "plot"),
     *("demo", "options", "bars", "cli", "__main__"),
 )
 PRINTERS = {"cli", "demo"}

@@ -20,7 +20,7 @@ from swa_avg.files import InputFile, Section
 from swa_avg.formats import pickles, single
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.headers import Headers
-from swa_avg.formats.pickles import Global, Inert
+from swa_avg.formats.pickled import Global, Inert, described
 from swa_avg.formats.sharded import is_inside, trainer_state
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride
 
@@ -108,13 +108,13 @@ def _fields(value: object) -> Mapping[str, object]:
 
 def _tree(metadata: Mapping[str, object], source: _Source) -> dict[str, object]:
     """Put everything in its place in the nested dicts that were saved."""
-    described = metadata["state_dict_metadata"]
+    entries = metadata["state_dict_metadata"]
     items = metadata["storage_data"]
-    assert isinstance(described, dict)
+    assert isinstance(entries, dict)
     assert isinstance(items, dict)
     source.take(items)
     tree: dict[str, object] = {}
-    for name, path in _paths(described, metadata.get("planner_data")).items():
+    for name, path in _paths(entries, metadata.get("planner_data")).items():
         *branches, leaf = path
         at = tree
         for branch in branches:
@@ -125,19 +125,19 @@ def _tree(metadata: Mapping[str, object], source: _Source) -> dict[str, object]:
         if leaf in at:
             raise FormatError("is there twice", tensor=name)
         unread = _is_optimizer(path)
-        at[leaf] = _UNREAD if unread else _item(name, described[name], source)
+        at[leaf] = _UNREAD if unread else _item(name, entries[name], source)
     return tree
 
 
-def _paths(described: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
+def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
     """Return where in the nested dicts each item was, before they were flattened."""
     paths: dict[str, tuple[str, ...]] = {}
-    for name in described:
+    for name in entries:
         if not isinstance(name, str):
-            raise FormatError(f"has an item called {pickles.described(name)}")
+            raise FormatError(f"has an item called {described(name)}")
         path = mapping.get(name) if isinstance(mapping, dict) else None
         parts = path if isinstance(path, tuple) and path else (name,)
-        paths[name] = tuple(pickles.described(part) for part in parts)
+        paths[name] = tuple(described(part) for part in parts)
     split = {name: tuple(name.split(".", 1)) for name in paths}
     # Who flattens names himself puts model and optimizer side by side, before a dot.
     if all(len(path) == 1 for path in paths.values()) and any(map(_is_optimizer, split.values())):
@@ -252,7 +252,7 @@ class _Source:
             fields = _fields(index)
             name, start = fields.get("fqn"), fields.get("offset")
             if not isinstance(name, str):
-                raise FormatError(f"has an item called {pickles.described(name)}")
+                raise FormatError(f"has an item called {described(name)}")
             key = (name, None if start is None else _sizes(start))
             if key in self._places:
                 raise FormatError("lists an item twice", tensor=name)
@@ -268,7 +268,7 @@ class _Source:
         item = single.read(Section(file, place.start, place.length), self._headers)
         found = item.tree
         if not isinstance(found, View) or found.shape != shape:
-            what = list(found.shape) if isinstance(found, View) else pickles.described(found)
+            what = list(found.shape) if isinstance(found, View) else described(found)
             raise FormatError(
                 f"has {what} for a chunk",
                 file=file.path,

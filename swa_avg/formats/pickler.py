@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
-from swa_avg.formats.pickles import STORAGE_DTYPES, Dict
+from swa_avg.formats.pickled import STORAGE_DTYPES, Dict
 
 # Dtypes younger than torch's typed storages are pickled with an untyped one.
 _STORAGE_NAMES = {

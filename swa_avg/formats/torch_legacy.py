@@ -15,6 +15,7 @@ from swa_avg.errors import FormatError
 from swa_avg.files import InputFile
 from swa_avg.formats import pickles
 from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.pickled import Pickled, described
 from swa_avg.tensors import Record, Stored
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -51,14 +52,14 @@ def read(file: InputFile) -> Checkpoint:
     return Checkpoint(file.path, name, pickled.tree, (file,), notes=tuple(notes), records=located)
 
 
-def _read(file: InputFile) -> tuple[pickles.Pickled, dict[str, Record], int]:
+def _read(file: InputFile) -> tuple[Pickled, dict[str, Record], int]:
     """Return what was saved, where its storages are, and where the last one ends."""
     stream = _Stream(file)
     if pickles.load_plain(stream) != _MAGIC:
         raise FormatError("has another magic number than torch's")
     version = pickles.load_plain(stream)
     if version != _VERSION:
-        raise FormatError(f"has version {pickles.described(version)}", expected=f"{_VERSION}")
+        raise FormatError(f"has version {described(version)}", expected=f"{_VERSION}")
     system = pickles.load_plain(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise FormatError("was not written by a little-endian machine")
@@ -76,7 +77,7 @@ def _storages(
     for key in keys if isinstance(keys, list) else [keys]:
         storage = wanted.get(key) if isinstance(key, str) else None
         if storage is None or storage.name in records:
-            raise FormatError(f"lists storage {pickles.described(key)}, which is not in its pickle")
+            raise FormatError(f"lists storage {described(key)}, which is not in its pickle")
         (count,) = _COUNT.unpack(file.read(place, _COUNT.size))
         if count != storage.numel:
             raise FormatError(

@@ -1,0 +1,165 @@
+"""What a pickle is read into: plain containers, and stand-ins for all that is not plain.
+
+Nothing here reads a pickle. A stand-in does nothing, whatever it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swa_avg.errors import FormatError
+from swa_avg.tensors import DTYPES, DType, Record, Stored
+
+_MOST_KEY_NODES = 1000
+
+
+@dataclass(frozen=True)
+class Global:
+    """A class or function that a pickle names. It stays a name."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+def described(value: object) -> str:
+    """Return a few words for anything; what a pickle builds can have an endless repr."""
+    return str(value) if isinstance(value, Global | str | int) else f"<{type(value).__name__}>"
+
+
+@dataclass(eq=False, repr=False)
+class Inert:
+    """An object whose class is not ours: what the pickle says of it, and no behaviour."""
+
+    cls: object
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    entries: dict[Any, Any] = field(default_factory=dict)
+    elements: list[Any] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"object of {described(self.cls)}"
+
+
+class Dict(dict[Any, Any]):
+    """An OrderedDict or defaultdict, with the attributes pickled beside its items."""
+
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class UnreadableTensor:
+    """A tensor of a kind that cannot be averaged: sparse, quantized, without data."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A storage as a pickle refers to it.
+
+    Attributes:
+        stored: Its name and its size.
+        dtype: Its element type; None for an untyped one.
+        start: The element at which it begins to count, if it is a part of that storage.
+    """
+
+    stored: Stored
+    dtype: DType | None
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """What a pickle holds, wherever its storages are.
+
+    Attributes:
+        tree: Plain containers, numbers and strings, `View`s, and `Inert` for the rest.
+        storages: The storages that it refers to, by name.
+    """
+
+    tree: object
+    storages: Mapping[str, Stored]
+
+    def located(self, record: Callable[[str], Record | None], file: Path) -> dict[Stored, Record]:
+        """Find the storages in a file.
+
+        Args:
+            record: Gives a storage's record by its name, or None.
+            file: The file's name for messages.
+
+        Raises:
+            FormatError: One is not there, or is not as large as it must be.
+        """
+        found: dict[Stored, Record] = {}
+        for name, stored in self.storages.items():
+            there = record(name)
+            if there is None:
+                raise FormatError(f"has no record for storage {name}", file=file)
+            if there.length != stored.nbytes:
+                raise FormatError(
+                    f"storage {name} has {there.length} bytes",
+                    file=file,
+                    expected=f"{stored.nbytes}",
+                    remedy="The file is damaged",
+                )
+            found[stored] = there
+        return found
+
+
+def checked_key(key: Any) -> Any:
+    """Return `key` if hashing it is cheap; nested tuples can take for ever."""
+    nodes, left = [key], _MOST_KEY_NODES
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, tuple | frozenset):
+            left -= 1 + len(node)
+            if left < 0:
+                raise FormatError("holds a dictionary key of unreasonable size")
+            nodes.extend(node)
+    return key
+
+
+def storage_dtype(kind: object) -> DType | None:
+    """Return the dtype of a storage class; None where it has none of its own.
+
+    Raises:
+        FormatError: It is no storage class that is known here.
+    """
+    if not isinstance(kind, Global) or kind.module.split(".")[0] != "torch":
+        raise FormatError(f"holds a storage of {described(kind)}")
+    if kind.name in ("UntypedStorage", "_UntypedStorage"):
+        return None
+    if kind.name not in STORAGE_DTYPES:
+        raise FormatError(f"holds a storage of {kind}, a type unknown here")
+    return STORAGE_DTYPES[kind.name]
+
+
+STORAGE_DTYPES: Mapping[str, DType | None] = {
+    name: DTYPES.get(dtype)
+    for name, dtype in {
+        "DoubleStorage": "float64",
+        "FloatStorage": "float32",
+        "HalfStorage": "float16",
+        "BFloat16Storage": "bfloat16",
+        "ComplexDoubleStorage": "complex128",
+        "ComplexFloatStorage": "complex64",
+        "LongStorage": "int64",
+        "IntStorage": "int32",
+        "ShortStorage": "int16",
+        "CharStorage": "int8",
+        "ByteStorage": "uint8",
+        "BoolStorage": "bool",
+        # Quantized: the rebuild function that uses them makes the tensor unreadable.
+        "QInt8Storage": "int8",
+        "QUInt8Storage": "uint8",
+        "QInt32Storage": "int32",
+        "QUInt4x2Storage": "uint8",
+        "QUInt2x4Storage": "uint8",
+    }.items()
+}

@@ -1,0 +1,174 @@
+"""The few functions that a pickle may call: ours, which build plain containers and `View`s.
+
+Torch, Python and numpy write their names into pickles. Whatever else a pickle
+calls gives an inert object.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from swa_avg.formats.pickled import Dict, Global, Inert, UnreadableTensor, checked_key, described
+from swa_avg.tensors import DTYPES, DType, View
+
+
+class Machine(Protocol):
+    """The part of the unpickler that these functions need."""
+
+    def call(self, function: object, args: Any) -> Any:
+        """Return what calling a name gives."""
+
+    def tensor(
+        self,
+        storage: object,
+        offset: int,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        dtype: DType | None = None,
+    ) -> View | UnreadableTensor:
+        """Return a tensor of a storage, having checked that it lies inside."""
+
+
+def _rebuild_tensor_v2(
+    machine: Machine,
+    storage: object,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    requires_grad: object = False,
+    hooks: object = None,
+    metadata: object = None,
+) -> object:
+    return _unless_lazy(metadata, machine.tensor(storage, offset, shape, stride))
+
+
+def _rebuild_tensor_v3(
+    machine: Machine,
+    storage: object,
+    offset: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    requires_grad: object,
+    hooks: object,
+    dtype: object,
+    metadata: object = None,
+) -> object:
+    element = DTYPES.get(dtype.name) if isinstance(dtype, Global) else None
+    if element is None:
+        return UnreadableTensor(f"tensor of dtype {described(dtype)}")
+    return _unless_lazy(metadata, machine.tensor(storage, offset, shape, stride, element))
+
+
+def _unless_lazy(metadata: object, tensor: object) -> object:
+    """A conjugate or negative view stores the bytes of another tensor than it means."""
+    if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
+        return UnreadableTensor("lazily conjugated or negated tensor (save its resolve_conj())")
+    return tensor
+
+
+def _rebuild_from_type(
+    machine: Machine, function: object, cls: object, args: Any, state: object
+) -> object:
+    return machine.call(function, args)
+
+
+def _rebuild_parameter(machine: Machine, data: object, *rest: object) -> object:
+    return data
+
+
+def _unreadable(what: str) -> Callable[..., UnreadableTensor]:
+    return lambda machine, *args: UnreadableTensor(what)
+
+
+def _rebuild_bytes(machine: Machine, text: Any = "", encoding: str = "latin1") -> bytes:
+    """Bytes as protocols 0 to 2 spell them: text in latin-1."""
+    known = isinstance(text, str) and encoding in ("latin1", "latin-1")
+    return text.encode("latin1") if known else b""
+
+
+_NUMPY_FORMATS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "i2": "h"} | {
+    "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"
+}  # fmt: skip
+
+
+def _rebuild_numpy_scalar(machine: Machine, dtype: Any, raw: Any = b"") -> object:
+    """A numpy number, as metrics are often saved, becomes a Python one."""
+    code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
+    if code not in _NUMPY_FORMATS or not isinstance(raw, bytes):
+        return Inert(Global("numpy", "scalar"), (dtype, raw))
+    state = dtype.state if isinstance(dtype.state, tuple) else ()
+    order = ">" if len(state) > 1 and state[1] == ">" else "<"
+    return struct.unpack(order + _NUMPY_FORMATS[code], raw)[0]
+
+
+def _rebuild_complex(machine: Machine, real: float = 0, imag: float = 0) -> complex:
+    return complex(float(real), float(imag))
+
+
+def _reconstruct(machine: Machine, cls: object, base: object, state: Any = None) -> object:
+    """An object as protocols 0 and 1 spell it: its class, a builtin base and that one's value."""
+    made = Inert(cls)
+    if described(base) in ("builtins.dict", "__builtin__.dict") and isinstance(state, dict):
+        made.entries = state
+    elif described(base) in ("builtins.list", "__builtin__.list") and isinstance(state, list):
+        made.elements = state
+    elif state is not None:
+        made.args = (state,)
+    return made
+
+
+def _ordered(pairs: Any) -> Dict:
+    made = Dict()
+    for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
+        made[checked_key(key)] = value
+    return made
+
+
+def _container(make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A container of the values of another; of what is none, an object."""
+
+    def rebuild(machine: Machine, values: object = ()) -> Any:
+        if not isinstance(values, dict | list | tuple | set | frozenset):
+            return Inert(None, (values,))
+        return make(values)
+
+    return rebuild
+
+
+_BUILTINS: Mapping[str, Callable[..., Any]] = {
+    "set": _container(lambda values: set(map(checked_key, values))),
+    "frozenset": _container(lambda values: frozenset(map(checked_key, values))),
+    "list": _container(list),
+    "tuple": _container(tuple),
+    "dict": _container(_ordered),
+    "complex": _rebuild_complex,
+}
+REBUILD: Mapping[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._tensor._rebuild_from_type": lambda machine, function, cls, args, state: machine.call(
+        function, args
+    ),
+    "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_sparse_tensor": _unreadable("sparse tensor"),
+    "torch._utils._rebuild_qtensor": _unreadable("quantized tensor"),
+    "torch._utils._rebuild_nested_tensor": _unreadable("nested tensor"),
+    "torch._utils._rebuild_meta_tensor_no_storage": _unreadable("meta tensor, which has no data"),
+    "torch._utils._rebuild_wrapper_subclass": _unreadable("tensor subclass without a storage"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unreadable("tensor of a foreign device"),
+    "torch.Size": _container(tuple),
+    "collections.OrderedDict": _container(_ordered),
+    "collections.defaultdict": lambda machine, *factory: Dict(),
+    "_codecs.encode": _rebuild_bytes,
+    "copyreg._reconstructor": _reconstruct,
+    "copy_reg._reconstructor": _reconstruct,
+    "numpy.core.multiarray.scalar": _rebuild_numpy_scalar,
+    "numpy._core.multiarray.scalar": _rebuild_numpy_scalar,
+    **{f"builtins.{name}": rebuild for name, rebuild in _BUILTINS.items()},
+    **{f"__builtin__.{name}": rebuild for name, rebuild in _BUILTINS.items()},
+}
