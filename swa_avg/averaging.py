@@ -27,7 +27,7 @@ from swa_avg.output import (
 from swa_avg.plan import Plan, Rules
 from swa_avg.provenance import Provenance, fingerprints, refuse_repeats, sources_of
 from swa_avg.remote import is_remote
-from swa_avg.report import Input, Report, input_of
+from swa_avg.report import Input, Report, input_of, versions
 from swa_avg.select import Selection
 from swa_avg.settings import Options
 from swa_avg.tensors import Kind, Record
@@ -265,7 +265,7 @@ class Averaging:
             "buffer_bytes": self.buffer_bytes,
             "notes": list(self.notes),
             "options": self.options.described,
-            "version": swa_avg.__version__,
+            "versions": versions(),
         }
 
 

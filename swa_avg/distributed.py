@@ -32,6 +32,7 @@ from swa_avg.pulse import Pulse
 
 _FAILED = "failed"
 _LEFT = "left"
+_SAID = "said"
 _POLL_SECONDS = 0.02
 _FAREWELL_SECONDS = 10
 _PATIENCE = timedelta(minutes=2)
@@ -262,30 +263,38 @@ def ranks(
     ours_only = PrefixStore("swa_avg", store)
     pulse = Pulse(ours_only, rank, world, patience)
     ours = ProcessRanks(rank, world, local, neighbours, ours_only, pulse)
-    # The rank that keeps the store stays until the others have gone.
-    waits = rank == 0
+    at_once = False
     try:
         yield ours
+        at_once = rank > 0
     except Exception as error:
         ours.fail(error)
-        waits = True  # torchrun ends the others when one has ended: let them do it themselves
         raise
     except BaseException as error:
         ours.fail(error)
-        waits = False
+        at_once = True  # who is told to end does not stay for the others
         raise
     finally:
-        _leave(ours, waits)
+        _leave(ours, at_once=at_once)
 
 
-def _leave(ours: ProcessRanks, waits: bool) -> None:
-    """Close the group, perhaps when all others have come as far, or seem to be lost."""
+def _leave(ours: ProcessRanks, *, at_once: bool) -> None:
+    """Close the group, perhaps not before others have come as far, or seem to be lost.
+
+    Rank 0 speaks for all, and may keep the store: it stays until the others have gone.
+    They stay until it has said what went wrong, for torchrun ends all when one has ended.
+    """
+    deadline = time.monotonic() + _FAREWELL_SECONDS
     try:
-        left = ours.store.add(_LEFT, 1)
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        while waits and left < ours.world and time.monotonic() < deadline:
+        ours.store.add(_LEFT, 1)
+        if ours.rank == 0:
+            ours.store.set(_SAID, "")
+        while not at_once and time.monotonic() < deadline:
+            if ours.rank and ours.store.check([_SAID]):
+                break
+            if ours.store.add(_LEFT, 0) + len(ours.pulse.lost) >= ours.world:
+                break
             time.sleep(_POLL_SECONDS)
-            left = ours.store.add(_LEFT, 0)
     except RuntimeError:
         pass  # the store has gone first, and with it whom to wait for
     finally:

@@ -30,6 +30,9 @@ class Pulse:
 
     Rank 0 listens to all, and all listen to rank 0, through which they learn of the
     others: so the store is asked little, however many they are.
+
+    Attributes:
+        lost: The ranks that have been silent for too long.
     """
 
     def __init__(self, store: Store, rank: int, world: int, patience: timedelta) -> None:
@@ -44,6 +47,7 @@ class Pulse:
         self._store, self._rank = store, rank
         self._patience = patience.total_seconds()
         self._heard = {other: _Heard(0) for other in (range(1, world) if rank == 0 else (0,))}
+        self.lost: set[int] = set()
         self._next = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="swa-avg-pulse", daemon=True)
@@ -65,6 +69,7 @@ class Pulse:
             if beats != heard.beats:
                 self._heard[rank] = _Heard(beats)
             elif now - heard.when > self._patience:
+                self.lost.add(rank)
                 raise SwaAvgError(
                     f"rank {rank} has not been heard of for {self._patience:.0f} s",
                     remedy="See whether its machine is still there",

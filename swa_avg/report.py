@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -64,6 +65,17 @@ def input_of(state: StateDict, score: Score | None, count: int, fingerprint: str
     )
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what averages, without importing it."""
+    from importlib import metadata
+
+    return {
+        "swa_avg": swa_avg.__version__,
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
+    }
+
+
 @dataclass(frozen=True)
 class Report:
     """What was done.
@@ -79,7 +91,7 @@ class Report:
         notes: What else the user should know.
         distances: How far the checkpoints lie from the mean, if that was asked for.
         options: The options that were not the defaults.
-        version: The version of swa-avg.
+        versions: Those of swa-avg, torch and Python.
     """
 
     output: str
@@ -91,7 +103,7 @@ class Report:
     notes: tuple[str, ...]
     distances: Distances | None = None
     options: Mapping[str, object] = field(default_factory=dict)
-    version: str = swa_avg.__version__
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""

@@ -197,7 +197,8 @@ def test_report_goes_to_a_file(tmp_path: Path) -> None:
     ended = run(tmp_path, "epoch_0.pt epoch_1.pt -o swa.pt --report report.json --json")
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(ended.stdout)
     found = json.loads(ended.stdout)
-    assert found["version"] == swa_avg.__version__
+    assert found["versions"]["swa_avg"] == swa_avg.__version__
+    assert found["versions"]["torch"] == torch.__version__
     assert {"path", "size", "modified", "fingerprint", "epoch"} <= found["inputs"][0].keys()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for report, status in (("epoch_0.pt", 1), ("swa.pt", 2)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from command import one_line, snapshot
+from command import run, snapshot
 from safetensors.torch import save_file
+from torch import nn
 
 import swa_avg
 
@@ -117,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch: no process group, so one process
             dcp.save({"model": plain}, checkpoint_id=made / f"dcp_{seed}", no_dist=True)
-    for name in ("one", "2", "4", "elsewhere"):
+    for name in ("one", "2", "4"):
         (made / name).mkdir()
     for name, (inputs, options) in OUTPUTS.items():
         swa_avg.average(made / inputs, made / "one" / name, threads=2, **options)
@@ -163,7 +165,9 @@ def test_ranks_write_the_bytes_that_one_process_writes(folder: Path, world: int)
         assert content(folder / str(world) / name) == content(folder / "one" / name), name
 
 
-def test_command_reports_what_one_process_reports(folder: Path) -> None:
+def test_command_reports_what_one_process_reports(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once, and the same: but for the last bits of distances, which are sums of floats."""
     arguments = ["epoch_?.pt", "-o", "again.pt", "--json", "--distances"]
     ended = torchrun(folder, 2, *arguments, "--threads", "1", "--report", "report.json")
@@ -171,8 +175,9 @@ def test_command_reports_what_one_process_reports(folder: Path) -> None:
     several = json.loads(ended.stdout)
     assert json.loads((folder / "report.json").read_text()) == several
     assert (folder / "again.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
-    one = [sys.executable, "-m", "swa_avg", *arguments, "--force"]
-    alone = json.loads(subprocess.run(one, cwd=folder, capture_output=True, check=True).stdout)
+    monkeypatch.chdir(folder)
+    report = swa_avg.average("epoch_?.pt", "again.pt", force=True, distances=True)
+    alone = json.loads(json.dumps(report.to_dict()))
     distances = [report.pop("distances") for report in (several, alone)]
     assert several == alone
     for one_value, other in zip(*map(numbers, distances), strict=True):
@@ -191,7 +196,9 @@ def numbers(content: object) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["half", "large"])
-def test_damage_is_found_by_whoever_reads_it(folder: Path, name: str) -> None:
+def test_damage_is_found_by_whoever_reads_it(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a record that one rank reads (the second one), and of one that both share: one line
     names file and tensor, once; it is the line of one process, but that it may tell the rank."""
     path = folder / "epoch_1.pt"
@@ -200,28 +207,39 @@ def test_damage_is_found_by_whoever_reads_it(folder: Path, name: str) -> None:
     data[whole.index(state(1)[name].numpy(force=True).tobytes()) + 1000] ^= 1
     before = snapshot(folder)
     path.write_bytes(data)
-    arguments = ["epoch_?.pt", "-o", "out.pt", "--threads", "1"]
+    monkeypatch.chdir(folder)
     try:
-        line = error_of(torchrun(folder, 2, *arguments))
-        one = [sys.executable, "-m", "swa_avg", *arguments]
-        alone = one_line(subprocess.run(one, cwd=folder, capture_output=True, text=True))
+        line = error_of(torchrun(folder, 2, "epoch_?.pt", "-o", "out.pt", "--threads", "1"))
+        with pytest.raises(swa_avg.SwaAvgError) as alone:
+            swa_avg.average("epoch_?.pt", "out.pt")
     finally:
         path.write_bytes(whole)
-    assert line.replace("rank 1 failed: ", "") == alone
+    assert line.replace("rank 1 failed: ", "") == f"error: {alone.value}"
     assert ("rank 1" in line) == (name == "half")
     assert f"epoch_1.pt: {name}: is damaged" in line
     assert set(snapshot(folder)) == set(before)
 
 
-def test_ranks_that_see_other_files_are_refused(folder: Path) -> None:
-    """Before anything is written; the rank and the file are named."""
-    for seed in range(3):
-        weights = {name: value for name, value in state(seed).items() if seed != 1 or value.dim()}
-        torch.save({"model": weights, "epoch": seed}, folder / "elsewhere" / f"epoch_{seed}.pt")
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [
+        ((0, 7, 2), "rank 1 has planned something else than rank 0: the headers"),
+        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, and is not to be found here"),
+        ((0, 1), "rank 1 has planned something else than rank 0: it averages 2 checkpoints, not 3"),
+    ],
+)
+def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], says: str) -> None:
+    """Copies of the inputs may be different files, the output may not; nothing is left."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for number, seed in enumerate(seeds):
+        content = {"model": state(seed), "epoch": number}
+        torch.save(content, elsewhere / f"epoch_{number}.pt")
     before = snapshot(folder)
     line = error_of(torchrun(folder, 2, "1", "epoch_?.pt", "-o", "out.pt", code=ELSEWHERE))
-    assert "rank 1" in line, line
+    assert says in line
     assert snapshot(folder).keys() == before.keys()
+    shutil.rmtree(elsewhere)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -245,7 +263,6 @@ def test_killed_rank_leaves_no_output(folder: Path, victim: int) -> None:
 @pytest.mark.parametrize(
     ("victim", "how", "says"),
     [
-        (1, signal.SIGKILL, "rank 1 has not been heard of for 2 s"),
         (1, signal.SIGSTOP, "rank 1 has not been heard of for 2 s"),
         (0, signal.SIGKILL, "gone away"),
     ],
@@ -279,3 +296,30 @@ def test_rank_that_is_gone_is_noticed(
     assert len(left) == (victim == 0)
     for path in left:
         path.unlink()
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+batches = torch.randn(50, 3, generator=torch.Generator().manual_seed(5)).split(8)
+"""
+
+
+def test_ranks_average_and_recompute_batchnorm(tmp_path: Path) -> None:
+    """In one go: the weights are those of one process, the statistics too but for rounding."""
+    (tmp_path / "mod.py").write_text(NETWORK)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        torch.save(network.state_dict(), tmp_path / f"epoch_{seed}.pt")
+    arguments = ["epoch_?.pt", "-q", "--recompute-bn", "--data", "mod:batches"]
+    ended = torchrun(tmp_path, 2, *arguments, "-o", "several.pt")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert run(tmp_path, *arguments, "-o", "one.pt").returncode == 0
+    several, one = (torch.load(tmp_path / name) for name in ("several.pt", "one.pt"))
+    for name, value in one.items():
+        close = 1e-6 if "running" in name else 0
+        torch.testing.assert_close(several[name], value, rtol=close, atol=close)
+    assert not list(tmp_path.glob(".swa-avg*"))
