@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import swa_avg
+from swa_avg.cutting import share
+from swa_avg.planning import planned
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # else torchrun has something to say
@@ -163,6 +165,32 @@ def test_ranks_write_the_bytes_that_one_process_writes(folder: Path, world: int)
     assert {path.name for path in (folder / str(world)).iterdir()} == OUTPUTS.keys()
     for name in OUTPUTS:
         assert content(folder / str(world) / name) == content(folder / "one" / name), name
+
+
+def test_work_is_dealt_out_by_bytes(folder: Path) -> None:
+    """Each task to one rank, neighbours to the same one, and to no rank more than its share
+    and one task."""
+    with (
+        planned(folder / "epoch_?.pt", folder / "out.pt") as averaging,
+        averaging.open_output() as file,
+    ):
+        works = averaging.plan.works
+        dealt = averaging.kernel(file).tasks(4)
+        sizes = [
+            sum(
+                sum(cell.numel for cell in item.cells())
+                * sum(source.dtype.itemsize for source in works[item.number].sources)
+                for item in task
+            )
+            for task in dealt
+        ]
+        assert len(dealt) > 5
+        for world in range(1, 6):
+            shares = [share(dealt, works, rank, world) for rank in range(world)]
+            assert [task for part in shares for task in part] == dealt
+            for part in shares:
+                size = sum(sizes[dealt.index(task)] for task in part)
+                assert abs(size - sum(sizes) / world) <= max(sizes)
 
 
 def test_command_reports_what_one_process_reports(
