@@ -148,7 +148,10 @@ def become(order: dict[str, Any], library: str, out: int, err: int, log: int) ->
     os.chdir(order["folder"])
     sys.argv = ["swa-avg", *order["arguments"]]
     if order["file_size"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"],) * 2)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"], before[1]))
+        # Not for who measures coverage: what was registered later, our own, is called earlier.
+        atexit.register(resource.setrlimit, resource.RLIMIT_FSIZE, before)
     texts = (os.fsencode(order["folder"]), order["call"].encode(), order["without"].encode())
     numbers = (ctypes.c_long(order["when"]), order["action"], order["value"], log)
     ctypes.CDLL(library).faults_arm(*texts, *numbers)

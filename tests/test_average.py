@@ -712,3 +712,14 @@ def test_averages_at_once_leave_torch_as_it_was(tmp_path: Path) -> None:
     for number in range(8):
         made = (tmp_path / f"out_{number}.out").read_bytes()
         assert made == (tmp_path / "alone.out").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bn_buffers": "middle"}, {"dtype": "int8"}, {"keep_wrapper": True, "dtype": "float16"}],
+)
+def test_options_that_there_are_not(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A mistake in the program that calls, before anything is read: no such file is asked for."""
+    with pytest.raises(ValueError):
+        swa_avg.average(tmp_path / "no.pt", tmp_path / "out.pt", **options)
+    assert not list(tmp_path.iterdir())

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -14,7 +19,7 @@ import torch
 from command import fails, run, snapshot
 from safetensors.torch import save_file
 
-from swa_avg import cli, settings
+from swa_avg import cli, messages, settings
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -54,7 +59,16 @@ def test_refusal_is_one_line_and_leaves_no_trace(folder: Path, name: str) -> Non
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("--no-such",), ("0.pt", "--dtype", "int8"), ("0.pt", "--threads", "0"), ("-o",)],
+    [
+        (),
+        ("--no-such",),
+        ("0.pt", "--dtype", "int8"),
+        ("0.pt", "--threads", "0"),
+        ("-o",),
+        ("0.pt", "--keep-wrapper", "--dtype", "float16"),
+        ("0.pt", "--max-shard-size", "5 apples"),
+        ("0.pt", "--max-shard-size", "0GB"),
+    ],
 )
 def test_wrong_usage(folder: Path, arguments: tuple[str, ...]) -> None:
     """Exit code 2, told how it is used, nothing done."""
@@ -130,3 +144,77 @@ def test_choices_are_those_of_the_library() -> None:
     }
     assert choices["bn_buffers"] == settings.BN_BUFFERS
     assert choices["dtype"] == settings.OUTPUT_DTYPES
+
+
+MODULE = """
+import torch
+from torch import nn
+model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+loader = [torch.arange(12.0).view(4, 3) ** power for power in range(1, 4)]
+def score(model): return model[0].weight.sum().item()
+"""
+
+
+def _read_all(terminal: int) -> str:
+    """Return what was written to a terminal, until nobody can write to it any more."""
+    said = b""
+    while True:
+        try:
+            said += os.read(terminal, 1 << 16)
+        except OSError:
+            return said.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ((), "averaging"),
+        (("--recompute-bn", "--data", "mod:loader"), "samples/s"),
+        (("--greedy", "mod:score", "--mode", "max"), "0.pt"),
+    ],
+    ids=["average", "recompute", "greedy"],
+)
+def test_progress_is_for_a_terminal(tmp_path: Path, arguments: tuple[str, ...], shown: str) -> None:
+    """Seen on a terminal, and gone in the end; what is on stdout is the same without one."""
+    (tmp_path / "mod.py").write_text(MODULE)
+    for number in range(3):
+        torch.manual_seed(number)
+        made = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        torch.save(made.state_dict(), tmp_path / f"{number}.pt")
+    arguments = (*ALL, "-f", *arguments)
+    piped = run(tmp_path, *arguments)
+    assert piped.returncode == 0, piped.stderr
+    assert "\r" not in piped.stderr
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(_read_all, ours)
+        pipes = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": theirs}
+        pipes["env"] = os.environ | {"TQDM_MININTERVAL": "0"}
+        ended = run(tmp_path, *arguments, **pipes)
+        os.close(theirs)
+        said = reading.result().replace("\r\n", "\n")
+    os.close(ours)
+    assert (ended.returncode, ended.stdout) == (0, piped.stdout)
+    assert shown in said
+    assert said.endswith(piped.stderr)
+    said = said.removesuffix(piped.stderr)
+    assert "\n" not in said and said.endswith("\r")
+    assert not said.split("\r")[-2].strip()
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (2_500_000, "2.5 MB"),
+        (3_210_000_000, "3.2 GB"),
+        (7e12, "7.0 TB"),
+        (5e15, "5000.0 TB"),
+    ],
+)
+def test_bytes_for_people(count: float, said: str) -> None:
+    """Powers of 1000, up to TB."""
+    assert messages.in_bytes(count) == said

@@ -144,3 +144,22 @@ def test_top_level_modules(names: list[str], modules: list[str]) -> None:
     found, numbers = groups(names)
     assert found == modules
     assert all(name.startswith(found[number]) for name, number in zip(names, numbers, strict=True))
+
+
+def test_verbose_tells_the_modules(tmp_path: Path) -> None:
+    """One line for each module with -v, the figures those of the report; without, none."""
+    save(tmp_path, [state(seed) for seed in range(3)])
+    command = [sys.executable, "-m", "swa_avg", *(f"epoch_{n}.pt" for n in range(3))]
+    lines = {}
+    for flag in ("-v", "--json", "--force"):
+        options = ["--distances", "--force", flag]
+        ended = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        lines[flag] = ended.stdout
+    found = json.loads(lines["--json"])["distances"]["modules"]
+    assert set(found) == {"conv", "head"}
+    width = max(map(len, found))
+    for module, distances in found.items():
+        line = f"  {module:<{width}}  {' '.join(f'{distance:.4f}' for distance in distances)}"
+        assert line in lines["-v"].splitlines()
+        assert line not in lines["--force"].splitlines()

@@ -19,6 +19,7 @@ from command import (
     COMMAND,
     OLD,
     OUT,
+    UNMEASURED,
     averaged,
     each_refused,
     fault,
@@ -151,7 +152,8 @@ def test_full_disk_is_refused_before_reading(unreadable: Path) -> None:
     """A limit on the size of files stands for a full disk."""
     for name in (OUT, "new.safetensors"):
         says = f"error: {name}: cannot be written: File too large"
-        refused(unreadable, *INPUTS, "-o", name, "--force", says=says, limits="ulimit -f 1")
+        limited = {"limits": "ulimit -f 1", "env": UNMEASURED}
+        refused(unreadable, *INPUTS, "-o", name, "--force", says=says, **limited)
 
 
 @fault(94, "fsync fails", "refused, not tried again")
@@ -169,7 +171,7 @@ def test_failed_fsync_is_final(folder: Path, tmp_path_factory: pytest.TempPathFa
     strace[strace.index("trace=fsync,rename,renameat,renameat2")] += ",fdatasync"
     ended = subprocess.run(
         [*strace, *COMMAND, *INPUTS, "-o", OUT, "--force"],
-        cwd=folder, capture_output=True, text=True,
+        cwd=folder, capture_output=True, text=True, env=UNMEASURED,
     )  # fmt: skip
     assert one_line(ended) == f"error: {OUT}: cannot be written: Input/output error."
     calls = [line.split(maxsplit=1)[1] for line in log.read_text().splitlines()]

@@ -191,3 +191,17 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(swa_avg.SwaAvgError, match="nan"):
         swa_avg.average(paths, tmp_path / "swa")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_large_files_beside_the_weights_are_not_copied(tmp_path: Path) -> None:
+    """Small files come along; what is no small file for its size stays where it is."""
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file({"a": torch.ones(3)}, source / "model.safetensors")
+    for name, size in (("config.json", 100_000_000), ("vocab.txt", 100_000_001)):
+        (source / name).touch()
+        with (source / name).open("r+b") as file:
+            file.truncate(size)
+    swa_avg.average(source, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "config.json" in names and "vocab.txt" not in names

@@ -328,3 +328,25 @@ def test_peft_adapter(tmp_path: Path) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1"]))
     adapted.save_pretrained(tmp_path)
     assert_same(read(tmp_path), peft.get_peft_model_state_dict(adapted))
+
+
+def test_index_that_is_no_index_by_its_size(tmp_path: Path) -> None:
+    """A hundred million bytes name no shards: refused before they are read."""
+    path = tmp_path / "model.safetensors.index.json"
+    path.touch()
+    os.truncate(path, 100_000_001)
+    with pytest.raises(FormatError, match="100000001 bytes long"):
+        open_checkpoint(tmp_path)
+
+
+def test_notes_of_shards_name_the_shard(tmp_path: Path) -> None:
+    """What is to be said of one shard, here that more follows it, is said with its name."""
+    folder = save_shards(tmp_path / "in", weights(), safe=False)
+    first = min(folder.glob("*.bin"))
+    torch.save(torch.load(first), first, _use_new_zipfile_serialization=False)
+    with first.open("ab") as file:
+        file.write(b"more")
+    checkpoint = open_checkpoint(folder)
+    checkpoint.close()
+    assert f"{first.name} 4 bytes follow the checkpoint; not read" in checkpoint.notes
+    assert all(note.startswith(f"{first.name} ") for note in checkpoint.notes)

@@ -225,3 +225,21 @@ def test_random_archives_are_read_as_zipfile_reads_them(
     whole = buffer.getvalue()
     for entry, start in zip(found.entries, found.starts, strict=True):
         assert whole[start : start + entry.length] == records[entry.name]
+
+
+def test_what_is_kept_is_bounded() -> None:
+    """The oldest headers are let go beyond 16 MiB, and read again to the same; one always stays."""
+    headers, read = Headers(), []
+
+    def length(data: bytes) -> int:
+        read.append(data[:1])
+        return len(data)
+
+    large = [bytes([number]) * (6 << 20) for number in range(3)]
+    for data in (*large, *large[1:]):
+        assert headers.once(length, data) == 6 << 20
+    assert read == [b"\0", b"\1", b"\2"]
+    assert headers.once(length, large[0]) == 6 << 20
+    assert headers.once(length, bytes(17 << 20)) == 17 << 20
+    assert headers.once(length, bytes(17 << 20)) == 17 << 20
+    assert read == [b"\0", b"\1", b"\2", b"\0", b"\0"]

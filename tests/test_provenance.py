@@ -262,3 +262,26 @@ def test_foreign_record_of_that_name_is_no_obstacle(tmp_path: Path) -> None:
     save_run(tmp_path)
     swa_avg.average(tmp_path / "epoch*.pt", tmp_path / "plain.pt")
     assert records(tmp_path / "swa.pt") == records(tmp_path / "plain.pt")
+
+
+def test_options_that_matter_are_shown(tmp_path: Path) -> None:
+    """What the output depends on and is not the default is told, and nothing else."""
+    save_run(tmp_path)
+    made = run(tmp_path, "epoch_0.pt epoch_1.pt --dtype float16 --bn-buffers reset -o swa.pt -q")
+    assert made.returncode == 0, made.stderr
+    told = run(tmp_path, "--show swa.pt").stdout.splitlines()
+    said = [line for line in told if line.startswith("option ")]
+    assert said == ["option bn_buffers: reset", "option dtype: float16"]
+
+
+@pytest.mark.parametrize("field, value", [("count", 0), ("count", "1"), ("size", None)])
+def test_history_that_cannot_be_is_none(tmp_path: Path, field: str, value: object) -> None:
+    """A checkpoint that stands for none, or a field of another kind: not taken for an average."""
+    save_run(tmp_path)
+    swa_avg.average(tmp_path, tmp_path / "swa.pt")
+    said = provenance.made_from(tmp_path / "swa.pt").to_dict()
+    text = json.dumps(said)
+    assert provenance.of(Checkpoint(tmp_path, "", {}, (), provenance=text)) is not None
+    said["checkpoints"][0][field] = value  # type: ignore[index]
+    changed = Checkpoint(tmp_path, "", {}, (), provenance=json.dumps(said))
+    assert provenance.of(changed) is None

@@ -332,3 +332,39 @@ def test_dry_run_says_what_would_be_recomputed(folder: Path, run: Run) -> None:
     assert code == 0 and "would recompute BatchNorm over mod:absent" in out
     assert not Path("swa.pt").exists()
     assert run("ckpts/epoch_*.pt", "--dry-run", "-q") == (0, "", "")
+
+
+def test_output_that_is_a_folder(folder: Path, run: Run) -> None:
+    """Statistics are put into a file; a folder is refused in one line, whatever is in it."""
+    (folder / "swa").mkdir()
+    code, out, err = run("--recompute-bn", "--data", "mod:loader", "-o", "swa")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: swa: is a folder")
+    assert not listed(folder / "swa")
+
+
+def test_names_under_a_prefix_and_without_counters(folder: Path, run: Run) -> None:
+    """Put into a file in its own terms: its prefix stays, and no counter is added to it."""
+    plain = torch.load(averaged(folder, run))
+    old = {f"net.{k}": v for k, v in plain.items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, folder / "old.pt")
+    assert run("--recompute-bn", "--data", "mod:loader", "-q")[0] == 0
+    code, _, err = run("--recompute-bn", "--data", "mod:loader", "-o", "old.pt")
+    assert code == 0
+    assert "the prefix net. of the file's names was dropped to fit the model" in err
+    right, found = torch.load(folder / "swa.pt"), torch.load(folder / "old.pt")
+    assert list(found) == list(old)
+    assert all(torch.equal(value, right[name[4:]]) for name, value in found.items())
+
+
+def test_statistic_that_the_file_cannot_hold(folder: Path, run: Run) -> None:
+    """A mean beyond float16 is refused by its name; the file is as it was."""
+    with (folder / "mod.py").open("a") as module:
+        module.write("def large(): return [images * 1e5]\n")
+    path = folder / "half.pt"
+    torch.save({k: v.half() for k, v in torch.load(averaged(folder, run)).items()}, path)
+    before = path.read_bytes()
+    code, out, err = run("--recompute-bn", "--data", "mod:large", "-o", "half.pt")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "1.running_mean: has a new statistic that float16 cannot hold" in err
+    assert path.read_bytes() == before

@@ -508,3 +508,27 @@ def test_the_command_chooses(tmp_path: Path) -> None:
     nothing = run(tmp_path, "run", "--epochs", "50:", "-o", "other.pt")
     assert nothing.returncode == 2 and "0, 1, 2, 3, 4" in nothing.stderr
     assert not (tmp_path / "other.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"best": 2},
+        {"metric": "loss"},
+        {"mode": "min"},
+        {"last": 0},
+        {"epochs": "x"},
+        {"best": 1, "metric": "loss", "mode": "middle"},
+    ],
+)
+def test_choice_that_says_nothing_is_refused(choice: dict[str, Any]) -> None:
+    """What goes only together goes together, and counts are of at least one."""
+    with pytest.raises((ValueError, SelectionError)):
+        Choice(**choice)
+
+
+def test_no_checkpoints_at_all(tmp_path: Path) -> None:
+    """Nothing was given: said, and nothing is written."""
+    with pytest.raises(SelectionError, match="no checkpoints were given"):
+        swa_avg.average([], tmp_path / "out.pt")
+    assert not list(tmp_path.iterdir())

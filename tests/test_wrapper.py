@@ -162,3 +162,13 @@ def test_form_that_the_output_will_not_have(tmp_path: Path, options: dict[str, i
     with pytest.raises(OutputError, match=r"not be what its name says|no Hugging Face folder"):
         swa_avg.average([path], tmp_path / "swa.safetensors", **options)
     assert not (tmp_path / "swa.safetensors").exists()
+
+
+def test_view_with_gaps_cannot_be_replaced(tmp_path: Path) -> None:
+    """Between its elements lie others': the file is not kept, and none is written."""
+    for number in range(2):
+        whole = torch.arange(12.0).view(3, 4) + number
+        torch.save({"a": whole[:, :2], "b": torch.ones(2)}, tmp_path / f"{number}.pt")
+    with pytest.raises(OutputError, match="a: is a view with gaps"):
+        swa_avg.average(tmp_path / "?.pt", tmp_path / "out.pt", keep_wrapper=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"0.pt", "1.pt"}
