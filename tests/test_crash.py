@@ -205,6 +205,19 @@ def test_any_call_that_fails(case: Case, number: int) -> None:
     print(f"{errno.errorcode[number]}: {failures} failed calls")
 
 
+@pytest.mark.parametrize("case", ["folder"], indirect=True)
+def test_rename_that_fails_puts_the_old_folder_back(case: Case) -> None:
+    """Without the exchange of two names: whichever rename fails, the old folder has its name."""
+    for number in (1, 2, 3):
+        case.reset(old=True)
+        ended = case.run(Fault(number, FAIL, errno.EIO, call="rename", without="exchange"))
+        assert (ended.code, case.found(), case.left()) == (1, "old", [])
+        assert os.strerror(errno.EIO) in ended.err
+    case.reset(old=True)
+    ended = case.run(Fault(1, FAIL, errno.EIO, call="exchange"))
+    assert (ended.code, case.found(), case.left()) == (1, "old", [])
+
+
 @pytest.mark.parametrize("case", FORMS, indirect=True)
 def test_failed_fsync_is_not_tried_again(case: Case) -> None:
     """The kernel may have dropped what it could not write, and say yes the second time."""

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import pickle
 import random
+import struct
 import sys
 import types
 import zipfile
@@ -208,6 +209,38 @@ def test_archive_that_is_not_torchs_is_refused(
 def test_archive_with_two_records_of_one_name_is_refused(tmp_path: Path, name: str) -> None:
     """Readers differ in which they take."""
     refused(rewritten(archive(tmp_path), extra={name: b"N."}), "two records named")
+
+
+def zip64(tmp_path: Path, fields: bytes) -> Path:
+    """Return an archive that gives a record's two lengths in fields of its line, as ZIP64 does."""
+    path = archive(tmp_path)
+    with zipfile.ZipFile(path) as source:
+        records = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, data in records.items():
+            info = zipfile.ZipInfo(name)
+            info.extra = fields if name == "in/data/0" else b""
+            packed.writestr(info, data)
+    return patched(path, "in/data/0", False, 20, "<Q", 2**64 - 1)  # both, side by side
+
+
+_TIME = struct.pack("<HHI", 0x5455, 4, 0)
+
+
+def test_lengths_in_a_zip64_field_are_read(tmp_path: Path) -> None:
+    """Behind other fields, whatever they are, and the length is the one that is given there."""
+    path = zip64(tmp_path, _TIME + struct.pack("<HHQQ", 1, 16, 400, 400))
+    assert oracle.same_bits(averaged(path)["a"], torch.arange(100.0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [b"", _TIME, struct.pack("<HHQ", 1, 8, 400), struct.pack("<HHI", 1, 4, 400)],
+    ids=["none", "another", "one length", "half a length"],
+)
+def test_lengths_that_no_zip64_field_gives_are_refused(tmp_path: Path, fields: bytes) -> None:
+    """Four bytes of ones are no length of their own: what they stand for must be there."""
+    refused(zip64(tmp_path, fields))
 
 
 def test_archive_with_overlapping_records_is_refused(tmp_path: Path) -> None:
