@@ -18,6 +18,7 @@ def bar(total: int | None, quiet: bool, unit: str, desc: str) -> Iterator[Any]:
         return
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread of its own: processes are not forked beside one
     made: Any = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=desc, leave=False)
     with made:
         yield made

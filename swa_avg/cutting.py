@@ -17,14 +17,18 @@ from swa_avg.gather import Box, boxes, whole
 from swa_avg.plan import Treatment, Work
 from swa_avg.tensors import TensorRef, contiguous_stride
 
-# Elements that are averaged at once. A quarter of it would stay in the processor's nearest
-# cache, but threads would hand the interpreter's lock to each other four times as often.
-CHUNK = 128 * 1024
-_STRIDED = 8  # times as many where inputs lie in another order than the output
+# Elements that are averaged at once, at most, and at least; in between the bytes of all inputs
+# tell. They are so many that threads hand the interpreter's lock to each other seldom.
+CHUNK = 256 * 1024
+_LEAST_CHUNK = 4096
+_CHUNK_BYTES = 10 * 1024 * 1024  # of all inputs of one chunk
+_CHUNKS_BYTES = 48 * 1024 * 1024  # of those that all threads have at once
+_LEAST_CHUNK_BYTES = 1024 * 1024
+_STRIDED = 2  # times as many where inputs lie in another order than the output
 _TOGETHER = 256  # small works: a read takes up to 1024 pieces, and there are gaps between them
-_TASK_BYTES = 256 * 1024 * 1024  # of all inputs together
+_TASK_BYTES = 64 * 1024 * 1024  # of all inputs together
 _LEAST_TASK_BYTES = 4 * 1024 * 1024
-_KEPT_BYTES = 4 * 1024 * 1024  # of all inputs of one chunk, where they are kept, in float64
+_TASKS = 16  # for each thread, so that none has long to wait for another at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,39 +101,67 @@ class Stretch:
 Item = Strip | Bundle | Stretch
 
 
-def most_elements(chunk: int) -> int:
-    """Return how many elements a cell can have."""
-    return _STRIDED * chunk
+@dataclass(frozen=True, slots=True)
+class Chunking:
+    """How many elements are averaged at once.
+
+    Attributes:
+        elements: At most so many.
+        bytes: What they have in all inputs together, if it is not few elements then.
+    """
+
+    elements: int
+    bytes: int
+
+    @classmethod
+    def for_threads(cls, threads: int, elements: int = CHUNK) -> Chunking:
+        """Return what suits so many threads."""
+        share = _CHUNKS_BYTES // threads
+        return cls(elements, max(_LEAST_CHUNK_BYTES, min(_CHUNK_BYTES, share)))
+
+    def of(self, work: Work, *, flat: bool) -> int:
+        """Return how many elements of a work are averaged at once.
+
+        Args:
+            work: It.
+            flat: Whether its inputs lie in C order: if not, larger boxes are read faster.
+        """
+        fitting = self.bytes // _bytes_each(work)
+        if flat:
+            return min(self.elements, max(_LEAST_CHUNK, fitting))
+        return min(8 * self.elements, max(_LEAST_CHUNK, _STRIDED * fitting))
 
 
 def buffer_bytes(works: Sequence[Work], threads: int) -> int:
     """Return how many bytes of buffers threads need at most: all that grows with the inputs.
 
-    A thread has one input and the output of a cell, and their sums in float64 three times.
+    A thread has a chunk of all inputs, and of the output.
     """
-    flat = all(whole(source) for work in works for source in work.sources)
-    most = CHUNK if flat else most_elements(CHUNK)
-    numel = min(most, max((math.prod(work.shape) for work in works), default=0))
-    widest = max((work.dtype.itemsize for work in works), default=0)
-    return threads * numel * (2 * widest + 3 * 8)
+    chunking = Chunking.for_threads(threads)
+    most = 0
+    for work in works:
+        flat = _in_order(work.sources)
+        numel = min(math.prod(work.shape), chunking.of(work, flat=flat))
+        most = max(most, numel * (_bytes_each(work) + work.dtype.itemsize))
+    return threads * most
 
 
 def tasks(
-    works: Sequence[Work], groups: Sequence[int], chunk: int, threads: int
+    works: Sequence[Work], groups: Sequence[int], chunking: Chunking, threads: int
 ) -> Iterator[list[Item]]:
     """Deal works out into tasks, a few for each thread.
 
     Args:
         works: What is to be done.
         groups: For each work the group whose inner products it counts to, or -1.
-        chunk: How many elements are averaged at once.
+        chunking: How many elements are averaged at once.
         threads: How many threads there are.
     """
     total = sum(math.prod(work.shape) * _bytes_each(work) for work in works)
-    enough = min(_TASK_BYTES, max(_LEAST_TASK_BYTES, total // (4 * threads)))
+    enough = min(_TASK_BYTES, max(_LEAST_TASK_BYTES, total // (_TASKS * threads)))
     task: list[Item] = []
     weight = 0
-    for item, cost in _items(works, groups, chunk, enough):
+    for item, cost in _items(works, groups, chunking, enough):
         task.append(item)
         weight += cost
         if weight >= enough:
@@ -160,6 +192,11 @@ def share(
     return [task for task, owner in zip(dealt, owners, strict=True) if owner == number]
 
 
+def bytes_read(dealt: Iterable[Sequence[Item]], works: Sequence[Work]) -> int:
+    """Return how many bytes tasks read."""
+    return sum(_cost(item, works) for task in dealt for item in task)
+
+
 def works_in(dealt: Iterable[Sequence[Item]]) -> list[int]:
     """Return the numbers of the works of which tasks do something, in order."""
     items = (item for task in dealt for item in task)
@@ -183,7 +220,7 @@ def _bytes_each(work: Work) -> int:
 
 
 def _items(
-    works: Sequence[Work], groups: Sequence[int], chunk: int, enough: int
+    works: Sequence[Work], groups: Sequence[int], chunking: Chunking, enough: int
 ) -> Iterator[tuple[Item, int]]:
     """Yield items with the bytes that they read; small works wait until they fill a chunk."""
     waiting: list[int] = []
@@ -191,12 +228,9 @@ def _items(
     for number, work in enumerate(works):
         numel, each = math.prod(work.shape), _bytes_each(work)
         flat = _in_order(work.sources)
-        most = chunk
-        if groups[number] >= 0:  # all inputs of a chunk are kept
-            most = min(chunk, max(1, _KEPT_BYTES // (8 * len(work.sources))))
+        most = chunking.of(work, flat=flat)
         if not (work.treatment is Treatment.AVERAGED and flat and numel):
-            strided = most if flat or most < chunk else most_elements(chunk)
-            yield from _stretches(number, work, flat, strided, max(1, enough // each))
+            yield from _stretches(number, work, flat, most, max(1, enough // each))
         elif numel > most // 2:
             step = max(most, enough // each // most * most)
             for start in range(0, numel, step):

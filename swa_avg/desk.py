@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from mmap import mmap
 
 import torch
 
-from swa_avg.cutting import Cell, most_elements
-from swa_avg.exact import Averager
+from swa_avg.cutting import Cell
+from swa_avg.exact import Averager, Rows
 from swa_avg.gather import Box
 from swa_avg.grams import Gram
 from swa_avg.plan import Treatment, Work
@@ -16,26 +16,33 @@ from swa_avg.reading import Reader
 from swa_avg.rounding import NonFiniteError, carrier, cast_into
 from swa_avg.tensors import DTYPES, DType
 
-_WIDEST = max(dtype.itemsize for dtype in DTYPES.values())
 _KEPT_VIEWS = 64
+_ALIGNED = 64
 _PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 
 
 class _Buffer:
     """Memory that is seen as bytes and as elements; views of it are made once."""
 
-    def __init__(self, size: int) -> None:
-        # What is not needed is never touched, nor taken.
-        self._bytes = memoryview(mmap(-1, size))
-        self._views: dict[tuple[str, int], tuple[memoryview, torch.Tensor]] = {}
+    def __init__(self) -> None:
+        self._bytes = memoryview(b"")
+        self._views: dict[tuple[str, int, int], tuple[memoryview, torch.Tensor]] = {}
 
-    def view(self, dtype: DType, numel: int) -> tuple[memoryview, torch.Tensor]:
-        """Return its start as bytes and as elements; complex numbers as two real ones each."""
-        key = dtype.name, numel
+    def view(self, dtype: DType, numel: int, start: int = 0) -> tuple[memoryview, torch.Tensor]:
+        """Return a part of it as bytes and as elements; complex numbers as two real ones each.
+
+        Args:
+            dtype: Of the elements.
+            numel: How many they are.
+            start: The byte where they begin. What is larger than any before begins at 0.
+        """
+        key = dtype.name, numel, start
         if key not in self._views:
             if len(self._views) == _KEPT_VIEWS:
                 self._views.clear()
-            data = self._bytes[: numel * dtype.itemsize]
+            end = start + numel * dtype.itemsize
+            self._grow(end)
+            data = self._bytes[start:end]
             kind = carrier(dtype)
             values = torch.frombuffer(data, dtype=kind) if numel else torch.empty(0, dtype=kind)
             if dtype.name in _PARTS:
@@ -43,20 +50,23 @@ class _Buffer:
             self._views[key] = data, values
         return self._views[key]
 
+    def _grow(self, size: int) -> None:
+        if size > len(self._bytes):
+            self._views.clear()
+            self._bytes = memoryview(mmap(-1, size))
+
 
 class Desk:
-    """The buffers of one thread.
+    """The buffers of one thread; they are as large as the largest cell so far needs.
 
     Args:
-        chunk: How many elements of a work a cell has, where its inputs lie in C order.
+        at_once: How many numbers of all inputs are in float64 at once.
     """
 
-    def __init__(self, chunk: int) -> None:
-        most = most_elements(chunk)
-        self._in = _Buffer(most * _WIDEST)
-        self._out = _Buffer(most * _WIDEST)
-        self._averager = Averager(2 * most)  # complex numbers are two each
-        self._rows = torch.empty(0, dtype=torch.float64)
+    def __init__(self, at_once: int) -> None:
+        self._in = _Buffer()
+        self._out = _Buffer()
+        self._averager = Averager(at_once)
 
     def mean(
         self, work: Work, readers: Sequence[Reader], cell: Cell | Box, gram: Gram | None
@@ -74,16 +84,9 @@ class Desk:
         """
         data, out = self._out.view(work.dtype, cell.numel)
         if cell.numel:
-            rows = None if gram is None else self._kept(len(readers), out.numel())
-            self._averager.mean_into(
-                lambda: self._chunks(readers, cell),
-                len(readers),
-                out,
-                _part(work.dtype),
-                work.weights,
-                rows,
-            )
-            if gram is not None and rows is not None:
+            rows = self._rows(readers, cell)
+            self._averager.mean_into(rows, out, _part(work.dtype), work.weights)
+            if gram is not None:
                 gram.add_chunk(rows, out)
         return data
 
@@ -99,24 +102,17 @@ class Desk:
         if not cell.numel:
             yield from ((number, data) for number in range(1, count + 1))
             return
-        rows = None if gram is None else self._kept(count, out.numel())
-        backwards = readers[::-1]
+        rows = self._rows(readers[::-1], cell)
+        means = self._averager.running_means(rows, out, _part(work.dtype), work.weights[::-1])
         try:
-            for number in self._averager.running_means(
-                lambda: self._chunks(backwards, cell),
-                count,
-                out,
-                _part(work.dtype),
-                work.weights[::-1],
-                rows,
-            ):
+            for number in means:
                 yield number, data
         except NonFiniteError as error:
             if error.source is not None:
                 error.source = count - 1 - error.source
             raise
-        if gram is not None and rows is not None:
-            gram.add_chunk(rows, out, backwards=True)
+        if gram is not None:
+            gram.add_chunk([*rows][::-1], out)
 
     def without_mean(
         self, work: Work, readers: Sequence[Reader], cell: Cell | Box
@@ -132,30 +128,30 @@ class Desk:
         if work.treatment is Treatment.RESET:
             out.fill_(work.fill)
             return data, True
-        values = self._filled(readers[-1], cell)
+        rows = self._rows(readers, cell)
         if readers[-1].dtype == work.dtype:
-            out.copy_(values)
+            out.copy_(rows[-1])
         else:
-            cast_into(values, out, work.dtype)
-        same = True
-        for reader in readers[:-1]:  # each is read to its end, for its checksum
-            same &= torch.equal(self._filled(reader, cell), out)
-        return data, same
+            cast_into(rows[-1], out, work.dtype)
+        return data, all(torch.equal(row, out) for row in rows[:-1])
 
-    def _chunks(self, readers: Sequence[Reader], cell: Cell | Box) -> Iterable[torch.Tensor]:
-        return (self._filled(reader, cell) for reader in readers)
-
-    def _filled(self, reader: Reader, cell: Cell | Box) -> torch.Tensor:
-        """Read a cell of one input."""
-        buffer, values = self._in.view(reader.dtype, cell.numel)
-        reader.read(cell, buffer)
-        return values
-
-    def _kept(self, count: int, size: int) -> torch.Tensor:
-        """Return memory for all inputs of a cell."""
-        if self._rows.numel() < count * size:
-            self._rows = torch.empty(count * size, dtype=torch.float64)
-        return self._rows[: count * size].view(count, size)
+    def _rows(self, readers: Sequence[Reader], cell: Cell | Box) -> Rows:
+        """Read a cell of all inputs."""
+        first, count = readers[0].dtype, len(readers)
+        if all(reader.dtype == first for reader in readers):
+            data, values = self._in.view(first, count * cell.numel)
+            size = len(data) // count
+            for number, reader in enumerate(readers):
+                reader.read(cell, data[number * size : (number + 1) * size])
+            return values.view(count, -1)
+        size = -(-cell.numel * max(reader.dtype.itemsize for reader in readers) // _ALIGNED)
+        views = [
+            self._in.view(readers[number].dtype, cell.numel, number * size * _ALIGNED)
+            for number in reversed(range(count))
+        ][::-1]
+        for reader, (data, _) in zip(readers, views, strict=True):
+            reader.read(cell, data)
+        return [values for _, values in views]
 
 
 def _part(dtype: DType) -> DType:

@@ -27,11 +27,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from itertools import islice
 
 import torch
 
@@ -44,10 +42,19 @@ from swa_avg.rounding import (
 )
 from swa_avg.tensors import DType
 
-Inputs = Callable[[], Iterable[torch.Tensor]]
+# What is averaged: a row for each input; in one tensor, if all are of one dtype.
+Rows = torch.Tensor | Sequence[torch.Tensor]
 
 MOST_WEIGHT = 1 << 26
+# How many numbers are in float64 at once. Fewer stay in the processor's second cache; but
+# threads of Python take turns at each call of torch, which then should be fewer and longer.
+ALONE = 80 * 1024
+BESIDE_THREADS = 640 * 1024
+MOST_OF_ONE = 16 * 1024  # of one input, where all are kept in float64
+_LEAST_ROWS = 5
+_ALIGNED = 64
 _LOWER_HALF = (1 << 27) - 1  # of a float64's significand
+_SIGNED = BITS | {1: torch.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,143 +67,138 @@ class _Sum:
 
 
 class Averager:
-    """Averages chunks of at most `capacity` elements, in buffers that it keeps.
+    """Averages rows, in buffers that it keeps.
 
     Used by one thread, with torch's own threads off (`torch.set_num_threads(1)`):
     the processor's note of a rounding is kept for each thread.
+
+    Args:
+        at_once: How many numbers of all rows it has in float64 at once.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._all = [torch.empty(capacity, dtype=torch.float64) for _ in range(4)]
-        self._narrow = torch.empty(capacity, dtype=torch.float32)
-        self._size = -1
+    def __init__(self, at_once: int = ALONE) -> None:
+        self._at_once = at_once
+        self._wide = torch.empty(0, dtype=torch.float64)
+        self._half = torch.empty(0)
+        self._columns = torch.empty(4, 0, dtype=torch.float64)
+        self._narrow = torch.empty(0)
+        self._shape = (0, 0, 0)
+        self._count, self._counts = 0, torch.tensor(0.0)
         self._rounded = rounding_detector()
         self._careful = False
-        self._exact = True
 
     def mean_into(
-        self,
-        inputs: Inputs,
-        count: int,
-        out: torch.Tensor,
-        dtype: DType,
-        weights: Sequence[int] = (),
-        rows: torch.Tensor | None = None,
+        self, rows: Rows, out: torch.Tensor, dtype: DType, weights: Sequence[int] = ()
     ) -> None:
-        """Write the mean of `count` chunks into `out`.
+        """Write the mean of the rows into `out`.
 
         float16, bfloat16, float32 and float8 inputs give the correctly rounded
         mean (to nearest, ties to even); float64 inputs the float64 nearest to it
-        but for ties closer than 2^-50 ulp or 2^-1074. The order of the inputs does not matter.
-        Elements that are the same in all inputs keep their bits, NaN and
-        infinity included.
+        but for ties closer than 2^-50 ulp or 2^-1074. The order of the rows does not matter.
+        Elements that are the same in all rows keep their bits, NaN and infinity included.
 
         Args:
-            inputs: Gives the chunks, one-dimensional and of one length, each time it
-                is called; a chunk may lie in the same memory as the one before.
-            count: How many they are.
+            rows: What is averaged, each as long as `out`.
             out: Where the mean goes, one-dimensional, of `dtype`.
             dtype: The dtype of `out`.
-            weights: How often each chunk counts, 1 to `MOST_WEIGHT`; empty where each
+            weights: How often each row counts, 1 to `MOST_WEIGHT`; empty where each
                 counts once. A sum of more than `MOST_WEIGHT` is slow.
-            rows: float64, `count` by the length of a chunk; the chunks are left in it.
 
         Raises:
-            NonFiniteError: An element is not finite in some input, or becomes so by rounding.
+            NonFiniteError: An element is not finite in some row, or becomes so by rounding.
         """
-        self._resize(out.numel())
-        total = self._add_up(inputs, weights, rows)
-        self._finish(total, inputs, weights or (1,) * count, out, dtype)
+        parts = _parts(rows, weights)
+        step = self._at_once // max(_LEAST_ROWS, parts * len(rows))
+        step = max(_ALIGNED, step // _ALIGNED * _ALIGNED)
+        for some, into in zip(_split(rows, step), torch.split(out, step), strict=True):
+            total = self._sum(self._widened(some, weights, parts))
+            self._finish(total, into, dtype, some, weights)
+        _settle(out, rows, weights, dtype)
 
     def running_means(
-        self,
-        inputs: Inputs,
-        count: int,
-        out: torch.Tensor,
-        dtype: DType,
-        weights: Sequence[int] = (),
-        rows: torch.Tensor | None = None,
+        self, rows: Rows, out: torch.Tensor, dtype: DType, weights: Sequence[int] = ()
     ) -> Iterator[int]:
-        """Write the mean of the first chunk into `out`, then of the first two, and so on.
+        """Write the mean of the first row into `out`, then of the first two, and so on.
 
-        Each is what `mean_into` gives for so many. The arguments are those of `mean_into`.
+        Each is what `mean_into` gives for so many. The arguments are those of `mean_into`;
+        all rows are in float64 at once, so they should not be longer than `MOST_OF_ONE`.
 
         Yields:
-            Of how many chunks the mean is in `out` now: 1 to `count`.
+            Of how many rows the mean is in `out` now: 1 to all.
         """
-        self._resize(out.numel())
-        summing = self._careful_sums if self._careful else self._sums
-        sums = summing(inputs(), weights, rows)
-        for done in range(1, count + 1):
-            total = next(sums)
-            if not self._careful and not self._exact:
-                self._careful = True
-                sums = islice(self._careful_sums(inputs(), weights, rows), done - 1, None)
-                total = next(sums)
-            taken = (*weights[:done],) or (1,) * done
-            self._finish(total, partial(_first, inputs, done), taken, out, dtype)
+        addends = self._widened(rows, weights, _parts(rows, weights))
+        for done, total in enumerate(self._sums(addends), 1):
+            first, counted = rows[:done], weights[:done]
+            self._finish(total, out, dtype, first, counted)
+            _settle(out, first, counted, dtype)
             yield done
-        self._careful = self._careful and total.low is not None
 
-    def _resize(self, size: int) -> None:
-        """Make the buffers as long as the chunk."""
-        if size != self._size:
-            self._size = size
-            self._high, self._new, self._wide, self._low = (made[:size] for made in self._all)
-            self._middle = self._narrow[:size]
+    def _widened(self, rows: Rows, weights: Sequence[int], parts: int) -> torch.Tensor:
+        """Return float64 numbers that add up to the rows times their weights, exactly.
 
-    def _add_up(self, inputs: Inputs, weights: Sequence[int], rows: torch.Tensor | None) -> _Sum:
-        """Return the sum of all inputs.
+        Returns:
+            Parts (1 or 2) by rows by elements.
+        """
+        self._resize(parts, len(rows), rows[0].numel())
+        whole = self._addends[0]
+        if isinstance(rows, torch.Tensor):
+            self._widen(rows, whole)
+        else:
+            for row, into in zip(rows, whole, strict=True):
+                self._widen(row, into)
+        if parts == 2:
+            upper = self._addends[1]
+            torch.bitwise_and(whole.view(torch.int64), ~_LOWER_HALF, out=upper.view(torch.int64))
+            whole.sub_(upper)
+        if weights:
+            self._addends.mul_(torch.tensor(weights, dtype=torch.float64)[:, None])
+        return self._addends
 
-        Where the plain sum had to round, it is done again with care; the chunk after
+    def _widen(self, values: torch.Tensor, into: torch.Tensor) -> None:
+        """Convert numbers to float64."""
+        if values.dtype is torch.float16:  # torch is slow at float16 to float64 in one step
+            values = self._half[: values.numel()].view(values.shape).copy_(values)
+        into.copy_(values)
+
+    def _resize(self, parts: int, count: int, size: int) -> None:
+        """Make the buffers as large as so many parts of so many rows of a length are."""
+        shape = (parts, count, size)
+        if shape == self._shape:
+            return
+        self._shape, numel = shape, math.prod(shape)
+        if self._wide.numel() < numel:
+            self._wide = torch.empty(numel, dtype=torch.float64)
+            self._half = torch.empty(numel)
+        if self._columns.shape[1] < size:
+            self._columns = torch.empty(4, size, dtype=torch.float64)
+            self._narrow = torch.empty(size)
+        self._addends = self._wide[:numel].view(shape)
+        self._high, self._new, self._mean, self._spare = self._columns[:, :size]
+        self._middle = self._narrow[:size]
+
+    def _sum(self, addends: torch.Tensor) -> _Sum:
+        """Return the sum of all addends.
+
+        Where the plain sum had to round, it is done again with care; what comes after
         such a one, which is of the same kind, is done with care at once.
         """
         if not self._careful:
-            total = _last(self._sums(inputs(), weights, rows))
-            if self._exact:
-                return total
-        total = _last(self._careful_sums(inputs(), weights, rows))
+            self._rounded.clear()
+            torch.sum(addends, (0, 1), out=self._high)
+            if not self._rounded.raised():
+                return _Sum(self._high)
+        total = deque(self._sums(addends), maxlen=1).pop()
         self._careful = total.low is not None
         return total
 
-    def _sums(
-        self, chunks: Iterable[torch.Tensor], weights: Sequence[int], rows: torch.Tensor | None
-    ) -> Iterator[_Sum]:
-        """Yield the sum after each chunk; whether no addition has rounded is noted."""
-        high, wide = self._high, self._wide
-        total = _Sum(high)
-        self._exact = True
-        for number, chunk in enumerate(chunks):
-            into = rows[number] if rows is not None else wide if number else high
-            addends = self._addends(chunk, weights[number] if weights else 1, into)
-            for addend in addends:
-                if number or addend is not addends[0]:
-                    self._add(addend)
-                elif addend is not high:
-                    high.copy_(addend)
-            yield total
-
-    def _add(self, addend: torch.Tensor) -> None:
-        """Add to the sum. What was done before, as reading may, could have rounded too."""
-        if self._rounded.raised():
-            self._rounded.clear()
-        self._high.add_(addend)
-        self._exact = self._exact and not self._rounded.raised()
-
-    def _careful_sums(
-        self, chunks: Iterable[torch.Tensor], weights: Sequence[int], rows: torch.Tensor | None
-    ) -> Iterator[_Sum]:
-        """Yield the sum after each chunk, with what additions have lost."""
+    def _sums(self, addends: torch.Tensor) -> Iterator[_Sum]:
+        """Yield the sum after each row, with what additions have lost."""
         high, new = self._high, self._new
         low: torch.Tensor | None = None
         unsure: torch.Tensor | None = None
-        for number, chunk in enumerate(chunks):
-            into = self._wide if rows is None else rows[number]
-            addends = self._addends(chunk, weights[number] if weights else 1, into)
-            for addend in addends:
-                if number == 0 and addend is addends[0]:
-                    high.copy_(addend)
-                    continue
+        high.zero_()
+        for row in range(addends.shape[1]):
+            for addend in addends[:, row]:
                 self._rounded.clear()
                 torch.add(high, addend, out=new)
                 if self._rounded.raised():
@@ -205,59 +207,44 @@ class Averager:
                     low = before + error
                     wrong = _lost(before, error, low) != 0
                     unsure = wrong if unsure is None else unsure | wrong
-                high.copy_(new)
+                high, new = new, high
             yield _Sum(high, low, unsure)
 
-    def _addends(
-        self, chunk: torch.Tensor, weight: int, into: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        """Return float64 tensors whose sum is the chunk times its weight, exactly.
-
-        The chunk in float64 goes to `into`: converting first and adding then is fastest.
-        """
-        if chunk.dtype is torch.float16:  # torch is slow at float16 to float64 in one step
-            chunk = self._middle.copy_(chunk)
-        into.copy_(chunk)
-        if weight == 1:
-            return (into,)
-        if chunk.dtype is not torch.float64:
-            return (torch.mul(into, weight, out=self._wide),)
-        upper, lower = self._low, self._wide
-        torch.bitwise_and(into.view(torch.int64), ~_LOWER_HALF, out=upper.view(torch.int64))
-        torch.sub(into, upper, out=lower)
-        torch.copysign(lower, upper, out=lower)  # for -0.0 plus 0.0 is 0.0
-        return upper.mul_(weight), lower.mul_(weight)
-
     def _finish(
-        self,
-        total: _Sum,
-        inputs: Inputs,
-        weights: Sequence[int],
-        out: torch.Tensor,
-        dtype: DType,
+        self, total: _Sum, out: torch.Tensor, dtype: DType, rows: Rows, weights: Sequence[int]
     ) -> None:
-        """Divide a sum by its weights and round it into `out`."""
-        count, mean, unsure = sum(weights), self._new, total.unsure
-        torch.div(total.high, count, out=mean)
+        """Divide the sum of the rows by how many count, and round it into `out`."""
+        count, mean, unsure = sum(weights) or len(rows), self._mean, total.unsure
+        torch.div(total.high, self._divisor(count), out=mean)
         if total.low is not None:
             tail, lost = _refine(mean, total.high, total.low, count)
             if dtype.significand < 53:
                 _round_to_odd(mean, tail)
                 unsure = lost if unsure is None else unsure | lost
         if count > MOST_WEIGHT:
-            unsure = torch.ones(self._size, dtype=torch.bool)
+            unsure = torch.ones(out.numel(), dtype=torch.bool)
         if unsure is not None and unsure.any():
-            _settle_exactly(mean, unsure.nonzero().flatten(), inputs, weights, dtype)
-        if not round_into(mean, out, dtype, (self._wide, self._middle)):
-            _settle_non_finite(out, mean, inputs, weights, dtype)
+            places = unsure.nonzero().flatten()
+            mean[places] = _exact_means(rows, weights, places, dtype)
+        round_into(mean, out, dtype, (self._spare, self._middle))
+
+    def _divisor(self, count: int) -> torch.Tensor:
+        """Return a count as a tensor, which torch else makes of a number each time."""
+        if self._count != count:
+            self._count, self._counts = count, torch.tensor(count, dtype=torch.float64)
+        return self._counts
 
 
-def _first(inputs: Inputs, count: int) -> Iterator[torch.Tensor]:
-    return islice(inputs(), count)
+def _split(rows: Rows, size: int) -> Iterable[Rows]:
+    """Return the first so many elements of the rows, the next, and so on."""
+    if isinstance(rows, torch.Tensor):
+        return torch.split(rows, size, 1)
+    return zip(*(torch.split(row, size) for row in rows), strict=True)
 
 
-def _last(sums: Iterator[_Sum]) -> _Sum:
-    return deque(sums, maxlen=1).pop()
+def _parts(rows: Rows, weights: Sequence[int]) -> int:
+    """Return into how many parts a row is cut so that its product with a weight is exact."""
+    return 2 if weights and any(row.dtype is torch.float64 for row in rows) else 1
 
 
 def _lost(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -288,8 +275,6 @@ def _refine(
     quotient = mean.clone()
     torch.add(quotient, step, out=mean)
     tail = step - (mean - quotient)
-    # Where all inputs are -0.0, so is their mean.
-    torch.where((high == 0) & (low == 0), high, mean, out=mean)
     # Where the step went in whole, it is a few bits long: its product with count is exact.
     return torch.where(tail == 0, missing - step * count, tail), lost
 
@@ -302,17 +287,18 @@ def _round_to_odd(mean: torch.Tensor, tail: torch.Tensor) -> None:
     mean.copy_(torch.where(move, torch.nextafter(mean, toward), mean))
 
 
-def _settle_exactly(
-    mean: torch.Tensor, places: torch.Tensor, inputs: Inputs, weights: Sequence[int], dtype: DType
-) -> None:
-    """Put the mean of some elements in place by rational arithmetic.
+def _exact_means(
+    rows: Rows, weights: Sequence[int], places: torch.Tensor, dtype: DType
+) -> torch.Tensor:
+    """Return the means of some elements in float64, by rational arithmetic.
 
-    It is rounded to odd where it will be rounded again, to a smaller `dtype`.
+    They are rounded to odd where they will be rounded again, to a smaller `dtype`.
     """
-    columns = [chunk[places].to(torch.float64).tolist() for chunk in inputs()]
+    columns = [row[places].to(torch.float64).tolist() for row in rows]
     odd = dtype.significand < 53
+    weights = weights or (1,) * len(columns)
     exact = [_exact_mean(values, weights, odd) for values in zip(*columns, strict=True)]
-    mean[places] = torch.tensor(exact, dtype=torch.float64)
+    return torch.tensor(exact, dtype=torch.float64)
 
 
 def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) -> float:
@@ -320,8 +306,6 @@ def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) ->
         return math.nan
     addends = (Fraction(value) * weight for value, weight in zip(values, weights, strict=True))
     exact = sum(addends, Fraction(0)) / sum(weights)
-    if not exact:
-        return -0.0 if all(math.copysign(1, value) < 0 for value in values) else 0.0
     nearest = float(exact)
     missing = exact - Fraction(nearest)
     if not odd or not missing or math.frexp(nearest)[0] * 2**53 % 2:
@@ -329,23 +313,47 @@ def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) ->
     return math.nextafter(nearest, math.inf if missing > 0 else -math.inf)
 
 
+def _settle(out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType) -> None:
+    """Put right what sums do not keep: what is not finite, and zeros that are negative.
+
+    Args:
+        out: The mean of the rows.
+        rows: What was averaged.
+        weights: How often each row counts.
+        dtype: The dtype of `out`.
+
+    Raises:
+        NonFiniteError: An element is not finite, and not the same in all rows.
+    """
+    enough = torch.promote_types(out.dtype, torch.float32) if out.itemsize > 1 else torch.float32
+    if not math.isfinite(out.sum(dtype=enough).item()):
+        _settle_non_finite(out, rows, weights, dtype)
+    negative = torch.ones(1, dtype=torch.bool)
+    for row in rows:
+        bits, zero = _signed_bits(row), _negative_zero(row)
+        if bits.amin() > zero:
+            return
+        negative = negative & (bits == zero)
+    _signed_bits(out)[negative] = _negative_zero(out)
+
+
 def _settle_non_finite(
-    out: torch.Tensor, mean: torch.Tensor, inputs: Inputs, weights: Sequence[int], dtype: DType
+    out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType
 ) -> None:
     """Put right the elements that came out NaN or infinite, or refuse them."""
     places = (~torch.isfinite(out.to(torch.float64))).nonzero().flatten()
     if not places.numel():
         return  # only the sum of the chunk overflowed
-    columns = [chunk[places].clone() for chunk in inputs()]
+    columns = [row[places] for row in rows]
     last = columns[-1]
     same = torch.ones(places.numel(), dtype=torch.bool)
     for column in columns:
         if column.dtype == last.dtype:
-            same &= _bits(column) == _bits(last)
+            same &= _signed_bits(column) == _signed_bits(last)
         else:
             same &= column.to(torch.float64) == last.to(torch.float64)
     if last.dtype == out.dtype:
-        _bits(out)[places[same]] = _bits(last)[same]
+        _signed_bits(out)[places[same]] = _signed_bits(last)[same]
     else:
         round_at(places[same], last[same].to(torch.float64), out, dtype)
     rest = places[~same]
@@ -355,9 +363,13 @@ def _settle_non_finite(
         if bad.numel():
             raise NonFiniteError(source, int(rest[bad[0]]), float(values[bad[0]]))
     # Finite in every input: only the sum, or the rounding to a smaller dtype, overflowed.
-    _settle_exactly(mean, rest, inputs, weights, dtype)
-    round_at(rest, mean[rest], out, dtype)
+    round_at(rest, _exact_means(rows, weights, rest, dtype), out, dtype)
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.view(BITS[values.dtype.itemsize])
+def _signed_bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(_SIGNED[values.dtype.itemsize])
+
+
+def _negative_zero(values: torch.Tensor) -> int:
+    """Return the bits of -0.0 as a signed integer: only the sign, and so the least there is."""
+    return torch.iinfo(_SIGNED[values.dtype.itemsize]).min

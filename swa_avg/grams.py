@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from swa_avg.exact import Rows
+
+_AT_ONCE = 128 * 1024  # numbers of all inputs, in float64
+
 
 class Gram:
     """The inner products of one group of tensors, so far.
@@ -20,28 +24,35 @@ class Gram:
         self.products = torch.zeros(count, count, dtype=torch.float64)
         self.square = 0.0
 
-    def add_chunk(self, rows: torch.Tensor, mean: torch.Tensor, *, backwards: bool = False) -> None:
+    def add_chunk(self, rows: Rows, mean: torch.Tensor) -> None:
         """Add what one chunk has to them.
 
         What is not finite is the same in all inputs, and counts as no difference.
 
         Args:
-            rows: float64, N by the length of the chunk: the inputs. It is overwritten.
+            rows: The inputs, N rows of the length of the chunk.
             mean: Their mean.
-            backwards: Whether the last input comes first.
         """
-        wide = mean.to(torch.float64)
-        first = rows[-1 if backwards else 0].clone()
+        step = max(1, _AT_ONCE // len(rows))
+        for start in range(0, mean.numel(), step):
+            part = slice(start, start + step)
+            self._add(
+                torch.stack([row[part].to(torch.float64) for row in rows]),
+                mean[part].to(torch.float64),
+            )
+
+    def _add(self, rows: torch.Tensor, mean: torch.Tensor) -> None:
+        first = rows[0].clone()
         rows.sub_(first)
         products = rows @ rows.t()
         if not torch.isfinite(products.sum()):
             rows.masked_fill_(~torch.isfinite(first), 0)
             products = rows @ rows.t()
-        self.products += products.flip(0, 1) if backwards else products
-        square = torch.dot(wide, wide)
+        self.products += products
+        square = torch.dot(mean, mean)
         if not torch.isfinite(square):
-            wide = torch.where(torch.isfinite(wide), wide, 0)
-            square = torch.dot(wide, wide)
+            mean = torch.where(torch.isfinite(mean), mean, 0)
+            square = torch.dot(mean, mean)
         self.square += float(square)
 
     def add(self, other: Gram) -> None:

@@ -29,7 +29,7 @@ from swa_avg.distributed import ProcessRanks
 from swa_avg.draft import JoinedOutput
 from swa_avg.errors import SwaAvgError
 from swa_avg.files import ROOM, InputFile, reading_ahead
-from swa_avg.findings import Findings
+from swa_avg.findings import Findings, Records
 from swa_avg.layout import StateDict
 from swa_avg.mean import Kernel, compute, settle
 from swa_avg.output import AtomicFile, AtomicFolder
@@ -103,8 +103,9 @@ class _Together:
         self.ranks.tell(os.fsencode(file.path.name))
         kernel = self.averaging.kernel(file)
         findings = self._compute(kernel)
+        records = Records(kernel.works)
         for data in self.ranks.collect(b"")[1:]:
-            findings.merge(data)
+            findings.merge(json.loads(data), records)
         return self.averaging.complete(file, settle(kernel, findings, self.threads))
 
     def follow(self) -> None:
@@ -115,12 +116,13 @@ class _Together:
         target, layout = self.averaging.output, self.averaging.layout
         path = Path(os.path.realpath(target)).with_name(name)
         with JoinedOutput(path, target, dict(layout.files) or {"": layout.size}) as file:
-            findings = self._compute(self.averaging.kernel(file))
+            kernel = self.averaging.kernel(file)
+            findings = self._compute(kernel).plain(Records(kernel.works))
             file.sync()
         for state in self.averaging.states:
             for source in state.checkpoint.files:
                 source.check_unchanged()
-        self.ranks.collect(findings.to_bytes())
+        self.ranks.collect(json.dumps(findings, separators=(",", ":")).encode())
 
     def _compute(self, kernel: Kernel) -> Findings:
         """Compute and write this rank's part."""

@@ -1,28 +1,27 @@
 """The kernel: the byte ranges of N inputs in, one range of the output out.
 
-The works are cut into cells that stay in the processor's cache. For a cell the
-same range of every input is read in turn into one buffer and added up; the mean
-is written to the place that the output has for it. Threads take tasks of many
-cells. Memory does not grow with the model or with the number of checkpoints.
-Knows no format.
+The works are cut into cells. For a cell the same range of every input is read into
+a row of one buffer; the mean of the rows is written to the place that the output has
+for it. Processes, or threads, take tasks of many cells. Memory does not grow with
+the model. Knows no format.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 
+from swa_avg import crew
 from swa_avg.checksums import combined, verify
-from swa_avg.cutting import CHUNK, Cell, Item, tasks
+from swa_avg.cutting import CHUNK, Cell, Chunking, Item, bytes_read, tasks
 from swa_avg.desk import Desk
 from swa_avg.errors import NotFiniteError
-from swa_avg.findings import Findings
+from swa_avg.exact import ALONE, BESIDE_THREADS, MOST_OF_ONE
+from swa_avg.findings import Findings, Plain, Records
 from swa_avg.gather import Box
 from swa_avg.grams import Gram
 from swa_avg.lookahead import LookAhead
@@ -33,10 +32,10 @@ from swa_avg.rounding import NonFiniteError
 from swa_avg.tensors import Kind, Record
 from swa_avg.writing import writer_to
 
-_T = TypeVar("_T")
 Progress = Callable[[int], None]
 
 _CHECKS = 1024  # checksums that are compared in one task
+_WORTH_FORKING = 32 * 1024 * 1024  # bytes; what is less takes less time than the forks
 _TORCH_THREADS = threading.Lock()
 
 
@@ -48,7 +47,7 @@ class Kernel:
         output: The file that is written.
         places: Where each work's bytes begin in it.
         works: What is computed.
-        chunk: How many elements are averaged at once.
+        chunk: How many elements are averaged at once, at most.
         groups: For each work the number of the group, 0 or more, to the inner products
             of which it counts; -1 for none. Empty where none are wanted.
         partials: As many outputs as there are checkpoints, less one, or none: number
@@ -71,7 +70,9 @@ class Kernel:
     def tasks(self, threads: int) -> list[list[Item]]:
         """Return all that is to be done, in order, a few tasks for each of so many threads."""
         groups = [self.group(number) for number in range(len(self.works))]
-        return list(tasks(self.works, groups, self.chunk, threads))
+        elements = min(self.chunk, MOST_OF_ONE) if self.partials else self.chunk
+        chunking = Chunking.for_threads(threads, elements)
+        return list(tasks(self.works, groups, chunking, threads))
 
     def group(self, number: int) -> int:
         """Return the group to which a work's inner products count; -1 for none."""
@@ -108,32 +109,33 @@ class Outcome:
     partial_checksums: tuple[tuple[int, ...], ...] = ()
 
 
-def run(kernel: Kernel, threads: int, progress: Progress | None = None) -> Outcome:
+def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outcome:
     """Compute all works and write them.
 
     Args:
         kernel: What to do.
-        threads: How many threads do it.
+        workers: How many processes or threads do it.
         progress: Called in the calling thread with the bytes read since the last call.
 
     Raises:
         SwaAvgError: The first problem, in the order of the tasks, that any of them met.
     """
-    return settle(kernel, compute(kernel, kernel.tasks(threads), threads, progress), threads)
+    findings = compute(kernel, kernel.tasks(workers), workers, progress)
+    return settle(kernel, findings, workers)
 
 
 def compute(
     kernel: Kernel,
     dealt: Sequence[Sequence[Item]],
-    threads: int,
+    workers: int,
     progress: Progress | None = None,
 ) -> Findings:
-    """Do tasks: all of a kernel, or of several processes' one's part.
+    """Do tasks: all of a kernel, or of several ranks one's part.
 
     Args:
         kernel: What they belong to.
         dealt: The tasks.
-        threads: How many threads do them.
+        workers: How many processes or threads do them.
         progress: Called in the calling thread with the bytes read since the last call.
 
     Returns:
@@ -142,29 +144,30 @@ def compute(
     Raises:
         SwaAvgError: The first problem, in the order of the tasks, that any of them met.
     """
-    job = _Job(kernel)
-    with (
-        _one_torch_thread(),
-        LookAhead(dealt, kernel.works, threads) as ahead,
-        ThreadPoolExecutor(threads, "swa-avg") as pool,
-    ):
-
-        def do(number: int) -> int:
-            count = job.do(dealt[number])
+    job = _Job(kernel, dealt)
+    findings = Findings(len(kernel.outputs))
+    with _one_torch_thread(), ExitStack() as ended:
+        results = _begun(job, workers, ended)
+        ended.callback(job.stop.set)
+        # Only now: processes are not forked beside a thread.
+        ahead = ended.enter_context(LookAhead(dealt, kernel.works, workers))
+        for number, found in results:
+            findings.merge(found, job.records)
             ahead.done(number)
-            return count
+            if progress:
+                progress(found["read"])
+    return findings
 
-        submitted = [pool.submit(do, number) for number in range(len(dealt))]
-        try:
-            for count in _results(submitted):
-                job.findings.bytes_read += count
-                if progress:
-                    progress(count)
-        except BaseException:
-            job.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return job.findings
+
+def _begun(job: _Job, workers: int, ended: ExitStack) -> crew.Results[Plain]:
+    """Have the tasks done: by processes where that is possible and worth it, else by threads."""
+    count = len(job.dealt)
+    worth = bytes_read(job.dealt, job.kernel.works) >= _WORTH_FORKING
+    if workers > 1 and worth and crew.can_fork():
+        with suppress(OSError):
+            return ended.enter_context(crew.in_processes(job.do, count, workers))
+    job.at_once = BESIDE_THREADS if workers > 1 else ALONE
+    return ended.enter_context(crew.in_threads(job.do, count, workers))
 
 
 def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
@@ -179,25 +182,24 @@ def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
         FormatError: What was read is not what was saved.
     """
     ledger = findings.ledger
+    left = ledger.open
 
-    def check(records: Sequence[Record]) -> None:
-        for record in records:
+    def check(number: int) -> None:
+        for record in left[number * _CHECKS : (number + 1) * _CHECKS]:
             ledger.check(record)
 
-    left = ledger.open
-    parts = [left[at : at + _CHECKS] for at in range(0, len(left), _CHECKS)]
-    with ThreadPoolExecutor(threads, "swa-avg") as pool:
-        try:
-            for _ in _results([pool.submit(check, records) for records in parts]):
-                pass
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    with crew.in_threads(check, -(-len(left) // _CHECKS), threads) as checked:
+        for _ in checked:
+            pass
     return _outcome(kernel, findings)
 
 
 def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
-    *partial, checksums = (tuple(map(combined, pieces)) for pieces in findings.written)
+    numbers = range(len(kernel.works))
+    *partial, checksums = (
+        tuple(combined(pieces.get(number, [])) for number in numbers)
+        for pieces in findings.written
+    )
     differing = tuple(kernel.works[number].name for number in sorted(findings.differing))
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}
     squares = {group: gram.square for group, gram in sorted(findings.grams.items())}
@@ -209,16 +211,6 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
         for record in source.records
     }
     return Outcome(checksums, differing, findings.bytes_read, crcs, grams, squares, tuple(partial))
-
-
-def _results(futures: Sequence[Future[_T]]) -> Iterator[_T]:
-    """Yield results as they come; raise the error of the earliest task that has one."""
-    for done in as_completed(futures):
-        if done.exception():
-            # An earlier task may be about to fail too: which error is shown must not be chance.
-            for future in futures:
-                future.result()
-        yield done.result()
 
 
 @contextmanager
@@ -237,22 +229,35 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 class _Job:
-    """One run of a kernel: its tasks and what they have in common."""
+    """Tasks of a kernel, and what they have in common.
 
-    def __init__(self, kernel: Kernel) -> None:
+    Attributes:
+        kernel: What they belong to.
+        dealt: The tasks.
+        records: All records that the kernel reads.
+        at_once: How many numbers a worker has in float64 at once.
+        stop: Set where what is not done yet is not needed any more.
+    """
+
+    def __init__(self, kernel: Kernel, dealt: Sequence[Sequence[Item]]) -> None:
         self.kernel = kernel
-        self.findings = Findings(kernel.works, len(kernel.outputs))
+        self.dealt = dealt
+        self.records = Records(kernel.works)
+        self.at_once = ALONE
         self.stop = threading.Event()
         self._outputs = kernel.outputs
         self._local = threading.local()
 
-    def do(self, task: Sequence[Item]) -> int:
-        """Do one task; return how many bytes it read."""
+    def do(self, number: int) -> Plain:
+        """Do one task; return what was found."""
         if not hasattr(self._local, "desk"):
-            self._local.desk = Desk(self.kernel.chunk)
-        return sum(self._do(item, self._local.desk) for item in task)
+            self._local.desk = Desk(self.at_once)
+        findings = Findings(len(self._outputs))
+        for item in self.dealt[number]:
+            self._do(item, self._local.desk, findings)
+        return findings.plain(self.records)
 
-    def _do(self, item: Item, desk: Desk) -> int:
+    def _do(self, item: Item, desk: Desk, findings: Findings) -> None:
         """Do one item, cell by cell."""
         work = self.kernel.works[item.number]
         readers = readers_of(item, self.kernel.works)
@@ -263,27 +268,28 @@ class _Job:
         gram = Gram(len(work.sources)) if group >= 0 else None
         for cell in item.cells():
             if self.stop.is_set():
-                return 0
+                return
             try:
-                for numbers, data in self._compute(item, readers, cell, gram, desk):
+                for numbers, data in self._computed(item, readers, cell, gram, desk, findings):
                     for number in numbers:
                         writers[number].write(data)
             except NonFiniteError as error:
                 self._refuse(item, error)
-        for writer, written in zip(writers, self.findings.written, strict=True):
+        for writer, written in zip(writers, findings.written, strict=True):
             for number, piece in writer.pieces():
                 written[number].append(piece)
         if gram is not None:
-            self.findings.add_gram(group, gram)
-        return sum(reader.close(self.findings.ledger) for reader in readers)
+            findings.add_gram(group, gram)
+        findings.bytes_read += sum(reader.close(findings.ledger) for reader in readers)
 
-    def _compute(
+    def _computed(
         self,
         item: Item,
         readers: Sequence[Reader],
         cell: Cell | Box,
         gram: Gram | None,
         desk: Desk,
+        findings: Findings,
     ) -> Iterator[tuple[Iterable[int], memoryview]]:
         """Yield the bytes of a cell, with the numbers of the outputs they are for."""
         work = self.kernel.works[item.number]
@@ -291,7 +297,7 @@ class _Job:
         if work.treatment is not Treatment.AVERAGED:
             data, same = desk.without_mean(work, readers, cell)
             if not same:
-                self.findings.differing.add(item.number)
+                findings.differing.add(item.number)
             yield everywhere, data
         elif len(everywhere) == 1:
             yield everywhere, desk.mean(work, readers, cell, gram)

@@ -1,7 +1,7 @@
 """Reading the inputs of one item of work, piece by piece, with the checksums of what is read.
 
 A reader fills a buffer with the elements of a cell, in the order of the output.
-It may be asked for a cell twice; its bytes count only once.
+It is asked for each cell of its item once, in their order.
 """
 
 from __future__ import annotations
@@ -69,18 +69,15 @@ class RangeReader:
         self.dtype = source.dtype
         self._record, self._name = source.record, name
         self._read = source.record.file.read_into
-        # Bytes from the record's start: of element 0, of the strip, of what is not seen yet.
-        self._zero = source.offset * self.dtype.itemsize
-        self._first = self._next = self._zero + strip.start * self.dtype.itemsize
+        # Bytes from the record's start: of the strip, and of what is not seen yet.
+        self._first = self._next = (source.offset + strip.start) * self.dtype.itemsize
         self._crc = 0
 
     def read(self, cell: Cell, buffer: memoryview) -> None:
-        """Read on from where the last cell ended, or a cell again."""
-        place = self._zero + cell.start * self.dtype.itemsize
-        self._read(buffer, self._record.offset + place)
-        if place == self._next:
-            self._crc = crc32(buffer, self._crc)
-            self._next = place + len(buffer)
+        """Read on from where the last cell ended."""
+        self._read(buffer, self._record.offset + self._next)
+        self._crc = crc32(buffer, self._crc)
+        self._next += len(buffer)
 
     def close(self, ledger: Ledger) -> int:
         """Hand over the checksum of all cells together."""
@@ -119,8 +116,7 @@ class BundleReader:
             end = place + len(view)
         if file is not None:
             file.read_scattered(pieces, start)
-        if not self._crcs:
-            self._crcs = [crc32(view) for view in views]
+        self._crcs = [crc32(view) for view in views]
 
     def close(self, ledger: Ledger) -> int:
         """Hand over the checksum of each tensor."""

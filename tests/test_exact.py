@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swa_avg.exact import MOST_WEIGHT, Averager
+from swa_avg.exact import MOST_WEIGHT, Averager, Rows
 from swa_avg.rounding import (
     AlwaysRounded,
     NonFiniteError,
@@ -50,18 +50,25 @@ def averaged(
     """Return the mean as swa-avg computes it, in chunks of `chunk` elements."""
     out = torch.empty(inputs[0].numel(), dtype=dtype or inputs[0].dtype)
     chunk = chunk or out.numel()
-    averager = Averager(chunk)
+    averager = Averager()
     averager._rounded = detector or averager._rounded
     for start in range(0, out.numel(), chunk):
         parts = [values[start : start + chunk] for values in inputs]
         averager.mean_into(
-            lambda parts=parts: iter(parts),
-            len(parts),
+            _rows(parts),
             out[start : start + chunk],
             DTYPES[str(out.dtype).removeprefix("torch.")],
             weights,
         )
     return out
+
+
+def _rows(parts: list[Tensor]) -> Rows:
+    """Return inputs as the kernel gives them."""
+    if len({values.dtype for values in parts}) > 1:
+        return parts
+    bits = oracle.INTEGERS[parts[0].dtype.itemsize]
+    return torch.stack([values.contiguous().view(bits) for values in parts]).view(parts[0].dtype)
 
 
 def assert_correct(
@@ -339,11 +346,11 @@ def test_running_means_are_the_means(
     for values in inputs:
         values[::13] = -0.0
     inputs[0][5] = math.nan  # alone it is what it is
-    averager = Averager(200)
+    averager = Averager()
     averager._rounded = AlwaysRounded() if careful else averager._rounded
     out = torch.empty(200, dtype=dtype)
     made = averager.running_means(
-        lambda: iter(inputs), 6, out, DTYPES[str(dtype).removeprefix("torch.")], weights
+        _rows(inputs), out, DTYPES[str(dtype).removeprefix("torch.")], weights
     )
     assert next(made) == 1
     assert oracle.same_bits(out, inputs[0])
@@ -354,7 +361,7 @@ def test_running_means_are_the_means(
     for _ in range(2):  # what the averager has learnt from a chunk changes nothing
         counts = []
         for k in averager.running_means(
-            lambda: iter(inputs), 6, out, DTYPES[str(dtype).removeprefix("torch.")], weights
+            _rows(inputs), out, DTYPES[str(dtype).removeprefix("torch.")], weights
         ):
             counts.append(k)
             assert oracle.same_bits(out, averaged(inputs[:k], weights=weights[:k])), k

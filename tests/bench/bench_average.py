@@ -190,7 +190,8 @@ def write_checkpoints(folder: Path, case: Case) -> int:
 
 
 def measured(code: str, folder: Path, case: Case) -> Measure:
-    """Run one subject in a process of its own."""
+    """Run one subject in a process of its own; the disk has nothing else to write then."""
+    os.sync()
     flags = f"SAFE, COLD = {case.safe}, {case.cold}\n"
     source = flags + PRELUDE + code.replace("DTYPE", case.dtype) + EPILOGUE
     ended = subprocess.run(
