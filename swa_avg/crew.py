@@ -26,7 +26,8 @@ from swa_avg.errors import SwaAvgError
 _T = TypeVar("_T")
 Task = Callable[[int], _T]  # is given a task's number
 Results = Iterator[tuple[int, _T]]
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+# What a terminal sends to all its processes.
+_FOR_ALL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 _IN_STORE = 2  # tasks that a process has, so that it need not wait for the next one
 
 
@@ -129,10 +130,14 @@ class _Worker:
         context = multiprocessing.get_context("fork")
         mine, its = context.Pipe()
         process = context.Process(target=_serve, args=(do, its, mine), daemon=True)
-        with warnings.catch_warnings():
-            # Of threads that Python knows nothing of, as numpy's: they take part in no fork.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            process.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_ALL)
+        try:
+            with warnings.catch_warnings():
+                # Of threads that Python knows nothing of, as numpy's: they take part in no fork.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_ALL)
         its.close()
         return cls(process, mine)
 
@@ -167,9 +172,10 @@ class _Worker:
 
 def _serve(do: Task[_T], line: Connection, other: Connection) -> None:
     """Do tasks until no more come."""
-    for name in _SIGNALS:
-        # Who started us ends us, and tells what has happened.
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _FOR_ALL:  # who has forked us ends us, and says what has happened
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_ALL)
     other.close()
     with suppress(EOFError, OSError):
         while True:

@@ -337,9 +337,7 @@ def _settle(out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType)
     _signed_bits(out)[negative] = _negative_zero(out)
 
 
-def _settle_non_finite(
-    out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType
-) -> None:
+def _settle_non_finite(out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType) -> None:
     """Put right the elements that came out NaN or infinite, or refuse them."""
     places = (~torch.isfinite(out.to(torch.float64))).nonzero().flatten()
     if not places.numel():

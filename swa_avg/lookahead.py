@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 from swa_avg.cutting import Bundle, Item, Strip
 from swa_avg.files import InputFile
@@ -43,6 +43,9 @@ class LookAhead(AbstractContextManager["LookAhead"]):
         self._gives_up = read > _memory() // 2
         self._cold: dict[int, list[Range]] = {}
         self._thread = threading.Thread(target=self._tell, name="swa-avg-ahead", daemon=True)
+
+    def start(self) -> None:
+        """Begin, in a thread of its own, which is ended with the context."""
         self._thread.start()
 
     def done(self, number: int) -> None:
@@ -52,6 +55,10 @@ class LookAhead(AbstractContextManager["LookAhead"]):
         self._room.release()
 
     def _tell(self) -> None:
+        with suppress(OSError):  # an interrupted run may close the files before it has stopped
+            self._tell_all()
+
+    def _tell_all(self) -> None:
         for number, task in enumerate(self._tasks):
             self._room.acquire()
             if self._stop.is_set():
@@ -70,7 +77,8 @@ class LookAhead(AbstractContextManager["LookAhead"]):
     def __exit__(self, *failure: object) -> None:
         self._stop.set()
         self._room.release()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 def _memory() -> int:

@@ -151,6 +151,7 @@ def compute(
         ended.callback(job.stop.set)
         # Only now: processes are not forked beside a thread.
         ahead = ended.enter_context(LookAhead(dealt, kernel.works, workers))
+        ahead.start()
         for number, found in results:
             findings.merge(found, job.records)
             ahead.done(number)
@@ -197,8 +198,7 @@ def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
 def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
     numbers = range(len(kernel.works))
     *partial, checksums = (
-        tuple(combined(pieces.get(number, [])) for number in numbers)
-        for pieces in findings.written
+        tuple(combined(pieces.get(number, [])) for number in numbers) for pieces in findings.written
     )
     differing = tuple(kernel.works[number].name for number in sorted(findings.differing))
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}

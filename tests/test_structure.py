@@ -31,7 +31,7 @@ ROOMS = (
     *("checksums", "reader", "continuing", "wrapper", "rounding", "exact", "grams"),
     *("findings", "temporary", "placing", "writeback", "draft", "output", "upload"),
     *("distances", "report"),
-    *("cutting", "lookahead", "reading", "writing", "desk", "mean"),
+    *("cutting", "lookahead", "reading", "writing", "desk", "crew", "mean"),
     *("sampling", "verification", "settings", "averaging", "planning"),
     *("batches", "estimators", "batchnorm", "userdata", "pulse", "distributed", "joint"),
     *("recompute", "judging", "trials", "messages", "sweeping", "plot"),
