@@ -146,7 +146,9 @@ class Averaging:
             from swa_avg.mean import run
 
         threads = threads or usable_cores()
-        with reading_ahead(self.plan.ranges, threads, len(self.states), ROOM):
+        files = (file for state in self.states for file in state.checkpoint.files)
+        ranges = self.plan.ranges if any(is_remote(file.path) for file in files) else ()
+        with reading_ahead(ranges, threads, len(self.states), ROOM):
             return run(self.kernel(file, partials), threads, progress)
 
     def kernel(self, file: Output, partials: Sequence[Output] = ()) -> Kernel:

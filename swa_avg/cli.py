@@ -108,10 +108,12 @@ def _planned(run: Run) -> Iterator[Averaging]:
 
     options = replace(run.options, force=run.options.force or run.dry_run)
     with ExitStack() as opened:
-        # Headers make many objects, none of them garbage: to look for it costs a third more.
+        # Headers make many objects, none of them garbage: to look for it costs a third more,
+        # and again and again while averaging.
         gc.disable()
         try:
             averaging = opened.enter_context(planned(run.checkpoints, run.output, options))
+            gc.freeze()
         finally:
             gc.enable()
         yield averaging

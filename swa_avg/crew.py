@@ -7,6 +7,7 @@ workers in the same way. Knows nothing of what is done.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -177,6 +178,7 @@ def _serve(do: Task[_T], line: Connection, other: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_ALL)
     other.close()
+    gc.freeze()  # what was there before is no garbage, and looking at it would copy its pages
     with suppress(EOFError, OSError):
         while True:
             number = line.recv()

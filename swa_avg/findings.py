@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,27 +15,22 @@ import torch
 from swa_avg.checksums import Ledger, Piece
 from swa_avg.grams import Gram
 from swa_avg.plan import Work
-from swa_avg.tensors import Record
 
 Plain = dict[str, Any]
 
 
 class Records:
-    """All records that works read, numbered; the same in every process."""
+    """All records that works read, numbered in the same way in every process.
+
+    Attributes:
+        all: The records by their numbers; of one that several works read any number will do.
+        numbers: Their numbers.
+    """
 
     def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
-
-    @cached_property
-    def all(self) -> Sequence[Record]:
-        """The records by their numbers."""
-        sources = (source for work in self._works for source in work.sources)
-        return list(dict.fromkeys(record for source in sources for record in source.records))
-
-    @cached_property
-    def numbers(self) -> dict[Record, int]:
-        """Their numbers."""
-        return {record: number for number, record in enumerate(self.all)}
+        sources = (source for work in works for source in work.sources)
+        self.all = [record for source in sources for record in source.records]
+        self.numbers = dict(zip(self.all, range(len(self.all)), strict=True))
 
 
 class Findings:
@@ -74,7 +68,9 @@ class Findings:
         numbers = records.numbers
         return {
             "read": self.bytes_read,
-            "found": [[numbers[record], crc] for record, crc in self.ledger.found.items()],
+            # Two plain lists: there may be very many.
+            "found": [numbers[record] for record in self.ledger.found],
+            "crcs": [*self.ledger.found.values()],
             "pieces": [
                 [numbers[record], name, list(map(_plain, pieces))]
                 for record, name, pieces in self.ledger.pieces()
@@ -101,8 +97,8 @@ class Findings:
             FormatError: All of a record has been read, and its bytes are not those that were saved.
         """
         self.bytes_read += other["read"]
-        for number, crc in other["found"]:
-            self.ledger.found[records.all[number]] = crc
+        found = map(records.all.__getitem__, other["found"])
+        self.ledger.found.update(zip(found, other["crcs"], strict=True))
         for number, name, pieces in other["pieces"]:
             for piece in pieces or [None]:
                 self.ledger.add(records.all[number], name, piece and Piece(*piece))

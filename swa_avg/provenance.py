@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 from swa_avg.errors import ProvenanceError
 from swa_avg.formats import Checkpoint, open_checkpoint
@@ -187,8 +188,9 @@ def fingerprints(states: Iterable[StateDict], crcs: Mapping[Record, int]) -> Ite
         if id(state.views) not in known:
             known[id(state.views)] = _described(state)
         described, names = known[id(state.views)]
-        refs = map(state.checkpoint.located, map(state.views.__getitem__, names))
-        found = [crcs.get(record, record.crc32) for ref in refs for record in ref.records]
+        of_each = map(state.checkpoint.records_of, map(state.views.__getitem__, names))
+        records = chain.from_iterable(of_each)
+        found = [crcs.get(r) if r.crc32 is None else r.crc32 for r in records]
         digest = hashlib.sha256(described + repr(found).encode())
         yield UNKNOWN if None in found else digest.hexdigest()[: len(UNKNOWN)]
 

@@ -55,6 +55,12 @@ class Checkpoint:
         record = self.records[tensor.stored]
         return TensorRef(tensor.dtype, tensor.shape, tensor.stride, record, tensor.offset)
 
+    def records_of(self, tensor: View | TensorRef) -> tuple[Record, ...]:
+        """Return all storages that a tensor of `tree` looks at."""
+        if isinstance(tensor, TensorRef):
+            return tensor.records
+        return (self.records[tensor.stored],)
+
     def close(self) -> None:
         """Close its files."""
         for file in self.files:
