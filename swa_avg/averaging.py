@@ -85,7 +85,7 @@ class Averaging:
 
     @property
     def buffer_bytes(self) -> int:
-        """The memory that averaging takes with a thread for each core, beside torch's own."""
+        """The memory that averaging takes with a worker for each core, beside torch's own."""
         return buffer_bytes(self.plan.works, usable_cores())
 
     @property
@@ -134,7 +134,8 @@ class Averaging:
             file: Where to.
             partials: What takes the means of the last 1, 2, … checkpoints, if they are
                 wanted: one less than there are checkpoints.
-            threads: How many threads work; by default one for each usable core.
+            threads: How many work: forked processes where this one has no other thread,
+                else threads; by default one for each usable core.
             progress: Called with the number of bytes read since the last call.
 
         Raises:

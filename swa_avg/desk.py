@@ -1,4 +1,4 @@
-"""What one thread works with: its buffers, and what it does with one cell in them."""
+"""What one worker works with: its buffers, and what it does with one cell in them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Buffer:
 
 
 class Desk:
-    """The buffers of one thread; they are as large as the largest cell so far needs.
+    """The buffers of one worker; they are as large as the largest cell so far needs.
 
     Args:
         at_once: How many numbers of all inputs are in float64 at once.

@@ -230,7 +230,10 @@ _DECLARED = (
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement."),
     click.option(
-        "--threads", type=click.IntRange(1), metavar="N", help="How many threads.  [default: cores]"
+        "--threads",
+        type=click.IntRange(1),
+        metavar="N",
+        help="How many cores.  [default: all]",
     ),
     click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s"),
 )
@@ -258,7 +261,7 @@ class Run:
         report: Where to write the report, if anywhere.
         quiet: Whether to print nothing but errors.
         verbose: Whether to show every tensor and every disagreement.
-        threads: How many threads work; None for one a core.
+        threads: How many processes or threads work; None for one a core.
     """
 
     checkpoints: tuple[str, ...]

@@ -164,7 +164,8 @@ def average(
         checkpoints: Files, or patterns of them; none where averages are merged.
         output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
             `.bin` and `.tar` a torch zip; another name the form of the inputs.
-        threads: How many threads work; by default one for each usable core.
+        threads: How many work: forked processes where this one has no other thread, else
+            threads; by default one for each usable core.
         progress: Called with the number of bytes read since the last call.
         **options: The fields of `Options`, by name: `dtype="bfloat16"`.
 

@@ -210,7 +210,7 @@ def sweep(
         estimator: population or torch.
         amp: off, bf16 or fp16.
         max_batches: Use only so many batches.
-        threads: How many threads average; by default one for each usable core.
+        threads: How many processes or threads average; by default one for each usable core.
         progress: Called before each step with how many are done, and what comes now.
         **options: The fields of `Options`, by name, but for `start_from`, `distances`
             and the BatchNorm statistics of the first checkpoint.

@@ -2,14 +2,16 @@
 
     python tests/bench/bench_average.py [CASE]... [--rounds 5] [--scale 1.0]
     python tests/bench/bench_average.py --growth [--picture tests/bench/growth.png]
+    python tests/bench/bench_average.py --huge 30
 
 The floor is `cat` of all inputs and `cp` of one; where the cache is cold, `cat` of
 all side by side. Every subject runs in a process of its own, in turn, so that what
 else goes on meets all of them; what is shown is the median of its ratios to the
 floor of the same round. Its time is without the start of Python and its imports.
-Memory is the peak of the process, and how far that is over `import torch`. What it
-read and wrote is what it asked the system for (rchar and wchar of /proc/self/io:
-maps of files are not in it). mergekit is a command: its time has its start in it.
+Memory is looked at in one more run: the peak of the process and of all that it has
+forked, and how far that is over `import torch`. What it read and wrote is what it asked
+the system for (rchar and wchar of /proc/self/io: maps of files are not in it). mergekit
+is a command: its time has its start in it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from pathlib import Path
 
 import click
 
-PRELUDE = """
-import glob, json, os, re, shutil, subprocess, sys, time, torch
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import footprint
+from test_memory import write_sparse
 
-def peak():  # not ru_maxrss, which a child inherits from its parent
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+PRELUDE = """
+import glob, json, os, shutil, subprocess, sys, time, torch
 
 def traffic():
     found = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
@@ -43,18 +46,20 @@ if SAFE:
 else:
     load_file, save_file = torch.load, torch.save
 
-files, base, before = sorted(glob.glob("epoch_*")), peak(), traffic()
+files = sorted(glob.glob("epoch_*"))
 import swa_avg.mean
 if COLD:
     for file in files:
         with open(file, "rb") as opened:
             os.fsync(opened)
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-started = time.perf_counter()
+print("ready", flush=True)
+input()
+before, started = traffic(), time.perf_counter()
 """
 EPILOGUE = """
 seconds, after = time.perf_counter() - started, traffic()
-print(json.dumps([seconds, peak() - base, peak(), after[0] - before[0], after[1] - before[1]]))
+print(json.dumps([seconds, after[0] - before[0], after[1] - before[1]]))
 """
 FLOOR = "floor"
 OURS = "swa-avg"
@@ -157,7 +162,7 @@ CASES = {
     "adam": Case(5, 24, 1 << 22, adam=True, subjects=()),
     "cold": Case(10, 24, 1 << 22, cold=True, subjects=("mapped, add per tensor",)),
 }
-Measure = list[float]  # seconds, MB over torch, MB in all, GB read, GB written
+Measure = list[float]  # seconds, GB read, GB written; where looked at, MB over torch, and in all
 
 
 def write_checkpoints(folder: Path, case: Case) -> int:
@@ -189,18 +194,33 @@ def write_checkpoints(folder: Path, case: Case) -> int:
     return sum(path.stat().st_size for path in folder.glob("epoch_*"))
 
 
-def measured(code: str, folder: Path, case: Case) -> Measure:
-    """Run one subject in a process of its own; the disk has nothing else to write then."""
+def measured(code: str, folder: Path, case: Case, *, looked_at: bool = False) -> Measure:
+    """Run one subject in a process of its own; the disk has nothing else to write then.
+
+    Args:
+        code: The subject.
+        folder: Where the checkpoints are.
+        case: Of which kind they are.
+        looked_at: Whether its memory is wanted, and not its time.
+    """
     os.sync()
     flags = f"SAFE, COLD = {case.safe}, {case.cold}\n"
     source = flags + PRELUDE + code.replace("DTYPE", case.dtype) + EPILOGUE
-    ended = subprocess.run(
-        [sys.executable, "-c", source], cwd=folder, capture_output=True, text=True
-    )
-    if ended.returncode:
-        raise click.ClickException(ended.stderr)
-    made: Measure = json.loads(ended.stdout.splitlines()[-1])
-    return made
+    command = [sys.executable, "-c", source]
+    with subprocess.Popen(
+        command, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        before = footprint.of(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        most = footprint.peak(process) if looked_at else 0
+        said = process.stdout.read()
+    if process.returncode:
+        raise click.ClickException(f"exit code {process.returncode}")
+    made: Measure = json.loads(said.splitlines()[-1])
+    return [*made, (most - before) / 1e6, most / 1e6] if looked_at else made
 
 
 def mergekit_code(command: str, case: Case) -> str:
@@ -218,27 +238,28 @@ subprocess.run([{command!r}, "mergekit.yaml", "out_mergekit"], check=True, captu
 def rows_of(
     case: Case, folder: Path, rounds: int, extra: Mapping[str, str]
 ) -> dict[str, list[Measure]]:
-    """Run all subjects of a case in turn, so many rounds."""
+    """Run all subjects of a case in turn, so many rounds, and one more for their memory."""
     names = (FLOOR, OURS, *case.subjects)
     codes = {name: SUBJECTS[name] for name in names} | (WEIGHTS_ALONE if case.adam else {})
     codes |= extra
     rows: dict[str, list[Measure]] = {name: [] for name in codes}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name, code in codes.items():
-            rows[name].append(measured(code, folder, case))
+            last = number == rounds
+            rows[name].append(measured(code, folder, case, looked_at=last))
             for made in folder.glob("out_*"):
                 shutil.rmtree(made) if made.is_dir() else made.unlink()
     return rows
 
 
 def print_rows(rows: Mapping[str, list[Measure]], size: int) -> None:
-    floor = [run[0] for run in rows[FLOOR]]
+    floor = [run[0] for run in rows[FLOOR][:-1]]
     print(f"{'':34}{'seconds':>9}{'GB/s':>7}{'x floor':>9}{'MB over torch':>15}{'MB in all':>11}"
           f"{'GB read':>9}{'written':>9}")  # fmt: skip
-    for name, runs in rows.items():
+    for name, (*runs, looked_at) in rows.items():
         seconds = statistics.median(run[0] for run in runs)
         ratio = statistics.median(run[0] / own for run, own in zip(runs, floor, strict=True))
-        over, whole, read, wrote = (max(run[n] for run in runs) for n in range(1, 5))
+        _, read, wrote, over, whole = looked_at
         memory = f"{'':26}" if name in (FLOOR, MERGEKIT) else f"{over:15.0f}{whole:11.0f}"
         moved = f"{'':18}" if name in (FLOOR, MERGEKIT) else f"{read:9.2f}{wrote:9.2f}"
         print(f"{name:34}{seconds:9.2f}{size / seconds / 1e9:7.2f}{ratio:9.2f}{memory}{moved}")
@@ -266,10 +287,31 @@ def growth(rounds: int) -> dict[str, list[tuple[float, float, float]]]:
                 write_checkpoints(folder, case)
                 runs = [measured(SUBJECTS[OURS], folder, case) for _ in range(rounds)]
                 seconds = statistics.median(run[0] for run in runs)
-                drawn[label].append((value, seconds, max(run[1] for run in runs)))
+                *_, over, _ = measured(SUBJECTS[OURS], folder, case, looked_at=True)
+                drawn[label].append((value, seconds, over))
 
             in_folder(one)  # fmt: skip
     return drawn
+
+
+def huge(size: float) -> None:
+    """Average four checkpoints of so many GB, which are holes but for a few bytes."""
+    elements = 1 << 28
+
+    def one(folder: Path) -> None:
+        write_sparse(folder, 4, max(1, round(size * 1e9 / 4 / elements)), elements)
+        for path in list(folder.glob("*.pt")):
+            path.rename(path.with_stem(f"epoch_{path.stem}"))
+        read = sum(path.stat().st_size for path in folder.glob("epoch_*"))
+        seconds, _, wrote, over, _ = measured(SUBJECTS[OURS], folder, CASES["fp32"], looked_at=True)
+        print(f"4 x {read / 4e9:.1f} GB, {_memory() / 1e9:.0f} GB of memory: {seconds:.0f} s, "
+              f"{wrote:.1f} GB written, {over:.0f} MB over torch")  # fmt: skip
+
+    in_folder(one)
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def print_growth(drawn: Mapping[str, Iterable[tuple[float, float, float]]]) -> None:
@@ -302,12 +344,16 @@ def draw(drawn: Mapping[str, list[tuple[float, float, float]]], picture: Path) -
 @click.option("--scale", default=1.0, help="How large the tensors are, of their usual size.")
 @click.option("--mergekit", help="The command mergekit-pytorch, in an environment of its own.")
 @click.option("--growth", "grows", is_flag=True, help="Time and memory against number and size.")
+@click.option("--huge", "size", type=float, help="Four checkpoints of so many GB, mostly holes.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the growth into this PNG.")
 def main(
     names: tuple[str, ...], rounds: int, scale: float, mergekit: str | None, grows: bool,
-    picture: Path | None,
+    size: float | None, picture: Path | None,
 ) -> None:  # fmt: skip
     """Print a table for each CASE; without one, for all."""
+    if size:
+        huge(size)
+        return
     if grows or picture:
         drawn = growth(rounds)
         print_growth(drawn)
