@@ -37,6 +37,8 @@ from swa_avg.verification import Written, read_back, verify
 if TYPE_CHECKING:
     from swa_avg.mean import Kernel, Outcome
 
+_MOST_CORES = 16
+
 
 @dataclass(frozen=True)
 class Averaging:
@@ -299,7 +301,6 @@ def how_made(
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use, at most 16: no disk is faster than these."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(_MOST_CORES, len(affinity(0)) if affinity else os.cpu_count() or 1)

@@ -233,7 +233,7 @@ _DECLARED = (
         "--threads",
         type=click.IntRange(1),
         metavar="N",
-        help="How many cores.  [default: all]",
+        help="How many cores.  [default: up to 16]",
     ),
     click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s"),
 )

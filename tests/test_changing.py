@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,16 +23,6 @@ from swa_avg.files import InputFile
 ALL = os.environ.get("SWA_AVG_FAULTS") == "all"  # else a bounded number of moments
 SUFFIXES = (".pt", ".safetensors")
 SIZE = 200_000  # elements: more than are read at once
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    try:
-        made = Commands(tmp_path_factory.mktemp("faults"))
-    except LookupError as missing:
-        pytest.skip(str(missing))
-    yield made
-    made.close()
 
 
 def write(path: Path, value: float, size: int = SIZE) -> None:

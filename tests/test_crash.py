@@ -29,16 +29,6 @@ FORMS = ("file", "folder")
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    try:
-        made = Commands(tmp_path_factory.mktemp("faults"))
-    except LookupError as missing:
-        pytest.skip(str(missing))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two files and two folders, and what their averages look like: `swa` and `swa.pt`."""
     folder = tmp_path_factory.mktemp("inputs")

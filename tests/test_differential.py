@@ -7,7 +7,6 @@ proves its output (`--verify`) on the way, so that a false alarm would be seen t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,6 @@ NAMES = (
     *("weight", "layer.0.weight", "module.a", "a.b.c.d", "état", "ключ", "a b", "a/b", "x" * 200),
     *("\x1b[31m", "tab\there", "0", "state_dict", "epoch", "модель.вес", "emb🙂", "..", "a\\b"),
 )
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    try:
-        made = Commands(tmp_path_factory.mktemp("faults"))
-    except LookupError as missing:
-        pytest.skip(str(missing))
-    yield made
-    made.close()
 
 
 def finite(draw: st.DrawFn, dtype: torch.dtype, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swa_avg.exact import MOST_WEIGHT, Averager, Rows
+from swa_avg.exact import ALONE, MOST_WEIGHT, Averager, Rows
 from swa_avg.rounding import (
     AlwaysRounded,
     NonFiniteError,
@@ -396,6 +396,26 @@ def test_chunks_do_not_matter(dtype: torch.dtype) -> None:
     whole = averaged(inputs)
     for chunk in (1, 2, 7, 64, 193):
         assert oracle.same_bits(averaged(inputs, chunk=chunk), whole)
+
+
+@names
+@pytest.mark.parametrize("weights", [(), (2, 1, 5)])
+def test_long_rows_do_not_matter(dtype: torch.dtype, weights: tuple[int, ...]) -> None:
+    """Rows that are averaged a part at a time, some of which need care, some none."""
+    torch.manual_seed(1)
+    size = ALONE // 2 + 7
+    inputs = spread(3, size, -1, 1, dtype)
+    hard = anything(3, 50, dtype, seed=9)
+    for values, odd in zip(inputs, hard, strict=True):
+        bits = values.view(oracle.INTEGERS[dtype.itemsize])
+        bits[size // 2 : size // 2 + 50] = odd.view(bits.dtype)
+        bits[-50:] = odd.view(bits.dtype)
+        values[7::4000] = -0.0
+    whole = averaged(inputs, weights=weights)
+    assert oracle.same_bits(averaged(inputs, chunk=977, weights=weights), whole)
+    for places in (slice(0, 30), slice(size // 2 - 10, size // 2 + 60), slice(-60, None)):
+        exact = oracle.mean([values[places] for values in inputs], None, weights)
+        assert oracle.same_bits(whole[places], exact)
 
 
 @names

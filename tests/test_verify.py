@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,16 +32,6 @@ from swa_avg.tensors import View
 ALL = os.environ.get("SWA_AVG_FAULTS") == "all"  # else a bounded number of faults
 FLOATS = list(oracle.FORMATS)
 distributed = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    try:
-        made = Commands(tmp_path_factory.mktemp("faults"))
-    except LookupError as missing:
-        pytest.skip(str(missing))
-    yield made
-    made.close()
 
 
 def state(seed: int) -> dict[str, Any]:
