@@ -82,6 +82,8 @@ def in_processes(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]
         OSError: The system has no room for more processes.
     """
     crew: list[_Worker] = []
+    frozen = gc.get_freeze_count()
+    gc.freeze()  # to look for garbage in what is shared would copy its pages
     try:
         for _ in range(min(workers, count)):
             crew.append(_Worker.start(do))
@@ -89,6 +91,8 @@ def in_processes(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]
     finally:
         for worker in crew:
             worker.end()
+        if not frozen:
+            gc.unfreeze()
 
 
 def _answers(crew: Sequence[_Worker], count: int) -> Results[Any]:
@@ -178,7 +182,6 @@ def _serve(do: Task[_T], line: Connection, other: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_ALL)
     other.close()
-    gc.freeze()  # what was there before is no garbage, and looking at it would copy its pages
     with suppress(EOFError, OSError):
         while True:
             number = line.recv()
