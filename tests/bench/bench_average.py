@@ -333,7 +333,8 @@ def draw(drawn: Mapping[str, list[tuple[float, float, float]]], picture: Path) -
         values, seconds, memory = zip(*points, strict=True)
         for row, (heights, name) in enumerate(((seconds, "seconds"), (memory, "MB over torch"))):
             axes[row][column].plot(values, heights, marker="o")
-            axes[row][column].set(xlabel=label, ylabel=name, ylim=(0, None), xlim=(0, None))
+            top = 1.1 * max(heights) if name == "seconds" else max(100, 1.1 * max(heights))
+            axes[row][column].set(xlabel=label, ylabel=name, ylim=(0, top), xlim=(0, None))
             axes[row][column].grid(alpha=0.3)
     figure.savefig(picture, dpi=110)
 
