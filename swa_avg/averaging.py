@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from swa_avg.continuing import Base
 from swa_avg.cutting import buffer_bytes
 from swa_avg.distances import distances, groups
 from swa_avg.errors import MismatchError, SwaAvgError
-from swa_avg.files import ROOM, announce, reading_ahead
+from swa_avg.files import ROOM, InputFile, announce, reading_ahead
 from swa_avg.formats import Layout
 from swa_avg.layout import StateDict
 from swa_avg.output import (
@@ -66,6 +66,11 @@ class Averaging:
     def states(self) -> tuple[StateDict, ...]:
         """All that is averaged, in order: the averages to go on from, then the checkpoints."""
         return (*(base.state for base in self.bases), *self.selection.chosen)
+
+    @property
+    def files(self) -> Iterator[InputFile]:
+        """All files that they are read from."""
+        return (file for state in self.states for file in state.checkpoint.files)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -149,8 +154,7 @@ class Averaging:
             from swa_avg.mean import run
 
         threads = threads or usable_cores()
-        files = (file for state in self.states for file in state.checkpoint.files)
-        ranges = self.plan.ranges if any(is_remote(file.path) for file in files) else ()
+        ranges = self.plan.ranges if any(is_remote(file.path) for file in self.files) else ()
         with reading_ahead(ranges, threads, len(self.states), ROOM):
             return run(self.kernel(file, partials), threads, progress)
 
@@ -172,9 +176,8 @@ class Averaging:
         said = made.text(self.plan.state_dict.provenance)
         for place, data in self.layout.headers(outcome.checksums, said):
             file.write(data, place)
-        for state in self.states:
-            for source in state.checkpoint.files:
-                source.check_unchanged()
+        for source in self.files:
+            source.check_unchanged()
         self._prove(file, outcome.checksums, said)
         return self._report(outcome)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +40,6 @@ class Ledger:
         self.found: dict[Record, int] = {}
         self._pieces: dict[Record, list[Piece]] = {}
         self._names: dict[Record, str] = {}
-        self._lock = threading.Lock()
 
     def add(self, record: Record, name: str, piece: Piece | None) -> None:
         """Note the checksum of a piece that was read, by the tensor `name`; None: of nothing.
@@ -52,11 +50,10 @@ class Ledger:
         if piece is not None and piece.length == record.length:
             self.settle(record, name, piece.crc)
             return
-        with self._lock:
-            self._names.setdefault(record, name)
-            pieces = self._pieces.setdefault(record, [])
-            if piece is not None:
-                pieces.append(piece)
+        self._names.setdefault(record, name)
+        pieces = self._pieces.setdefault(record, [])
+        if piece is not None:
+            pieces.append(piece)
 
     @property
     def open(self) -> list[Record]:

@@ -119,9 +119,8 @@ class _Together:
             kernel = self.averaging.kernel(file)
             findings = self._compute(kernel).plain(Records(kernel.works))
             file.sync()
-        for state in self.averaging.states:
-            for source in state.checkpoint.files:
-                source.check_unchanged()
+        for source in self.averaging.files:
+            source.check_unchanged()
         self.ranks.collect(json.dumps(findings, separators=(",", ":")).encode())
 
     def _compute(self, kernel: Kernel) -> Findings:

@@ -159,7 +159,7 @@ class BoxReader:
         self._bytes_read += len(buffer)
 
     def _seen(self, record: Record, start: int, data: memoryview) -> None:
-        """Take what was read into the checksum, unless it was read before."""
+        """Take what was read into the checksum, if it follows what was read before."""
         piece = self._pieces.get(record, Piece(start, 0, 0))
         if start == piece.start + piece.length:
             crc = crc32(data, piece.crc)
