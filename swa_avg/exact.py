@@ -15,6 +15,10 @@ rounded onto a tie m of a dtype of up to 24 bits, |sum - count * m| would be at
 most count * ulp(m) / 2, which is less than ulp(sum); but for counts of up to 2^26
 both are multiples of ulp(sum), so they are equal, and the tie is a true one.
 
+Inputs of up to 11 bits (float16, bfloat16, float8) mostly have an exact sum even in
+float32; where they have, all is done in it, which is much less work. Of its quotient
+the same is true as of the float64 one, for counts that leave the bits of a tie room.
+
 A weight of up to 26 bits times a number of up to 24 is exact in float64; a
 float64 is cut into two halves first (Dekker, "A floating-point technique for
 extending the available precision", Numerische Mathematik 18, 1971).
@@ -51,6 +55,12 @@ MOST_WEIGHT = 1 << 26
 ALONE = 80 * 1024
 BESIDE_THREADS = 640 * 1024
 MOST_OF_ONE = 16 * 1024  # of one input, where all are kept in float64
+# Inputs of so many bits, and so many of them, may be averaged in float32: a tie between
+# results of 11 bits has 12, and its product with the count is to be exact in 24.
+_FEW_BITS = 11
+_FEW_ROWS = 1 << 11
+_MOST_WAITED = 64  # sums that are not tried in float32 after one that was not exact in it
+_DIVISORS = (torch.float32, torch.float64)
 _LEAST_ROWS = 5
 _ALIGNED = 64
 _LOWER_HALF = (1 << 27) - 1  # of a float64's significand
@@ -83,9 +93,10 @@ class Averager:
         self._columns = torch.empty(4, 0, dtype=torch.float64)
         self._narrow = torch.empty(0)
         self._shape = (0, 0, 0)
-        self._count, self._counts = 0, torch.tensor(0.0)
+        self._count, self._counts = 0, dict[torch.dtype, torch.Tensor]()
         self._rounded = rounding_detector()
         self._careful = False
+        self._waited = self._waiting = 0
 
     def mean_into(
         self, rows: Rows, out: torch.Tensor, dtype: DType, weights: Sequence[int] = ()
@@ -107,11 +118,15 @@ class Averager:
         Raises:
             NonFiniteError: An element is not finite in some row, or becomes so by rounding.
         """
-        parts = _parts(rows, weights)
-        step = self._at_once // max(_LEAST_ROWS, parts * len(rows))
+        count, parts = len(rows), _parts(rows, weights)
+        step = self._at_once // max(_LEAST_ROWS, parts * count)
         step = max(_ALIGNED, step // _ALIGNED * _ALIGNED)
+        few = not weights and _of_few_bits(rows, dtype)
         for some, into in zip(_split(rows, step), torch.split(out, step), strict=True):
-            total = self._sum(self._widened(some, weights, parts))
+            self._resize(parts, count, into.numel())
+            if few and self._averaged_in_float32(some, into):
+                continue
+            total = self._sum(self._widened(some, weights))
             self._finish(total, into, dtype, some, weights)
         _settle(out, rows, weights, dtype)
 
@@ -126,27 +141,48 @@ class Averager:
         Yields:
             Of how many rows the mean is in `out` now: 1 to all.
         """
-        addends = self._widened(rows, weights, _parts(rows, weights))
+        self._resize(_parts(rows, weights), len(rows), out.numel())
+        addends = self._widened(rows, weights)
         for done, total in enumerate(self._sums(addends), 1):
             first, counted = rows[:done], weights[:done]
             self._finish(total, out, dtype, first, counted)
             _settle(out, first, counted, dtype)
             yield done
 
-    def _widened(self, rows: Rows, weights: Sequence[int], parts: int) -> torch.Tensor:
+    def _averaged_in_float32(self, rows: Rows, out: torch.Tensor) -> bool:
+        """Write the mean of rows of few bits into `out`, if their sum is exact in float32.
+
+        Where it was not, it likely is not in what follows either: that is not tried for a
+        while, and for the longer the more often it was in vain.
+
+        Returns:
+            Whether it was exact. If not, `out` is as it was.
+        """
+        if self._waited < self._waiting:
+            self._waited += 1
+            return False
+        self._waited = 0
+        for values, into in _one_by_one(rows, self._single):
+            into.copy_(values)
+        self._rounded.clear()
+        torch.sum(self._single, 0, out=self._middle)
+        if self._rounded.raised():
+            self._waiting = min(_MOST_WAITED, 2 * self._waiting + 1)
+            return False
+        self._waiting = 0
+        out.copy_(self._middle.div_(self._divisor(self._shape[1], torch.float32)))
+        return True
+
+    def _widened(self, rows: Rows, weights: Sequence[int]) -> torch.Tensor:
         """Return float64 numbers that add up to the rows times their weights, exactly.
 
         Returns:
             Parts (1 or 2) by rows by elements.
         """
-        self._resize(parts, len(rows), rows[0].numel())
         whole = self._addends[0]
-        if isinstance(rows, torch.Tensor):
-            self._widen(rows, whole)
-        else:
-            for row, into in zip(rows, whole, strict=True):
-                self._widen(row, into)
-        if parts == 2:
+        for values, into in _one_by_one(rows, whole):
+            self._widen(values, into)
+        if self._shape[0] == 2:
             upper = self._addends[1]
             torch.bitwise_and(whole.view(torch.int64), ~_LOWER_HALF, out=upper.view(torch.int64))
             whole.sub_(upper)
@@ -173,6 +209,7 @@ class Averager:
             self._columns = torch.empty(4, size, dtype=torch.float64)
             self._narrow = torch.empty(size)
         self._addends = self._wide[:numel].view(shape)
+        self._single = self._half[: count * size].view(count, size)
         self._high, self._new, self._mean, self._spare = self._columns[:, :size]
         self._middle = self._narrow[:size]
 
@@ -215,7 +252,7 @@ class Averager:
     ) -> None:
         """Divide the sum of the rows by how many count, and round it into `out`."""
         count, mean, unsure = sum(weights) or len(rows), self._mean, total.unsure
-        torch.div(total.high, self._divisor(count), out=mean)
+        torch.div(total.high, self._divisor(count, torch.float64), out=mean)
         if total.low is not None:
             tail, lost = _refine(mean, total.high, total.low, count)
             if dtype.significand < 53:
@@ -228,11 +265,12 @@ class Averager:
             mean[places] = _exact_means(rows, weights, places, dtype)
         round_into(mean, out, dtype, (self._spare, self._middle))
 
-    def _divisor(self, count: int) -> torch.Tensor:
+    def _divisor(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Return a count as a tensor, which torch else makes of a number each time."""
         if self._count != count:
-            self._count, self._counts = count, torch.tensor(count, dtype=torch.float64)
-        return self._counts
+            self._count = count
+            self._counts = {kind: torch.tensor(count, dtype=kind) for kind in _DIVISORS}
+        return self._counts[dtype]
 
 
 def _split(rows: Rows, size: int) -> Iterable[Rows]:
@@ -240,6 +278,20 @@ def _split(rows: Rows, size: int) -> Iterable[Rows]:
     if isinstance(rows, torch.Tensor):
         return torch.split(rows, size, 1)
     return zip(*(torch.split(row, size) for row in rows), strict=True)
+
+
+def _one_by_one(rows: Rows, into: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what goes where: all rows at once, if they are of one dtype."""
+    if isinstance(rows, torch.Tensor):
+        return [(rows, into)]
+    return zip(rows, into, strict=True)
+
+
+def _of_few_bits(rows: Rows, dtype: DType) -> bool:
+    """Tell whether a sum of rows that is exact in float32 gives their mean."""
+    some = rows[:1] if isinstance(rows, torch.Tensor) else rows
+    few = all(torch.finfo(row.dtype).bits <= 16 for row in some)
+    return few and len(rows) <= _FEW_ROWS and dtype.significand <= 24
 
 
 def _parts(rows: Rows, weights: Sequence[int]) -> int:
@@ -325,7 +377,8 @@ def _settle(out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType)
     Raises:
         NonFiniteError: An element is not finite, and not the same in all rows.
     """
-    enough = torch.promote_types(out.dtype, torch.float32) if out.itemsize > 1 else torch.float32
+    short = out.itemsize == 1 or out.dtype is torch.float16
+    enough = torch.float32 if short else out.dtype  # so that finite numbers have a finite sum
     if not math.isfinite(out.sum(dtype=enough).item()):
         _settle_non_finite(out, rows, weights, dtype)
     negative = torch.ones(1, dtype=torch.bool)
@@ -334,7 +387,9 @@ def _settle(out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType)
         if bits.amin() > zero:
             return
         negative = negative & (bits == zero)
-    _signed_bits(out)[negative] = _negative_zero(out)
+    minus_zero = torch.full((1,), -0.0).to(out.dtype)  # +0.0 where the dtype has no other
+    bits = _signed_bits(out)
+    bits[negative & (bits == 0)] = _signed_bits(minus_zero)
 
 
 def _settle_non_finite(out: torch.Tensor, rows: Rows, weights: Sequence[int], dtype: DType) -> None:

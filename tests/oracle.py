@@ -95,6 +95,7 @@ def mean(
     """Return the mean of tensors of one shape, rounded once to `dtype`.
 
     Without weights each input counts once. Elements with the same bits in all inputs keep them.
+    What is -0 in all of them is -0 in any dtype that has it.
     """
     wanted = dtype or inputs[0].dtype
     if wanted in PARTS:
@@ -111,6 +112,10 @@ def mean(
             continue
         numbers = [form.value(pattern) for pattern, form in zip(column, forms, strict=True)]
         assert None not in numbers, "NaN and infinity have no mean"
+        zeros = zip(column, forms, strict=True)
+        if all(pattern == form.sign for pattern, form in zeros):
+            made.append(0 if FORMATS[wanted].unsigned_zero else FORMATS[wanted].sign)
+            continue
         exact = sum((n * w for n, w in zip(numbers, times, strict=True)), Fraction(0)) / sum(times)
         made.append(FORMATS[wanted].bits(exact))
     return from_bits(made, wanted).reshape(inputs[0].shape)

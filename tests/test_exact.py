@@ -26,7 +26,9 @@ from swa_avg.tensors import DTYPES
 
 FLOATS = tuple(oracle.FORMATS)
 NARROW = tuple(dtype for dtype in FLOATS if dtype != torch.float64)
+FEW = tuple(dtype for dtype in FLOATS if dtype.itemsize <= 2)
 names = pytest.mark.parametrize("dtype", FLOATS, ids=str)
+few_names = pytest.mark.parametrize("dtype", FEW, ids=str)
 narrow_names = pytest.mark.parametrize("dtype", NARROW, ids=str)
 
 
@@ -125,6 +127,37 @@ def test_mean_is_correctly_rounded_over_weights_like_real_ones(
 def test_mean_is_correctly_rounded_over_all_exponents(dtype: torch.dtype, count: int) -> None:
     """Where inputs of one element are as far apart as the format allows."""
     assert_correct(anything(count, 1000 // count + 10, dtype, seed=count))
+
+
+@few_names
+@pytest.mark.parametrize("count", [2, 3, 10, 255, 1000, 2047, 2048, 2049, 4099])
+def test_mean_of_few_bits_about_ties_is_correctly_rounded(dtype: torch.dtype, count: int) -> None:
+    """Of neighbours, about as many of the one as of the other; also where a sum has 24 bits."""
+    form = oracle.FORMATS[dtype]
+    one = form.bias << form.fraction
+    ends = [one, one + 1, one + 2, one + (1 << form.fraction) - 2, one + (1 << form.fraction) - 1]
+    lowest = [0, 1, 2, (1 << form.fraction) - 1]
+    columns = [
+        [start + (row < upper) for row in range(count)]
+        for start in (*ends, *lowest)
+        for upper in {*range(count // 2 - 2, count // 2 + 4), 1, count - 1} & {*range(count + 1)}
+    ]
+    rows = zip(*columns, strict=True)
+    assert_correct([oracle.from_bits(row, dtype) for row in rows])
+
+
+@few_names
+@pytest.mark.parametrize("to", FLOATS, ids=str)
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_mean_of_few_bits_is_rounded_once_to_any_dtype(
+    dtype: torch.dtype, to: torch.dtype, count: int
+) -> None:
+    """Whether the sum is exact in float32 or not; the inputs of one dtype or of two."""
+    torch.manual_seed(count)
+    for low, high in ((0, 1), (-6, 1)):
+        inputs = spread(count, 300, low, high, dtype)
+        assert_correct(inputs, to)
+        assert_correct([inputs[0], *spread(count - 1, 300, low, high, torch.bfloat16)], to)
 
 
 @narrow_names
@@ -403,11 +436,12 @@ def test_chunks_do_not_matter(dtype: torch.dtype) -> None:
 def test_long_rows_do_not_matter(dtype: torch.dtype, weights: tuple[int, ...]) -> None:
     """Rows that are averaged a part at a time, some of which need care, some none."""
     torch.manual_seed(1)
-    size = ALONE // 2 + 7
+    size = 2 * ALONE + 7
     inputs = spread(3, size, -1, 1, dtype)
     hard = anything(3, 50, dtype, seed=9)
     for values, odd in zip(inputs, hard, strict=True):
         bits = values.view(oracle.INTEGERS[dtype.itemsize])
+        bits[:50] = odd.view(bits.dtype)
         bits[size // 2 : size // 2 + 50] = odd.view(bits.dtype)
         bits[-50:] = odd.view(bits.dtype)
         values[7::4000] = -0.0
@@ -463,6 +497,14 @@ def test_identical_elements_keep_their_bits_beside_others(dtype: torch.dtype) ->
     found = averaged(inputs)
     assert oracle.bits(found)[: len(fixed)] == fixed
     assert oracle.same_bits(found[len(fixed) :], oracle.mean(others))
+
+
+@names
+@pytest.mark.parametrize("to", FLOATS, ids=str)
+def test_nan_in_all_inputs_is_nan_in_any_dtype(dtype: torch.dtype, to: torch.dtype) -> None:
+    """NaN is what -0.0 is in other formats."""
+    nan = torch.full((3,), math.nan).to(dtype)
+    assert averaged([nan, nan], to).to(torch.float32).isnan().all()
 
 
 # Refused.

@@ -141,6 +141,7 @@ class Case:
         safe: Whether they are safetensors.
         adam: Whether Adam's state lies beside the weights.
         cold: Whether the cache is dropped before each run.
+        related: Whether they are of one run, each a small step from the one before.
         subjects: Which ones, beside the floor and swa-avg.
     """
 
@@ -151,12 +152,14 @@ class Case:
     safe: bool = False
     adam: bool = False
     cold: bool = False
+    related: bool = True
     subjects: tuple[str, ...] = tuple(SUBJECTS)[2:]
 
 
 CASES = {
     "fp32": Case(10, 48, 1 << 22),
     "bf16": Case(10, 48, 1 << 22, "bfloat16", safe=True),
+    "unrelated": Case(10, 48, 1 << 22, "bfloat16", safe=True, related=False),
     "resnet18": Case(50, 62, 11_700_000 // 62),
     "many": Case(100, 2000, 2500),
     "adam": Case(5, 24, 1 << 22, adam=True, subjects=()),
@@ -166,17 +169,22 @@ Measure = list[float]  # seconds, GB read, GB written; where looked at, MB over 
 
 
 def write_checkpoints(folder: Path, case: Case) -> int:
-    """Write the checkpoints of a case, different in each; return their bytes."""
+    """Write the checkpoints of a case, different in each; return their bytes.
+
+    Those of one run go from weights of a standard deviation of 0.02 by steps of one of 0.0004.
+    """
     import torch
     from safetensors.torch import save_file
 
+    weights = torch.zeros(case.tensors, case.elements)
     for epoch in range(case.count):
         generator = torch.Generator().manual_seed(epoch)
+        change = 0.0004 if case.related and epoch else 0.02
+        for row in weights:
+            row.mul_(case.related).add_(torch.randn(row.numel(), generator=generator), alpha=change)
         state = {
-            f"layer{number}.weight": torch.randn(case.elements, generator=generator).to(
-                getattr(torch, case.dtype)
-            )
-            for number in range(case.tensors)
+            f"layer{number}.weight": row.to(getattr(torch, case.dtype), copy=True)
+            for number, row in enumerate(weights)
         }
         if case.safe:
             save_file(state, folder / f"epoch_{epoch:03}.safetensors")
