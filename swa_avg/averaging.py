@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +25,12 @@ from swa_avg.output import (
     check_replaceable,
 )
 from swa_avg.plan import Plan, Rules
-from swa_avg.provenance import Provenance, fingerprints, refuse_repeats, sources_of
+from swa_avg.provenance import UNKNOWN, Provenance, fingerprints, refuse_repeats, sources_of
 from swa_avg.remote import is_remote
 from swa_avg.report import Input, Report, input_of, versions
 from swa_avg.select import Selection
 from swa_avg.settings import Options
-from swa_avg.tensors import Kind, Record
+from swa_avg.tensors import Kind
 from swa_avg.upload import RemoteFile
 from swa_avg.verification import Written, read_back, verify
 
@@ -52,6 +52,7 @@ class Averaging:
         rules: How tensors are treated.
         plan: What happens to each tensor.
         layout: Where everything goes in the output.
+        known: The fingerprints of `states`, as far as headers tell them.
     """
 
     output: Path
@@ -61,6 +62,7 @@ class Averaging:
     rules: Rules
     plan: Plan
     layout: Layout
+    known: tuple[str, ...]
 
     @property
     def states(self) -> tuple[StateDict, ...]:
@@ -80,11 +82,10 @@ class Averaging:
     @property
     def inputs(self) -> tuple[Input, ...]:
         """What is averaged, for people."""
-        return self._inputs({})
+        return self._inputs(self.known)
 
-    def _inputs(self, crcs: Mapping[Record, int]) -> tuple[Input, ...]:
+    def _inputs(self, found: Iterable[str]) -> tuple[Input, ...]:
         scores = self.selection.scores
-        found = fingerprints(self.states, crcs)
         return tuple(
             input_of(state, scores.get(state.checkpoint.path), count, fingerprint)
             for state, count, fingerprint in zip(self.states, self.counts, found, strict=True)
@@ -172,14 +173,17 @@ class Averaging:
         Raises:
             SwaAvgError: An input has changed, or the file is not what it should be.
         """
-        made = how_made(self.bases, self.selection.chosen, self.options, outcome.crcs)
+        found = self.known
+        if UNKNOWN in found:
+            found = tuple(fingerprints(self.states, outcome.crcs))
+        made = how_made(self.bases, self.selection.chosen, self.options, found[len(self.bases) :])
         said = made.text(self.plan.state_dict.provenance)
         for place, data in self.layout.headers(outcome.checksums, said):
             file.write(data, place)
         for source in self.files:
             source.check_unchanged()
         self._prove(file, outcome.checksums, said)
-        return self._report(outcome)
+        return self._report(outcome, found)
 
     def _prove(self, file: Output, checksums: Sequence[int], said: str) -> None:
         """Compare what is written with what was to be: the headers, or if wanted all of it."""
@@ -222,8 +226,8 @@ class Averaging:
                 )
         return [f"{name}: differs between checkpoints; taken from {last}" for name in names]
 
-    def _report(self, outcome: Outcome) -> Report:
-        inputs = self._inputs(outcome.crcs)
+    def _report(self, outcome: Outcome, fingerprints: Sequence[str]) -> Report:
+        inputs = self._inputs(fingerprints)
         modules, _ = self._modules()
         found = None
         if self.options.distances:
@@ -286,15 +290,21 @@ def how_made(
     bases: Sequence[Base],
     chosen: Sequence[StateDict],
     options: Options,
-    crcs: Mapping[Record, int],
+    found: Iterable[str],
 ) -> Provenance:
-    """Say how the average is made; once tensors are read, for all that is in them.
+    """Say how the average is made.
+
+    Args:
+        bases: The averages to go on from.
+        chosen: The checkpoints.
+        options: How to average.
+        found: The fingerprints of `chosen`: once tensors are read, of all that is in them.
 
     Raises:
         ProvenanceError: A checkpoint would count twice.
     """
     before = [source for base in bases for source in base.sources]
-    added = sources_of(chosen, crcs)
+    added = sources_of(chosen, found)
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
     kept: object = options.bn_buffers

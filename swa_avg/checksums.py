@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zlib_ng.zlib_ng import crc32, crc32_combine
@@ -31,12 +31,16 @@ def combined(pieces: list[Piece]) -> int:
 class Ledger:
     """Collects the checksums of what was read, and compares them with those recorded.
 
+    Args:
+        kept: Records of which `found` is to tell though their checksum is recorded.
+
     Attributes:
-        found: The checksum of each record that has been read whole; it is the
-            recorded one, where one is recorded.
+        found: The checksum of each record that has been read whole, and has none
+            recorded: what is recorded needs no second place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Container[Record] = ()) -> None:
+        self._kept = kept
         self.found: dict[Record, int] = {}
         self._pieces: dict[Record, list[Piece]] = {}
         self._names: dict[Record, str] = {}
@@ -91,7 +95,8 @@ class Ledger:
                 tensor=name,
                 remedy="Restore the file from its source, or leave it out",
             )
-        self.found[record] = crc
+        if record.crc32 is None or record in self._kept:
+            self.found[record] = crc
 
     def _disjoint(self, record: Record) -> list[Piece]:
         """Return the pieces without those that overlap an earlier one."""

@@ -5,7 +5,6 @@ Imports nothing heavy before it must, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -107,15 +106,7 @@ def _planned(run: Run) -> Iterator[Averaging]:
     from swa_avg.planning import planned
 
     options = replace(run.options, force=run.options.force or run.dry_run)
-    with ExitStack() as opened:
-        # Headers make many objects, none of them garbage: to look for it costs a third more,
-        # and again and again while averaging.
-        gc.disable()
-        try:
-            averaging = opened.enter_context(planned(run.checkpoints, run.output, options))
-            gc.freeze()
-        finally:
-            gc.enable()
+    with planned(run.checkpoints, run.output, options) as averaging:
         yield averaging
 
 

@@ -10,7 +10,7 @@ from swa_avg.checksums import verify
 from swa_avg.errors import ProvenanceError
 from swa_avg.gather import read_tensor
 from swa_avg.layout import StateDict
-from swa_avg.provenance import Source, sources_of
+from swa_avg.provenance import Source, fingerprints, sources_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def base_of(state: StateDict) -> Base:
             expected="an average that swa-avg wrote, or an AveragedModel's state_dict",
             remedy="Average all of the checkpoints anew",
         )
-    (source,) = sources_of([state], {})
+    (source,) = sources_of([state], fingerprints([state], {}))
     return Base(state, (replace(source, count=count),))
 
 

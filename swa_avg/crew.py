@@ -7,7 +7,6 @@ workers in the same way. Knows nothing of what is done.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import signal
 import sys
@@ -82,8 +81,6 @@ def in_processes(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]
         OSError: The system has no room for more processes.
     """
     crew: list[_Worker] = []
-    frozen = gc.get_freeze_count()
-    gc.freeze()  # to look for garbage in what is shared would copy its pages
     try:
         for _ in range(min(workers, count)):
             crew.append(_Worker.start(do))
@@ -91,8 +88,6 @@ def in_processes(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]
     finally:
         for worker in crew:
             worker.end()
-        if not frozen:
-            gc.unfreeze()
 
 
 def _answers(crew: Sequence[_Worker], count: int) -> Results[Any]:

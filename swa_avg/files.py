@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import repeat
+from operator import add
 from pathlib import Path
 from typing import Protocol
 
@@ -101,6 +103,13 @@ class _Disk:
         """Fill buffers one after the other from `offset` on; tell whether all are full."""
         try:
             return os.preadv(self.fd, buffers, offset) == sum(map(len, buffers))
+        except OSError as error:
+            raise FileError(f"cannot be read: {_reason(error)}", file=self._path) from error
+
+    def read_pieces(self, places: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Return short pieces; what lies behind the end of the file is missing from them."""
+        try:
+            return list(map(os.pread, repeat(self.fd), lengths, places))
         except OSError as error:
             raise FileError(f"cannot be read: {_reason(error)}", file=self._path) from error
 
@@ -230,6 +239,17 @@ class InputFile:
         data = bytearray(length)
         self.read_into(memoryview(data), offset)
         return bytes(data)
+
+    def read_pieces(self, places: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Return what `read` does for each of very many short pieces."""
+        source = self.source
+        ends = map(add, places, lengths)
+        inside = min(places, default=0) >= 0 and max(ends, default=0) <= self.size
+        if isinstance(source, _Disk) and inside:
+            pieces = source.read_pieces([self.start + place for place in places], lengths)
+            if list(map(len, pieces)) == list(lengths):
+                return pieces
+        return list(map(self.read, places, lengths))
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
         """Yield the bytes of a range in pieces of at most 1 MiB."""

@@ -6,8 +6,10 @@ or rank to another. What all tasks have found becomes one by `merge`.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from swa_avg.checksums import Ledger, Piece
 from swa_avg.grams import Gram
 from swa_avg.plan import Work
+from swa_avg.tensors import Record
 
 Plain = dict[str, Any]
 
@@ -22,15 +25,38 @@ Plain = dict[str, Any]
 class Records:
     """All records that works read, numbered in the same way in every process.
 
-    Attributes:
-        all: The records by their numbers; of one that several works read any number will do.
-        numbers: Their numbers.
+    Most works have nothing to say of them: they are numbered when one has.
+
+    Args:
+        works: What reads them.
     """
 
-    def __init__(self, works: Sequence[Work]) -> None:
-        sources = (source for work in works for source in work.sources)
-        self.all = [record for source in sources for record in source.records]
-        self.numbers = dict(zip(self.all, range(len(self.all)), strict=True))
+    def __init__(self, works: Iterable[Work]) -> None:
+        self._works = works
+
+    @cached_property
+    def all(self) -> Sequence[Record]:
+        """The records by their numbers; of one that several works read any number will do."""
+        sources = (source for work in self._works for source in work.sources)
+        return [record for source in sources for record in source.records]
+
+    @cached_property
+    def numbers(self) -> Mapping[Record, int]:
+        """Their numbers."""
+        return dict(zip(self.all, range(len(self.all)), strict=True))
+
+
+def shared(works: Sequence[Work]) -> frozenset[Record]:
+    """Return the records that several works look at, as they are in the last input."""
+    last = [work.sources[-1].records if work.sources else () for work in works]
+    times = Counter(chain.from_iterable(last))
+    return frozenset(
+        record
+        for work, seen in zip(works, last, strict=True)
+        if any(times[record] > 1 for record in seen)
+        for source in work.sources
+        for record in source.records
+    )
 
 
 class Findings:
@@ -44,13 +70,14 @@ class Findings:
         bytes_read: Bytes read from all inputs.
     """
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, outputs: int, kept: Container[Record] = ()) -> None:
         """Begin with nothing.
 
         Args:
             outputs: How many outputs are written.
+            kept: Records whose checksums are kept though they are the recorded ones.
         """
-        self.ledger = Ledger()
+        self.ledger = Ledger(kept)
         self.written: list[dict[int, list[Piece]]] = [defaultdict(list) for _ in range(outputs)]
         self.differing: set[int] = set()
         self.grams: dict[int, Gram] = {}
@@ -65,14 +92,13 @@ class Findings:
 
     def plain(self, records: Records) -> Plain:
         """Return it as numbers and names, which JSON can hold, for another's `merge`."""
-        numbers = records.numbers
         return {
             "read": self.bytes_read,
             # Two plain lists: there may be very many.
-            "found": [numbers[record] for record in self.ledger.found],
+            "found": [records.numbers[record] for record in self.ledger.found],
             "crcs": [*self.ledger.found.values()],
             "pieces": [
-                [numbers[record], name, list(map(_plain, pieces))]
+                [records.numbers[record], name, list(map(_plain, pieces))]
                 for record, name, pieces in self.ledger.pieces()
             ],
             "written": [
@@ -97,8 +123,8 @@ class Findings:
             FormatError: All of a record has been read, and its bytes are not those that were saved.
         """
         self.bytes_read += other["read"]
-        found = map(records.all.__getitem__, other["found"])
-        self.ledger.found.update(zip(found, other["crcs"], strict=True))
+        for number, crc in zip(other["found"], other["crcs"], strict=True):
+            self.ledger.found[records.all[number]] = crc
         for number, name, pieces in other["pieces"]:
             for piece in pieces or [None]:
                 self.ledger.add(records.all[number], name, piece and Piece(*piece))

@@ -33,14 +33,16 @@ class LookAhead(AbstractContextManager["LookAhead"]):
         tasks: All tasks, in the order in which they will be begun.
         works: What they refer to.
         threads: How many are done at once.
+        total: How many bytes they read.
     """
 
-    def __init__(self, tasks: Sequence[Sequence[Item]], works: Sequence[Work], threads: int):
+    def __init__(
+        self, tasks: Sequence[Sequence[Item]], works: Sequence[Work], threads: int, total: int
+    ) -> None:
         self._tasks, self._works = tasks, works
         self._room = threading.Semaphore(threads + _MORE_TASKS)
         self._stop = threading.Event()
-        read = sum(length for task in tasks for _, _, length in _ranges(task, works))
-        self._gives_up = read > _memory() // 2
+        self._gives_up = total > _memory() // 2
         self._cold: dict[int, list[Range]] = {}
         self._thread = threading.Thread(target=self._tell, name="swa-avg-ahead", daemon=True)
 

@@ -17,11 +17,11 @@ import torch
 
 from swa_avg import crew
 from swa_avg.checksums import combined, verify
-from swa_avg.cutting import CHUNK, Cell, Chunking, Item, bytes_read, tasks
+from swa_avg.cutting import CHUNK, Cell, Chunking, Item, bytes_read, tasks, works_in
 from swa_avg.desk import Desk
 from swa_avg.errors import NotFiniteError
 from swa_avg.exact import ALONE, BESIDE_THREADS, MOST_OF_ONE
-from swa_avg.findings import Findings, Plain, Records
+from swa_avg.findings import Findings, Plain, Records, shared
 from swa_avg.gather import Box
 from swa_avg.grams import Gram
 from swa_avg.lookahead import LookAhead
@@ -88,9 +88,9 @@ class Outcome:
         checksums: The CRC-32 of each storage as written.
         differing: Names of copied tensors that are not the same in all inputs.
         bytes_read: Bytes read from all inputs.
-        crcs: The CRC-32 of every record that an averaged work read, whole, whether the
-            file records one or not. Equal length and CRC: the same bytes, but for one
-            chance in 2^32.
+        crcs: The CRC-32, whole, of every record that was read and of which the file
+            records none. (Where it records one, that was compared.) Equal length and
+            CRC: the same bytes, but for one chance in 2^32.
         grams: For each group that has an averaged work, the float64 matrix of
             <x_i - x_0, x_j - x_0>, i and j the sources, summed over its averaged works
             in float64. Complex numbers count as twice as many real ones. What is not
@@ -147,24 +147,24 @@ def compute(
     job = _Job(kernel, dealt)
     findings = Findings(len(kernel.outputs))
     with _one_torch_thread(), ExitStack() as ended:
-        results = _begun(job, workers, ended)
+        total = bytes_read(dealt, kernel.works)
+        results = _begun(job, workers, total, ended)
         ended.callback(job.stop.set)
         # Only now: processes are not forked beside a thread.
-        ahead = ended.enter_context(LookAhead(dealt, kernel.works, workers))
+        ahead = ended.enter_context(LookAhead(dealt, kernel.works, workers, total))
         ahead.start()
         for number, found in results:
-            findings.merge(found, job.records)
+            findings.merge(found, job.records(number))
             ahead.done(number)
             if progress:
                 progress(found["read"])
     return findings
 
 
-def _begun(job: _Job, workers: int, ended: ExitStack) -> crew.Results[Plain]:
+def _begun(job: _Job, workers: int, total: int, ended: ExitStack) -> crew.Results[Plain]:
     """Have the tasks done: by processes where that is possible and worth it, else by threads."""
     count = len(job.dealt)
-    worth = bytes_read(job.dealt, job.kernel.works) >= _WORTH_FORKING
-    if workers > 1 and worth and crew.can_fork():
+    if workers > 1 and total >= _WORTH_FORKING and crew.can_fork():
         with suppress(OSError):
             return ended.enter_context(crew.in_processes(job.do, count, workers))
     job.at_once = BESIDE_THREADS if workers > 1 else ALONE
@@ -203,14 +203,8 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
     differing = tuple(kernel.works[number].name for number in sorted(findings.differing))
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}
     squares = {group: gram.square for group, gram in sorted(findings.grams.items())}
-    crcs = {
-        record: findings.ledger.found[record]
-        for work in kernel.works
-        if work.treatment is Treatment.AVERAGED
-        for source in work.sources
-        for record in source.records
-    }
-    return Outcome(checksums, differing, findings.bytes_read, crcs, grams, squares, tuple(partial))
+    read, crcs = findings.bytes_read, findings.ledger.found
+    return Outcome(checksums, differing, read, crcs, grams, squares, tuple(partial))
 
 
 @contextmanager
@@ -234,7 +228,6 @@ class _Job:
     Attributes:
         kernel: What they belong to.
         dealt: The tasks.
-        records: All records that the kernel reads.
         at_once: How many numbers a worker has in float64 at once.
         stop: Set where what is not done yet is not needed any more.
     """
@@ -242,20 +235,25 @@ class _Job:
     def __init__(self, kernel: Kernel, dealt: Sequence[Sequence[Item]]) -> None:
         self.kernel = kernel
         self.dealt = dealt
-        self.records = Records(kernel.works)
         self.at_once = ALONE
         self.stop = threading.Event()
+        self._shared = shared(kernel.works)
         self._outputs = kernel.outputs
         self._local = threading.local()
+
+    def records(self, number: int) -> Records:
+        """Return the records of one task."""
+        works = self.kernel.works
+        return Records([works[n] for n in works_in([self.dealt[number]])])
 
     def do(self, number: int) -> Plain:
         """Do one task; return what was found."""
         if not hasattr(self._local, "desk"):
             self._local.desk = Desk(self.at_once)
-        findings = Findings(len(self._outputs))
+        findings = Findings(len(self._outputs), self._shared)
         for item in self.dealt[number]:
             self._do(item, self._local.desk, findings)
-        return findings.plain(self.records)
+        return findings.plain(self.records(number))
 
     def _do(self, item: Item, desk: Desk, findings: Findings) -> None:
         """Do one item, cell by cell."""

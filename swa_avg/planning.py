@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from swa_avg import continuing, wrapper
 from swa_avg.averaging import Averaging, counts_of, how_made
@@ -17,19 +18,15 @@ from swa_avg.continuing import Base, base_of
 from swa_avg.errors import OutputError
 from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
 from swa_avg.layout import Finder, StateDict
-from swa_avg.output import (
-    check_target,
-)
+from swa_avg.output import check_target
 from swa_avg.plan import Plan, Rules, make_plan
+from swa_avg.provenance import fingerprints
 from swa_avg.remote import is_remote, path_of
 from swa_avg.report import Report
 from swa_avg.select import Selection, expand, select
 from swa_avg.settings import Options, Paths
 from swa_avg.tensors import DTYPES
 from swa_avg.upload import check_remote_target
-
-if TYPE_CHECKING:
-    pass
 
 _FOLDERS = (Form.FOLDER, Form.DCP)
 _OPENERS = 16  # URLs that are opened at once
@@ -50,26 +47,58 @@ def planned(
     Raises:
         SwaAvgError: Anything that makes the average impossible.
     """
-    options = options or Options()
-    target = path_of(output)
-    with ExitStack() as opened:
-        averages = expand(_listed(options.start_from), ()) if options.start_from else []
-        bases = tuple(map(base_of, _opened(averages, options, opened)))
-        continuing.refuse_repeats(bases)
-        given = _listed(checkpoints)
-        paths = expand(given, options.choice.exclude) if given or not bases else []
-        candidates = _without(_opened(paths, options, opened), bases)
-        selection = select(candidates, options.choice) if candidates else Selection(())
-        states = [*(base.state for base in bases), *selection.chosen]
-        _check_target(target, states, options)
-        form = form_of(target, states[-1].checkpoint)
-        strides = options.keep_wrapper or form is Form.TORCH
-        rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides)
-        plan = make_plan(states, rules, counts_of(bases, selection.chosen))
-        said = how_made(bases, selection.chosen, options, {}).text()
-        plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
-        layout = _layout(form, plan, states[-1], options, opened)
-        yield Averaging(target, options, bases, selection, rules, plan, layout)
+    with ExitStack() as opened, _no_garbage() as kept:
+        averaging = _planned(checkpoints, path_of(output), options or Options(), opened)
+        kept()
+        yield averaging
+
+
+def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
+    averages = expand(_listed(options.start_from), ()) if options.start_from else []
+    bases = tuple(map(base_of, _opened(averages, options, opened)))
+    continuing.refuse_repeats(bases)
+    given = _listed(checkpoints)
+    paths = expand(given, options.choice.exclude) if given or not bases else []
+    candidates = _without(_opened(paths, options, opened), bases)
+    selection = select(candidates, options.choice) if candidates else Selection(())
+    states = [*(base.state for base in bases), *selection.chosen]
+    _check_target(target, states, options)
+    form = form_of(target, states[-1].checkpoint)
+    strides = options.keep_wrapper or form is Form.TORCH
+    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides)
+    plan = make_plan(states, rules, counts_of(bases, selection.chosen))
+    known = tuple(fingerprints(states, {}))
+    said = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
+    plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
+    layout = _layout(form, plan, states[-1], options, opened)
+    return Averaging(target, options, bases, selection, rules, plan, layout, known)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[Callable[[], None]]:
+    """Keep Python from looking for garbage where there is none: in all that headers say.
+
+    It would look again and again while they are read, and later, in forked processes,
+    copy the pages that they share.
+
+    Yields:
+        What is called once when all is read; from then on new objects are looked at.
+    """
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+
+    def kept() -> None:
+        gc.freeze()
+        if enabled:
+            gc.enable()
+
+    gc.disable()
+    try:
+        yield kept
+    finally:
+        if not frozen:
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 def _listed(paths: Paths) -> list[str | os.PathLike[str]]:

@@ -18,7 +18,7 @@ from itertools import chain
 from swa_avg.errors import ProvenanceError
 from swa_avg.formats import Checkpoint, open_checkpoint
 from swa_avg.layout import StateDict, is_bn_buffer
-from swa_avg.tensors import Kind, Record, TensorRef
+from swa_avg.tensors import Kind, Record, TensorRef, View
 
 # A fingerprint that is known only when the tensors have been read; as long as any other.
 UNKNOWN = "0" * 16
@@ -154,12 +154,12 @@ def _check_kinds(expected: Mapping[type, Iterable[object]]) -> None:
                 raise TypeError(f"{value!r} where a {kind.__name__} belongs")
 
 
-def sources_of(states: Sequence[StateDict], crcs: Mapping[Record, int]) -> list[Source]:
+def sources_of(states: Sequence[StateDict], found: Iterable[str]) -> list[Source]:
     """Describe checkpoints.
 
     Args:
         states: Their state_dicts.
-        crcs: The CRC-32 of records that have been read; others may carry their own.
+        found: Their `fingerprints`.
     """
     return [
         Source(
@@ -169,7 +169,7 @@ def sources_of(states: Sequence[StateDict], crcs: Mapping[Record, int]) -> list[
             epoch=state.epoch,
             step=state.step,
         )
-        for state, fingerprint in zip(states, fingerprints(states, crcs), strict=True)
+        for state, fingerprint in zip(states, found, strict=True)
     ]
 
 
@@ -183,20 +183,19 @@ def fingerprints(states: Iterable[StateDict], crcs: Mapping[Record, int]) -> Ite
         is not known.
     """
     # What headers say is described once for all files that have it in common.
-    known: dict[int, tuple[bytes, list[str]]] = {}
+    known: dict[int, tuple[bytes, list[View | TensorRef]]] = {}
     for state in states:
         if id(state.views) not in known:
             known[id(state.views)] = _described(state)
-        described, names = known[id(state.views)]
-        of_each = map(state.checkpoint.records_of, map(state.views.__getitem__, names))
-        records = chain.from_iterable(of_each)
+        described, views = known[id(state.views)]
+        records = chain.from_iterable(map(state.checkpoint.records_of, views))
         found = [crcs.get(r) if r.crc32 is None else r.crc32 for r in records]
         digest = hashlib.sha256(described + repr(found).encode())
         yield UNKNOWN if None in found else digest.hexdigest()[: len(UNKNOWN)]
 
 
-def _described(state: StateDict) -> tuple[bytes, list[str]]:
-    """Return what the headers say of the tensors that have a mean, and their names, sorted."""
+def _described(state: StateDict) -> tuple[bytes, list[View | TensorRef]]:
+    """Return what the headers say of the tensors that have a mean, and these, by their names."""
     tensors = state.tensors
     names = [
         name
@@ -205,7 +204,7 @@ def _described(state: StateDict) -> tuple[bytes, list[str]]:
     ]
     refs = [(name, tensors[name]) for name in names]
     said = [(name, ref.dtype.name, ref.shape, _view(ref)) for name, ref in refs]
-    return repr(said).encode("utf-8", "surrogatepass"), names
+    return repr(said).encode("utf-8", "surrogatepass"), [state.views[name] for name in names]
 
 
 def _view(ref: TensorRef) -> object:

@@ -114,7 +114,8 @@ def ending(averaging: Averaging, count: int) -> Averaging:
     works = tuple(replace(work, sources=work.sources[-count:]) for work in averaging.plan.works)
     state_dict = averaging.plan.state_dict
     plan = replace(make_plan(chosen, averaging.rules), works=works, state_dict=state_dict)
-    return replace(averaging, selection=replace(averaging.selection, chosen=chosen), plan=plan)
+    selection, known = replace(averaging.selection, chosen=chosen), averaging.known[-len(chosen) :]
+    return replace(averaging, selection=selection, plan=plan, known=known)
 
 
 def _check_room(averaging: Averaging, count: int) -> None:

@@ -5,7 +5,7 @@ Nothing here reads a pickle. A stand-in does nothing, whatever it stands for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,11 @@ class Pickled:
     tree: object
     storages: Mapping[str, Stored]
 
-    def located(self, record: Callable[[str], Record | None], file: Path) -> dict[Stored, Record]:
+    def located(self, records: Mapping[str, Record], file: Path) -> dict[Stored, Record]:
         """Find the storages in a file.
 
         Args:
-            record: Gives a storage's record by its name, or None.
+            records: Its records by the names of the storages.
             file: The file's name for messages.
 
         Raises:
@@ -98,7 +98,7 @@ class Pickled:
         """
         found: dict[Stored, Record] = {}
         for name, stored in self.storages.items():
-            there = record(name)
+            there = records.get(name)
             if there is None:
                 raise FormatError(f"has no record for storage {name}", file=file)
             if there.length != stored.nbytes:

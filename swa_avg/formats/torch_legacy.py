@@ -43,7 +43,7 @@ def read(file: InputFile) -> Checkpoint:
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise
-    located = pickled.located(records.get, file.path)
+    located = pickled.located(records, file.path)
     more = file.size - end
     notes = ["is of torch's format before 1.6, without checksums: damage to it cannot be found"]
     if more:

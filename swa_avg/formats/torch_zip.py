@@ -68,7 +68,7 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
         error.file = error.file or str(file.path)
         raise
     said = directory.record(file, PROVENANCE)
-    records = found.located(lambda name: directory.record(file, f"data/{name}"), file.path)
+    records = found.located(directory.records(file, "data/"), file.path)
     return Checkpoint(
         file.path,
         "torch zip",

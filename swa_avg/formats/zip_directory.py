@@ -87,10 +87,28 @@ class Directory:
         number = self.numbers.get(name)
         if number is None:
             return None
-        length, checksum = self.entries[number].length, self.checksums[number]
-        # A checksum of 0 over data means that torch was told not to compute any.
-        known = checksum if checksum or not length else None
-        return Record(file, self.starts[number], length, known)
+        return _record(file, self.entries[number], self.starts[number], self.checksums[number])
+
+    def records(self, file: InputFile, folder: str) -> dict[str, Record]:
+        """Return where all records of a folder are in a file that has this directory.
+
+        Args:
+            file: The file.
+            folder: How their names begin; the result has only what comes after.
+        """
+        return {
+            entry.name[len(folder) :]: _record(file, entry, start, checksum)
+            for entry, start, checksum in zip(
+                self.entries, self.starts, self.checksums, strict=True
+            )
+            if entry.name.startswith(folder)
+        }
+
+
+def _record(file: InputFile, entry: Entry, start: int, checksum: int) -> Record:
+    # A checksum of 0 over data means that torch was told not to compute any.
+    known = checksum if checksum or not entry.length else None
+    return Record(file, start, entry.length, known)
 
 
 def read(file: InputFile, forms: dict[int, Form]) -> Directory:
@@ -369,7 +387,7 @@ def _read_all(file: InputFile, places: Sequence[int], lengths: Sequence[int]) ->
         # Piece by piece a cold disk would seek for each.
         announce([(file, places[0], places[-1] - places[0])])
     with reading_ahead(zip(repeat(file), places, lengths)):
-        return list(map(file.read, places, lengths))
+        return file.read_pieces(places, lengths)
 
 
 def _check_apart(
