@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -330,22 +330,37 @@ def _json(content: object) -> str:
     return json.dumps(content, indent=2)
 
 
-def _end_on_signal(number: int, frame: FrameType | None) -> None:
-    """Unwind as for an error, so that no temporary file remains."""
-    raise SystemExit(128 + number)
+@dataclass
+class _Signals:
+    """What ends the command from outside.
+
+    Attributes:
+        received: The number of the signal that came, 0 if none did.
+    """
+
+    received: int = 0
+
+    def heed(self) -> None:
+        """Unwind as for an error when one comes, so that no temporary file remains."""
+        for name in ("SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._end)
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        raise SystemExit(128 + number)
 
 
 def main() -> None:
     """Run the command; the entry point of `swa-avg`."""
     # torch says so at its import, and means nothing by it that matters here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), _end_on_signal)
-    sys.exit(_run())
+    signals = _Signals()
+    signals.heed()
+    sys.exit(_run(signals))
 
 
-def _run() -> int:
+def _run(signals: _Signals) -> int:
     """Run the command and turn whatever it raises into an exit code."""
     ctx: click.Context | None = None
     try:
@@ -356,6 +371,8 @@ def _run() -> int:
             sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        if signals.received:  # Python drops what is raised within a finalizer
+            return 128 + signals.received
         return _told(error, everything=bool(ctx and ctx.params["verbose"]))
 
 

@@ -28,6 +28,7 @@ Task = Callable[[int], _T]  # is given a task's number
 Results = Iterator[tuple[int, _T]]
 # What a terminal sends to all its processes.
 _FOR_ALL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
+_ENDING = [*_FOR_ALL, signal.SIGTERM]
 _IN_STORE = 2  # tasks that a process has, so that it need not wait for the next one
 
 
@@ -130,14 +131,15 @@ class _Worker:
         context = multiprocessing.get_context("fork")
         mine, its = context.Pipe()
         process = context.Process(target=_serve, args=(do, its, mine), daemon=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_ALL)
+        # One that comes now is heeded when it is clear whose it is.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             with warnings.catch_warnings():
                 # Of threads that Python knows nothing of, as numpy's: they take part in no fork.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_ALL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         its.close()
         return cls(process, mine)
 
@@ -175,7 +177,7 @@ def _serve(do: Task[_T], line: Connection, other: Connection) -> None:
     for number in _FOR_ALL:  # who has forked us ends us, and says what has happened
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_ALL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     other.close()
     with suppress(EOFError, OSError):
         while True:
