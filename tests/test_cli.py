@@ -203,6 +203,17 @@ def test_progress_is_for_a_terminal(tmp_path: Path, arguments: tuple[str, ...], 
     assert not said.split("\r")[-2].strip()
 
 
+def test_what_the_users_code_does_at_exit_is_done(tmp_path: Path) -> None:
+    """A logger that sends its last lines then, a loader that ends its workers."""
+    at_exit = "import atexit, sys; atexit.register(print, 'at exit', file=sys.stderr)\n"
+    (tmp_path / "mod.py").write_text(MODULE + at_exit)
+    made = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    for number in range(3):
+        torch.save(made.state_dict(), tmp_path / f"{number}.pt")
+    ended = run(tmp_path, *ALL, "--recompute-bn", "--data", "mod:loader")
+    assert ended.returncode == 0 and ended.stderr.endswith("at exit\n")
+
+
 @pytest.mark.parametrize(
     ("count", "said"),
     [
