@@ -176,14 +176,14 @@ def write_checkpoints(folder: Path, case: Case) -> int:
     import torch
     from safetensors.torch import save_file
 
-    weights = torch.zeros(case.tensors, case.elements)
+    weights = [torch.zeros(case.elements) for _ in range(case.tensors)]
     for epoch in range(case.count):
         generator = torch.Generator().manual_seed(epoch)
         change = 0.0004 if case.related and epoch else 0.02
         for row in weights:
             row.mul_(case.related).add_(torch.randn(row.numel(), generator=generator), alpha=change)
         state = {
-            f"layer{number}.weight": row.to(getattr(torch, case.dtype), copy=True)
+            f"layer{number}.weight": row.to(getattr(torch, case.dtype))
             for number, row in enumerate(weights)
         }
         if case.safe:
