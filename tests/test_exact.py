@@ -130,7 +130,7 @@ def test_mean_is_correctly_rounded_over_all_exponents(dtype: torch.dtype, count:
 
 
 @few_names
-@pytest.mark.parametrize("count", [2, 3, 10, 255, 1000, 2047, 2048, 2049, 4099])
+@pytest.mark.parametrize("count", [2, 3, 10, 255, 2048, 2049])
 def test_mean_of_few_bits_about_ties_is_correctly_rounded(dtype: torch.dtype, count: int) -> None:
     """Of neighbours, about as many of the one as of the other; also where a sum has 24 bits."""
     form = oracle.FORMATS[dtype]
