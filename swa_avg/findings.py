@@ -7,7 +7,7 @@ or rank to another. What all tasks have found becomes one by `merge`.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -31,7 +31,7 @@ class Records:
         works: What reads them.
     """
 
-    def __init__(self, works: Iterable[Work]) -> None:
+    def __init__(self, works: Sequence[Work]) -> None:
         self._works = works
 
     @cached_property
