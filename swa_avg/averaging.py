@@ -226,8 +226,8 @@ class Averaging:
                 )
         return [f"{name}: differs between checkpoints; taken from {last}" for name in names]
 
-    def _report(self, outcome: Outcome, fingerprints: Sequence[str]) -> Report:
-        inputs = self._inputs(fingerprints)
+    def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
+        inputs = self._inputs(known)
         modules, _ = self._modules()
         found = None
         if self.options.distances:

@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from swa_avg.trials import Found
 
 
+# Where one of these is in use, others than we may have something to do at the end.
 _WITH_OTHERS = frozenset({"swa_avg.userdata", "swa_avg.distributed"})
 
 
@@ -104,14 +105,12 @@ def _joined() -> Iterator[ProcessRanks | None]:
             raise click.exceptions.Exit(code) from error
 
 
-@contextmanager
-def _planned(run: Run) -> Iterator[Averaging]:
+def _planned(run: Run) -> AbstractContextManager[Averaging]:
     """Open the checkpoints and plan their average."""
     from swa_avg.planning import planned
 
     options = replace(run.options, force=run.options.force or run.dry_run)
-    with planned(run.checkpoints, run.output, options) as averaging:
-        yield averaging
+    return planned(run.checkpoints, run.output, options)
 
 
 def _average(run: Run, ranks: ProcessRanks | None) -> None:

@@ -55,9 +55,8 @@ MOST_WEIGHT = 1 << 26
 ALONE = 80 * 1024
 BESIDE_THREADS = 640 * 1024
 MOST_OF_ONE = 16 * 1024  # of one input, where all are kept in float64
-# Inputs of so many bits, and so many of them, may be averaged in float32: a tie between
-# results of 11 bits has 12, and its product with the count is to be exact in 24.
-_FEW_BITS = 11
+# So many inputs of up to 11 bits may be averaged in float32: a tie between results of 11
+# bits has 12, and its product with the count is to be exact in 24.
 _FEW_ROWS = 1 << 11
 _MOST_WAITED = 64  # sums that are not tried in float32 after one that was not exact in it
 _DIVISORS = (torch.float32, torch.float64)

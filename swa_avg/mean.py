@@ -89,8 +89,8 @@ class Outcome:
         differing: Names of copied tensors that are not the same in all inputs.
         bytes_read: Bytes read from all inputs.
         crcs: The CRC-32, whole, of every record that was read and of which the file
-            records none. (Where it records one, that was compared.) Equal length and
-            CRC: the same bytes, but for one chance in 2^32.
+            records none, and of some others. (Where it records one, that was compared.)
+            Equal length and CRC: the same bytes, but for one chance in 2^32.
         grams: For each group that has an averaged work, the float64 matrix of
             <x_i - x_0, x_j - x_0>, i and j the sources, summed over its averaged works
             in float64. Complex numbers count as twice as many real ones. What is not

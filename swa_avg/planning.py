@@ -54,6 +54,7 @@ def planned(
 
 
 def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
+    """Do what `planned` does; what it opens is closed with `opened`."""
     averages = expand(_listed(options.start_from), ()) if options.start_from else []
     bases = tuple(map(base_of, _opened(averages, options, opened)))
     continuing.refuse_repeats(bases)
