@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from swa_avg import provenance
 from swa_avg.checksums import verify
 from swa_avg.errors import ProvenanceError
-from swa_avg.gather import read_tensor
+from swa_avg.gather import read_number
 from swa_avg.layout import StateDict
 from swa_avg.provenance import Source, fingerprints, sources_of
+from swa_avg.tensors import Kind
+
+_REAL = (Kind.FLOAT, Kind.EXACT)
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,11 @@ def base_of(state: StateDict) -> Base:
 
 def _n_averaged(state: StateDict) -> int:
     counter = state.n_averaged
-    if counter is None or counter.numel != 1:
+    if counter is None or counter.numel != 1 or counter.dtype.kind not in _REAL:
         return 0
     verify((record, "n_averaged") for record in counter.records)
-    return int(read_tensor(counter).item())
+    count = read_number(counter).real
+    return int(count) if math.isfinite(count) and count == int(count) else 0
 
 
 def refuse_repeats(bases: Sequence[Base]) -> None:

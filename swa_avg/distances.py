@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import torch
+    from swa_avg.elements import Array
 
 # Independent runs of one network lie farther than this from their mean, and checkpoints
 # of one run nearer; how that was measured stands in the README.
@@ -82,7 +84,7 @@ def groups(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def distances(
-    grams: Mapping[str, torch.Tensor], squares: Mapping[str, float], counts: Sequence[int]
+    grams: Mapping[str, Array], squares: Mapping[str, float], counts: Sequence[int]
 ) -> Distances:
     """Compute distances from inner products.
 
@@ -101,18 +103,16 @@ def distances(
     )
 
 
-def _from_mean(gram: torch.Tensor, square: float, counts: Sequence[int]) -> tuple[float, ...]:
-    import torch
-
-    weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-    differences = torch.eye(len(counts), dtype=torch.float64) - weights
-    squared = torch.einsum("ia,ab,ib->i", differences, gram, differences)
+def _from_mean(gram: Array, square: float, counts: Sequence[int]) -> tuple[float, ...]:
+    weights = np.array([count / sum(counts) for count in counts])
+    differences = np.eye(len(counts)) - weights
+    squared = ((differences @ gram) * differences).sum(axis=1)
     norm = math.sqrt(square)
     lengths = [math.sqrt(max(value, 0.0)) for value in squared.tolist()]
     return tuple(length / norm if norm else math.inf if length else 0.0 for length in lengths)
 
 
-def _cosines(gram: torch.Tensor) -> Iterator[float | None]:
+def _cosines(gram: Array) -> Iterator[float | None]:
     """Yield the cosines between successive steps."""
     steps = gram[1:] - gram[:-1]
     products = steps[:, 1:] - steps[:, :-1]

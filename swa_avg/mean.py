@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from swa_avg import crew
+from swa_avg.arithmetic import default_arithmetic
 from swa_avg.checksums import combined, verify
 from swa_avg.cutting import CHUNK, Cell, Chunking, Item, bytes_read, tasks, works_in
 from swa_avg.desk import Desk
@@ -32,11 +32,13 @@ from swa_avg.rounding import NonFiniteError
 from swa_avg.tensors import Kind, Record
 from swa_avg.writing import writer_to
 
+if TYPE_CHECKING:
+    from swa_avg.elements import Array
+
 Progress = Callable[[int], None]
 
 _CHECKS = 1024  # checksums that are compared in one task
 _WORTH_FORKING = 32 * 1024 * 1024  # bytes; what is less takes less time than the forks
-_TORCH_THREADS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Outcome:
     differing: tuple[str, ...]
     bytes_read: int
     crcs: Mapping[Record, int] = field(default_factory=dict)
-    grams: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    grams: Mapping[int, Array] = field(default_factory=dict)
     squares: Mapping[int, float] = field(default_factory=dict)
     partial_checksums: tuple[tuple[int, ...], ...] = ()
 
@@ -146,7 +148,7 @@ def compute(
     """
     job = _Job(kernel, dealt)
     findings = Findings(len(kernel.outputs))
-    with _one_torch_thread(), ExitStack() as ended:
+    with ExitStack() as ended:
         total = bytes_read(dealt, kernel.works)
         results = _begun(job, workers, total, ended)
         ended.callback(job.stop.set)
@@ -207,21 +209,6 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
     return Outcome(checksums, differing, read, crcs, grams, squares, tuple(partial))
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Keep torch from splitting our small operations: our threads are the parallelism.
-
-    The setting is the process's: of two averages at once the second waits.
-    """
-    with _TORCH_THREADS:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
 class _Job:
     """Tasks of a kernel, and what they have in common.
 
@@ -248,6 +235,10 @@ class _Job:
 
     def do(self, number: int) -> Plain:
         """Do one task; return what was found."""
+        with default_arithmetic():
+            return self._done(number)
+
+    def _done(self, number: int) -> Plain:
         if not hasattr(self._local, "desk"):
             self._local.desk = Desk(self.at_once)
         findings = Findings(len(self._outputs), self._shared)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.pickled import Inert
-from swa_avg.gather import read_tensor
+from swa_avg.gather import read_number
 from swa_avg.tensors import Kind, TensorRef, View
 from swa_avg.tree import at, mapping
 
@@ -156,7 +156,7 @@ def _number(value: object, checkpoint: Checkpoint) -> float | None:
     """Return a number, or a tensor of one element in a file that is open, as a float."""
     if isinstance(value, View | TensorRef) and value.numel == 1 and value.dtype.kind in _REAL:
         is_open = isinstance(value, TensorRef) or value.stored in checkpoint.records
-        value = read_tensor(checkpoint.located(value)).double().item() if is_open else None
+        value = float(read_number(checkpoint.located(value)).real) if is_open else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
-import torch
 from zlib_ng.zlib_ng import crc32
 
 from swa_avg.checksums import Ledger, Piece
 from swa_avg.cutting import Cell, Item, Stretch, Strip
 from swa_avg.files import InputFile
-from swa_avg.gather import Box, read_box, whole
+from swa_avg.gather import Box, elements, read_box, whole
 from swa_avg.plan import Treatment, Work
-from swa_avg.rounding import carrier
 from swa_avg.tensors import DType, Record, TensorRef
 
 _SPARE = memoryview(bytearray(4096))  # for what lies between records; nobody looks at it
@@ -149,7 +147,7 @@ class BoxReader:
             return
         record = self._source.record
         if self._steps is None:
-            values = torch.frombuffer(buffer, dtype=carrier(self.dtype)).view(cell.shape)
+            values = elements(buffer, cell.shape, self.dtype.itemsize)
             self._bytes_read += read_box(self._source, cell, values, self._seen)
             return
         first = sum(at * step for at, step in zip(cell.start, self._steps, strict=True))
