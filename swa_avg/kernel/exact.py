@@ -1,0 +1,215 @@
+"""The exact mean of tensors, rounded once. The arithmetic only; knows no files.
+
+A float64 sum of float32 numbers is nearly always exact, but not always, and a
+mean that is rounded to float64 and then to float32 has been rounded twice.
+Both are put right here at almost no cost: the processor notes when an addition had to
+round. Where it did, it is done again with care (see `compensated`).
+
+The quotient of an exact float64 sum by a count needs no such care. Were it
+rounded onto a tie m of a dtype of up to 24 bits, |sum - count * m| would be at
+most count * ulp(m) / 2, which is less than ulp(sum); but for counts of up to 2^26
+both are multiples of ulp(sum), so they are equal, and the tie is a true one.
+
+A weight of up to 26 bits times a number of up to 24 is exact in float64; a
+float64 is cut into two halves first (Dekker 1971).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from swa_avg.kernel.arithmetic import rounding_detector
+from swa_avg.kernel.compensated import Block, Rows, Sum, count_of, each, exact_means, lost, refine
+from swa_avg.kernel.elements import is_small, scale, widen
+from swa_avg.kernel.few_bits import MOST_ROWS, FewBits
+from swa_avg.kernel.rounding import round_into
+from swa_avg.kernel.settling import settle
+from swa_avg.tensors import DType
+
+if TYPE_CHECKING:
+    from swa_avg.kernel.elements import Array
+
+MOST_WEIGHT = 1 << 26
+# How many numbers of all rows are added up at once. Fewer stay in the processor's second cache;
+# but threads of Python take turns at each call of numpy, which then should be fewer and longer.
+ALONE = 80 * 1024
+BESIDE_THREADS = 640 * 1024
+MOST_OF_ONE = 16 * 1024  # of one input, where there is a mean of each number of inputs
+_LEAST_ROWS = 5
+_ALIGNED = 64
+_LOWER_HALF = (1 << 27) - 1  # of a float64's significand
+
+
+class Averager:
+    """Averages rows, in buffers that it keeps, with the processor as `default_arithmetic` sets it.
+
+    Used by one thread: the processor's note of a rounding is kept for each thread.
+
+    Args:
+        at_once: How many numbers of all rows it adds up at once.
+    """
+
+    def __init__(self, at_once: int = ALONE) -> None:
+        self._at_once = at_once
+        self._columns = np.empty((5, 0))
+        self._rounded = rounding_detector()
+        self._few = FewBits(self._rounded)
+        self._careful = False
+
+    def mean_into(self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int] = ()) -> None:
+        """Write the mean of the rows into `out`, correctly rounded: to nearest, ties to even.
+
+        The order of the rows does not matter. Elements that are the same in all rows keep
+        their bits, NaN and infinity included.
+
+        Args:
+            rows: What is averaged, each as long as `out`.
+            out: Where the mean goes, one-dimensional, what carries `dtype`.
+            dtype: The dtype of `out`.
+            weights: How often each row counts, 1 to `MOST_WEIGHT`; empty where each
+                counts once. A sum of more than `MOST_WEIGHT` is slow.
+
+        Raises:
+            NonFiniteError: An element is not finite in some row, or becomes so by rounding.
+        """
+        step = self._at_once // max(_LEAST_ROWS, count_of(rows))
+        step = max(_ALIGNED, step // _ALIGNED * _ALIGNED)
+        self._resize(min(step, out.size))
+        for start in range(0, out.size, step):
+            cut = slice(start, start + step)
+            some = [Block(block.values[:, cut], block.dtype) for block in rows]
+            self._mean(some, out[cut], dtype, weights)
+        settle(out, rows, weights, dtype)
+
+    def running_means(
+        self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """Write the mean of the first row into `out`, then of the first two, and so on.
+
+        Each is what `mean_into` gives for so many. The arguments are those of `mean_into`.
+
+        Yields:
+            Of how many rows the mean is in `out` now: 1 to all.
+        """
+        self._resize(out.size)
+        singly = [Block(values[None], kind) for values, kind in each(rows)]
+        for done, total in enumerate(self._sums(rows, weights), 1):
+            first, counted = singly[:done], weights[:done]
+            self._finish(total, out, dtype, first, counted)
+            settle(out, first, counted, dtype)
+            yield done
+
+    def _resize(self, size: int) -> None:
+        """Make the columns as long as what is added up at once."""
+        if self._columns.shape[1] < size:
+            self._columns = np.empty((5, size))
+
+    def _mean(self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int]) -> None:
+        """Write the mean of so many numbers as are added up at once."""
+        high = self._columns[0, : out.size]
+        if weights or len(rows) > 1:
+            total = self._sum(rows, weights, high)
+        else:
+            values, kind = rows[0]
+            if is_small(kind):
+                values = self._few.widened(values, kind)
+                exact = len(values) <= MOST_ROWS and dtype.significand <= 24
+                if exact and self._few.averaged(values, kind, out, dtype):
+                    return
+            total = self._sum(rows, weights, high, values)
+        self._finish(total, out, dtype, rows, weights)
+
+    def _sum(
+        self, rows: Rows, weights: Sequence[int], high: Array, numbers: Array | None = None
+    ) -> Sum:
+        """Return the sum of all rows times their weights.
+
+        Where the plain sum had to round, it is done again with care; what comes after
+        such a one, which is of the same kind, is done with care at once.
+
+        Args:
+            rows: The rows.
+            weights: How often each counts; empty where each counts once.
+            high: Where the plain sum goes.
+            numbers: Their numbers, over the dtype's `scale`, if they are of one dtype
+                and each counts once.
+        """
+        if not self._careful:
+            self._rounded.clear()
+            if numbers is None:
+                self._add_up(rows, weights, high)
+            else:
+                np.add.reduce(numbers, axis=0, dtype=np.float64, out=high)
+            if not self._rounded.raised():
+                if numbers is not None and is_small(rows[0].dtype):
+                    high *= scale(rows[0].dtype)
+                return Sum(high)
+        total = deque(self._sums(rows, weights), maxlen=1).pop()
+        self._careful = total.low is not None
+        return total
+
+    def _add_up(self, rows: Rows, weights: Sequence[int], high: Array) -> None:
+        high[...] = 0
+        for addends in self._addends(rows, weights):
+            for addend in addends:
+                np.add(high, addend, out=high)
+
+    def _sums(self, rows: Rows, weights: Sequence[int]) -> Iterator[Sum]:
+        """Yield the sum after each row, with what additions have lost."""
+        size = rows[0].values.shape[1]
+        high, new = self._columns[:2, :size]
+        low: Array | None = None
+        unsure: Array | None = None
+        high[...] = 0
+        for addends in self._addends(rows, weights):
+            for addend in addends:
+                self._rounded.clear()
+                np.add(high, addend, out=new)
+                if self._rounded.raised():
+                    error = lost(high, addend, new)
+                    before = np.zeros_like(error) if low is None else low
+                    low = before + error
+                    wrong = lost(before, error, low) != 0
+                    unsure = wrong if unsure is None else unsure | wrong
+                high, new = new, high
+            yield Sum(high, low, unsure)
+
+    def _addends(self, rows: Rows, weights: Sequence[int]) -> Iterator[Sequence[Array]]:
+        """Yield for each row the float64 numbers, 1 or 2, that add up to it times its weight."""
+        size = rows[0].values.shape[1]
+        whole, upper = self._columns[2:4, :size]
+        for number, (values, dtype) in enumerate(each(rows)):
+            widen(values, whole, dtype)
+            if not weights:
+                yield (whole,)
+            elif dtype.significand < 53:
+                whole *= weights[number]
+                yield (whole,)
+            else:
+                np.bitwise_and(whole.view(np.int64), ~_LOWER_HALF, out=upper.view(np.int64))
+                whole -= upper
+                whole *= weights[number]
+                upper *= weights[number]
+                yield whole, upper
+
+    def _finish(
+        self, total: Sum, out: Array, dtype: DType, rows: Rows, weights: Sequence[int]
+    ) -> None:
+        """Divide the sum of the rows by how many count, and round it into `out`."""
+        count, unsure = sum(weights) or count_of(rows), total.unsure
+        mean = self._columns[4, : out.size]
+        if count > MOST_WEIGHT:
+            unsure = np.ones(out.size, np.bool_)
+        elif total.low is None:
+            np.divide(total.high, count, out=mean)
+        else:
+            doubtful = refine(mean, total.high, total.low, count, dtype)
+            unsure = doubtful if unsure is None else unsure | doubtful
+        if unsure is not None and unsure.any():
+            places = unsure.nonzero()[0]
+            mean[places] = exact_means(rows, weights, places, dtype)
+        round_into(mean, out, dtype)

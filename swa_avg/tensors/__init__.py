@@ -1,0 +1,66 @@
+"""What a tensor in a file is: its dtype, shape, stride and byte range.
+
+In: files. Out: references to tensors, which read boxes of elements and check their
+bytes. Knows nothing of file formats.
+"""
+
+from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps
+from swa_avg.tensors.floats import FORMATS, Format, part, value_of
+from swa_avg.tensors.strided import (
+    Box,
+    boxes,
+    elements,
+    permuted,
+    read_box,
+    read_numbers,
+    read_tensor,
+    whole,
+)
+from swa_avg.tensors.tensor import (
+    DTYPES,
+    SAFETENSORS_DTYPES,
+    DType,
+    Kind,
+    Part,
+    Record,
+    Stored,
+    Tensor,
+    TensorRef,
+    View,
+    contiguous_stride,
+    is_dense,
+    memory_order,
+)
+
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "SAFETENSORS_DTYPES",
+    "Box",
+    "DType",
+    "Format",
+    "Kind",
+    "Ledger",
+    "Part",
+    "Piece",
+    "Record",
+    "Stored",
+    "Tensor",
+    "TensorRef",
+    "View",
+    "boxes",
+    "combined",
+    "contiguous_stride",
+    "elements",
+    "is_dense",
+    "memory_order",
+    "part",
+    "permuted",
+    "read_box",
+    "read_numbers",
+    "read_tensor",
+    "value_of",
+    "verify",
+    "whole",
+    "with_gaps",
+]
