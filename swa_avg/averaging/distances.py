@@ -11,12 +11,12 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swa_avg.kernel.elements import Array
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 # Independent runs of one network lie farther than this from their mean, and checkpoints
 # of one run nearer; how that was measured stands in the README.
@@ -30,30 +30,32 @@ class Distances:
     """Where checkpoints lie, relative to their mean.
 
     Attributes:
-        overall: For each checkpoint its distance from the mean, over the mean's norm.
+        overall: For each checkpoint its distance from the mean, over the mean's norm; None
+            where that is no number, as where the mean is zero.
         cosines: The cosine of the angle between each step from a checkpoint to the next
             and the step after it; None where one of the two has no length. Two fewer
             than checkpoints.
         modules: The distances in each top-level module alone.
     """
 
-    overall: tuple[float, ...]
+    overall: tuple[float | None, ...]
     cosines: tuple[float | None, ...]
-    modules: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    modules: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def notes(self, paths: Sequence[str]) -> Iterator[str]:
         """Yield what looks wrong: an outlier, or checkpoints of more than one run."""
-        if len(self.overall) < 2:
+        known = [distance for distance in self.overall if distance is not None]
+        if not 2 <= len(known) == len(paths):
             return
-        if max(self.overall) > APART:
-            far = max(range(len(paths)), key=lambda number: self.overall[number])
+        if max(known) > APART:
+            far = max(range(len(paths)), key=lambda number: known[number])
             yield (
-                f"{paths[far]}: lies {self.overall[far]:.2g} of the mean's norm away from it; "
+                f"{paths[far]}: lies {known[far]:.2g} of the mean's norm away from it; "
                 "are the checkpoints of one run?"
             )
             return
-        median = statistics.median(self.overall)
-        for path, distance in zip(paths, self.overall, strict=True):
+        median = statistics.median(known)
+        for path, distance in zip(paths, known, strict=True):
             if len(paths) > 3 and distance > OUTLIER * median > 0:
                 yield (
                     f"{path}: lies {distance / median:.1f} times as far from the mean as the "
@@ -103,13 +105,22 @@ def distances(
     )
 
 
-def _from_mean(gram: Array, square: float, counts: Sequence[int]) -> tuple[float, ...]:
+def _from_mean(gram: Array, square: float, counts: Sequence[int]) -> tuple[float | None, ...]:
+    import numpy as np
+
     weights = np.array([count / sum(counts) for count in counts])
     differences = np.eye(len(counts)) - weights
     squared = ((differences @ gram) * differences).sum(axis=1)
-    norm = math.sqrt(square)
-    lengths = [math.sqrt(max(value, 0.0)) for value in squared.tolist()]
-    return tuple(length / norm if norm else math.inf if length else 0.0 for length in lengths)
+    return tuple(_over(length, square) for length in squared.tolist())
+
+
+def _over(squared: float, square: float) -> float | None:
+    """Return the ratio of two lengths, from their squares; None where that is no number."""
+    if squared <= 0:  # by rounding
+        return 0.0
+    if not square or not math.isfinite(squared) or not math.isfinite(square):
+        return None
+    return math.sqrt(squared) / math.sqrt(square)
 
 
 def _cosines(gram: Array) -> Iterator[float | None]:
@@ -119,4 +130,5 @@ def _cosines(gram: Array) -> Iterator[float | None]:
     for number in range(len(products) - 1):
         lengths = float(products[number, number] * products[number + 1, number + 1])
         between = float(products[number, number + 1])
-        yield between / math.sqrt(lengths) if lengths > 0 else None
+        cosine = between / math.sqrt(lengths) if 0 < lengths < math.inf else math.nan
+        yield cosine if math.isfinite(cosine) else None

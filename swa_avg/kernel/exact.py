@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swa_avg.kernel.arithmetic import rounding_detector
+from swa_avg.kernel.arithmetic import RoundingDetector, rounding_detector
 from swa_avg.kernel.compensated import Block, Rows, Sum, count_of, each, exact_means, lost, refine
 from swa_avg.kernel.elements import is_small, scale, widen
 from swa_avg.kernel.few_bits import MOST_ROWS, FewBits
@@ -51,12 +51,13 @@ class Averager:
 
     Args:
         at_once: How many numbers of all rows it adds up at once.
+        rounded: Tells whether an addition had to round; by default what works here.
     """
 
-    def __init__(self, at_once: int = ALONE) -> None:
+    def __init__(self, at_once: int = ALONE, rounded: RoundingDetector | None = None) -> None:
         self._at_once = at_once
         self._columns = np.empty((5, 0))
-        self._rounded = rounding_detector()
+        self._rounded = rounded or rounding_detector()
         self._few = FewBits(self._rounded)
         self._careful = False
 

@@ -124,6 +124,7 @@ def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outco
     return settle(kernel, findings, workers)
 
 
+@default_arithmetic()
 def compute(
     kernel: Kernel,
     dealt: Sequence[Sequence[Item]],
@@ -171,6 +172,7 @@ def _begun(job: _Job, workers: int, total: int, ended: ExitStack) -> Results[Pla
     return ended.enter_context(in_threads(job.do, count, workers))
 
 
+@default_arithmetic()
 def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
     """Make sure of what all tasks together have read, and sum up.
 
