@@ -20,6 +20,9 @@ import make
 
 RECORDED = json.loads(make.RECORDED.read_text(encoding="utf-8"))["3 checkpoints"]
 COUNT = 3
+_NAMES = (*(f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")),
+          "uint16", "uint32", "uint64")  # fmt: skip
+YOUNG = [getattr(torch, name) for name in _NAMES]
 half_complex = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 distributed = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -42,8 +45,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = {name: value.clone() for name, value in state.items()}
         save = {"epoch": number, "model": state, "optimizer": {"lr": 0.1}}
         torch.save(save, folder / f"epoch_{number}.pt")
+        # The old format has no float8: torch saves it, and cannot load it.
+        old = {name: value for name, value in state.items() if value.dtype not in YOUNG}
         legacy = folder / f"legacy_{number}.pt"
-        torch.save(save, legacy, _use_new_zipfile_serialization=False)
+        torch.save({"model": old}, legacy, _use_new_zipfile_serialization=False)
         kept = {name: value.contiguous() for name, value in state.items()
                 if value.dtype not in (torch.complex128, torch.complex32)}  # fmt: skip
         save_file(kept, folder / f"epoch_{number}.safetensors")
@@ -117,8 +122,6 @@ def test_all_else_is_done_without_torch(
     chosen = run(tmp_path, *paths, "--last", "2", "--dry-run", "-v", **no_torch)
     assert "would read" in succeeds(chosen)
     succeeds(run(tmp_path, *paths[:2], "-o", "two.pt", "--bn-buffers", "reset", **no_torch))
-    narrow = ("--dtype", "float32", "--bn-buffers", "mean")
-    succeeds(run(tmp_path, *paths[:2], "-o", "narrow.pt", *narrow, **no_torch))
     going_on = ("--start-from", "two.pt", "-o", "three.pt", "--verify", "--json", "--distances")
     told = json.loads(succeeds(run(tmp_path, paths[2], *going_on, **no_torch)))
     assert len(told["distances"]["overall"]) == 2
@@ -127,7 +130,7 @@ def test_all_else_is_done_without_torch(
     averaged.update_parameters(torch.nn.Linear(2, 2))
     torch.save(averaged.state_dict(), tmp_path / "averaged.pt")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "next.pt")
-    on = ("next.pt", "--start-from", "averaged.pt", "-o", "on.pt")
+    on = ("next.pt", "--start-from", "averaged.pt", "-o", "on.pt", "--dtype", "bfloat16")
     assert "2 checkpoints" in succeeds(run(tmp_path, *on, **no_torch))
 
 
