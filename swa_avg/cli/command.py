@@ -117,7 +117,7 @@ def _average(run: Run, ranks: ProcessRanks | None) -> None:
     with _planned(run) as averaging:
         if _leads():
             check_beside(run, averaging)
-        with _written(averaging, run, ranks) as made:
+        with _one_blas_thread(), _written(averaging, run, ranks) as made:
             if made:
                 file, report = made
                 file.commit()
@@ -125,8 +125,9 @@ def _average(run: Run, ranks: ProcessRanks | None) -> None:
                 ranks.meet()
         if not made:
             return
-    content = report.to_dict() | _tensors(averaging, run)
-    _write_report(content, run)
+    if run.as_json or run.report is not None:
+        content = report.to_dict() | _tensors(averaging, run)
+        _write_report(content, run)
     if run.as_json:
         click.echo(_json(content))
     elif not run.quiet:
@@ -134,6 +135,23 @@ def _average(run: Run, ranks: ProcessRanks | None) -> None:
         if report.stale:
             _note_stale()
         _say([messages.of_output(report.output, report.bytes_written)])
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Have numpy, where it is imported now, start no threads for matrices that we do not have.
+
+    Only where none of the user's code runs in this process, and where the user has not said.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager
