@@ -16,7 +16,7 @@ from swa_avg.entries import Plain, read_part
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
 from swa_avg.formats.optimizers import is_optimizer
-from swa_avg.frameworks import PARTNERS, Framework
+from swa_avg.frameworks import PARTNERS, Framework, Loads
 from swa_avg.places import (
     NOWHERE,
     Places,
@@ -152,6 +152,55 @@ def find_state_dict(
         places=found,
         notes=tuple(notes),
     )
+
+
+def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> None:
+    """Refuse to change one of two slots of a file that stays, if nobody said which.
+
+    Args:
+        state: What was found with `keys` and `ema`.
+        keys: Where the state_dict is, if the user said so.
+        ema: Which of the two is meant, if the user said so.
+
+    Raises:
+        LayoutError: The file has raw weights and an average, and its framework may load the
+            one that would stay as it is.
+    """
+    found, row = state.places, state.framework
+    averages = (*found.averages, *found.unnamed)
+    if keys or ema is not None or not (found.weights and averages):
+        return
+    known = row is not None and row.average
+    if known and row and row.loads is Loads.WEIGHTS:
+        return
+    loads = f"{row.name} loads {row.loads.value}" if known and row else "it may load either"
+    named = "--ema (the average) or " if found.averages else ""
+    raise LayoutError(
+        f"has raw weights at {found.weights[0]} and an average at {averages[0]}; {loads}",
+        file=state.checkpoint.path,
+        remedy=f"Say which to replace: {named}--no-ema (the raw weights)",
+    )
+
+
+def check_running(states: Sequence[StateDict], ema: bool | None) -> None:
+    """Refuse to average several running means: each contains those before it.
+
+    Args:
+        states: The checkpoints that would be averaged.
+        ema: Whether it is their averages that were taken.
+
+    Raises:
+        LayoutError: There are several, of a framework whose average is an equal-weight mean
+            from a fixed start on.
+    """
+    row = states[-1].framework if states else None
+    if ema and len(states) > 1 and row and row.running:
+        raise LayoutError(
+            f"has at {states[-1].where} the mean of the run so far ({row.name}), "
+            "which contains those of the checkpoints before it",
+            file=states[-1].checkpoint.path,
+            remedy="Take it alone (--last 1 --ema), or average the raw weights (--no-ema)",
+        )
 
 
 class Finder:

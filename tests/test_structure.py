@@ -22,7 +22,8 @@ ROOMS = (
         "formats.pickles",
         "formats.pickler",
     ),
-    *("formats.optimizers", "formats.zip_directory", "formats.headers", "formats.torch_zip"),
+    *("formats.optimizers",
+    "formats.zip_directory", "formats.headers", "formats.torch_zip"),
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
     *("formats.sharded", "formats.dcp_layout", "formats.dcp"),
     *(
