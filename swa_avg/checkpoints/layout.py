@@ -173,7 +173,8 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
     if known and row and row.loads is Loads.WEIGHTS:
         return
     loads = f"{row.name} loads {row.loads.value}" if known and row else "it may load either"
-    named = "--ema (the average) or " if found.averages else ""
+    alone = "--last 1 " if row and row.running else ""
+    named = f"{alone}--ema (the average) or " if found.averages else ""
     raise LayoutError(
         f"has raw weights at {found.weights[0]} and an average at {averages[0]}; {loads}",
         file=state.checkpoint.path,
