@@ -62,7 +62,9 @@ class Half:
             ema: Take the average; else the raw weights.
         """
         left = [name for name in names if name not in self.own and not self._is_average(name)]
-        cut = self.raw if all(name.startswith(self.raw) for name in left) else ""
+        # Counters beside the halves are those of a wrapper, whose names are not the model's.
+        wrapper = bool(self.own) and self.prefix.count(".") == 1
+        cut = self.raw if wrapper and all(name.startswith(self.raw) for name in left) else ""
         taken = {name[len(cut) :]: self.averaged.get(name, name) if ema else name for name in left}
         return Chosen(taken, cut)
 

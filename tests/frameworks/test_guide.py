@@ -68,7 +68,7 @@ def test_command_of_the_table(name: str, tmp_path: Path) -> None:
         if states[0][key].is_floating_point():
             expected = torch.stack([state[key].double() for state in states]).mean(0)
             torch.testing.assert_close(found[key].double(), expected, rtol=1e-3, atol=1e-6)
-            assert not torch.equal(found[key], states[-1][key])
+    assert any(not torch.equal(found[key], states[-1][key]) for key in states[0])
 
 
 def test_each_row_has_its_test() -> None:
