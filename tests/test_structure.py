@@ -19,8 +19,8 @@ PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up.
 WINGS = {
     "storage": "prefetch remote fetching files temporary commit writeback partial output upload",
-    "tensors": "tensor floats strided checksums",
-    "formats": "checkpoint pickled rebuilding pickles pickler optimizers zip_directory headers "
+    "tensors": "tensor optimizers floats strided checksums",
+    "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers "
     "torch_zip torch_legacy safetensors single sharded dcp_metadata dcp_layout dcp opening",
     "checkpoints": "modules tree recorded frameworks places halves entries layout "
     "metrics provenance reader",

@@ -25,8 +25,8 @@ from swa_avg.checkpoints.places import (
 )
 from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import Checkpoint, is_optimizer
-from swa_avg.tensors import TensorRef, View
+from swa_avg.formats import Checkpoint
+from swa_avg.tensors import TensorRef, View, is_optimizer
 
 # What normalisation layers with running statistics keep.
 BN_STATISTICS = ("running_mean", "running_var")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from swa_avg.checkpoints.modules import state_dict_of
 from swa_avg.errors import FormatError
-from swa_avg.formats import Inert, UnreadableTensor, is_optimizer
-from swa_avg.tensors import Kind, Tensor
+from swa_avg.formats import Inert, UnreadableTensor
+from swa_avg.tensors import Kind, Tensor, is_optimizer
 
 # How deep dicts are looked into; a pickle can nest them without end, or in a circle.
 _DEEPEST = 8

@@ -26,7 +26,6 @@ from swa_avg.formats.opening import (
     patch,
     with_provenance,
 )
-from swa_avg.formats.optimizers import in_groups, is_optimizer, optimizer_groups
 from swa_avg.formats.pickled import Dict, Inert, UnreadableTensor, described
 
 __all__ = [
@@ -46,12 +45,9 @@ __all__ = [
     "checksum_places",
     "described",
     "form_of",
-    "in_groups",
     "is_checkpoint",
-    "is_optimizer",
     "layout_for",
     "open_checkpoint",
-    "optimizer_groups",
     "patch",
     "with_provenance",
 ]
