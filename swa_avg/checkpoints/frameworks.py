@@ -152,6 +152,8 @@ PARTNERS = {"model": "generator"}  # OpenNMT-py
 
 # Words that say average in the name of a slot or of a submodule.
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?|avg|shadow|polyak)(?:s?_|\d*$)", re.IGNORECASE)
+# One of these is in every name that says average: quickly looked for in many names.
+AVERAGE_WORDS = ("ema", "swa", "avg", "average", "shadow", "polyak")
 # What is no average of weights, whatever else its name says.
 _OTHER = re.compile(r"optim|sched|scaler|loss|metric|stats|config|args", re.IGNORECASE)
 

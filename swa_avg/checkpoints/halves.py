@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from swa_avg.checkpoints.frameworks import says_average, without_average
+from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, says_average, without_average
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -103,7 +103,9 @@ def _prefixes(shapes: Shapes) -> list[str]:
     """Return what names begin with up to a part that says average, the shortest first."""
     found: dict[str, None] = {}
     judged: dict[str, bool] = {}
-    for name in shapes:
+    there = "\n".join(shapes).lower()
+    words = [word for word in AVERAGE_WORDS if word in there]
+    for name in shapes if words else ():
         parts = name.split(".")
         for count, part in enumerate(parts[:-1], 1):
             if part not in judged:
@@ -161,16 +163,19 @@ def _raw_prefixes(shapes: Shapes, inside: Mapping[str, str], outside: Iterable[s
     if not weights:
         return []
     longest = max(weights, key=len)
-    found: dict[str, None] = {}
-    for name in outside:
-        if shapes[name] != shapes[inside[longest]] or not name.replace(".", "").endswith(
-            longest.replace(".", "")
-        ):
-            continue
-        starts = (0, *(place + 1 for place, char in enumerate(name) if char == "."))
-        found.update(
-            (name[:at], None) for at in starts if longest in (name[at:], name[at:].replace(".", ""))
-        )
+    shape = shapes[inside[longest]]
+    alike = [name for name in outside if shapes[name] == shape]
+    found = {
+        name[: len(name) - len(longest)]: None
+        for name in alike
+        if name == longest or name.endswith(f".{longest}")
+    }
+    if not found:
+        for name in alike:
+            starts = (0, *(place + 1 for place, char in enumerate(name) if char == "."))
+            found.update(
+                (name[:at], None) for at in starts if name[at:].replace(".", "") == longest
+            )
     return list(found)[:_MOST_CANDIDATES]
 
 
@@ -183,10 +188,7 @@ def _pairs(
     """
     under = [name for name in outside if name.startswith(raw)]
     exact = {name[len(raw) :]: name for name in under}
-    dotless: dict[str, str] = {}
-    for rest, name in exact.items():
-        # Two names that differ in their dots only are told apart by nothing.
-        dotless[rest.replace(".", "")] = "" if rest.replace(".", "") in dotless else name
+    dotless = {} if inside.keys() <= exact.keys() else _dotless(exact)
     found: dict[str, str] = {}
     for rest, name in inside.items():
         other = exact.get(rest) or dotless.get(rest)
@@ -194,4 +196,13 @@ def _pairs(
             found[other] = name
         elif not _is_counter(shapes[name]):
             return {}
+    return found
+
+
+def _dotless(names: Mapping[str, str]) -> dict[str, str]:
+    """Return what names stand for without their dots; those that become the same, for nothing."""
+    found: dict[str, str] = {}
+    for rest, name in names.items():
+        short = rest.replace(".", "")
+        found[short] = "" if short in found else name
     return found

@@ -222,7 +222,13 @@ class Finder:
         like = self._found.get(id(checkpoint.tree))
         if like is not None:
             return replace(like, checkpoint=checkpoint)
-        found = find_state_dict(checkpoint, self._keys, self._ema)
+        try:
+            found = find_state_dict(checkpoint, self._keys, self._ema)
+        except LayoutError:
+            # An average of ours may be bare, whatever its checkpoints look like.
+            if not checkpoint.provenance:
+                raise
+            found = find_state_dict(checkpoint)
         self._found[id(checkpoint.tree)] = found
         return found
 

@@ -66,7 +66,7 @@ def places(tree: object) -> Places:
     patterns = [row.weights] if row and exchanged else [*WEIGHTS, *([row.weights] if row else [])]
     weights = _holding(tree, patterns)
     root = mapping(tree) or {}
-    said = [n for n, v in root.items() if isinstance(n, str) and says_average(n) and _is_dict(v)]
+    said = [n for n, v in root.items() if _is_dict(v) and isinstance(n, str) and says_average(n)]
     first = [row.average] if row and exchanged else []
     averages = _holding(tree, [*first, *_AVERAGES, *said])
     # mmengine keeps the raw weights under a name that says average.

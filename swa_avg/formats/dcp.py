@@ -135,7 +135,7 @@ def _tree(metadata: Mapping[str, object], source: _Source) -> tuple[dict[str, ob
         if leaf in at:
             raise FormatError("is there twice", tensor=name)
         at[leaf] = _UNREAD if name in unread else _item(name, entries[name], source)
-    return tree, [f"{listed(groups)}: optimizer state; not read"] if flat and groups else []
+    return tree, [f"{listed(list(groups))}: optimizer state; not read"] if flat and groups else []
 
 
 def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
@@ -150,13 +150,13 @@ def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple
     return paths
 
 
-def _optimizers(paths: Mapping[str, tuple[str, ...]]) -> list[str]:
+def _optimizers(paths: Mapping[str, tuple[str, ...]]) -> dict[str, None]:
     """Return the dotted prefixes of what is an optimizer's, and stays unread.
 
     A dict that is called so beside the model's is one, whatever it holds; among flat names
     its structure must say it.
     """
-    groups = dict.fromkeys(optimizer_groups({".".join(path) for path in paths.values()}))
+    groups = optimizer_groups({".".join(path): None for path in paths.values()})
     heads = {path[0].partition(".")[0] for path in paths.values()}
     for path in paths.values():
         named = len(path) == 1 and bool(heads & _SLOTS)
@@ -164,7 +164,7 @@ def _optimizers(paths: Mapping[str, tuple[str, ...]]) -> list[str]:
         for count, branch in enumerate(branches, 1):
             if _CALLED.fullmatch(branch):
                 groups[".".join(branches[:count])] = None
-    return list(groups)
+    return groups
 
 
 def _split(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

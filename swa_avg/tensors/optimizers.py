@@ -15,31 +15,36 @@ from collections.abc import Collection, Iterable
 _KEPT = r"(?:max_)?exp_avg\w*|momentum_buffer|square_avg|acc_delta|exp_inf|param_groups"
 _EVIDENCE = re.compile(rf"(?:^|\.)({_KEPT})(?=\.|$)")
 _CALLED = re.compile(r"(?:^|\.)(?:[^.]*(?<![a-z]))?opt(?:im(?:izer)?s?)?(?![a-z])[^.]*(?=\.)")
+# One of these is in every name that is an optimizer's: quickly looked for in many names.
+_HINTS = ("opt", "exp_avg", "momentum_buffer", "square_avg", "acc_delta", "exp_inf", "param_groups")
 _STATE = re.compile(r".*(?:^|\.)state(?=\.|$)")
 # The parts of an optimizer's state_dict.
 _PARTS = {"state", "param_groups"}
 
 
-def optimizer_groups(names: Collection[str]) -> tuple[str, ...]:
+def optimizer_groups(names: Collection[str]) -> dict[str, None]:
     """Return the dotted prefixes under which only optimizer state stands.
 
     Args:
         names: All names of a state_dict or a folder.
     """
     groups: dict[str, None] = {}
-    for name in names:
+    there = "\n".join(names)
+    hints = [hint for hint in _HINTS if hint in there]
+    hinting = [name for name in names if any(hint in name for hint in hints)] if hints else []
+    for name in hinting:
         found = _EVIDENCE.search(name)
         if found:
             group = _group_of(name, found, names)
             groups.update({group: None} if group else {})
     parts: dict[str, set[str]] = {}
-    for name in names:
+    for name in hinting:
         called = _CALLED.search(name)
         if called:
             below = [part for part in name[called.end() + 1 :].split(".") if not part.isdecimal()]
             parts.setdefault(name[: called.end()], set()).update(below[:1])
     groups.update({group: None for group, below in parts.items() if below and below <= _PARTS})
-    return tuple(groups)
+    return groups
 
 
 def _group_of(name: str, found: re.Match[str], names: Collection[str]) -> str:
@@ -57,10 +62,11 @@ def _group_of(name: str, found: re.Match[str], names: Collection[str]) -> str:
     return name[: found.end()] if after in names else ""
 
 
-def in_groups(name: str, groups: Iterable[str]) -> bool:
+def in_groups(name: str, groups: Collection[str]) -> bool:
     """Tell whether a name stands below one of the prefixes."""
-    return any(name.startswith(group) and name[len(group)] == "." for group in groups
-               if len(name) > len(group))  # fmt: skip
+    if not groups:
+        return False
+    return any(name[:at] in groups for at, char in enumerate(name) if char == ".")
 
 
 def is_optimizer(names: Iterable[object]) -> bool:

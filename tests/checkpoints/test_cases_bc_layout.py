@@ -282,3 +282,13 @@ def test_in_place_batchnorm_of_a_file_that_has_the_average_alone(tmp_path: Path)
         ended = run(tmp_path, *BN, *more, "-o", "out.pt")
         assert ended.returncode == 0, ended.stderr
     assert torch.load(tmp_path / "out.pt")["ema"]["1.num_batches_tracked"] == 4
+
+
+def test_going_on_from_a_bare_average_of_averages(tmp_path: Path) -> None:
+    """--ema says where the checkpoints have their average; an output of ours has its own place."""
+    save(tmp_path, lambda n: {"state_dict": RAW[n], "state_dict_ema": EMA[n], "epoch": n})
+    files = [str(tmp_path / file) for file in FILES]
+    base, out = str(tmp_path / "base.pt"), str(tmp_path / "out.pt")
+    in_process(*files[:2], "--ema", "-o", base)
+    in_process(files[2], "--ema", "--start-from", base, "-o", out)
+    torch.testing.assert_close(torch.load(out)["0.weight"], mean(EMA))
