@@ -262,10 +262,9 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know before anything is averaged."""
-        last = self.states[-1].checkpoint.path
-        kept = f"what else is in the file (optimizer state, for one) is that of {last}"
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
-        return (*self.selection.notes, *self.plan.notes, *([kept] if wrapped else []))
+        around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
+        return (*self.selection.notes, *self.plan.notes, *around)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""
