@@ -14,7 +14,7 @@ from swa_avg import wrapper
 from swa_avg.continuing import Base
 from swa_avg.cutting import buffer_bytes
 from swa_avg.distances import distances, groups
-from swa_avg.errors import MismatchError, SwaAvgError
+from swa_avg.errors import MismatchError, listed
 from swa_avg.files import ROOM, InputFile, announce, reading_ahead
 from swa_avg.formats import Layout
 from swa_avg.layout import StateDict
@@ -30,7 +30,6 @@ from swa_avg.remote import is_remote
 from swa_avg.report import Input, Report, input_of, versions
 from swa_avg.select import Selection
 from swa_avg.settings import Options
-from swa_avg.tensors import Kind
 from swa_avg.upload import RemoteFile
 from swa_avg.verification import Written, read_back, verify
 
@@ -209,24 +208,32 @@ class Averaging:
             return [], []
         return groups([work.name for work in self.plan.works])
 
-    def _differing(self, names: tuple[str, ...]) -> list[str]:
-        """Say which copied tensors are not the same everywhere; refuse those of no meaning."""
-        dtypes = {tensor.name: tensor.dtype for tensor in self.plan.tensors}
+    def _differing(self, names: Sequence[str]) -> list[str]:
+        """Say which copied tensors are not the same everywhere; refuse those that must be."""
+        planned = {tensor.name: tensor for tensor in self.plan.tensors}
         last = self.states[-1].checkpoint.path
-        for name in names:
-            if dtypes[name].kind is Kind.OPAQUE:
-                raise MismatchError(
-                    [
-                        SwaAvgError(
-                            f"differs between checkpoints, and {dtypes[name]} cannot be averaged",
-                            file=last,
-                            tensor=name,
-                        )
-                    ]
-                )
-        return [f"{name}: differs between checkpoints; taken from {last}" for name in names]
+        refused = [planned[name].refusal(last) for name in names if planned[name].must_agree]
+        if refused:
+            raise MismatchError(refused)
+        return [
+            f"{name}: differs between checkpoints; taken from {last}"
+            for name in names
+            if not planned[name].statistic
+        ]
+
+    def _frozen(self, differing: Sequence[str]) -> list[str]:
+        """Say which layers look frozen, where others do not."""
+        same = self.plan.frozen_after(differing)
+        if not same or not self.plan.stale_after(differing):
+            return []
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in same))
+        return [
+            f"{listed(layers)}: BatchNorm statistics are the same in all checkpoints, as those "
+            "of frozen layers are; --recompute-bn sets them, too"
+        ]
 
     def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
+        said = self._differing(outcome.differing)
         inputs = self._inputs(known)
         modules, _ = self._modules()
         found = None
@@ -239,10 +246,11 @@ class Averaging:
             output=str(self.output),
             inputs=inputs,
             counts=self.plan.counts,
-            stale=self.plan.stale,
+            families=self.plan.families,
+            stale=self.plan.stale_after(outcome.differing),
             bytes_read=outcome.bytes_read,
             bytes_written=self.layout.size,
-            notes=(*self.notes, *self._differing(outcome.differing), *far),
+            notes=(*self.notes, *said, *self._frozen(outcome.differing), *far),
             distances=found,
             options=self.options.described,
         )
@@ -261,6 +269,7 @@ class Averaging:
             "output": str(self.output),
             "inputs": [asdict(source) for source in self.inputs],
             "counts": self.plan.counts,
+            "families": self.plan.families,
             "tensors": [
                 {
                     "name": tensor.name,
@@ -268,6 +277,7 @@ class Averaging:
                     "shape": list(tensor.shape),
                     "treatment": tensor.treatment.value,
                     "reason": tensor.reason,
+                    "family": tensor.family,
                 }
                 for tensor in self.plan.tensors
             ],

@@ -133,7 +133,7 @@ class Desk:
             out.copy_(rows[-1])
         else:
             cast_into(rows[-1], out, work.dtype)
-        return data, all(torch.equal(row, out) for row in rows[:-1])
+        return data, all(torch.equal(row, rows[-1]) for row in rows[:-1])
 
     def _rows(self, readers: Sequence[Reader], cell: Cell | Box) -> Rows:
         """Read a cell of all inputs."""

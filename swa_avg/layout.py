@@ -7,7 +7,7 @@ reads a tensor or compares checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -44,9 +44,6 @@ _PREFIXES = ("module.", "_orig_mod.")
 # A wrapper's own counter stands beside its `module.`: torch's AveragedModel, mmengine's.
 _COUNTERS = {"ema_state_dict": "steps"}
 _COUNTER = "n_averaged"
-# What normalisation layers with running statistics keep.
-BN_STATISTICS = ("running_mean", "running_var")
-BN_COUNTER = "num_batches_tracked"
 # What a state_dict holds besides tensors is small; nested lists can take for ever to look at.
 _MOST_PLAIN_VALUES = 1_000_000
 
@@ -99,15 +96,6 @@ class StateDict:
     def n_averaged(self) -> TensorRef | None:
         """Where the counter of torch's AveragedModel is, or None."""
         return self.checkpoint.located(self.counter) if self.counter else None
-
-
-def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
-    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
-    layer, _, buffer = name.rpartition(".")
-    if buffer not in (*BN_STATISTICS, BN_COUNTER):
-        return False
-    before = f"{layer}." if layer else ""
-    return all(before + statistic in tensors for statistic in BN_STATISTICS)
 
 
 def find_state_dict(

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 
 from swa_avg.errors import ProvenanceError
+from swa_avg.families import is_bn_buffer
 from swa_avg.formats import Checkpoint, open_checkpoint
-from swa_avg.layout import StateDict, is_bn_buffer
+from swa_avg.layout import StateDict
 from swa_avg.tensors import Kind, Record, TensorRef, View
 
 # A fingerprint that is known only when the tensors have been read; as long as any other.
