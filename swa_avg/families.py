@@ -12,7 +12,8 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 from swa_avg.tensors import Kind, Tensor
 
@@ -395,8 +396,10 @@ def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
     """
     found: dict[str, Family | None] = {}
     # A name belongs to the first family in the table that claims it.
-    for number, key in sorted(set(_signs(tensors)), key=lambda sign: sign[0]):
-        family = FAMILIES[number]
+    signs: dict[int, list[_Key]] = {}
+    for number, key in _signs(tensors):
+        signs.setdefault(number, []).append(key)
+    for family, key in ((FAMILIES[n], key) for n in sorted(signs) for key in signs[n]):
         names = {pattern: _filled(pattern, key) for pattern in (*family.needs, *family.also)}
         if _fits(family, names, tensors):
             for pattern, name in names.items():
@@ -421,26 +424,37 @@ def is_code(tensor: Tensor) -> bool:
     return small and dtype.name != "bool" and tensor.numel > 1
 
 
-_Key = tuple[tuple[str, str], ...]
+class _Key(NamedTuple):
+    """What is around the name by which a family is recognised: what its patterns stand for."""
+
+    before: str
+    part: str = "*"
+    number: str = "#"
+    rest: str = ""
 
 
 def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
     """Yield the number of each family whose first name is there, and what is around it."""
     for name in names:
-        for number in _numbers(name):
-            match = _pattern(FAMILIES[number].needs[0]).fullmatch(name)
-            if match:
-                yield number, tuple(match.groupdict(default="").items())
+        leaf = name[name.rfind(".") + 1 :]
+        numbers = _BY_LEAF.get(leaf, ())
+        if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
+            numbers = (*numbers, *_by_ends(leaf))
+        if _PARTS.search(name):
+            numbers = (*numbers, *_BY_PART)
+        for number in numbers:
+            key = _key(FAMILIES[number].needs[0], name)
+            if key is not None:
+                yield number, key
 
 
-def _numbers(name: str) -> Iterator[int]:
-    """Yield the numbers of the families whose first name may be `name`; there are very many."""
-    leaf = name[name.rfind(".") + 1 :]
-    yield from _BY_LEAF.get(leaf, ())
-    if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
-        yield from _BY_ENDS
-    if any(part in name for part in _PARTS):
-        yield from _BY_PART
+def _key(pattern: str, name: str) -> _Key | None:
+    """Return what is around a name, if it is one of a pattern."""
+    if "*" not in pattern:
+        before = name.removesuffix(pattern)
+        return _Key(before) if before != name and before[-1:] in ("", ".") else None
+    match = _expression(pattern).fullmatch(name)
+    return _Key(**match.groupdict(default="")) if match else None
 
 
 def _fits(family: Family, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
@@ -457,26 +471,32 @@ def _fits(family: Family, names: Mapping[str, str], tensors: Mapping[str, Tensor
 
 def _filled(pattern: str, key: _Key) -> str:
     """Return the name that a pattern stands for, beside a name that has been found."""
-    groups = dict(key)
-    name = pattern.replace("**", groups.get("rest", "")).replace("#", groups.get("number", "#"))
-    return groups["before"] + name.replace("*", groups.get("part", "*"))
+    if "*" not in pattern:
+        return key.before + pattern
+    name = pattern.replace("**", key.rest).replace("#", key.number)
+    return key.before + name.replace("*", key.part)
 
 
 @cache
-def _pattern(pattern: str) -> re.Pattern[str]:
+def _expression(pattern: str) -> re.Pattern[str]:
     """Return what finds the names of a pattern."""
     text = re.escape(pattern).replace(r"\*\*", r"(?P<rest>(?:\..*)?)")
     text = text.replace(r"\*", r"(?P<part>[^.]+)").replace(r"\#", r"(?P<number>[0-9]+)")
     return re.compile(rf"(?P<before>(?:.*\.)?){text}", re.DOTALL)
 
 
-# How the first names are looked for: by what comes after the last dot, if that has no `*`;
-# else by how it ends or begins; by a part in the middle.
+@lru_cache(maxsize=1024)
+def _by_ends(leaf: str) -> tuple[int, ...]:
+    """Return the numbers of the families with a `*` in what comes after the last dot."""
+    return tuple(n for n, pattern in _LEAVES if "*" in pattern and _key(pattern, leaf))
+
+
+# How the first names are looked for, as there may be very many: by what comes after the last
+# dot, if that has no `*`; else by how it ends or begins; by a part in the middle.
 _FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
 _BY_PART = tuple(number for number, first in _FIRST if first.endswith("**"))
-_PARTS = tuple({FAMILIES[number].needs[0].strip("*") for number in _BY_PART})
+_PARTS = re.compile("|".join({re.escape(FAMILIES[n].needs[0].strip("*")) for n in _BY_PART}))
 _LEAVES = [(n, first.rpartition(".")[2]) for n, first in _FIRST if not first.endswith("**")]
-_BY_ENDS = tuple(number for number, leaf in _LEAVES if "*" in leaf)
 _ENDS = tuple({leaf.rpartition("*")[2] for _, leaf in _LEAVES if "*" in leaf} - {""})
 _STARTS = tuple({leaf.strip("*") for _, leaf in _LEAVES if leaf.endswith("*")})
 _BY_LEAF = {

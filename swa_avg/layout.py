@@ -15,7 +15,7 @@ from itertools import chain
 from swa_avg import recorded
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
-from swa_avg.formats.pickled import Dict, Inert, UnreadableTensor, described
+from swa_avg.formats.pickled import Dict, Inert, Stream, UnreadableTensor, described
 from swa_avg.tensors import TensorRef, View
 from swa_avg.tree import at, dicts_of_tensors, mapping, matching, tensor_count
 
@@ -334,6 +334,8 @@ class _Plain:
         self.left = _MOST_PLAIN_VALUES
 
     def __call__(self, value: object, depth: int = 8) -> bool:
+        if isinstance(value, Stream):
+            return value.content is not None
         if not isinstance(value, dict | list | tuple):
             return value is None or isinstance(value, bool | int | float | complex | str | bytes)
         self.left -= 1 + len(value)

@@ -12,9 +12,10 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from swa_avg.errors import MismatchError, SwaAvgError, listed
-from swa_avg.families import BN_COUNTER
+from swa_avg.families import BN_COUNTER, members
 from swa_avg.files import InputFile
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
+from swa_avg.formats.pickled import holds_stream
 from swa_avg.gather import permuted
 from swa_avg.layout import StateDict
 from swa_avg.tensors import (
@@ -156,7 +157,8 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     last = states[-1]
     counts = tuple(counts) or (1,) * len(states)
     _refuse([error for state in states for error in no_weights(state)])
-    planned = treatments(states, rules, sum(counts))
+    families = members(last.tensors)
+    planned = treatments(states, rules, sum(counts), families)
     _refuse([e for state in states[:-1] for e in _differences(state, last, rules, planned)])
     _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
     made, untied = ties(
@@ -171,7 +173,7 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
         works.append(work)
     notes = list(_notes(states, rules))
     if len(states) > 1:
-        notes += family_notes(states)
+        notes += family_notes(families, last.checkpoint.path)
     if untied:
         notes.append(f"{listed(untied)}: tied in some checkpoints only; written untied")
     return Plan(
@@ -319,6 +321,12 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         yield f"{listed(last.dropped)}: no tensor and no plain value; left out"
     if last.values and not rules.strides:
         yield f"{listed(list(last.values))}: no tensor; left out, for want of a place in the output"
+    streams = [name for name, value in last.values.items() if holds_stream(value)]
+    if streams and rules.strides and not rules.wrapper:
+        yield (
+            f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
+            "takes the output with weights_only=False only"
+        )
     differing = [
         name
         for name, value in last.values.items()

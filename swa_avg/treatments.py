@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from swa_avg.errors import LayoutError, SwaAvgError, listed
-from swa_avg.families import BEFORE_QUANTISATION, BN_COUNTER, Family, Way, members
+from swa_avg.families import BEFORE_QUANTISATION, BN_COUNTER, Family, Way
 from swa_avg.formats.pickled import Inert
 from swa_avg.layout import StateDict
 from swa_avg.modules import buffers_of
@@ -93,29 +93,35 @@ class Planned:
         )
 
 
-def treatments(states: Sequence[StateDict], rules: Rules, count: int) -> dict[str, Planned]:
+def treatments(
+    states: Sequence[StateDict], rules: Rules, count: int, families: Mapping[str, Family]
+) -> dict[str, Planned]:
     """Decide what happens to each tensor of an average.
 
     Args:
         states: The state_dicts, the last one last.
         rules: How the user wants tensors treated.
         count: How many checkpoints they stand for.
+        families: To which families tensors belong.
     """
     last = states[-1]
-    families, buffers = members(last.tensors), _buffers(last)
+    buffers = _buffers(last)
     scaled = frozenset(_module(name) for name in last.tensors if _SCALE.search(_leaf(name)))
     decide = _Decision(states, rules, count, buffers, scaled)
     return {name: decide(name, ref, families.get(name)) for name, ref in last.tensors.items()}
 
 
-def family_notes(states: Sequence[StateDict]) -> Iterator[str]:
-    """Yield what the user should know of families: one line for each."""
-    families = members(states[-1].tensors)
+def family_notes(families: Mapping[str, Family], path: object) -> Iterator[str]:
+    """Yield what the user should know of families, one line for each kind.
+
+    Args:
+        families: To which families tensors belong.
+        path: The last checkpoint.
+    """
     said: dict[str, list[str]] = {}
     for name, family in families.items():
         if family.note:
             said.setdefault(family.note, []).append(name)
-    path = states[-1].checkpoint.path
     for note, names in said.items():
         first = families[names[0]]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
