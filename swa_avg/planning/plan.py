@@ -1,0 +1,342 @@
+"""What happens to each tensor, and why; decided from the headers alone.
+
+All checkpoints are compared with the last one, whose names, order, shapes and
+strides the output has. Every disagreement is found before a tensor is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from swa_avg.checkpoints import BN_COUNTER, StateDict, members
+from swa_avg.errors import MismatchError, SwaAvgError, listed
+from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor, holds_stream
+from swa_avg.planning.ties import ties
+from swa_avg.planning.treatments import (
+    Planned,
+    Rules,
+    Treatment,
+    family_notes,
+    no_weights,
+    treatments,
+)
+from swa_avg.storage import InputFile
+from swa_avg.tensors import (
+    DType,
+    Kind,
+    TensorRef,
+    contiguous_stride,
+    is_dense,
+    memory_order,
+    permuted,
+    same_bytes,
+)
+
+_RESET = {"running_mean": 0.0, "running_var": 1.0, BN_COUNTER: 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One storage of the output, and the input tensors it is made from.
+
+    Attributes:
+        name: The tensor it is named after in messages.
+        treatment: What is done with it.
+        shape: Its sizes, the outermost dimension in memory first.
+        sources: The same tensor in each checkpoint that takes part, dimensions in
+            the order of `shape`. Of a copied or kept one the last is written, the others
+            are compared with it.
+        dtype: Its dtype in the output.
+        fill: What a reset one is filled with.
+        weights: How many checkpoints each source stands for; empty where each is one.
+    """
+
+    name: str
+    treatment: Treatment
+    shape: tuple[int, ...]
+    sources: tuple[TensorRef, ...]
+    dtype: DType
+    fill: float = 0.0
+    weights: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of BatchNorm means and variances before they are read, by name of the work.
+
+    Attributes:
+        alike: Those that are the same in all inputs, as those of frozen layers are.
+        unfit: Those that are not, or do not stay what they are in the inputs.
+        compared: Those of which averaging will tell.
+    """
+
+    alike: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be done.
+
+    Attributes:
+        tensors: Each tensor of the output, in its order.
+        works: What is computed: one for each storage of the output.
+        state_dict: What is written.
+        notes: What the user should know.
+        statistics: What is known of BatchNorm statistics.
+    """
+
+    tensors: tuple[Planned, ...]
+    works: tuple[Work, ...]
+    state_dict: OutputStateDict
+    notes: tuple[str, ...]
+    statistics: Statistics
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of tensors that are read from all checkpoints."""
+        return sum(source.nbytes for work in self.works for source in work.sources)
+
+    @property
+    def ranges(self) -> Iterator[tuple[InputFile, int, int]]:
+        """What is read of which file: the first byte and how many, in the order of the output."""
+        return ranges_of(self.works)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors are treated how."""
+        treated = Counter(tensor.treatment.value for tensor in self.tensors)
+        return {treatment.value: treated[treatment.value] for treatment in Treatment}
+
+    @property
+    def families(self) -> dict[str, int]:
+        """How many tensors of each family are taken from one checkpoint, or reset."""
+        apart = (Treatment.KEPT, Treatment.RESET)
+        return dict(Counter(t.family for t in self.tensors if t.treatment in apart))
+
+    @property
+    def stale(self) -> bool:
+        """Whether there may be BatchNorm statistics that fit none of the averaged weights."""
+        return self.stale_after(self.statistics.compared)
+
+    def stale_after(self, differing: Container[str]) -> bool:
+        """Tell whether there are BatchNorm statistics that fit none of the averaged weights.
+
+        Args:
+            differing: The works that are not the same in all inputs, of those compared.
+        """
+        means = any(
+            work.treatment is Treatment.AVERAGED and len(work.sources) > 1 for work in self.works
+        )
+        known = self.statistics
+        return means and bool(known.unfit or [name for name in known.compared if name in differing])
+
+    def frozen_after(self, differing: Container[str]) -> list[str]:
+        """Return the BatchNorm statistics that are the same in all of several inputs."""
+        same = [name for name in self.statistics.compared if name not in differing]
+        return [*self.statistics.alike, *same]
+
+
+def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] = ()) -> Plan:
+    """Plan the average of checkpoints that are in their order.
+
+    Args:
+        states: Their state_dicts.
+        rules: How tensors are treated.
+        counts: How many checkpoints each stands for; by default one.
+
+    Raises:
+        MismatchError: They do not agree; it holds all disagreements.
+    """
+    last = states[-1]
+    counts = tuple(counts) or (1,) * len(states)
+    _refuse([error for state in states for error in no_weights(state)])
+    families = members(last.tensors)
+    planned = treatments(states, rules, sum(counts), families)
+    _refuse([e for state in states[:-1] for e in _differences(state, last, rules, planned)])
+    _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
+    made, untied = ties(
+        states, {name: (p.treatment, p.of_first) for name, p in planned.items()}, rules.strides
+    )
+    works: list[Work] = []
+    views: dict[str, OutputTensor] = {}
+    for tie in made:
+        work, base = _work(tie.base, states, planned[tie.base], rules, counts)
+        for name in tie.names:
+            views[name] = _view(last.tensors[name], last.tensors[tie.base], base, len(works))
+        works.append(work)
+    notes = list(_notes(states, rules))
+    if len(states) > 1:
+        notes += family_notes(families, last.checkpoint.path)
+    if untied:
+        notes.append(f"{listed(untied)}: tied in some checkpoints only; written untied")
+    return Plan(
+        tuple(planned.values()),
+        tuple(works),
+        _output(last, works, views),
+        tuple(notes),
+        _statistics(works, planned, states),
+    )
+
+
+def _refuse(disagreements: Sequence[SwaAvgError]) -> None:
+    if disagreements:
+        raise MismatchError(disagreements)
+
+
+def _unlike(planned: Planned, states: Sequence[StateDict]) -> bool:
+    """Tell whether headers say already that what must be the same is not."""
+    if not planned.must_agree:
+        return False
+    return same_bytes([state.tensors[planned.name] for state in states]) is False
+
+
+def _statistics(
+    works: Sequence[Work], planned: Mapping[str, Planned], states: Sequence[StateDict]
+) -> Statistics:
+    """Sort the BatchNorm means and variances by what is known of them."""
+    alike, unfit, compared = [], [], []
+    for work in works:
+        if not planned[work.name].statistic or work.name.rpartition(".")[2] == BN_COUNTER:
+            continue
+        known = same_bytes([state.tensors[work.name] for state in states])
+        if known and work.treatment is not Treatment.RESET:
+            alike.append(work.name)
+        elif work.treatment is Treatment.KEPT and len(work.sources) > 1:
+            compared.append(work.name)
+        else:
+            unfit.append(work.name)
+    return Statistics(tuple(alike), tuple(unfit), tuple(compared))
+
+
+def _differences(
+    state: StateDict, last: StateDict, rules: Rules, planned: Mapping[str, Planned]
+) -> Iterator[SwaAvgError]:
+    """Yield each way in which a checkpoint does not agree with the last one."""
+    if state.views is last.views:
+        return
+    path, other = state.checkpoint.path, last.checkpoint.path
+    missing = [name for name in last.tensors if name not in state.tensors]
+    extra = [name for name in state.tensors if name not in last.tensors]
+    for names, has in ((missing, "lacks"), (extra, "has")):
+        if names:
+            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+            yield SwaAvgError(
+                f"{has} {count} that {other} {'has' if has == 'lacks' else 'lacks'}: "
+                f"{listed(names)}",
+                file=path,
+                remedy="Average checkpoints of one model",
+            )
+    for name, ref in state.tensors.items():
+        wanted = last.tensors.get(name)
+        if wanted is None or planned[name].alone:
+            continue
+        if ref.shape != wanted.shape:
+            yield SwaAvgError(
+                f"has shape {list(ref.shape)}",
+                file=path,
+                tensor=name,
+                expected=f"{list(wanted.shape)} as in {other}",
+                remedy="Average checkpoints of one model",
+            )
+        elif ref.dtype != wanted.dtype:
+            floats = ref.dtype.kind is wanted.dtype.kind is Kind.FLOAT
+            if not (floats and rules.dtype):
+                yield SwaAvgError(
+                    f"has dtype {ref.dtype}",
+                    file=path,
+                    tensor=name,
+                    expected=f"{wanted.dtype} as in {other}",
+                    remedy=f"Choose one with --dtype {wanted.dtype}" if floats else "",
+                )
+
+
+def _work(
+    name: str, states: Sequence[StateDict], planned: Planned, rules: Rules, counts: Sequence[int]
+) -> tuple[Work, OutputTensor]:
+    """Return what is computed for a tensor, and how it lies in its new storage."""
+    ref = states[-1].tensors[name]
+    keeps = rules.strides and is_dense(ref.shape, ref.stride)
+    stride = ref.stride if keeps else contiguous_stride(ref.shape)
+    order = memory_order(ref.shape, stride)
+    shape = tuple(ref.shape[dim] for dim in order)
+    sources = _sources(planned, states)
+    if order != tuple(range(len(order))):
+        sources = tuple(permuted(source, order, shape) for source in sources)
+    fill = _RESET.get(name.rpartition(".")[2], 0.0)
+    equal = planned.treatment is not Treatment.AVERAGED or set(counts) == {1}
+    weights = () if equal else tuple(counts)
+    work = Work(name, planned.treatment, shape, sources, planned.dtype, fill, weights)
+    return work, OutputTensor(0, 0, ref.shape, stride)
+
+
+def _sources(planned: Planned, states: Sequence[StateDict]) -> tuple[TensorRef, ...]:
+    """Return what a tensor is made from; of one that is taken from one input, that is the last."""
+    every = tuple(state.tensors[planned.name] for state in states)
+    if planned.treatment is Treatment.RESET:
+        return ()
+    if planned.treatment is not Treatment.KEPT:
+        return every
+    if planned.of_first:
+        every = every[::-1]
+    counter = planned.name.rpartition(".")[2] == BN_COUNTER
+    compared = planned.statistic and not counter and same_bytes(every) is None
+    return every if compared and len({ref.dtype for ref in every}) == 1 else every[-1:]
+
+
+def _view(ref: TensorRef, base: TensorRef, written: OutputTensor, storage: int) -> OutputTensor:
+    """Return how a tensor looks at the new storage of its family's base."""
+    if (ref.offset, ref.shape, ref.stride) == (base.offset, base.shape, base.stride):
+        return OutputTensor(storage, 0, written.shape, written.stride)
+    return OutputTensor(storage, ref.offset - base.offset, ref.shape, ref.stride)
+
+
+def _output(
+    last: StateDict, works: Sequence[Work], views: Mapping[str, OutputTensor]
+) -> OutputStateDict:
+    storages = tuple(OutputStorage(work.dtype, math.prod(work.shape)) for work in works)
+    items = {name: views[name] if name in views else last.values[name] for name in last.order}
+    # What transformers looks for before it loads a safetensors file.
+    text = dict(last.checkpoint.metadata) or {"format": "pt"}
+    text = {name: value for name, value in text.items() if name not in views}
+    return OutputStateDict(storages, items, last.metadata, text)
+
+
+def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
+    """Yield what the user should know about the checkpoints."""
+    for state in states:
+        for note in state.checkpoint.notes:
+            yield f"{state.checkpoint.path}: {note}"
+    last = states[-1]
+    if last.averages:
+        where = listed(last.averages)
+        yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"
+    if last.dropped and not rules.wrapper:
+        yield f"{listed(last.dropped)}: no tensor and no plain value; left out"
+    if last.values and not rules.strides:
+        yield f"{listed(list(last.values))}: no tensor; left out, for want of a place in the output"
+    streams = [name for name, value in last.values.items() if holds_stream(value)]
+    if streams and rules.strides and not rules.wrapper:
+        yield (
+            f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
+            "takes the output with weights_only=False only"
+        )
+    differing = [
+        name
+        for name, value in last.values.items()
+        if any(state.values.get(name) != value for state in states[:-1])
+    ]
+    if differing and rules.strides:
+        yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
+
+
+def ranges_of(works: Iterable[Work]) -> Iterator[tuple[InputFile, int, int]]:
+    """Yield what is read for some works, of which file: the first byte and how many."""
+    for work in works:
+        for source in work.sources:
+            # Whole records: their checksums are over all of them.
+            yield from ((rec.file, rec.offset, rec.length) for rec in source.records)
