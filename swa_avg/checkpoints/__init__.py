@@ -10,10 +10,9 @@ from swa_avg.checkpoints.families import (
     BN_COUNTER,
     Family,
     Way,
-    is_bn_buffer,
-    members,
 )
 from swa_avg.checkpoints.layout import Finder, StateDict, find_state_dict
+from swa_avg.checkpoints.membership import is_bn_buffer, members
 from swa_avg.checkpoints.metrics import Score, mode_of
 from swa_avg.checkpoints.modules import buffers_of
 from swa_avg.checkpoints.provenance import (
