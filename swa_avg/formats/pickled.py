@@ -74,6 +74,9 @@ class Stream:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        return f"io.BytesIO({self.content!r})"
+
 
 @dataclass(frozen=True)
 class UnreadableTensor:
