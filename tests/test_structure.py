@@ -23,7 +23,7 @@ WINGS = {
     "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers torch_zip "
     "torch_legacy safetensors single sharded dcp_layout dcp opening",
     "checkpoints": "modules tree recorded families membership layout metrics provenance reader",
-    "planning": "copies select ties treatments plan start_from settings",
+    "planning": "copies select ties treatments plan glance start_from settings",
     "kernel": "rounding exact inner_products findings tasks page_cache reading writing buffers "
     "workers mean",
     "batchnorm": "batches estimators statistics userdata recompute",

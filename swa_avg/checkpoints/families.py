@@ -168,7 +168,8 @@ def _weight_norm(where: str, *needs: str) -> Family:
 BEFORE_QUANTISATION = "Average the weights before they are quantised"
 FAMILIES: tuple[Family, ...] = (
     # What looks like BatchNorm and is none comes first.
-    _statistics("rl_games RunningMeanStd", "count", "running_mean", "running_var"),
+    _statistics("rl_games RunningMeanStd", "count", "running_mean", "running_var",
+                also=(BN_COUNTER,)),
     Family(
         name="BatchNorm statistics",
         where="torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",

@@ -374,11 +374,18 @@ def test_quantised_weights_that_differ_are_refused(tmp_path: Path) -> None:
     for name, make in QUANTISED.items():
         states = [{f"l.{key}": value for key, value in make().items()} for _ in range(2)]
         states[0]["w"], states[1]["w"] = torch.zeros(2), torch.ones(2)
-        # Without checksums in the headers it is found out while averaging.
+        # Without checksums in the headers the tensors are looked at.
         suffix = ".safetensors" if name == "AWQ" else ".pt"
         names = saved(tmp_path, states, suffix)
         says = ("1" + suffix, "l.", "differs between checkpoints", "verage the weights before")
         refused(tmp_path, *names, says=says)
+        if name in ("GPTQ", "AWQ"):
+            fails(tmp_path, *names, "--dry-run")
+    # Codes that begin alike are told apart while averaging.
+    long = torch.zeros(2, 20_000, dtype=torch.int8)
+    states = [{"weight": long, "SCB": torch.ones(2)} for _ in range(2)]
+    states[1]["weight"] = torch.cat([long[:1], long[:1] + 1])
+    refused(tmp_path, *saved(tmp_path, states, ".safetensors"), says="quantised weights")
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
