@@ -69,8 +69,7 @@ def _statistics(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
         needs=needs,
         also=also,
         because="measured on data, not trained",
-        note="follow the weights of that checkpoint, not the average; --recompute-bn sets "
-        "BatchNorm statistics only",
+        note="fit the weights of that checkpoint, not the average",
     )
 
 
@@ -82,7 +81,7 @@ def _codebook(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
         needs=needs,
         also=also,
         because="the codes are the sums divided by the counts, so all are of one checkpoint",
-        note="follow the encoder of that checkpoint, not the average",
+        note="fit the encoder of that checkpoint, not the average",
     )
 
 
@@ -96,8 +95,8 @@ def _observer(
         needs=needs,
         also=also,
         because="scales and zero points belong together, and to what was observed",
-        note="follow the weights of that checkpoint, not the average; calibrate again where "
-        "it matters",
+        note="fit the weights of that checkpoint, not the average; where it matters, let the "
+        "observers see some batches again",
         integers=integers,
     )
 
@@ -200,6 +199,9 @@ FAMILIES: tuple[Family, ...] = (
                 also=("_num_accumulations",)),
     _statistics("MeshGraphNets Normalizer", "acc_sum_squared", "acc_sum", "acc_count",
                 also=("num_accumulations",)),
+    _statistics("mappo PopArt", "mean_sq", "mean", also=("stddev", "debiasing_term")),
+    _statistics("Welford's algorithm", "m2", "mean", also=("count", "n")),
+    _statistics("Welford's algorithm", "M2", "mean", also=("count", "n")),
     # Reparametrised weights.
     _spectral("torch.nn.utils.spectral_norm", "*_u", "*_orig", also=("*_v",), averaged="*_orig"),
     _spectral(
@@ -267,6 +269,8 @@ FAMILIES: tuple[Family, ...] = (
     _observer("torch.ao.nn.quantized modules", "zero_point", "scale", integers=("zero_point",)),
     _observer("NVIDIA modelopt, pytorch-quantization TensorQuantizer", "*_quantizer._amax",
               also=("*_quantizer._pre_quant_scale",)),
+    _observer("float8_experimental Float8Linear", "fp8_amax_*", "fp8_scale_*",
+              also=("fp8_amax_history_*",)),
     # Codebooks that follow a moving average.
     _codebook(
         "vector-quantize-pytorch and encodec EuclideanCodebook; EmbeddingEMA",
@@ -328,6 +332,8 @@ FAMILIES: tuple[Family, ...] = (
     _counter("LitEma of Stable Diffusion", "num_updates", "decay"),
     _counter("ema_pytorch EMA", "initted", "step"),
     _counter("thop", "total_ops", "total_params"),
+    _counter("batch renormalisation", "rmax", "dmax"),
+    _counter("batch renormalisation", "r_max", "d_max"),
     *(
         _counter(where, name, single=True)
         for where, name in (

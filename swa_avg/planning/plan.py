@@ -316,7 +316,8 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         where = listed(last.averages)
         yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"
     if last.dropped and not rules.wrapper:
-        yield f"{listed(last.dropped)}: no tensor and no plain value; left out"
+        names = listed(last.dropped)
+        yield f"{names}: no tensor and no plain value; left out (--keep-wrapper keeps it)"
     if last.values and not rules.strides:
         yield f"{listed(list(last.values))}: no tensor; left out, for want of a place in the output"
     streams = [name for name, value in last.values.items() if holds_stream(value)]

@@ -156,6 +156,10 @@ KEPT_TOGETHER = {
     "MeshGraphNets": ("_acc_count _acc_sum _acc_sum_squared _num_accumulations", "e.weight"),
     "observer": ("o.eps o.min_val o.max_val o.histogram", "a.weight"),
     "modelopt": ("a.weight_quantizer._amax a.input_quantizer._amax", "a.weight"),
+    "PopArt": ("v.mean v.mean_sq v.stddev v.debiasing_term", "v.weight v.bias"),
+    "Welford": ("n.mean n.m2 n.count", "n.weight"),
+    "Float8Linear": ("l.fp8_amax_input l.fp8_scale_input l.fp8_amax_history_input", "l.weight"),
+    "BatchNorm with limits": ("n.rmax n.dmax", "n.weight"),
     "MoCo": ("queue queue_ptr", "encoder_q.weight"),
     "ALBEF": ("image_queue text_queue idx_queue queue_ptr", "a.weight"),
     "torchtitan": ("moe.expert_bias moe.tokens_per_expert", "moe.router.gate.weight"),
@@ -193,7 +197,7 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
     assert_last_and_mean(done.tensors, states, *kept)
     assert all(" kept: " in line for line in done.stdout.splitlines() if "_avg " in line)
     (note,) = noted(done, "EMA codebook")
-    assert "are those of 2.pt: they follow the encoder" in note
+    assert "are those of 2.pt: they fit the encoder" in note
     assert len(noted(done, "running statistics")) == len(noted(done, "quantisation range")) == 1
     assert not noted(done, "differs between")
 
@@ -611,6 +615,19 @@ def test_extra_state_of_transformer_engine(tmp_path: Path) -> None:
         assert oracle.same_bits(
             found["stream.weight"], oracle.mean([s["stream.weight"] for s in states])
         )
+    # What holds tensors or foreign objects stays with the file only.
+    nested = [
+        {"l._extra_state": {"scale": torch.full((2,), n)}, "l.w": torch.tensor([n]), "l.b": one}
+        for n, one in ((1.0, torch.ones(1)), (2.0, torch.ones(1)))
+    ]
+    (note,) = noted(averaged(tmp_path, *saved(tmp_path, nested, ".pt")), "_extra_state")
+    assert note == (
+        "l._extra_state: no tensor and no plain value; left out (--keep-wrapper keeps it)"
+    )
+    assert not noted(averaged(tmp_path, "0.pt", "1.pt", "--keep-wrapper"), "_extra_state")
+    found = torch.load(tmp_path / OUT, weights_only=True)
+    assert torch.equal(found["l._extra_state"]["scale"], torch.full((2,), 2.0))
+    names = saved(tmp_path, [{"state_dict": state} for state in states])
     ended = run(tmp_path, *names, "-o", "x.safetensors")
     assert "stream._extra_state, dict._extra_state: no tensor; left out" in ended.stderr
 
