@@ -72,7 +72,8 @@ class Stream:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.content == other.content
 
-    __hash__ = None  # type: ignore[assignment]
+    def __hash__(self) -> int:
+        return hash(Stream)  # equal ones have equal hashes; as a key it is rare
 
     def __repr__(self) -> str:
         return f"io.BytesIO({self.content!r})"
