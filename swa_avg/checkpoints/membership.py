@@ -62,12 +62,11 @@ class _Key(NamedTuple):
 def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
     """Yield the number of each family whose first name is there, and what is around it."""
     for name in names:
-        leaf = name[name.rfind(".") + 1 :]
-        numbers = _BY_LEAF.get(leaf, ())
-        if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
-            numbers = (*numbers, *_by_ends(leaf))
-        if _PARTS.search(name):
-            numbers = (*numbers, *_BY_PART)
+        numbers = _by_leaf(name[name.rfind(".") + 1 :])
+        for part in _PARTS:
+            if part in name:
+                numbers = (*numbers, *_BY_PART)
+                break
         for number in numbers:
             key = _key(FAMILIES[number].needs[0], name)
             if key is not None:
@@ -112,16 +111,20 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=1024)
-def _by_ends(leaf: str) -> tuple[int, ...]:
-    """Return the numbers of the families with a `*` in what comes after the last dot."""
-    return tuple(n for n, pattern in _LEAVES if "*" in pattern and _key(pattern, leaf))
+def _by_leaf(leaf: str) -> tuple[int, ...]:
+    """Return the numbers of the families whose first name may end in this, after the last dot."""
+    numbers = _BY_LEAF.get(leaf, ())
+    if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
+        ends = (n for n, pattern in _LEAVES if "*" in pattern and _key(pattern, leaf))
+        numbers = (*numbers, *ends)
+    return numbers
 
 
 # How the first names are looked for, as there may be very many: by what comes after the last
 # dot, if that has no `*`; else by how it ends or begins; by a part in the middle.
 _FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
 _BY_PART = tuple(number for number, first in _FIRST if first.endswith("**"))
-_PARTS = re.compile("|".join({re.escape(FAMILIES[n].needs[0].strip("*")) for n in _BY_PART}))
+_PARTS = tuple({FAMILIES[n].needs[0].strip("*_")[:4] for n in _BY_PART})
 _LEAVES = [(n, first.rpartition(".")[2]) for n, first in _FIRST if not first.endswith("**")]
 _ENDS = tuple({leaf.rpartition("*")[2] for _, leaf in _LEAVES if "*" in leaf} - {""})
 _STARTS = tuple({leaf.strip("*") for _, leaf in _LEAVES if leaf.endswith("*")})
