@@ -28,6 +28,7 @@ from swa_avg.planning import (
     base_of,
     expand,
     make_plan,
+    refuse_unlike,
     select,
     start_from,
 )
@@ -73,8 +74,9 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)
     strides = options.keep_wrapper or form is Form.TORCH
-    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides)
+    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, options.keep_wrapper)
     plan = make_plan(states, rules, counts_of(bases, selection.chosen))
+    refuse_unlike(plan.tensors, states)
     known = tuple(fingerprints(states, {}))
     said = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
     plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))

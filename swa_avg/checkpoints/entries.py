@@ -16,7 +16,7 @@ from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_avera
 from swa_avg.checkpoints.places import Places, no_average, no_state_dict, only_of
 from swa_avg.checkpoints.tree import at, flattened, mapping, split_prefix, tensor_count
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import Checkpoint, Dict, UnreadableTensor, described
+from swa_avg.formats import Checkpoint, Dict, Stream, UnreadableTensor, described
 from swa_avg.tensors import Tensor, TensorRef, View, in_groups, is_optimizer, optimizer_groups
 
 # What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.
@@ -194,6 +194,8 @@ class Plain:
 
     def __call__(self, value: object, depth: int = 8) -> bool:
         """Tell whether a value is plain, with all that is in it."""
+        if isinstance(value, Stream):
+            return value.content is not None
         if not isinstance(value, dict | list | tuple):
             return value is None or isinstance(value, bool | int | float | complex | str | bytes)
         self.left -= 1 + len(value)

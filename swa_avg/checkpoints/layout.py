@@ -7,7 +7,7 @@ reads a tensor or compares checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,10 +27,6 @@ from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint
 from swa_avg.tensors import TensorRef, View, is_optimizer
-
-# What normalisation layers with running statistics keep.
-BN_STATISTICS = ("running_mean", "running_var")
-BN_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -90,15 +86,6 @@ class StateDict:
     def n_averaged(self) -> TensorRef | None:
         """Where the counter of torch's AveragedModel is, or None."""
         return self.checkpoint.located(self.counter) if self.counter else None
-
-
-def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
-    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
-    layer, _, buffer = name.rpartition(".")
-    if buffer not in (*BN_STATISTICS, BN_COUNTER):
-        return False
-    before = f"{layer}." if layer else ""
-    return all(before + statistic in tensors for statistic in BN_STATISTICS)
 
 
 def find_state_dict(

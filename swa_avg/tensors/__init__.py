@@ -31,6 +31,7 @@ from swa_avg.tensors.tensor import (
     contiguous_stride,
     is_dense,
     memory_order,
+    same_bytes,
 )
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "read_box",
     "read_numbers",
     "read_tensor",
+    "same_bytes",
     "value_of",
     "verify",
     "whole",

@@ -24,7 +24,8 @@ import swa_avg
 from swa_avg.checkpoints.layout import StateDict, find_state_dict
 from swa_avg.errors import LayoutError
 from swa_avg.formats.opening import open_checkpoint
-from swa_avg.planning.plan import Rules, make_plan
+from swa_avg.planning.plan import make_plan
+from swa_avg.planning.treatments import Rules
 from swa_avg.tensors.strided import read_tensor
 
 Tree = dict[str, Any]
