@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,22 @@ from swa_avg import continuing, wrapper
 from swa_avg.averaging import Averaging, counts_of, how_made
 from swa_avg.continuing import Base, base_of
 from swa_avg.errors import OutputError
-from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
-from swa_avg.layout import Finder, StateDict
+from swa_avg.formats import Form, Layout, form_of, layout_for
+from swa_avg.inputs import Inputs, meant
+from swa_avg.layout import StateDict
+from swa_avg.opening import Opened, open_all
 from swa_avg.output import check_target
 from swa_avg.plan import Plan, Rules, make_plan
 from swa_avg.provenance import fingerprints
 from swa_avg.remote import is_remote, path_of
 from swa_avg.report import Report
-from swa_avg.select import Selection, expand, select
+from swa_avg.select import Selection, select
 from swa_avg.settings import Options, Paths
 from swa_avg.tensors import DTYPES
 from swa_avg.upload import check_remote_target
 
 _FOLDERS = (Form.FOLDER, Form.DCP)
-_OPENERS = 16  # URLs that are opened at once
+_ALONE = "only one checkpoint takes part: nothing is averaged, its weights are the output's"
 
 
 @contextmanager
@@ -55,13 +55,16 @@ def planned(
 
 def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
     """Do what `planned` does; what it opens is closed with `opened`."""
-    averages = expand(_listed(options.start_from), ()) if options.start_from else []
-    bases = tuple(map(base_of, _opened(averages, options, opened)))
+    averages = meant(_listed(options.start_from)) if options.start_from else Inputs()
+    bases = tuple(map(base_of, _opened(averages, options, opened).states))
     continuing.refuse_repeats(bases)
     given = _listed(checkpoints)
-    paths = expand(given, options.choice.exclude) if given or not bases else []
-    candidates = _without(_opened(paths, options, opened), bases)
+    inputs = meant(given, options.choice.exclude) if given or not bases else Inputs()
+    found = _opened(inputs, options, opened)
+    candidates = _without(found.states, bases)
     selection = select(candidates, options.choice) if candidates else Selection(())
+    alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
+    selection = replace(selection, notes=(*found.notes, *selection.notes, *alone))
     states = [*(base.state for base in bases), *selection.chosen]
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)
@@ -106,18 +109,9 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[StateDict]:
-    """Open checkpoints and find their state_dicts."""
-    paths, states = list(paths), []
-    # What their headers have in common is read once.
-    read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
-    with ThreadPoolExecutor(_OPENERS) as pool:
-        # A request takes its time, so URLs are opened side by side.
-        side_by_side = any(map(is_remote, paths))
-        for checkpoint in (pool.map if side_by_side else map)(read, paths):
-            opened.callback(checkpoint.close)
-            states.append(finder.find(checkpoint))
-    return states
+def _opened(inputs: Inputs, options: Options, opened: ExitStack) -> Opened:
+    """Open inputs and find their state_dicts."""
+    return open_all(inputs, options.key, options.ema, opened) if inputs.paths else Opened()
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:

@@ -31,8 +31,9 @@ import swa_avg
 from swa_avg import files
 from swa_avg.errors import FileError, FormatError, SwaAvgError
 from swa_avg.formats import open_checkpoint
+from swa_avg.inputs import expand
 from swa_avg.layout import find_state_dict
-from swa_avg.select import expand, select
+from swa_avg.select import select
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -21,8 +21,9 @@ from stored import tensors as read
 import swa_avg
 from swa_avg.errors import FileError, FormatError, SelectionError, SwaAvgError
 from swa_avg.formats import open_checkpoint
+from swa_avg.inputs import expand
 from swa_avg.layout import find_state_dict
-from swa_avg.select import expand, select
+from swa_avg.select import select
 
 
 def assert_same(found: Weights, expected: Weights) -> None:
