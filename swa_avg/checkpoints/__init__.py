@@ -1,0 +1,51 @@
+"""What one checkpoint holds: its state_dict, its place in the run, its metrics, its origin.
+
+In: a `Checkpoint`. Out: a `StateDict` with the names of the plain model. What its path
+says is in `names`. Knows nothing of other checkpoints.
+"""
+
+from swa_avg.checkpoints import metrics, names, provenance, words
+from swa_avg.checkpoints.contents import NO_WEIGHTS, other_than_model
+from swa_avg.checkpoints.layout import BN_COUNTER, Finder, StateDict, find_state_dict, is_bn_buffer
+from swa_avg.checkpoints.metrics import Score, mode_of
+from swa_avg.checkpoints.names import Name, Number
+from swa_avg.checkpoints.provenance import (
+    UNKNOWN,
+    Provenance,
+    Source,
+    fingerprints,
+    made_from,
+    refuse_repeats,
+    sources_of,
+)
+from swa_avg.checkpoints.reader import CheckpointReader, open_checkpoint
+from swa_avg.checkpoints.tree import at, mapping
+
+__all__ = [
+    "BN_COUNTER",
+    "NO_WEIGHTS",
+    "UNKNOWN",
+    "CheckpointReader",
+    "Finder",
+    "Name",
+    "Number",
+    "Provenance",
+    "Score",
+    "Source",
+    "StateDict",
+    "at",
+    "find_state_dict",
+    "fingerprints",
+    "is_bn_buffer",
+    "made_from",
+    "mapping",
+    "metrics",
+    "mode_of",
+    "names",
+    "open_checkpoint",
+    "other_than_model",
+    "provenance",
+    "refuse_repeats",
+    "sources_of",
+    "words",
+]

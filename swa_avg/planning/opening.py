@@ -1,0 +1,121 @@
+"""The inputs, opened: headers read, state_dicts found, what holds no model left out.
+
+In a folder there may be anything; what nobody named is left out and said. What was
+named must be a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
+from swa_avg.errors import LayoutError, SelectionError, listed
+from swa_avg.formats import Checkpoint, Headers, open_checkpoint
+from swa_avg.planning.inputs import Inputs, exclusion
+from swa_avg.storage import is_remote
+
+_OPENERS = 16  # URLs that are opened at once
+
+
+@dataclass
+class Opened:
+    """What was opened.
+
+    Attributes:
+        states: The state_dicts, in the order of the inputs.
+        notes: What the user should know.
+    """
+
+    states: list[StateDict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_all(inputs: Inputs, keys: Sequence[str], ema: bool, closing: ExitStack) -> Opened:
+    """Open checkpoints and find their state_dicts.
+
+    Args:
+        inputs: Which.
+        keys: Where in them, if the user said so.
+        ema: Take the averaged weights that the run has kept.
+        closing: What closes them.
+
+    Raises:
+        SwaAvgError: One is not sound, or a named one holds no model.
+    """
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    others: list[tuple[Checkpoint, str]] = []
+    without_ema: list[tuple[Checkpoint, LayoutError]] = []
+    opened, finder = Opened(notes=list(inputs.notes)), Finder(keys, ema)
+    for checkpoint in _read(inputs.paths, closing):
+        other = None if keys else other_than_model(checkpoint.tree)
+        if other:
+            others.append((checkpoint, other))
+            continue
+        try:
+            opened.states.append(finder.find(checkpoint))
+        except LayoutError as error:
+            if not ema:
+                raise
+            without_ema.append((checkpoint, error))
+    if not opened.states and without_ema:
+        raise without_ema[0][1]
+    if not opened.states:
+        _refuse(others, inputs)
+        # What holds only integers is a state_dict, if not much of a model.
+        opened.states += [finder.find(checkpoint) for checkpoint, _ in others]
+        return opened
+    _leave_out(inputs, {c.path: other for c, other in others}, opened, _OTHERS)
+    _leave_out(inputs, {c.path: "" for c, _ in without_ema}, opened, _WITHOUT_EMA)
+    return opened
+
+
+# What is said of several files in a folder, and of one that was named.
+_OTHERS = ("left out, as they hold no model: {}", "holds {}, no model")
+_WITHOUT_EMA = (
+    "left out, as they hold no averaged weights: {}",
+    "has no averaged weights, unlike the others",
+)
+
+
+def _read(paths: Sequence[Path], closing: ExitStack) -> list[Checkpoint]:
+    # What their headers have in common is read once.
+    read = partial(open_checkpoint, headers=Headers())
+    found = []
+    with ThreadPoolExecutor(_OPENERS) as pool:
+        # A request takes its time, so URLs are opened side by side.
+        side_by_side = any(map(is_remote, paths))
+        for checkpoint in (pool.map if side_by_side else map)(read, paths):
+            closing.callback(checkpoint.close)
+            found.append(checkpoint)
+    return found
+
+
+def _refuse(others: Sequence[tuple[Checkpoint, str]], inputs: Inputs) -> None:
+    """Refuse inputs of which none is a model, as far as their content tells."""
+    for checkpoint, other in others:
+        if other != NO_WEIGHTS or checkpoint.path in inputs.found:
+            raise SelectionError(f"holds {other}, no model", file=checkpoint.path)
+
+
+def _leave_out(
+    inputs: Inputs, left: dict[Path, str], opened: Opened, words: tuple[str, str]
+) -> None:
+    """Leave out what nobody named, in one note; refuse what somebody did."""
+    named = [path for path in left if path not in inputs.found]
+    if named:
+        kept = [state.checkpoint.path for state in opened.states]
+        option = exclusion(named, kept)
+        raise SelectionError(
+            words[1].format(left[named[0]]),
+            file=named[0],
+            expected="a checkpoint, as the others are",
+            remedy=f"{option} leaves it out" if option else "",
+        )
+    if left:
+        said = [f"{path} ({what})" if what else str(path) for path, what in left.items()]
+        opened.notes.append(words[0].format(listed(said)))
