@@ -240,6 +240,8 @@ class _Reading:
             kind = self.tokens.word_before(left)
             if before == "rank" and kind in words.RANK_KINDS:
                 label, span = f"{kind}_rank", range(self.tokens.left(left), at + 1)
+        elif self._goes_on(at, left):
+            label, span = self.parts[-1][0], range(left, at + 1)
         if not label or not token.is_whole:
             return False
         token.meaning = "part"
@@ -248,6 +250,12 @@ class _Reading:
         if self.tokens.is_separator(span.start - 1):
             self.of_part.add(span.start - 1)
         return True
+
+    def _goes_on(self, at: int, left: int) -> bool:
+        """Tell whether a number is a further rank: the pipeline's in Megatron's mp_rank_00_001."""
+        follows = left >= 0 and self.tokens[left].meaning == "part"
+        of_rank = follows and self.tokens.word_before(left) == "rank"
+        return of_rank and self.tokens.joint(at) == "_"
 
     def _kind(self, at: int, before: str, glued: bool) -> str:
         """Return epoch, step or count, if a word beside a number says so."""
@@ -323,9 +331,13 @@ class _Reading:
 
     def _place(self, numbers: Sequence[int]) -> None:
         """Take the number that tells the place where no word does."""
-        if {"epoch", "step", "count"} & self.found.keys():
-            return
         deepest = self.tokens[-1].depth if self.tokens else 0
+        if {"epoch", "step", "count"} & self.found.keys():
+            for at in numbers:  # checkpoint-500/epoch_3.pt
+                noun = self.tokens.word_before(at) in words.CHECKPOINT_NOUNS
+                if self.tokens[at].look and self.tokens[at].depth < deepest and noun:
+                    self._take(at, "number")
+            return
         for depth in range(deepest, -1, -1):
             there = [
                 at for at in numbers if self.tokens[at].look and self.tokens[at].depth == depth

@@ -34,7 +34,7 @@ PARTS = _set(
     "worker node host layer expert"
 )
 # What stands before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
-RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global model data tensor pipeline")
+RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
 # These name an average of weights. What a metric is the average of stands behind them.
 AVERAGES = _set(
     "avg ave avrg average averaged averages averaging swa swag swad ema lawa polyak soup souped "

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
-from swa_avg.errors import LayoutError, SelectionError, listed
+from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
 from swa_avg.planning.inputs import Inputs, exclusion
 from swa_avg.storage import is_remote
@@ -99,7 +99,7 @@ def _refuse(others: Sequence[tuple[Checkpoint, str]], inputs: Inputs) -> None:
     """Refuse inputs of which none is a model, as far as their content tells."""
     for checkpoint, other in others:
         if other != NO_WEIGHTS or checkpoint.path in inputs.found:
-            raise SelectionError(f"holds {other}, no model", file=checkpoint.path)
+            raise LayoutError(f"holds {other}, no model", file=checkpoint.path)
 
 
 def _leave_out(
@@ -110,7 +110,7 @@ def _leave_out(
     if named:
         kept = [state.checkpoint.path for state in opened.states]
         option = exclusion(named, kept)
-        raise SelectionError(
+        raise LayoutError(
             words[1].format(left[named[0]]),
             file=named[0],
             expected="a checkpoint, as the others are",

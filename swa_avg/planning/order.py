@@ -77,9 +77,13 @@ def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
         )
         if _is_complete(numbers)
     ]
-    named = [[get(member) for member in placed] for get in _NAMED.values()]
+    kinds = list(_NAMED)
+    # Where several numbers run (a date and a time), natural order alone is that of all of them.
+    if len({member.name.shape for member in placed}) < len({m.name.series for m in placed}):
+        kinds.remove("number")
+    named = [[_NAMED[kind](member) for member in placed] for kind in kinds]
     if not recorded:
-        named = [_either(placed, kind) for kind in _NAMED]
+        named = [_either(placed, kind) for kind in kinds]
     return [
         *recorded,
         *(numbers for numbers in named if _is_complete(numbers)),

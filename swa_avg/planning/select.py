@@ -108,8 +108,8 @@ def select(candidates: Sequence[StateDict], choice: Choice = ALL) -> Selection:
     What is no checkpoint of the run is left out and said, or refused: see `series`.
 
     Raises:
-        SelectionError: That leaves none, a checkpoint lacks what it is chosen by, or they
-            cannot be of one run.
+        SelectionError: That leaves none, or a checkpoint lacks what it is chosen by.
+        MismatchError: They cannot be of one run.
     """
     notes: list[str] = []
     given = series.without_averages(members(candidates), notes)

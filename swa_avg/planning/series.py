@@ -13,10 +13,10 @@ from fnmatch import fnmatchcase
 from glob import escape
 from itertools import combinations
 from shlex import quote
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from swa_avg.checkpoints import provenance
-from swa_avg.errors import SelectionError, listed
+from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member
 
@@ -65,14 +65,14 @@ def refuse_parts(given: Sequence[Member]) -> None:
     """Refuse parts of one model: a rank has no mean with another.
 
     Raises:
-        SelectionError: Two inputs are different parts.
+        MismatchError: Two inputs are different parts.
     """
     for group in _grouped(given, lambda member: member.name.whole).values():
         parts = _grouped(group, lambda member: member.name.parts)
         if len(parts) < 2:
             continue
         (this, *_), (other, *_) = list(parts.values())[:2]
-        raise SelectionError(
+        raise _disagreement(
             f"holds {_of_parts(this)} of a model, and {other.path} {_of_parts(other)}",
             file=this.path,
             expected="whole checkpoints, or the same part of each",
@@ -114,7 +114,7 @@ def refuse_mixed(given: Sequence[Member]) -> None:
     have no name in common.
 
     Raises:
-        SelectionError: There are such series.
+        MismatchError: There are such series.
     """
     series = _series(given)
     if len(series) < 2 or all(len(group) == 1 for group in series.values()):
@@ -124,7 +124,7 @@ def refuse_mixed(given: Sequence[Member]) -> None:
         if group is not largest and not (
             group[0].state.views.keys() & largest[0].state.views.keys()
         ):
-            raise SelectionError(
+            raise _disagreement(
                 f"has no tensor in common with {largest[0].path}",
                 file=group[0].path,
                 expected="checkpoints of one model",
@@ -134,7 +134,7 @@ def refuse_mixed(given: Sequence[Member]) -> None:
         places = Counter(map(_place, one)) & Counter(map(_place, other))
         places.pop(None, None)
         if len(places) > 1:
-            raise SelectionError(
+            raise _disagreement(
                 f"{len(places)} places of the run are there twice, also as {one[0].path}",
                 file=other[0].path,
                 expected="checkpoints of one run",
@@ -148,6 +148,10 @@ def refuse_mixed(given: Sequence[Member]) -> None:
                     )
                 ),
             )
+
+
+def _disagreement(found: str, **where: Any) -> MismatchError:
+    return MismatchError([SwaAvgError(found, **where)])
 
 
 def _leaving_out(group: Sequence[Member], given: Sequence[Member]) -> str:

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+# The numbers in names that are not literally in a pattern for them.
+NUMBERS = re.compile(r"(?<=[_f])[0-9]+(?!_model)")
 ADAM = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 
 
@@ -98,24 +100,21 @@ def test_b_parts_of_one_model(layout: tuple[str, str], tmp_path: Path) -> None:
         for part in (1, 2)
     }
     save(tmp_path, {name: 10 * step + part for (step, part), name in names.items()})
-    one_step = [names[1, 1], names[1, 2]]
-    assert "Merge them into one file first" in fails(tmp_path, *one_step)
     line = fails(tmp_path, *names.values())
     assert " of a model, and " in line, line
     pattern = re.search(r"as in (.*?)\.$", line)
     assert pattern, line
     assert mean(tmp_path, *shlex.split(pattern[1]))[0] == 16
-    assert mean(tmp_path, names[1, 2], names[2, 2])[0] == 17
-    # At different steps they are parts no less.
-    assert " of a model, and " in fails(tmp_path, names[1, 1], names[2, 2])
 
 
-def test_b_parts_merged(tmp_path: Path) -> None:
-    """A whole model and a part of it are no pair either; in a folder as well as by name."""
+def test_b_parts_of_one_step(tmp_path: Path) -> None:
+    """All parts of one step, parts of different steps, a part and the whole: no pair of them."""
     save(tmp_path / "run", {"model.pt": 1, "model_rank1.pt": 2})
-
-    line = fails(tmp_path, "run/model.pt", "run/model_rank1.pt")
-    assert "Merge them into one file first" in line
+    save(tmp_path, {"step_1/rank_0.pt": 1, "step_1/rank_1.pt": 2, "step_2/rank_1.pt": 3})
+    assert "Merge them into one file" in fails(tmp_path, "step_1/rank_0.pt", "step_1/rank_1.pt")
+    assert "Merge them into one file" in fails(tmp_path, "step_1/rank_0.pt", "step_2/rank_1.pt")
+    assert "Merge them into one file" in fails(tmp_path, "run")
+    assert mean(tmp_path, "step_1/rank_1.pt", "step_2/rank_1.pt")[0] == 2.5
 
 
 def test_b_parts_with_an_index(tmp_path: Path) -> None:
@@ -161,14 +160,21 @@ AVERAGES = (
 
 @pytest.mark.parametrize("average", AVERAGES)
 def test_b_average_among_checkpoints(average: str, tmp_path: Path) -> None:
-    """It is left out and said, also of the last; alone, as the line says, it is taken."""
-    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, average: 50, f"again/{average}": 70})
-    value, notes = mean(tmp_path, "epoch_1.pt", "epoch_2.pt", average)
+    """It is left out and said, and so not among the last."""
+    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, average: 50})
+    value, notes = mean(tmp_path, "epoch_1.pt", "epoch_2.pt", average, "--last", "2")
     assert value == 1.5
     assert "give nothing else" in saying(notes, average, "average among checkpoints")
-    value, notes = mean(tmp_path, "epoch_1.pt", "epoch_2.pt", average, "--last", "1")
-    assert value == 2
-    assert mean(tmp_path, average, f"again/{average}")[0] == 60
+
+
+def test_b_averages_alone(tmp_path: Path) -> None:
+    """Where all names say that they are averages, these are the checkpoints, as the line says."""
+    save(tmp_path, {f"{run}/{name}": run for name in AVERAGES for run in (50, 70)})
+    for name in AVERAGES[::4]:
+        value, notes = mean(tmp_path, f"50/{name}", f"70/{name}")
+        assert value == 60 and not any("average" in note for note in notes)
+    save(tmp_path / "ema", {f"model_ema_{step}.pt": step for step in (1000, 2000)})
+    assert mean(tmp_path, "ema") == (1500, ())
 
 
 def test_b_average_by_its_counter(tmp_path: Path) -> None:
@@ -371,7 +377,7 @@ def test_b_folders_further_down(tmp_path: Path) -> None:
     """A folder of folders holds none itself; the line says where they are."""
     for n in (1, 2):
         save(tmp_path / "run" / f"global_step{n}", {"mp_rank_00_model_states.pt": n})
-    told = re.search(r"give (.*?)\.$", fails(tmp_path, "run"))
+    told = re.search(r"give (.*?)\.$", fails(tmp_path, "run", code=2))
     assert told
     assert mean(tmp_path, *shlex.split(told[1]))[0] == 1.5
 
@@ -439,16 +445,16 @@ def test_b_mixed_folder(tmp_path: Path) -> None:
     assert mean(tmp_path, "run", "--epochs", "2:")[0] == 2
 
 
-@pytest.mark.parametrize("name", STRANGERS)
-def test_b_no_model_by_name(name: str, tmp_path: Path) -> None:
+def test_b_no_model_by_name(tmp_path: Path) -> None:
     """A file that was named is refused; the option in the line leaves it out."""
-    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, name: STRANGERS[name]})
-    inputs = ("epoch_1.pt", "epoch_2.pt", name)
-    line = fails(tmp_path, *inputs)
-    assert line.startswith(f"error: {name}: holds ") and "no model" in line, line
-    assert mean(tmp_path, *inputs, *options(line)) == (1.5, ())
+    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, **STRANGERS})
+    for name in STRANGERS:
+        line = fails(tmp_path, "epoch_1.pt", "epoch_2.pt", name)
+        assert line.startswith(f"error: {name}: holds ") and "no model" in line, line
+        assert options(line) == ["--exclude", NUMBERS.sub("[0-9]*", name)]
+    assert mean(tmp_path, "epoch_1.pt", "epoch_2.pt", name, *options(line)) == (1.5, ())
     # Alone it is refused without the option, which would leave nothing.
-    assert "--exclude" not in fails(tmp_path, name)
+    assert "--exclude" not in fails(tmp_path, "optimizer.pt")
 
 
 def test_b_several_that_are_no_model_by_name(tmp_path: Path) -> None:
@@ -494,7 +500,7 @@ def test_b_models_are_not_left_out(tmp_path: Path) -> None:
     whole = {f"whole_{n}.pt": nn.Sequential(nn.Linear(3, 2)) for n in (1, 2)}
     save(tmp_path / "modules", whole)
     expected = (whole["whole_1.pt"][0].bias + whole["whole_2.pt"][0].bias) / 2
-    done = averaged(tmp_path, "modules")
+    done = averaged(tmp_path, "modules", out="modules.pt")
     torch.testing.assert_close(done.tensors["0.bias"], expected.detach())
 
 
@@ -536,5 +542,5 @@ def test_b_best_without_a_metric_in_some(tmp_path: Path) -> None:
         "--metric",
         "loss",
     )
-    line = fails(tmp_path, *inputs)
+    line = fails(tmp_path, *inputs, code=2)
     assert mean(tmp_path, *inputs, *options(line))[0] == 2.5
