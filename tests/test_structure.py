@@ -22,8 +22,8 @@ WINGS = {
     "tensors": "tensor strided checksums",
     "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers torch_zip "
     "torch_legacy safetensors single sharded dcp_layout dcp opening",
-    "checkpoints": "modules tree words pieces names recorded layout contents metrics provenance "
-    "reader",
+    "checkpoints": "modules tree words pieces labels names recorded layout contents metrics "
+    "provenance reader",
     "planning": "copies inputs opening order series select ties plan start_from settings",
     "kernel": "rounding exact inner_products findings tasks page_cache reading writing buffers "
     "workers mean",

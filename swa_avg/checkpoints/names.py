@@ -14,6 +14,7 @@ from glob import escape
 from pathlib import Path
 
 from swa_avg.checkpoints import words
+from swa_avg.checkpoints.labels import Label
 from swa_avg.checkpoints.pieces import Tokens
 
 Number = int | float
@@ -25,33 +26,6 @@ _NEGATIONS = ("no", "non", "not", "without", "wo")
 _RUNNING = ("epoch", "step", "count", "number", "part", "metric", "average")
 # How much a number without a word looks like the place of a checkpoint.
 _FREE, _SCALED, _GLUED = 3, 2, 1
-
-
-@dataclass(frozen=True)
-class Label:
-    """The name of a metric, as far as a path shows where it begins.
-
-    Attributes:
-        words: Its words and the numbers in it, in lower case, with what may stand before it.
-        joints: What stands before each of them.
-    """
-
-    words: tuple[str, ...]
-    joints: tuple[str, ...]
-
-    def is_called(self, name: str) -> bool:
-        """Tell whether a metric is meant: `loss` by `best_loss`, but not by `val_loss`."""
-        wanted = tuple(
-            token[0].lower() for token in re.findall(r"([^\W\d_]+|[0-9]+(\.\d+)?)", name)
-        )
-        start = len(self.words) - len(wanted)
-        if not wanted or start < 0 or self.words[start:] != wanted:
-            return False
-        if start == 0 or self.joints[start] not in ("_", ".", "/"):
-            return True
-        before = self.words[start - 1]
-        known = before in words.NOUNS or before in words.ROLES
-        return known or (start == 1 and before not in words.QUALIFIERS)
 
 
 @dataclass(frozen=True)
@@ -330,14 +304,17 @@ class _Reading:
         return _FREE
 
     def _place(self, numbers: Sequence[int]) -> None:
-        """Take the number that tells the place where no word does."""
+        """Take the numbers that tell the place where no word does."""
+        if not {"epoch", "step", "count"} & self.found.keys():
+            self._place_without_words(numbers)
+        for at in numbers:  # checkpoint-500/epoch_3.pt
+            noun = self.tokens.word_before(at) in words.CHECKPOINT_NOUNS
+            inner = self.tokens[at].depth == self.tokens[-1].depth
+            if noun and not inner and self.tokens[at].look and not self.tokens[at].meaning:
+                self._take(at, "number")
+
+    def _place_without_words(self, numbers: Sequence[int]) -> None:
         deepest = self.tokens[-1].depth if self.tokens else 0
-        if {"epoch", "step", "count"} & self.found.keys():
-            for at in numbers:  # checkpoint-500/epoch_3.pt
-                noun = self.tokens.word_before(at) in words.CHECKPOINT_NOUNS
-                if self.tokens[at].look and self.tokens[at].depth < deepest and noun:
-                    self._take(at, "number")
-            return
         for depth in range(deepest, -1, -1):
             there = [
                 at for at in numbers if self.tokens[at].look and self.tokens[at].depth == depth
