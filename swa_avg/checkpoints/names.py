@@ -166,8 +166,7 @@ class _Reading:
     def _average(self) -> str:
         """Return the word that says that this is an average: not `avg` in `avg_loss`."""
         for at, token in enumerate(self.tokens):
-            pieces = {token.word, *(piece.lower() for piece in _CAMEL.findall(token.text))}
-            if token.kind != "word" or not pieces & words.AVERAGES:
+            if token.kind != "word" or not _says_average(token.text):
                 continue
             after, before = self.tokens.word_after(at), self.tokens.word_before(at)
             of_metric = after in words.MODES or after in words.SCORES
@@ -383,6 +382,17 @@ class _Reading:
     def _is_of_version(self, at: int) -> bool:
         """Tell whether a piece is the `-`, the `v` or the number of a `-v1`."""
         return any(token.meaning == "version" for token in self.tokens[at : at + 3])
+
+
+def _says_average(word: str) -> bool:
+    """Tell whether a word says so, or one in it: modelEMA, but not avgLoss."""
+    if word.lower() in words.AVERAGES:
+        return True
+    pieces = [piece.lower() for piece in _CAMEL.findall(word)]
+    return any(
+        piece in words.AVERAGES and "".join(pieces[at + 1 :]) not in words.MODES
+        for at, piece in enumerate(pieces)
+    )
 
 
 def _value(value: float) -> Number:

@@ -30,8 +30,8 @@ KINDS = {
 # and NeMo's ranks, fairseq's shards, metaseq's parts, Megatron-DeepSpeed's layers and experts,
 # Llama's `consolidated.00.pth`.
 PARTS = _set(
-    "rank shard part partition chunk consolidated tp pp mp dp cp gpu cuda device proc process "
-    "worker node host layer expert"
+    "rank shard part partition chunk slice piece pipe consolidated tp pp mp gpu cuda device proc "
+    "process worker node host layer expert"
 )
 # What stands before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
@@ -47,8 +47,9 @@ LATEST = _set("last latest final newest current end finished")
 ROLES = LATEST | _set("best top better optimal")
 # These stand before the number of a checkpoint and say nothing themselves.
 NOUNS = _set(
-    "checkpoint checkpoints chkpt chkpnt chk ckpt ckpts cpt model models snapshot snap net network "
-    "weights weight state params param save saved saves training train pytorch no nr num number n"
+    "checkpoint checkpoints chkpt chkpnt chk ckpt ckpts cpt cp model models snapshot snap net "
+    "network weights weight state params param save saved saves training train "
+    "pytorch no nr num number n"
 )
 # Folders under one of these words are a run's checkpoints.
 CHECKPOINT_NOUNS = _set("checkpoint checkpoints chkpt ckpt ckpts snapshot save")

@@ -6,15 +6,14 @@ named must be a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
-from swa_avg.errors import LayoutError, listed
+from swa_avg.errors import ForeignError, LayoutError, listed
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
 from swa_avg.planning.inputs import Inputs, exclusion
 from swa_avg.storage import is_remote
@@ -48,29 +47,34 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool, closing: ExitStack)
         SwaAvgError: One is not sound, or a named one holds no model.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
-    others: list[tuple[Checkpoint, str]] = []
-    without_ema: list[tuple[Checkpoint, LayoutError]] = []
+    others: dict[Path, str] = {}
+    without_ema: dict[Path, LayoutError] = {}
+    whole: list[Checkpoint] = []
     opened, finder = Opened(notes=list(inputs.notes)), Finder(keys, ema)
-    for checkpoint in _read(inputs.paths, closing):
+    for path, checkpoint in _read(inputs, closing):
+        if isinstance(checkpoint, ForeignError):
+            others[path] = checkpoint.found.removeprefix("is ")
+            continue
+        whole.append(checkpoint)
         other = None if keys else other_than_model(checkpoint.tree)
         if other:
-            others.append((checkpoint, other))
+            others[path] = other
             continue
         try:
             opened.states.append(finder.find(checkpoint))
         except LayoutError as error:
             if not ema:
                 raise
-            without_ema.append((checkpoint, error))
+            without_ema[path] = error
     if not opened.states and without_ema:
-        raise without_ema[0][1]
+        raise next(iter(without_ema.values()))
     if not opened.states:
         _refuse(others, inputs)
         # What holds only integers is a state_dict, if not much of a model.
-        opened.states += [finder.find(checkpoint) for checkpoint, _ in others]
+        opened.states += map(finder.find, whole)
         return opened
-    _leave_out(inputs, {c.path: other for c, other in others}, opened, _OTHERS)
-    _leave_out(inputs, {c.path: "" for c, _ in without_ema}, opened, _WITHOUT_EMA)
+    _leave_out(inputs, others, opened, _OTHERS)
+    _leave_out(inputs, dict.fromkeys(without_ema, ""), opened, _WITHOUT_EMA)
     return opened
 
 
@@ -82,28 +86,37 @@ _WITHOUT_EMA = (
 )
 
 
-def _read(paths: Sequence[Path], closing: ExitStack) -> list[Checkpoint]:
-    # What their headers have in common is read once.
-    read = partial(open_checkpoint, headers=Headers())
-    found = []
+def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint | ForeignError]]:
+    """Yield the checkpoints, or what some file in a folder is instead."""
+    headers = Headers()  # what they have in common is read once
+
+    def read(path: Path) -> Checkpoint | ForeignError:
+        try:
+            return open_checkpoint(path, headers)
+        except ForeignError as error:
+            if path not in inputs.found:
+                raise
+            return error
+
     with ThreadPoolExecutor(_OPENERS) as pool:
         # A request takes its time, so URLs are opened side by side.
-        side_by_side = any(map(is_remote, paths))
-        for checkpoint in (pool.map if side_by_side else map)(read, paths):
-            closing.callback(checkpoint.close)
-            found.append(checkpoint)
-    return found
+        side_by_side = any(map(is_remote, inputs.paths))
+        opened = (pool.map if side_by_side else map)(read, inputs.paths)
+        for path, checkpoint in zip(inputs.paths, opened, strict=True):
+            if isinstance(checkpoint, Checkpoint):
+                closing.callback(checkpoint.close)
+            yield path, checkpoint
 
 
-def _refuse(others: Sequence[tuple[Checkpoint, str]], inputs: Inputs) -> None:
+def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
     """Refuse inputs of which none is a model, as far as their content tells."""
-    for checkpoint, other in others:
-        if other != NO_WEIGHTS or checkpoint.path in inputs.found:
-            raise LayoutError(f"holds {other}, no model", file=checkpoint.path)
+    for path, other in others.items():
+        if other != NO_WEIGHTS or path in inputs.found:
+            raise LayoutError(f"holds {other}, no model", file=path)
 
 
 def _leave_out(
-    inputs: Inputs, left: dict[Path, str], opened: Opened, words: tuple[str, str]
+    inputs: Inputs, left: Mapping[Path, str], opened: Opened, words: tuple[str, str]
 ) -> None:
     """Leave out what nobody named, in one note; refuse what somebody did."""
     named = [path for path in left if path not in inputs.found]

@@ -46,7 +46,7 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
     ]
     rest = [member for member in given if member not in ours]
     averages = [member for member in rest if _is_average(member)]
-    if averages and len(averages) < len(rest):
+    if averages and not _are_checkpoints(averages, rest):
         one = len(averages) == 1
         notes.append(
             f"left out, as {'an average' if one else 'averages'} among checkpoints: "
@@ -55,6 +55,17 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
         )
         rest = [member for member in rest if member not in averages]
     return rest
+
+
+def _are_checkpoints(averages: Sequence[Member], given: Sequence[Member]) -> bool:
+    """Tell whether what says that it is an average is what was given: nothing but a best or last.
+
+    A run may be called so: swa_run_epoch_1.pt to swa_run_epoch_9.pt, and best.pt.
+    """
+    others = [member for member in given if member not in averages]
+    loose = all(member.name.role and not member.is_placed for member in others)
+    placed = [member for member in averages if member.name.is_placed]
+    return not others or (loose and len(placed) > 1 and len(placed) == len(averages))
 
 
 def _is_average(member: Member) -> bool:

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,11 @@ def test_b_averages_alone(tmp_path: Path) -> None:
         assert value == 60 and not any("average" in note for note in notes)
     save(tmp_path / "ema", {f"model_ema_{step}.pt": step for step in (1000, 2000)})
     assert mean(tmp_path, "ema") == (1500, ())
+    # A run that is called so: its last one does not make averages of all others.
+    save(tmp_path / "run", {"swa_run_epoch_1.pt": 1, "swa_run_epoch_2.pt": 2, "last.pt": 6})
+    value, notes = mean(tmp_path, "run")
+    assert value == 3
+    saying(notes, "averaged together", "run/last.pt")
 
 
 def test_b_average_by_its_counter(tmp_path: Path) -> None:
@@ -183,7 +189,7 @@ def test_b_average_by_its_counter(tmp_path: Path) -> None:
     model.a = nn.Linear(3, 2)
     kept = AveragedModel(model)
     kept.update_parameters(model)
-    files = {"avg_loss_0.5_epoch_1.pt": 1, "avg_loss_0.4_epoch_2.pt": 2}
+    files = {"avg_loss_0.5_epoch_1.pt": 1, "avgLoss0.4_epoch_2.pt": 2}
     save(tmp_path, files)
     torch.save(
         {k: v if "bias" not in k else v[:1] for k, v in kept.state_dict().items()},
@@ -433,15 +439,19 @@ STRANGERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
 def test_b_mixed_folder(tmp_path: Path) -> None:
     """All that is no model is left out in one note; the models are averaged."""
     save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2, **STRANGERS})
     torch.save(torch.ones(3), tmp_path / "run" / "embedding.pt")
+    with zipfile.ZipFile(tmp_path / "run" / "code.zip", "w", zipfile.ZIP_DEFLATED) as code:
+        code.writestr("train.py", "import torch\n" * 50)
+    torch.jit.script(nn.Linear(3, 2)).save(tmp_path / "run" / "best.torchscript")
     value, notes = mean(tmp_path, "run")
     assert value == 1.5
     (note,) = notes
     assert note.startswith("left out, as they hold no model: ")
-    assert f"and {len(STRANGERS) + 1 - 3} more" in note
+    assert f"and {len(STRANGERS) + 3 - 3} more" in note
     assert mean(tmp_path, "run", "--epochs", "2:")[0] == 2
 
 
