@@ -19,13 +19,12 @@ from swa_avg.checkpoints.pieces import Tokens
 
 Number = int | float
 
-_CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _MULTIPLES = {"k": 1_000, "K": 1_000, "m": 1_000_000, "M": 1_000_000, "B": 1_000_000_000}
 _NEGATIONS = ("no", "non", "not", "without", "wo")
 # What changes from one checkpoint of a series to the next.
-_RUNNING = ("epoch", "step", "count", "number", "part", "metric", "average")
+_RUNNING = ("epoch", "step", "count", "number", "time", "part", "metric", "average")
 # How much a number without a word looks like the place of a checkpoint.
-_FREE, _SCALED, _GLUED = 3, 2, 1
+_TIME, _FREE, _SCALED, _GLUED = 4, 3, 2, 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Name:
         pattern: A pattern of `glob` for the series, beginning where `text` does.
         part_pattern: The same for one part of the model over the whole run.
         text: As much of the path as counts, without the folders that all inputs share.
+        shape: The series without the other numbers in it that may run.
         whole: The series without what says which part of a model a file holds.
         epoch: The number under a word for epoch, or None.
         step: The number under a word for step, iteration, update or batch, or None.
@@ -55,6 +55,7 @@ class Name:
     series: str
     pattern: str
     part_pattern: str
+    shape: str
     whole: str
     epoch: Number | None = None
     step: Number | None = None
@@ -65,11 +66,6 @@ class Name:
     metrics: tuple[tuple[Label, float], ...] = ()
     average: str = ""
     role: str = ""
-
-    @property
-    def shape(self) -> str:
-        """The series without any number: what names with several running numbers share."""
-        return re.sub(r"[0-9]+", "#", self.series)
 
     @property
     def place(self) -> tuple[Number | None, ...]:
@@ -143,7 +139,7 @@ class _Reading:
             if not self.tokens[at].meaning:
                 self._read_number(at, averaged=bool(average))
         self._place(numbers)
-        series, whole = self._texts()
+        series, whole = self._series()
         roles = [token.word for token in self.tokens if token.word in words.ROLES]
         return Name(
             path=self.path,
@@ -151,6 +147,7 @@ class _Reading:
             series=series,
             pattern=self._pattern(parts=True),
             part_pattern=self._pattern(parts=False),
+            shape=self._series(running=True)[0],
             whole=whole,
             epoch=self.found.get("epoch"),
             step=self.found.get("step"),
@@ -166,7 +163,7 @@ class _Reading:
     def _average(self) -> str:
         """Return the word that says that this is an average: not `avg` in `avg_loss`."""
         for at, token in enumerate(self.tokens):
-            if token.kind != "word" or not _says_average(token.text):
+            if token.kind != "word" or not words.says_average(token.text):
                 continue
             after, before = self.tokens.word_after(at), self.tokens.word_before(at)
             of_metric = after in words.MODES or after in words.SCORES
@@ -185,11 +182,11 @@ class _Reading:
         if self._is_part(at, before):
             return
         kind = self._kind(at, before, glued)
-        if kind and (token.is_whole or kind == "epoch" or scale > 1):
+        if kind and token.is_finite and (kind == "epoch" or (token.value * scale).is_integer()):
             self._take(at, kind, scale)
         elif before == "v" and glued and token.is_whole:
             token.meaning = "version" if self.tokens.right(at) < 0 else "literal"
-            self.found.setdefault("version", int(token.text))
+            self.found.setdefault("version", int(token.value))
         elif token.is_whole and self._counts_averaged(at, before, averaged):
             token.meaning = "average"
         elif self._is_metric(at, before, glued):
@@ -197,7 +194,7 @@ class _Reading:
         elif before in words.SETTINGS and self.tokens[self.tokens.left(at)].depth == token.depth:
             token.meaning = "literal" if not (before in words.AVERAGES and token.is_whole) else ""
         if not token.meaning and token.is_whole:
-            token.look = self._look(before, glued, unit, scale)
+            token.look = _TIME if token.is_time else self._look(before, glued, unit, scale)
 
     def _is_part(self, at: int, before: str) -> bool:
         """Read which part of a model a file holds: rank_0, 00001-of-00002."""
@@ -218,7 +215,7 @@ class _Reading:
         if not label or not token.is_whole:
             return False
         token.meaning = "part"
-        self.parts.append((label, int(token.text)))
+        self.parts.append((label, int(token.value)))
         self.of_part.update(span)
         if self.tokens.is_separator(span.start - 1):
             self.of_part.add(span.start - 1)
@@ -260,7 +257,7 @@ class _Reading:
         if not token.is_whole and self.tokens.word_at(at + 1) not in ("", *_MULTIPLES):
             token.meaning = "literal"  # mobilenet0.5x
             return True
-        tail = next((piece.lower() for piece in reversed(_CAMEL.findall(
+        tail = next((piece.lower() for piece in reversed(words.in_camel_case(
             self.tokens[left].text if before else ""))), "")  # fmt: skip
         known = any(w in words.MODES or w in words.SCORES for w in (before, tail))
         if known and glued and token.is_whole and self.tokens.is_number(right):
@@ -272,7 +269,7 @@ class _Reading:
             return False
         if not (known or labelled or assigned or not token.is_whole):
             return False
-        value, joint = float(token.text), self.tokens.joint(at)
+        value, joint = token.value, self.tokens.joint(at)
         if joint[1:] == "-" and joint[0] in "=_:":
             self.tokens[at - 1].meaning = "unit"  # a sign
             value = -value
@@ -311,6 +308,8 @@ class _Reading:
             inner = self.tokens[at].depth == self.tokens[-1].depth
             if noun and not inner and self.tokens[at].look and not self.tokens[at].meaning:
                 self._take(at, "number")
+            if inner and self.tokens[at].is_time and not self.tokens[at].meaning:
+                self.tokens[at].meaning = "time"
 
     def _place_without_words(self, numbers: Sequence[int]) -> None:
         deepest = self.tokens[-1].depth if self.tokens else 0
@@ -341,7 +340,7 @@ class _Reading:
     def _take(self, at: int, meaning: str, scale: int = 1) -> None:
         """Take a number as what it means, with the unit behind it: 100k."""
         self.tokens[at].meaning = meaning
-        self.found[meaning] = _value(float(self.tokens[at].text) * scale)
+        self.found[meaning] = _value(self.tokens[at].value * scale)
         if scale > 1:
             self.tokens[at + 1].meaning = "unit"
 
@@ -357,12 +356,18 @@ class _Reading:
 
     # What is left.
 
-    def _texts(self) -> tuple[str, str]:
-        """Return the series, and the series without the words for parts."""
-        texts = []
+    def _series(self, running: bool = False) -> tuple[str, str]:
+        """Return the series, and the series without the words for parts.
+
+        Args:
+            running: Without the numbers of the name itself that nothing accounts for, too.
+        """
+        texts, deepest = [], self.tokens[-1].depth if self.tokens else 0
         for at, token in enumerate(self.tokens):
+            loose = running and token.look and token.depth == deepest
             dropped = token.meaning == "unit" or self._is_of_version(at)
-            texts.append("" if dropped else "#" if token.meaning in _RUNNING else token.text)
+            number = token.meaning in _RUNNING or (loose and not token.meaning)
+            texts.append("" if dropped else "#" if number else token.text)
         whole = [text for at, text in enumerate(texts) if at not in self.of_part]
         return "".join(texts), "".join(whole)
 
@@ -382,17 +387,6 @@ class _Reading:
     def _is_of_version(self, at: int) -> bool:
         """Tell whether a piece is the `-`, the `v` or the number of a `-v1`."""
         return any(token.meaning == "version" for token in self.tokens[at : at + 3])
-
-
-def _says_average(word: str) -> bool:
-    """Tell whether a word says so, or one in it: modelEMA, but not avgLoss."""
-    if word.lower() in words.AVERAGES:
-        return True
-    pieces = [piece.lower() for piece in _CAMEL.findall(word)]
-    return any(
-        piece in words.AVERAGES and "".join(pieces[at + 1 :]) not in words.MODES
-        for at, piece in enumerate(pieces)
-    )
 
 
 def _value(value: float) -> Number:

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _TOKEN = re.compile(
-    r"(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version or a date
+    r"(?P<time>(?<![0-9])(?:19|20)[0-9]{2}"
+    r"(?:-[0-9]{2}-[0-9]{2}(?:[T_+ -][0-9]{2}(?:[-:.]?[0-9]{2}){1,2})?|[0-9]{4}[T_-][0-9]{4,6})"
+    r"(?![0-9]))"
+    r"|(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version
     r"|(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
     r"|(?P<word>[^\W\d_]+)"
     r"|(?P<separator>.)",
     re.DOTALL,
 )
+_KINDS = {"dotted": "word", "time": "number"}
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Token:
         meaning: What a number, once read, is: epoch, step, count, part, metric, average,
             version, number, label (it belongs to a metric's name) or literal.
         look: How much a number without a meaning looks like the place of a checkpoint.
+        is_time: Whether it is a number that is a date and time.
     """
 
     kind: str
@@ -36,6 +41,7 @@ class Token:
     depth: int
     meaning: str = ""
     look: int = 0
+    is_time: bool = False
 
     @property
     def word(self) -> str:
@@ -44,8 +50,18 @@ class Token:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a number of digits alone."""
-        return self.kind == "number" and self.text.isdecimal()
+        """Whether it is a number of digits alone, or a date and time."""
+        return self.kind == "number" and (self.text.isdecimal() or self.is_time)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a number in digits: neither nan nor inf."""
+        return self.kind == "number" and self.text[0].isdecimal()
+
+    @property
+    def value(self) -> float:
+        """Its number; of a date and time all digits of it."""
+        return float(re.sub(r"[^0-9]", "", self.text) if self.is_time else self.text)
 
 
 class Tokens(list[Token]):
@@ -56,8 +72,8 @@ class Tokens(list[Token]):
         depth = 0
         for match in _TOKEN.finditer(text):
             depth += match[0] == "/"
-            kind = match.lastgroup or ""
-            self.append(Token("word" if kind == "dotted" else kind, match[0], depth))
+            kind = _KINDS.get(match.lastgroup or "", match.lastgroup or "")
+            self.append(Token(kind, match[0], depth, is_time=match.lastgroup == "time"))
 
     def word_at(self, at: int) -> str:
         """Return a word in lower case; empty where there is none."""

@@ -1,9 +1,14 @@
 """The words in the names of checkpoints: which say epoch, step, part, metric, average.
 
-Tables only, in lower case. The sources are the frameworks' own templates of names.
+Tables, in lower case, and how a word is looked for in them. The sources are the
+frameworks' own templates of names.
 """
 
 from __future__ import annotations
+
+import re
+
+_CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
 def _set(text: str) -> frozenset[str]:
@@ -78,3 +83,19 @@ SUFFIXES = _set(
     "pt pth ckpt bin safetensors tar pkl pickle th t7 model params pdparams weights h5 hdf5 keras "
     "nemo zip pyt torch"
 )
+
+
+def in_camel_case(word: str) -> list[str]:
+    """Return the words in a word: `model` and `EMA` in `modelEMA`."""
+    return _CAMEL.findall(word)
+
+
+def says_average(word: str) -> bool:
+    """Tell whether a word says so, or one in it: modelEMA, but not avgLoss."""
+    if word.lower() in AVERAGES:
+        return True
+    pieces = [piece.lower() for piece in in_camel_case(word)]
+    return any(
+        piece in AVERAGES and "".join(pieces[at + 1 :]) not in MODES
+        for at, piece in enumerate(pieces)
+    )

@@ -149,12 +149,12 @@ def refuse_mixed(given: Sequence[Member]) -> None:
                 f"{len(places)} places of the run are there twice, also as {one[0].path}",
                 file=other[0].path,
                 expected="checkpoints of one run",
-                remedy=" ".join(
+                remedy="; ".join(
                     filter(
                         None,
                         (
                             _leaving_out(other, given),
-                            "Averages of several runs are merged with --start-from",
+                            "averages of several runs are merged with --start-from",
                         ),
                     )
                 ),
@@ -233,7 +233,8 @@ def _series(given: Sequence[Member]) -> Mapping[str, list[Member]]:
     """Group checkpoints by their series; names in which several numbers run are one."""
     series = _grouped(given, lambda member: member.name.series)
     alone = all(len(group) == 1 for group in series.values())
-    if alone and len({member.name.shape for member in given}) == 1:
+    places = {member.name.place for member in given}
+    if alone and len(places) == len(given) and len({member.name.shape for member in given}) == 1:
         return {"": list(given)}
     return series
 
