@@ -173,7 +173,7 @@ def test_b_averages_alone(tmp_path: Path) -> None:
     save(tmp_path, {f"{run}/{name}": run for name in AVERAGES for run in (50, 70)})
     for name in AVERAGES[::4]:
         value, notes = mean(tmp_path, f"50/{name}", f"70/{name}")
-        assert value == 60 and not any("average" in note for note in notes)
+        assert value == 60 and not any("among checkpoints" in note for note in notes)
     save(tmp_path / "ema", {f"model_ema_{step}.pt": step for step in (1000, 2000)})
     assert mean(tmp_path, "ema") == (1500, ())
     # A run that is called so: its last one does not make averages of all others.
