@@ -14,7 +14,7 @@ from pathlib import Path
 from swa_avg.checkpoints import Name, Number, StateDict, names, words
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
     """A checkpoint and what its name says.
 

@@ -19,6 +19,7 @@ from swa_avg.checkpoints import provenance
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member
+from swa_avg.storage import is_remote
 
 _Key = TypeVar("_Key")
 _INDEX = "*.index.json"
@@ -99,11 +100,10 @@ def _of_parts(member: Member) -> str:
 def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
     """Say what to do about parts: give a folder, a part by itself, or merge them."""
     every = [member for group in parts.values() for member in group]
-    folders = list(dict.fromkeys(member.path.parent for member in every))
-    if all(any(folder.glob(_INDEX)) for folder in folders):
-        return (
-            f"Give the {_plural('folder', folders)}: {' '.join(quote(str(f)) for f in folders[:8])}"
-        )
+    folders = [] if any(is_remote(m.path) for m in every) else [m.path.parent for m in every]
+    folders = list(dict.fromkeys(folders))
+    if folders and all(any(folder.glob(_INDEX)) for folder in folders):
+        return f"Give {' '.join(quote(str(folder)) for folder in folders[:8])} instead"
     several = [group for group in parts.values() if len(group) > 1 and group[0].name.parts]
     if several:
         name = several[0][0].name
@@ -112,10 +112,6 @@ def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
         if matching == list(several[0]):
             return f"Average each part by itself, as in {quote(pattern)}"
     return "Merge them into one file first, with the framework that wrote them"
-
-
-def _plural(noun: str, of: Sequence[object]) -> str:
-    return noun if len(of) == 1 else f"{noun}s"
 
 
 def refuse_mixed(given: Sequence[Member]) -> None:
@@ -145,19 +141,13 @@ def refuse_mixed(given: Sequence[Member]) -> None:
         places = Counter(map(_place, one)) & Counter(map(_place, other))
         places.pop(None, None)
         if len(places) > 1:
+            option = _leaving_out(other, given)
+            merge = "averages of several runs are merged with --start-from"
             raise _disagreement(
-                f"{len(places)} places of the run are there twice, also as {one[0].path}",
+                f"has {len(places)} epochs or steps in common with {one[0].path} and those like it",
                 file=other[0].path,
                 expected="checkpoints of one run",
-                remedy="; ".join(
-                    filter(
-                        None,
-                        (
-                            _leaving_out(other, given),
-                            "averages of several runs are merged with --start-from",
-                        ),
-                    )
-                ),
+                remedy=f"{option}; {merge}" if option else merge.capitalize(),
             )
 
 

@@ -130,7 +130,7 @@ def test_b_parts_with_an_index(tmp_path: Path) -> None:
         (home / "model.safetensors.index.json").write_text(json.dumps(index))
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
     line = fails(tmp_path, *files)
-    told = re.search(r"Give the folders: (.*?)\.$", line)
+    told = re.search(r"Give (.*?) instead\.$", line)
     assert told, line
     assert mean(tmp_path, *shlex.split(told[1]))[0] == 1.5
 
@@ -298,7 +298,7 @@ def test_b_two_series_of_one_run_are_refused(tmp_path: Path) -> None:
     for n in (1, 2, 3):
         save(tmp_path / "run", {f"netG_A_{n}.pth": n, f"netG_B_{n}.pth": 10 * n})
     line = fails(tmp_path, "run")
-    assert "3 places of the run are there twice" in line
+    assert "has 3 epochs or steps in common with run/netG_A_1.pth" in line
     assert mean(tmp_path, "run", *options(line))[0] == 2
     for n in (1, 2, 3):
         save(tmp_path, {f"seed_1/epoch_{n}.pt": n, f"seed_2/epoch_{n}.pt": 10 * n})
