@@ -158,12 +158,10 @@ def _is_of_run(child: Path) -> bool:
 
 def _of_run(path: Path, found: Sequence[Path], alone: bool) -> str:
     """Say which of the two is taken: the model at the top of a run's folder, or its checkpoints."""
-    pattern = quote(names.read(found[0]).pattern)
     if alone:
-        return (
-            f"{path}: the model at its top is left out, its checkpoints are taken; "
-            f"--exclude {pattern} takes the model instead"
-        )
+        option = exclusion(found, [path])
+        instead = f"; {option} takes the model instead" if option else ""
+        return f"{path}: the model at its top is left out, its checkpoints are taken{instead}"
     return f"{path}: the model at its top is taken, not the {len(found)} checkpoints in it"
 
 

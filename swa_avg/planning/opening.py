@@ -126,7 +126,6 @@ def _leave_out(
         raise LayoutError(
             words[1].format(left[named[0]]),
             file=named[0],
-            expected="a checkpoint, as the others are",
             remedy=f"{option} leaves it out" if option else "",
         )
     if left:

@@ -7,7 +7,6 @@ in `names`; the order of the checkpoints is in `order`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
@@ -138,8 +137,7 @@ def refuse_mixed(given: Sequence[Member]) -> None:
                 remedy=_leaving_out(group, given),
             )
     for one, other in combinations(series.values(), 2):
-        places = Counter(map(_place, one)) & Counter(map(_place, other))
-        places.pop(None, None)
+        places = _places(one) & _places(other)
         if len(places) > 1:
             option = _leaving_out(other, given)
             merge = "averages of several runs are merged with --start-from"
@@ -162,11 +160,15 @@ def _leaving_out(group: Sequence[Member], given: Sequence[Member]) -> str:
     return f"{option} leaves {'it' if len(group) == 1 else 'them'} out" if option else ""
 
 
-def _place(member: Member) -> object:
-    """Return where in the run a checkpoint is: as recorded, else as its name says."""
-    if member.recorded != (None, None):
-        return "recorded", member.recorded
-    return ("named", member.name.place) if member.name.is_placed else None
+def _places(group: Sequence[Member]) -> set[object]:
+    """Return the places of a series in the run: as recorded, else as its names say.
+
+    What all of a series record alike is no place: many scripts record a constant.
+    """
+    recorded = {member.recorded for member in group}
+    if len(recorded) > 1:
+        return {("recorded", place) for place in recorded - {(None, None)}}
+    return {("named", member.name.place) for member in group if member.name.is_placed}
 
 
 def notes_on(chosen: Sequence[Member]) -> Iterator[str]:

@@ -311,6 +311,19 @@ def test_b_two_series_of_one_run_are_refused(tmp_path: Path) -> None:
     assert mean(tmp_path, "--start-from", "one.pt", "--start-from", "two.pt")[0] == 11
 
 
+def test_b_recorded_steps_tell_runs_apart(tmp_path: Path) -> None:
+    """Names that begin anew after a restart are one run where the recorded steps go on."""
+    for n in (1, 2, 3):
+        for part, steps in (("first", n), ("second", 3 + n)):
+            tree = {"model": weights(steps), "global_step": steps}
+            save(tmp_path, {f"{part}/epoch_{n}.pt": tree})
+            save(tmp_path, {f"{part}/constant_{n}.pt": tree | {"global_step": 0}})
+    files = [f"{part}/epoch_{n}.pt" for part in ("first", "second") for n in (1, 2, 3)]
+    assert order(tmp_path, *reversed(files)) == files
+    constant = [file.replace("epoch", "constant") for file in files]
+    assert "has 3 epochs or steps in common" in fails(tmp_path, *constant)
+
+
 def test_b_two_series_are_said(tmp_path: Path) -> None:
     """What is called otherwise and is no copy is averaged and said; the option leaves it out."""
     save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2, "epoch_3.pt": 3, "best.pt": 10})
@@ -401,6 +414,8 @@ def test_b_one_checkpoint_is_said(tmp_path: Path) -> None:
     averaged(tmp_path, "epoch_1.pt", out="one.pt")
     value, notes = mean(tmp_path, "epoch_2.pt", "--start-from", "one.pt")
     assert (value, notes) == (1.5, ())
+    assert "give it with --start-from" in fails(tmp_path, "one.pt", code=2)
+    assert mean(tmp_path, "--start-from", "one.pt") == (1, ())
 
 
 # What is no model -------------------------------------------------------------------------------
