@@ -89,6 +89,10 @@ class FormatError(SwaAvgError):
     """A file that is not a sound checkpoint: foreign, damaged, cut or hostile."""
 
 
+class ForeignError(FormatError):
+    """A file of another kind that begins like a checkpoint: TorchScript, another zip archive."""
+
+
 class LayoutError(SwaAvgError):
     """A sound file in which no state_dict, or more than one, was found."""
 

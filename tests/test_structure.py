@@ -22,9 +22,10 @@ WINGS = {
     "tensors": "tensor optimizers floats strided checksums",
     "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers "
     "torch_zip torch_legacy safetensors single sharded dcp_metadata dcp_layout dcp opening",
-    "checkpoints": "modules tree recorded families membership frameworks places halves entries "
-    "layout metrics provenance reader",
-    "planning": "copies select ties treatments plan glance start_from settings",
+    "checkpoints": "modules tree words pieces labels names recorded families membership "
+    "frameworks places halves entries layout contents metrics provenance reader",
+    "planning": "copies inputs opening order series select ties treatments plan glance "
+    "start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "batches estimators statistics userdata recompute",

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.execution import Averaging, counts_of, how_made
 from swa_avg.averaging.report import Report
-from swa_avg.checkpoints import Finder, StateDict, check_choice, check_running, fingerprints
+from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
 from swa_avg.errors import OutputError
-from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
+from swa_avg.formats import Form, Layout, form_of, layout_for
 from swa_avg.planning import (
     Base,
+    Inputs,
+    Opened,
     Options,
     Paths,
     Plan,
@@ -28,6 +28,8 @@ from swa_avg.planning import (
     base_of,
     expand,
     make_plan,
+    meant,
+    open_all,
     refuse_unlike,
     select,
     start_from,
@@ -36,7 +38,7 @@ from swa_avg.storage import check_remote_target, check_target, is_remote, path_o
 from swa_avg.tensors import DTYPES
 
 _FOLDERS = (Form.FOLDER, Form.DCP)
-_OPENERS = 16  # URLs that are opened at once
+_ALONE = "only one checkpoint takes part: nothing is averaged, its weights are the output's"
 
 
 @contextmanager
@@ -62,13 +64,16 @@ def planned(
 
 def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
     """Do what `planned` does; what it opens is closed with `opened`."""
-    averages = expand(_listed(options.start_from), ()) if options.start_from else []
-    bases = tuple(map(base_of, _opened(averages, options, opened)))
+    averages = expand(_listed(options.start_from)) if options.start_from else []
+    bases = tuple(map(base_of, _opened(Inputs(averages), options, opened).states))
     start_from.refuse_repeats(bases)
     given = _listed(checkpoints)
-    paths = expand(given, options.choice.exclude) if given or not bases else []
-    candidates = _without(_opened(paths, options, opened), bases)
+    inputs = meant(given, options.choice.exclude) if given or not bases else Inputs()
+    found = _opened(inputs, options, opened)
+    candidates = _without(found.states, bases)
     selection = select(candidates, options.choice) if candidates else Selection(())
+    alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
+    selection = replace(selection, notes=(*found.notes, *selection.notes, *alone))
     states = [*(base.state for base in bases), *selection.chosen]
     check_running(selection.chosen, options.ema)
     _check_target(target, states, options)
@@ -115,18 +120,9 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[StateDict]:
-    """Open checkpoints and find their state_dicts."""
-    paths, states = list(paths), []
-    # What their headers have in common is read once.
-    read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
-    with ThreadPoolExecutor(_OPENERS) as pool:
-        # A request takes its time, so URLs are opened side by side.
-        side_by_side = any(map(is_remote, paths))
-        for checkpoint in (pool.map if side_by_side else map)(read, paths):
-            opened.callback(checkpoint.close)
-            states.append(finder.find(checkpoint))
-    return states
+def _opened(inputs: Inputs, options: Options, opened: ExitStack) -> Opened:
+    """Open inputs and find their state_dicts."""
+    return open_all(inputs, options.key, options.ema, opened) if inputs.paths else Opened()
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from zlib_ng.zlib_ng import crc32
 
-from swa_avg.errors import FormatError
+from swa_avg.errors import ForeignError, FormatError
 from swa_avg.formats import pickler, pickles, zip_directory
 from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
@@ -52,7 +52,7 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
     directory = zip_directory.read(file, headers.forms)
     pickled = directory.record(file, "data.pkl")
     if pickled is None or not directory.root:
-        raise FormatError(
+        raise ForeignError(
             "is a zip archive without a torch pickle",
             file=file.path,
             expected="a checkpoint written by torch.save",
