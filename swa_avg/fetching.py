@@ -72,6 +72,10 @@ class RemoteSource:
         """What two URLs of one file have in common."""
         return self._path.fs, self._path.key
 
+    @property
+    def state(self) -> None:
+        """Nothing: see `check_unchanged`."""
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
         for ahead in self._aheads:

@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from swa_avg import continuing, wrapper
 from swa_avg.averaging import Averaging, counts_of, how_made
 from swa_avg.continuing import Base, base_of
 from swa_avg.errors import OutputError
+from swa_avg.files import allow_files
 from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
 from swa_avg.layout import Finder, StateDict
 from swa_avg.output import check_target
@@ -109,6 +110,7 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
 def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[StateDict]:
     """Open checkpoints and find their state_dicts."""
     paths, states = list(paths), []
+    allow_files(sum(_files_in(path) for path in paths if not is_remote(path)))
     # What their headers have in common is read once.
     read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
     with ThreadPoolExecutor(_OPENERS) as pool:
@@ -118,6 +120,13 @@ def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[
             opened.callback(checkpoint.close)
             states.append(finder.find(checkpoint))
     return states
+
+
+def _files_in(path: Path) -> int:
+    """Return how many files a checkpoint keeps open, at most."""
+    with suppress(OSError):
+        return len(os.listdir(path))  # noqa: PTH208 - not a Path for each
+    return 1
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:
@@ -211,5 +220,5 @@ def average(
         averaging.open_output() as file,
     ):
         report = averaging.write(file, threads=threads, progress=progress)
-        file.commit()
-    return report
+        notes = file.commit()
+    return replace(report, notes=(*report.notes, *notes))

@@ -35,7 +35,7 @@ ROOMS = (
     *("sampling", "verification", "settings", "averaging", "planning"),
     *("batches", "estimators", "batchnorm", "userdata", "pulse", "distributed", "joint"),
     *("recompute", "judging", "trials", "messages", "sweeping", "plot"),
-    *("demo", "options", "bars", "cli", "__main__"),
+    *("demo", "signals", "options", "bars", "beside", "cli", "__main__"),
 )
 PRINTERS = {"cli", "demo"}
 
