@@ -14,7 +14,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import repeat
 from operator import add
@@ -25,6 +24,7 @@ from swa_avg.ahead import Range, ReadAhead
 from swa_avg.errors import FileError, FormatError
 from swa_avg.fetching import RemoteSource
 from swa_avg.remote import RemotePath
+from swa_avg.request_pool import RequestPool
 
 try:
     import resource
@@ -359,8 +359,7 @@ def reading_ahead(
     share = room // min(together, len(wanted))
     block = min(max(share // (2 * threads), _LEAST_BLOCK), _MOST_BLOCK)
     with ExitStack() as ended:
-        pool = ThreadPoolExecutor(_MOST_REQUESTS, "swa-avg-remote")
-        ended.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pool = ended.enter_context(RequestPool(_MOST_REQUESTS))
         for number, (source, parts) in enumerate(wanted.items()):
             ahead = ReadAhead(source.fetch, parts, block, share, pool)
             ended.callback(ahead.close)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from swa_avg.plan import Plan, Rules, make_plan
 from swa_avg.provenance import fingerprints
 from swa_avg.remote import is_remote, path_of
 from swa_avg.report import Report
+from swa_avg.request_pool import RequestPool
 from swa_avg.select import Selection, expand, select
 from swa_avg.settings import Options, Paths
 from swa_avg.tensors import DTYPES
@@ -113,7 +113,7 @@ def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[
     allow_files(sum(_files_in(path) for path in paths if not is_remote(path)))
     # What their headers have in common is read once.
     read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
-    with ThreadPoolExecutor(_OPENERS) as pool:
+    with RequestPool(_OPENERS) as pool:
         # A request takes its time, so URLs are opened side by side.
         side_by_side = any(map(is_remote, paths))
         for checkpoint in (pool.map if side_by_side else map)(read, paths):

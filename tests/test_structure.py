@@ -14,7 +14,7 @@ import swa_avg
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up: a room imports only those before it.
 ROOMS = (
-    *("errors", "ahead", "remote", "fetching", "files", "tensors"),
+    *("errors", "ahead", "remote", "request_pool", "web", "fetching", "files", "tensors"),
     *(
         "formats.checkpoint",
         "formats.pickled",
