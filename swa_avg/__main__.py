@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 # Where one of these is in use, others may have something to do at the end.
-_WITH_OTHERS = frozenset({"swa_avg.userdata", "swa_avg.distributed"})
+_WITH_OTHERS = frozenset({"swa_avg.batchnorm", "swa_avg.ranks"})
 
 
 def main() -> NoReturn:
