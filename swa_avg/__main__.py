@@ -30,6 +30,8 @@ def main() -> NoReturn:
         # The one exception that a signal raises can come while another one is handled.
         if not signals.received:
             raise
+        # Here, where what it holds still lives: loader workers are waited for when that goes.
+        signals.leave(signals.code)
     if signals.received:
         signals.leave(signals.code)
     if code == 0 and _alone():

@@ -38,6 +38,7 @@ class Signals:
         self.silent = False
         self.after = ""
         self._over = False
+        self._leaving = False
         self._process = os.getpid()
 
     @property
@@ -66,6 +67,7 @@ class Signals:
 
         A thread may wait for a server that does not answer.
         """
+        self._leaving = True
         self.end()
         self._tell()
         atexit._run_exitfuncs()
@@ -94,7 +96,7 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
-        if self._over:  # unwound, but something that is registered for the exit does not end
+        if self._leaving:  # something that is registered for the exit does not end
             os._exit(self.code)
         self._limit(_LAST_PATIENCE)
         self.leave(self.code)

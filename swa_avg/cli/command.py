@@ -95,6 +95,8 @@ def _joined() -> Iterator[ProcessRanks | None]:
             # Told before anybody ends: torchrun then ends the others, which would tell nothing.
             joined.fail(error)
             ctx = click.get_current_context()
+            if ctx.obj.received:
+                raise
             code = _told(error, ctx.obj, everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
@@ -359,6 +361,8 @@ def run(signals: Signals) -> int:
                 sys.stdout.flush()
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        if signals.received:  # whatever came of it
+            raise
         return _told(error, signals, everything=bool(ctx and ctx.params["verbose"]))
 
 
@@ -367,8 +371,6 @@ def _told(error: BaseException, signals: Signals, *, everything: bool) -> int:
 
     What is nobody's mistake but ours is raised again.
     """
-    if signals.received:  # whatever came of it
-        return signals.code
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
