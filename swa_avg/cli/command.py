@@ -106,7 +106,9 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     from swa_avg.averaging import planned
 
     options = replace(run.options, force=run.options.force or run.dry_run)
-    return planned(run.checkpoints, run.output, options)
+    # As it was written: a slash at its end says that it is a folder.
+    output = click.get_current_context().params["output"]
+    return planned(run.checkpoints, output, options)
 
 
 def _average(run: Run, ranks: ProcessRanks | None) -> None:

@@ -98,28 +98,26 @@ def _is_beneath(path: Path, folder: Path) -> bool:
     return any(Path(os.path.realpath(folder)) in place.parents for place in places)
 
 
-def check_replaceable(target: Path, names: Iterable[str]) -> None:
+def check_replaceable(target: Path, names: Iterable[str], called: Path | None = None) -> None:
     """Refuse to replace a folder that holds more than weights and what takes its place.
 
     Args:
         target: The output, a folder that may exist.
         names: The files that the new folder will have.
+        called: What it is called, where it has been moved away.
 
     Raises:
         OutputError: Something in it would be lost.
     """
-    if target.is_dir():
-        _check_kept(target, frozenset(names), target)
-
-
-def _check_kept(folder: Path, names: frozenset[str], target: Path) -> None:
-    """Refuse to lose a folder, which is or was called `target`, if it holds other files."""
-    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    lost = sorted(name for name in there if name not in names and not _WEIGHTS.fullmatch(name))
+    if not target.is_dir():
+        return
+    kept = set(names)
+    there = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+    lost = sorted(name for name in there if name not in kept and not _WEIGHTS.fullmatch(name))
     if lost:
         raise OutputError(
             f"holds what would be lost: {listed(lost)}",
-            file=target,
+            file=called or target,
             remedy="Choose another output with -o, or move it away first",
         )
 
@@ -334,7 +332,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         return notes
 
     def _check(self, folder: Path) -> None:
-        _check_kept(folder, self._names, self.target)
+        check_replaceable(folder, self._names, self.target)
 
     def _discard(self) -> None:
         self._opened.close()
