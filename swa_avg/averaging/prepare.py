@@ -41,10 +41,11 @@ from swa_avg.storage import (
 from swa_avg.tensors import DTYPES
 
 # Of files that others write: a name that promises what is not in the file.
-_OTHERS = frozenset(
-    ".onnx .h5 .hdf5 .keras .gguf .ggml .npz .npy .tflite .msgpack .pb .mlmodel .mlpackage"
-    " .pdparams .engine .trt .mar .nemo .pt2 .pte .ptl .torchscript .distcp"
-    " .gz .tgz .bz2 .xz .zst .7z .json .yaml .yml .txt .csv .log .py .png .svg .html".split()
+_OTHERS = (
+    *(".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".ggml", ".npz", ".npy", ".tflite", ".msgpack"),
+    *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".nemo", ".distcp"),
+    *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+    *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
 )
 _FOLDERS = (Form.FOLDER, Form.DCP)
 _OPENERS = 16  # URLs that are opened at once

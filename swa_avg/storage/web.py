@@ -70,6 +70,12 @@ def _check_range(
             file=url,
             remedy="Download it, and give the file",
         )
+    if headers.get("Content-Encoding", "identity") != "identity":
+        raise FileError(
+            "is compressed by its server, which was asked not to",
+            file=url,
+            remedy="Download it, and give the file",
+        )
     said = headers.get("Content-Range", "")
     found = _RANGE.fullmatch(said.strip())
     if not found or (int(found[1]), int(found[2]) + 1) != wanted:
