@@ -106,8 +106,7 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     from swa_avg.averaging import planned
 
     options = replace(run.options, force=run.options.force or run.dry_run)
-    # As it was written: a slash at its end says that it is a folder.
-    output = click.get_current_context().params["output"]
+    output = click.get_current_context().params["output"]  # a slash at its end is a folder's
     return planned(run.checkpoints, output, options)
 
 

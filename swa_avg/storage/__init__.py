@@ -4,7 +4,8 @@ In: paths. Out: files to read by range (`InputFile`), and files, folders and rem
 objects to write (`Output`). Knows nothing of tensors.
 """
 
-from swa_avg.storage.files import ROOM, InputFile, Section, allow_files, announce, reading_ahead
+from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead
+from swa_avg.storage.limits import allow_files
 from swa_avg.storage.output import AtomicFile, AtomicFolder, Output, check_replaceable, check_target
 from swa_avg.storage.partial import JoinedOutput
 from swa_avg.storage.remote import is_remote, path_of, remote_matches
