@@ -411,7 +411,7 @@ class Wrong(Handler):
         data = path.read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         first, last = (int(asked[1]), int(asked[2])) if asked else (0, len(data) - 1)
-        wrong = self.answers if first >= 1 << 16 else ""  # headers come first, and are right
+        wrong = self.answers if asked and last - first >= 1 << 16 else ""  # headers are right
         shift = 64 if wrong == "another range" else 0
         part = data[first - shift : last + 1 - shift]
         if wrong == "a short body":
