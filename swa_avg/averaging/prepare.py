@@ -34,9 +34,21 @@ from swa_avg.planning import (
     select,
     start_from,
 )
-from swa_avg.storage import check_remote_target, check_target, is_remote, path_of
+from swa_avg.storage import (
+    check_remote_target,
+    check_target,
+    is_remote,
+    path_of,
+)
 from swa_avg.tensors import DTYPES
 
+# Of files that others write: a name that promises what is not in the file.
+_OTHERS = (
+    *(".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".ggml", ".npz", ".npy", ".tflite", ".msgpack"),
+    *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".nemo", ".distcp"),
+    *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+    *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
+)
 _FOLDERS = (Form.FOLDER, Form.DCP)
 _ALONE = "only one checkpoint takes part: nothing is averaged, its weights are the output's"
 
@@ -58,8 +70,29 @@ def planned(
     """
     with ExitStack() as opened, _no_garbage() as kept:
         averaging = _planned(checkpoints, path_of(output), options or Options(), opened)
+        _check_kind(output, averaging)
         kept()
         yield averaging
+
+
+def _check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
+    """Refuse an output that is written as the name of a folder, where it is a file.
+
+    Args:
+        output: The output as the user wrote it.
+        averaging: What is averaged.
+
+    Raises:
+        OutputError: It ends in a slash, and what is averaged becomes a file.
+    """
+    text = output if isinstance(output, str) else ""
+    if not text.endswith(("/", os.sep)) or averaging.is_folder:
+        return
+    raise OutputError(
+        "is the name of a folder, and these checkpoints are averaged into a file",
+        file=text,
+        remedy=f"Name the file, as in -o {text.rstrip('/' + os.sep)}.pt",
+    )
 
 
 def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
@@ -155,11 +188,23 @@ def _check_target(target: Path, states: Sequence[StateDict], options: Options) -
         )
     if keeps:
         check_choice(last, options.key, options.ema)
+    _check_suffix(target)
     _check_form(target, last, form, keeps, options.max_shard_size)
     files = [file for state in states for file in state.checkpoint.files]
     folder = last.checkpoint.path.is_dir() if keeps else form in _FOLDERS
     check = check_remote_target if is_remote(target) else check_target
     check(target, files, force=options.force, folder=folder)
+
+
+def _check_suffix(target: Path) -> None:
+    """Refuse a name that promises a file of another kind than are written here."""
+    if target.suffix.lower() in _OTHERS:
+        name = target.name[: -len(target.suffix)]
+        raise OutputError(
+            f"ends in {target.suffix}, and no such file is written here",
+            file=target,
+            remedy=f"Name it {name}.pt or {name}.safetensors",
+        )
 
 
 def _check_form(
@@ -218,5 +263,5 @@ def average(
         averaging.open_output() as file,
     ):
         report = averaging.write(file, threads=threads, progress=progress)
-        file.commit()
-    return report
+        notes = file.commit()
+    return replace(report, notes=(*report.notes, *notes))

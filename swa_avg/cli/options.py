@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +12,6 @@ import click
 import swa_avg
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging
     from swa_avg.planning import Options
 
 _GROUPS = {
@@ -342,19 +340,3 @@ def _search_of(given: dict[str, Any]) -> Search | None:
     if given["best"] is None:
         given["metric"] = given["mode"] = None
     return Search(evaluate, greedy=bool(given["greedy"]), **found)
-
-
-def check_beside(run: Run, averaging: Averaging | None) -> None:
-    """Refuse, before any work, a report or picture that would replace something else."""
-    from swa_avg.storage import check_target
-
-    states = averaging.states if averaging else ()
-    inputs = [file for state in states for file in state.checkpoint.files]
-    taken = {Path(run.output).resolve(): "--output"}
-    for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
-        if not path:
-            continue
-        check_target(Path(path), inputs, force=True)
-        other = taken.setdefault(Path(path).resolve(), option)
-        if other != option:
-            raise click.UsageError(f"{option} and {other} name the same file.")

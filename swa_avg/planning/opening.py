@@ -6,9 +6,9 @@ named must be a checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
 from swa_avg.errors import ForeignError, LayoutError, listed
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
 from swa_avg.planning.inputs import Inputs, exclusion
-from swa_avg.storage import is_remote
+from swa_avg.storage import RequestPool, allow_files, is_remote
 
 _OPENERS = 16  # URLs that are opened at once
 
@@ -98,7 +98,8 @@ def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint
                 raise
             return error
 
-    with ThreadPoolExecutor(_OPENERS) as pool:
+    allow_files(sum(_files_in(path) for path in inputs.paths if not is_remote(path)))
+    with RequestPool(_OPENERS) as pool:
         # A request takes its time, so URLs are opened side by side.
         side_by_side = any(map(is_remote, inputs.paths))
         opened = (pool.map if side_by_side else map)(read, inputs.paths)
@@ -106,6 +107,13 @@ def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint
             if isinstance(checkpoint, Checkpoint):
                 closing.callback(checkpoint.close)
             yield path, checkpoint
+
+
+def _files_in(path: Path) -> int:
+    """Return how many files a checkpoint keeps open, at most."""
+    with suppress(OSError):
+        return len(os.listdir(path))  # noqa: PTH208 - not a Path for each
+    return 1
 
 
 def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
