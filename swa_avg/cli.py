@@ -22,7 +22,7 @@ import click
 
 from swa_avg import messages
 from swa_avg.bars import advance, bar, move
-from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
+from swa_avg.errors import DataError, MismatchError, SelectionError, SwaAvgError, printable
 from swa_avg.options import (
     GroupedCommand,
     Run,
@@ -32,6 +32,7 @@ from swa_avg.options import (
     declared,
     run_of,
 )
+from swa_avg.streams import Streams
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging
@@ -101,7 +102,7 @@ def _joined() -> Iterator[ProcessRanks | None]:
             # Told before anybody ends: torchrun then ends the others, which would tell nothing.
             joined.fail(error)
             verbose = click.get_current_context().params["verbose"]
-            code = _told(error, everything=verbose, silent=joined.rank > 0)
+            code = _told(error, _streams(), everything=verbose, silent=joined.rank > 0)
             raise click.exceptions.Exit(code) from error
 
 
@@ -129,7 +130,7 @@ def _average(run: Run, ranks: ProcessRanks | None) -> None:
     content = report.to_dict() | _tensors(averaging, run)
     _write_report(content, run)
     if run.as_json:
-        click.echo(_json(content))
+        _say_json(content)
     elif not run.quiet:
         _show_average(report, averaging, run)
         if report.stale:
@@ -148,7 +149,7 @@ def _written(
     quiet = run.quiet or not _leads()
     size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
     with ExitStack() as entered:
-        with bar(size, quiet, unit="B", desc="averaging") as shown:
+        with bar(size, quiet, "B", "averaging", _streams().err) as shown:
             how = {"threads": run.threads, "progress": shown and shown.update}
             if ranks:
                 from swa_avg import joint
@@ -171,8 +172,8 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
         if _leads():
             check_beside(run, averaging)
         from swa_avg.recompute import Recompute, copy_of, session
-        from swa_avg.remote import path_of
 
+        entered.enter_context(_apart(run))
         bn = entered.enter_context(session(Recompute(**bn_options), ranks))
         written = averaging and entered.enter_context(_written(averaging, run, ranks))
         if not bn.leads:
@@ -184,24 +185,24 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             if not run.options.keep_wrapper:
                 key, ema = (), False  # our own output holds nothing but the state_dict
         else:
-            file = entered.enter_context(copy_of(path_of(run.output), key))
-        with bar(bn.batches, run.quiet, unit="batch", desc="recomputing BatchNorm") as shown:
+            file = entered.enter_context(copy_of(run.output, key))
+        with bar(bn.batches, run.quiet, "batch", "recomputing BatchNorm", _streams().err) as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
         file.commit()
-    averaged = report.to_dict() if report else {"output": run.output}
+    averaged = report.to_dict() if report else {"output": str(run.output)}
     made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
     tensors = _tensors(averaging, run) if averaging else {}
     content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
     _write_report(content, run)
     if run.as_json:
-        click.echo(_json(content))
+        _say_json(content)
     elif not run.quiet:
         if report and averaging:
             _show_average(report, averaging, run)
         _say(messages.of_recompute(batchnorm, layers=run.verbose))
         _note(notes)
-        _say([messages.of_output(run.output, path_of(run.output).stat().st_size)])
+        _say([messages.of_output(str(run.output), run.output.stat().st_size)])
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -210,17 +211,18 @@ def _search(run: Run, wanted: Search) -> None:
     from swa_avg.judging import judged
     from swa_avg.recompute import Recompute
 
-    suffix = plot.check_plot(Path(wanted.plot)) if wanted.plot else ""
+    suffix = plot.check_plot(wanted.plot) if wanted.plot else ""
     with ExitStack() as entered:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
             raise click.UsageError(f"{wanted.option} writes a file, no folder: name one with -o.")
         check_beside(run, averaging)
         bn = Recompute(**run.recompute) if run.recompute is not None else None
+        entered.enter_context(_apart(run))
         judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.told))
         search = sweeping.greedy if wanted.greedy else sweeping.swept
         steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, unit="model", desc="judging") as shown:
+        with bar(steps, run.quiet, "model", "judging", _streams().err) as shown:
             bench = trials.Bench(*judge, shown and partial(move, shown))
             best = entered.enter_context(search(averaging, bench, run.threads))
         picture = plot.drawn(best.report, suffix) if wanted.plot else b""
@@ -230,11 +232,11 @@ def _search(run: Run, wanted: Search) -> None:
     content = best.report.to_dict() | _tensors(best.averaging, run)
     _write_report(content, run)
     if run.as_json:
-        click.echo(_json(content))
+        _say_json(content)
     elif not run.quiet:
         _show_search(best, run)
         if wanted.plot:
-            _say([messages.of_output(wanted.plot, len(picture))])
+            _say([messages.of_output(str(wanted.plot), len(picture))])
 
 
 def _tensors(averaging: Averaging, run: Run) -> dict[str, object]:
@@ -246,10 +248,10 @@ def _write_report(content: object, run: Run) -> None:
         _write(run.report, f"{_json(content)}\n".encode())
 
 
-def _write(path: str, data: bytes) -> None:
+def _write(path: Path, data: bytes) -> None:
     from swa_avg.output import AtomicFile
 
-    with AtomicFile(Path(path), len(data)) as file:
+    with AtomicFile(path, len(data)) as file:
         file.write(data, 0)
         file.commit()
 
@@ -260,7 +262,7 @@ def _show(path: str, as_json: bool) -> None:
 
     said = made_from(path)
     if as_json:
-        click.echo(_json(said.to_dict()))
+        _say_json(said.to_dict())
     else:
         _say(messages.of_provenance(path, said))
 
@@ -271,14 +273,26 @@ def _leads() -> bool:
     return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
 
 
+def _apart(run: Run) -> AbstractContextManager[None]:
+    """Keep our output apart from that of the user's code, which runs from here on."""
+    return _streams().apart(silent=run.quiet)
+
+
+def _streams() -> Streams:
+    """Return where results and messages go."""
+    streams = click.get_current_context().find_object(Streams)
+    assert streams is not None, "the command is called with them"
+    return streams
+
+
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(printable(line))
+        click.echo(printable(line), file=_streams().out)
 
 
 def _note(notes: Iterable[str]) -> None:
     for note in notes:
-        click.echo(printable(f"note: {note}"), err=True)
+        click.echo(printable(f"note: {note}"), file=_streams().err, err=True)
 
 
 def _note_stale() -> None:
@@ -290,7 +304,7 @@ def _show_plan(averaging: Averaging, run: Run) -> None:
     if run.as_json:
         searched = {"search": run.search.evaluate if run.search else None}
         planned = averaging.to_dict() | {"recompute_bn": run.recompute is not None} | searched
-        click.echo(_json(planned))
+        _say_json(planned)
         return
     if run.quiet:
         return
@@ -327,6 +341,10 @@ def _show_average(report: Report, averaging: Averaging, run: Run) -> None:
     _note(report.notes)
 
 
+def _say_json(content: object) -> None:
+    click.echo(_json(content), file=_streams().out)
+
+
 def _json(content: object) -> str:
     import json
 
@@ -360,10 +378,11 @@ def main() -> None:
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     signals = _Signals()
     signals.heed()
-    _leave(_run(signals))
+    streams = Streams()
+    _leave(_run(signals, streams), streams)
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int, streams: Streams) -> NoReturn:
     """End the process; at once if all is done.
 
     Python takes a quarter of a second to take torch apart, which is longer than it takes to
@@ -375,26 +394,28 @@ def _leave(code: int) -> NoReturn:
             with suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it
                 stream.flush()
         os._exit(code)
+    if streams.watch and code == 0:
+        streams.watch.begin(partial(_told, streams=streams, everything=False))
     sys.exit(code)
 
 
-def _run(signals: _Signals) -> int:
+def _run(signals: _Signals, streams: Streams) -> int:
     """Run the command and turn whatever it raises into an exit code."""
     ctx: click.Context | None = None
     try:
         # Not command.main: it ends the process itself when nobody reads its output.
-        with command.make_context("swa-avg", sys.argv[1:]) as ctx:
+        with command.make_context("swa-avg", sys.argv[1:], obj=streams) as ctx:
             command.invoke(ctx)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        if (out := streams.out or sys.stdout) is not None:
+            out.flush()
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if signals.received:  # Python drops what is raised within a finalizer
             return 128 + signals.received
-        return _told(error, everything=bool(ctx and ctx.params["verbose"]))
+        return _told(error, streams, everything=bool(ctx and ctx.params["verbose"]))
 
 
-def _told(error: BaseException, *, everything: bool, silent: bool = False) -> int:
+def _told(error: BaseException, streams: Streams, *, everything: bool, silent: bool = False) -> int:
     """Say what went wrong, unless somebody else does; return the exit code.
 
     What is nobody's mistake but ours is raised again.
@@ -403,21 +424,23 @@ def _told(error: BaseException, *, everything: bool, silent: bool = False) -> in
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         # Nobody reads our output: not worth a message, and none must come at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        streams.silence()
         return 0
     code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
     if isinstance(error, SwaAvgError):
         code = 2 if isinstance(error, SelectionError) else 1
         all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
         lines = [f"error: {one}" for one in (all_of_it if everything and all_of_it else [error])]
+        frames = error.frames if isinstance(error, DataError) and everything else ()
+        lines = [*frames, *lines]
     elif isinstance(error, click.ClickException):
         code, lines = error.exit_code, []
         if not silent:
-            error.show()
+            error.show(streams.err)
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, lines = 130, ["interrupted"]
     elif not isinstance(error, OSError | MemoryError):
         raise error
     for line in () if silent else lines:
-        click.echo(printable(line), err=True)
+        click.echo(printable(line), file=streams.err, err=True)
     return code

@@ -26,8 +26,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from swa_avg.batches import theirs
 from swa_avg.errors import SwaAvgError, printable
+from swa_avg.foreign import theirs
 from swa_avg.pulse import Pulse
 
 _FAILED = "failed"

@@ -8,7 +8,7 @@ else runs the model; neither writes anything into the user's buffers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from swa_avg.batches import Ranks
+from swa_avg.environment import plain_arithmetic
 from swa_avg.errors import DataError
 
 # How far a layer's own float32 moments may be from those in float64, in standard
@@ -38,12 +39,14 @@ class Layer:
         exact: Mean and unbiased variance of those, in float64, where computed.
         trusted: Whether its own kernel's moments are read back; None until tried.
         batches: The number of batches that reached it.
+        calls: The number of times that it was called.
     """
 
     name: str
     module: _BatchNorm
     span: slice
     values: int = 0
+    calls: int = 0
     exact: tuple[Tensor, Tensor] | None = None
     trusted: bool | None = None
     batches: int = 0
@@ -153,6 +156,8 @@ class Statistics(ABC):
     def _before_forward(
         self, layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self.check_mode(layer)
+        layer.calls += 1
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if x.dim() < 2 or x.shape[1] != layer.channels:
             raise DataError(
@@ -171,6 +176,46 @@ class Statistics(ABC):
             )
         self.sees(layer, x, values)
 
+    def check_mode(self, layer: Layer) -> None:
+        """Refuse a layer that the model has put in another state than it was prepared in.
+
+        Its buffers would then not hold the statistics of the batch.
+
+        Raises:
+            DataError: It is in evaluation mode, or has another momentum, or tracks nothing.
+        """
+        module = layer.module
+        if not module.training:
+            found, expected = "is in evaluation mode", "training mode"
+        elif module.momentum != self.momentum or not module.track_running_stats:
+            found, expected = "has a new momentum or track_running_stats", "both as they were"
+        else:
+            return
+        raise DataError(
+            f"forward changes a BatchNorm layer: {layer.name} {found}",
+            batch=self.number,
+            expected=expected,
+            remedy="Give a forward(model, batch) that leaves the layers as they are",
+        )
+
+    def check_calls(self) -> None:
+        """Refuse a layer that has run more or less often than it was seen to run.
+
+        Raises:
+            DataError: `forward` calls it in a way that no hook sees, or changes its counter.
+        """
+        for layer in self.layers:
+            tracked = layer.module.num_batches_tracked
+            if tracked is None:
+                continue
+            counted, own = int(tracked), type(layer.module).forward is _BatchNorm.forward
+            if counted != layer.calls and (counted or own):
+                raise DataError(
+                    f"{layer.name} has counted {counted} batches in {layer.calls} calls",
+                    expected="as many as calls: forward must call the layer itself,"
+                    " not its forward(), and leave its buffers alone",
+                )
+
     def sees(self, layer: Layer, x: Tensor, values: int) -> None:
         """Take note that `layer` is about to run on `x`, with so many values per channel."""
         layer.values = values
@@ -178,6 +223,7 @@ class Statistics(ABC):
     def after_batch(self) -> None:
         """Take the statistics of the batch that has run."""
         for layer in self.layers:
+            self.check_mode(layer)
             layer.batches += bool(layer.values)
             layer.values = 0
             layer.exact = None
@@ -260,6 +306,10 @@ class _Moments:
         self.count.add_(other.count)
 
 
+def _vector(values: Iterable[int]) -> Tensor:
+    return torch.tensor([*values], dtype=torch.float64, device="cpu")
+
+
 def _two_pass(x: Tensor, values: int) -> tuple[Tensor, Tensor]:
     """Return mean and unbiased variance per channel, in float64.
 
@@ -299,14 +349,18 @@ class _Population(Statistics):
         for layer in self.layers:
             if layer.module.num_batches_tracked is not None:
                 # Each layer counts up: on the CPU that needs no kernel launch.
-                layer.module.num_batches_tracked = torch.tensor(0)
+                layer.module.num_batches_tracked = torch.tensor(0, device="cpu")
 
     def sees(self, layer: Layer, x: Tensor, values: int) -> None:
-        if layer.values:  # called before in this forward: every call counts
-            self._take([layer], layer.span)
-        super().sees(layer, x, values)
-        if not layer.trusted:
-            layer.exact = _two_pass(x.to(self._home), values)
+        with ExitStack() as ours:
+            if layer.values or not layer.trusted:  # else there is nothing to compute
+                ours.enter_context(torch.no_grad())
+                ours.enter_context(plain_arithmetic())
+            if layer.values:  # called before in this forward: every call counts
+                self._take([layer], layer.span)
+            super().sees(layer, x, values)
+            if not layer.trusted:
+                layer.exact = _two_pass(x.to(self._home), values)
 
     def after_batch(self) -> None:
         untried = [x for x in self.layers if x.values and x.trusted is None]
@@ -317,7 +371,7 @@ class _Population(Statistics):
 
     def outcomes(self, ranks: Ranks) -> list[Outcome]:
         moments = self._moments
-        reached = torch.tensor([layer.batches for layer in self.layers], dtype=torch.float64)
+        reached = _vector(layer.batches for layer in self.layers)
         mine = [moments.count.cpu(), moments.mean.cpu(), moments.m2.cpu(), reached]
         channels = moments.count.numel()
         total = _Moments.none(channels, torch.device("cpu"))
@@ -371,8 +425,8 @@ class _Population(Statistics):
         if key not in self._counts:
             if len(self._counts) >= 64:  # data of ever new shapes
                 self._counts.clear()
-            values = torch.tensor(key[1:], dtype=torch.float64)
-            widths = torch.tensor([layer.channels for layer in layers])
+            values = _vector(key[1:])
+            widths = _vector(layer.channels for layer in layers).long()
             self._counts[key] = values.repeat_interleave(widths).to(self._home)
         return self._counts[key]
 

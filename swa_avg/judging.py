@@ -12,17 +12,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from swa_avg.batches import blamed, same_draws
+from swa_avg.batches import same_draws
 from swa_avg.errors import DataError, SelectionError, listed
+from swa_avg.foreign import importable, users_code
 from swa_avg.layout import StateDict
 from swa_avg.metrics import mode_of
+from swa_avg.named import found
 from swa_avg.recompute import Recompute, Session, read_state, session
-from swa_avg.userdata import found, importable, load_weights, model_of
+from swa_avg.userdata import load_weights, model_of
 
 Evaluate = Callable[[nn.Module], object]
 
@@ -89,9 +92,10 @@ class Judge:
             SelectionError: Nothing tells which way is better.
         """
         load_weights(self.model, read_state(state))
-        self.model.eval()
         doing = f"{self._called} of {whose}: "
-        with same_draws(), blamed(None, doing):
+        with users_code(f"{type(self.model).__name__}.eval(): "):
+            self.model.eval()
+        with same_draws(), users_code(doing):
             result = self._evaluate(self.model)
         entry = self._entry(result, doing) if isinstance(result, Mapping) else None
         if self._scale is None:
@@ -150,9 +154,10 @@ def judged(
     Raises:
         DataError: Something that is named is not there, or of no use.
     """
+    folder = recompute.folder if recompute else Path.cwd()
     with ExitStack() as opened:
-        opened.enter_context(importable())
-        module, function = found(evaluate)
+        opened.enter_context(importable(folder))
+        module, function = found(evaluate, folder)
         if not callable(function):
             raise DataError(
                 f"{evaluate} is of type {type(function).__name__}",
@@ -161,10 +166,10 @@ def judged(
         called = evaluate.rpartition(":")[2].rpartition(".")[2]
         bn: Session | None = None
         if recompute:
-            if model is None and not hasattr(found(recompute.data)[0], "model"):
+            if model is None and not hasattr(found(recompute.data, folder)[0], "model"):
                 model = f"{evaluate.rpartition(':')[0]}:model"
             bn = opened.enter_context(session(replace(recompute, model=model)))
-        network = bn.model if bn else model_of(module, evaluate, model)
+        network = bn.model if bn else model_of(module, evaluate, model, folder)
         yield Judge(function, network, called, metric, mode), bn
 
 

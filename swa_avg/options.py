@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import swa_avg
+from swa_avg.given import GivenPath
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging
@@ -265,13 +266,13 @@ class Run:
     """
 
     checkpoints: tuple[str, ...]
-    output: str
+    output: Path
     options: Options
     recompute: dict[str, Any] | None
     search: Search | None
     dry_run: bool
     as_json: bool
-    report: str | None
+    report: Path | None
     quiet: bool
     verbose: bool
     threads: int | None
@@ -295,7 +296,7 @@ class Search:
     model: str | None
     metric: str | None
     mode: str | None
-    plot: str | None
+    plot: Path | None
 
     @property
     def option(self) -> str:
@@ -310,6 +311,7 @@ class Search:
 
 def run_of(given: dict[str, Any]) -> Run:
     """Sort the options of the command line by what they are for."""
+    from swa_avg.remote import path_of
     from swa_avg.select import Choice
     from swa_avg.settings import Options
 
@@ -318,6 +320,10 @@ def run_of(given: dict[str, Any]) -> Run:
         names = [one.name for one in fields(kind) if one.name in given]
         return {name: value for name in names if (value := given.pop(name)) is not None}
 
+    # The user's code may change the current folder: paths keep the meaning they have now.
+    given["output"] = path_of(given["output"])
+    for name in ("report", "plot"):
+        given[name] = GivenPath.of(given[name]) if given[name] else None
     search = _search_of(given)
     try:
         choice = Choice(**taken(Choice))
@@ -344,14 +350,15 @@ def _search_of(given: dict[str, Any]) -> Search | None:
 def check_beside(run: Run, averaging: Averaging | None) -> None:
     """Refuse, before any work, a report or picture that would replace something else."""
     from swa_avg.output import check_target
+    from swa_avg.remote import is_remote
 
     states = averaging.states if averaging else ()
     inputs = [file for state in states for file in state.checkpoint.files]
-    taken = {Path(run.output).resolve(): "--output"}
+    taken = {os.path.realpath(run.output): "--output"} if not is_remote(run.output) else {}
     for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
         if not path:
             continue
-        check_target(Path(path), inputs, force=True)
-        other = taken.setdefault(Path(path).resolve(), option)
+        check_target(path, inputs, force=True)
+        other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
             raise click.UsageError(f"{option} and {other} name the same file.")

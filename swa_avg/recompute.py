@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from swa_avg.batchnorm import (
     recomputed_buffers,
 )
 from swa_avg.checksums import verify
-from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.errors import DataError, NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.foreign import users_code
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.gather import read_tensor
 from swa_avg.layout import StateDict, find_state_dict
@@ -50,6 +51,7 @@ class Recompute:
         estimator: population or torch.
         amp: off, bf16 or fp16.
         batches: Stop after so many batches; None takes all.
+        folder: Where the modules are looked for; by default the current folder.
     """
 
     data: str
@@ -59,6 +61,7 @@ class Recompute:
     estimator: Estimator = "population"
     amp: Amp = "off"
     batches: int | None = None
+    folder: Path = field(default_factory=Path.cwd)
 
 
 class Session:
@@ -125,11 +128,9 @@ class Session:
         said = provenance.of(checkpoint)
         if said is None:
             return checkpoint.provenance
-        made = {
-            "estimator": self._options.estimator,
-            "batches": report.batches,
-            "samples": report.samples,
-        }
+        made = {"estimator": self._options.estimator, "batches": report.batches}
+        if report.samples is not None:
+            made["samples"] = report.samples
         try:
             return replace(said, batchnorm=made).text(checkpoint.provenance)
         except ValueError:  # somebody has taken out the room that we left
@@ -189,7 +190,11 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
     """
     ranks = ranks or Alone()
     with user_code(
-        options.data, model=options.model, forward=options.forward, once=ranks.once
+        options.data,
+        model=options.model,
+        forward=options.forward,
+        once=ranks.once,
+        folder=options.folder,
     ) as code:
         yield Session(options, code, ranks)
 
@@ -330,7 +335,8 @@ def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:
 def _length(batches: object, most: int | None) -> int | None:
     """Return how many batches there will be, where that can be known."""
     try:
-        count = len(batches)  # type: ignore[arg-type]
-    except Exception:  # whatever a user's __len__ raises, a bar can do without it
+        with users_code():
+            count = len(batches)  # type: ignore[arg-type]
+    except DataError:  # whatever a user's __len__ raises, a bar can do without it
         return most
     return count if most is None else min(count, most)

@@ -20,8 +20,9 @@ from typing import Any
 from torch import nn
 
 from swa_avg.averaging import Averaging
-from swa_avg.batches import Alone, Forward
+from swa_avg.batches import Alone
 from swa_avg.batchnorm import Amp, Estimator
+from swa_avg.calling import Forward
 from swa_avg.errors import OutputError
 from swa_avg.judging import Evaluate, Judge, Scale
 from swa_avg.layout import StateDict
