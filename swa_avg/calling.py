@@ -81,7 +81,7 @@ def samples_in(batch: Any) -> int | None:
     if isinstance(graphs, int):
         return graphs
     if isinstance(batch, Mapping):
-        return _common(batch.values())
+        return _common([*batch.values()])
     if not isinstance(batch, (list, tuple)) or hasattr(batch, "batch_sizes"):
         return None
     dims = [entry.dim() for entry in batch if isinstance(entry, Tensor)]
@@ -90,14 +90,19 @@ def samples_in(batch: Any) -> int | None:
     return _common(batch)
 
 
-def _common(columns: Any) -> int | None:
-    lengths = {length for column in columns if (length := _length(column)) is not None}
-    return lengths.pop() if len(lengths) == 1 else None
+def _common(columns: Sequence[Any]) -> int | None:
+    """Return the length that columns have in common, if that is certain.
+
+    A list alone is not: it may hold something else than samples.
+    """
+    lengths = [length for column in columns if (length := _length(column)) is not None]
+    alone = len(lengths) == 1 and not any(isinstance(c, (Tensor, Mapping)) for c in columns)
+    return lengths[0] if len(set(lengths)) == 1 and not alone else None
 
 
 def _length(column: Any) -> int | None:
     if isinstance(column, (list, tuple)) and not hasattr(column, "_fields"):
-        return len(column)
+        return len(column) if len(set(map(type, column))) == 1 else None
     return samples_in(column) if isinstance(column, (Tensor, Mapping)) else None
 
 
@@ -156,9 +161,14 @@ def explained(
     """
     usual = forward is call
     how = _called(batch) if usual else "forward(model, batch)"
-    found = f"{error.found}, in {how} where batch is {described(batch)}"
+    found, expected = error.found, error.expected
+    called = f"{how}, where batch is {described(batch)}"
+    if expected:
+        expected += f"; the call was {called}"
+    else:
+        found += f"; the call was {called}"
     remedy = "" if not usual or _is_memory(error.__cause__) else _remedy(model, batch, context)
-    made = DataError(found, expected=error.expected, remedy=remedy, frames=error.frames)
+    made = DataError(found, expected=expected, remedy=remedy, frames=error.frames)
     made.batch = error.batch
     return made
 

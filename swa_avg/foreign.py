@@ -81,8 +81,15 @@ def _is_ours(filename: str) -> bool:
 def is_signal(error: BaseException) -> bool:
     """Whether an exception comes from a signal that this process got, not from the code itself.
 
-    A handler of ours raises it, so its innermost frame is one of ours.
+    A handler of ours raises it, so its innermost frame is one of ours. Where no handler of
+    ours is set, as in a notebook, nothing tells, and a KeyboardInterrupt is taken for one.
     """
+    handler = signal.getsignal(signal.SIGINT)
+    code = getattr(handler, "__code__", None) or getattr(
+        getattr(handler, "__func__", None), "__code__", None
+    )
+    if isinstance(error, KeyboardInterrupt) and not (code and _is_ours(code.co_filename)):
+        return True
     one: BaseException | None = error
     for _ in range(50):  # a chain may be a circle
         if one is None:

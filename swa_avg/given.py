@@ -33,7 +33,7 @@ class GivenPath(_Plain):  # type: ignore[misc]
         """
         made = cls(text)
         made._folder = _current() if folder is None else folder
-        return made  # type: ignore[no-any-return]
+        return made
 
     def _like(self, path: Any) -> Any:
         return GivenPath.of(str(path), self._folder)

@@ -65,7 +65,7 @@ class Streams:
         if silent:
             os.close(target)
         # In the order in which it is printed, beside what goes to stderr.
-        out.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+        out.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         self.watch = ExitWatch()
 
     def silence(self) -> None:

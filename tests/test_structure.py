@@ -14,7 +14,7 @@ import swa_avg
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up: a room imports only those before it.
 ROOMS = (
-    *("errors", "ahead", "remote", "fetching", "files", "tensors"),
+    *("errors", "given", "ahead", "remote", "fetching", "files", "tensors"),
     *(
         "formats.checkpoint",
         "formats.pickled",
@@ -33,9 +33,10 @@ ROOMS = (
     *("distances", "report"),
     *("cutting", "lookahead", "reading", "writing", "desk", "crew", "mean"),
     *("sampling", "verification", "settings", "averaging", "planning"),
-    *("batches", "estimators", "batchnorm", "userdata", "pulse", "distributed", "joint"),
+    *("foreign", "environment", "calling", "batches", "estimators", "batchnorm"),
+    *("named", "loading", "userdata", "pulse", "distributed", "joint"),
     *("recompute", "judging", "trials", "messages", "sweeping", "plot"),
-    *("demo", "options", "bars", "cli", "__main__"),
+    *("demo", "options", "bars", "streams", "cli", "__main__"),
 )
 PRINTERS = {"cli", "demo"}
 
