@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from swa_avg.errors import FormatError, listed
-from swa_avg.files import InputFile
 from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, Layout, OutputStateDict
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.safetensors import layout as safetensors_layout
 from swa_avg.formats.safetensors import unique
 from swa_avg.formats.single import open_file
+from swa_avg.storage import InputFile
 from swa_avg.tensors import View
 
 # The names that the weights have, the first that is there counts; each may be in shards.

@@ -131,9 +131,9 @@ def test_d_suggested_names_are_never_dunder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, wanted: str, says: str
 ) -> None:
     """A loader for training comes first; modules, imported classes and dunders never."""
+    from swa_avg.batchnorm.foreign import importable
+    from swa_avg.batchnorm.named import found
     from swa_avg.errors import DataError
-    from swa_avg.foreign import importable
-    from swa_avg.named import found
 
     made(tmp_path, module)
     monkeypatch.delitem(sys.modules, "mod", raising=False)

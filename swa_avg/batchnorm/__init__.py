@@ -1,0 +1,36 @@
+"""BatchNorm statistics of a model over the user's batches.
+
+In: a model and batches, or a file and the user's module. Out: new running statistics, in
+the model or in the file. Knows nothing of averaging.
+"""
+
+from swa_avg.batchnorm.batches import Alone, same_draws
+from swa_avg.batchnorm.calling import Forward
+from swa_avg.batchnorm.foreign import frames_of, importable, theirs, users_code
+from swa_avg.batchnorm.named import found
+from swa_avg.batchnorm.recompute import Recompute, Session, copy_of, read_state, session
+from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
+from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
+
+__all__ = [
+    "Alone",
+    "Amp",
+    "BatchNormReport",
+    "Estimator",
+    "Forward",
+    "Recompute",
+    "Session",
+    "UserCode",
+    "copy_of",
+    "found",
+    "frames_of",
+    "importable",
+    "load_weights",
+    "model_of",
+    "read_state",
+    "recompute_batchnorm",
+    "same_draws",
+    "session",
+    "theirs",
+    "users_code",
+]

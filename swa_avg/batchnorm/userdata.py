@@ -1,0 +1,238 @@
+"""The user's own code: which batches, which model, which forward, which weights.
+
+Loads what `MOD:ATTR` names, and makes of what stands there an iterable of
+batches, a model and a forward function. It imports no framework to recognise
+what it is given.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from swa_avg.batchnorm.calling import Forward
+from swa_avg.batchnorm.foreign import importable, users_code
+from swa_avg.batchnorm.loading import batches_of
+from swa_avg.batchnorm.named import found
+from swa_avg.errors import DataError, listed
+
+
+@dataclass(frozen=True)
+class UserCode:
+    """What the user's modules gave.
+
+    Attributes:
+        batches: An iterable of batches.
+        model: The model, with whatever weights it was made with.
+        forward: `forward(model, batch)`, or None for the usual call.
+        again: Makes the batches anew, where they can be read only once.
+    """
+
+    batches: Iterable[Any]
+    model: nn.Module
+    forward: Forward | None
+    again: Callable[[], Iterable[Any]]
+
+
+@contextmanager
+def user_code(
+    data: str,
+    *,
+    model: str | None = None,
+    forward: str | None = None,
+    once: Callable[[Callable[[], object]], object] = lambda job: job(),
+    folder: Path | None = None,
+) -> Iterator[UserCode]:
+    """Load the user's code; run it inside the `with`, where it can still import.
+
+    Inside, the folder is importable (and the folder of a module that is
+    given as a `.py` path); afterwards `sys.path` is what it was. Inside also for
+    the sake of loader workers, which are told `sys.path` when they start.
+
+    Args:
+        data: `MOD:ATTR` of the batches: see `batches_of`.
+        model: `MOD:ATTR` of the model, by default `model` of the data's module.
+        forward: `MOD:ATTR` of the forward function, by default `forward` of the
+            data's module where it has one.
+        once: Runs a job that only one process per machine may do (`prepare_data`).
+        folder: Where modules are looked for; by default the current folder.
+
+    Raises:
+        DataError: If something is not there, is of no use, or raises.
+    """
+    folder = folder or Path.cwd()
+    with importable(folder):
+        module, source = found(data, folder)
+        yield UserCode(
+            model=model_of(module, data, model, folder),
+            forward=_forward(module, forward, folder),
+            batches=batches_of(source, data, once),
+            again=partial(batches_of, source, data, once),
+        )
+
+
+# --- model and forward --------------------------------------------------------------
+
+
+def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> nn.Module:
+    """Return the model that `spec` names, else `model` of the module of `data`.
+
+    Raises:
+        DataError: It is not there, or no model.
+    """
+    if spec is None and not hasattr(module, "model"):
+        raise DataError(
+            f"no `model` stands in the module of {data}",
+            expected="an nn.Module, or a function that returns one",
+            remedy="Add it, or say where it is with --model MOD:ATTR",
+        )
+    name = spec or data.rpartition(":")[0] + ":model"
+    made = module.model if spec is None else found(spec, folder)[1]
+    if not isinstance(made, nn.Module) and callable(made):
+        with users_code(f"{name}: "):
+            made = made()
+    if not isinstance(made, nn.Module):
+        raise DataError(
+            f"{name} is of type {type(made).__name__}",
+            expected="an nn.Module, or a function that returns one",
+        )
+    return made
+
+
+def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | None:
+    if spec is None:
+        default = getattr(module, "forward", None)
+        return default if callable(default) else None
+    function: Forward = found(spec, folder)[1]
+    if not callable(function):
+        raise DataError(
+            f"{spec} is of type {type(function).__name__}",
+            expected="a function forward(model, batch)",
+        )
+    return function
+
+
+# --- weights ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the keys of a state_dict and of a model go together.
+
+    Attributes:
+        dropped: A prefix of all the state_dict's keys that the model's lack.
+        added: A prefix of all the model's keys that the state_dict's lack.
+    """
+
+    dropped: str = ""
+    added: str = ""
+
+    def in_model(self, key: str) -> str:
+        """Return the model's name for a key of the state_dict."""
+        return self.added + key.removeprefix(self.dropped)
+
+    def in_state_dict(self, key: str) -> str:
+        """Return the state_dict's name for a key of the model."""
+        return self.dropped + key.removeprefix(self.added)
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Fit:
+    """Load `state_dict` into `model`: every key, and no other, up to a common prefix.
+
+    Only `num_batches_tracked` may be missing: checkpoints older than torch 0.4.1
+    have none. Values are cast to the dtype of the model.
+
+    Returns:
+        Which prefix was dropped on either side, if any.
+
+    Raises:
+        DataError: If keys or shapes do not fit; the model is then as it was,
+            except where it takes other keys than it has and fails itself.
+    """
+    own = model.state_dict()
+    fit = _fit(state_dict.keys(), own.keys())
+    renamed = OrderedDict((fit.in_model(key), value) for key, value in state_dict.items())
+    versions = getattr(state_dict, "_metadata", None)
+    if versions is not None:
+        renamed._metadata = _renamed_versions(versions, fit)  # type: ignore[attr-defined]
+    _check_shapes(renamed, own)
+    with users_code("loading the weights into the model: "):
+        # Not strict: the model itself may know how to take older keys.
+        outcome = model.load_state_dict(renamed, strict=False)
+    missing = [key for key in outcome.missing_keys if not _is_optional(key)]
+    unexpected = outcome.unexpected_keys
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} keys {what} ({listed(keys)})"
+            for what, keys in (
+                ("of the model are missing", missing),
+                ("are not in the model", unexpected),
+            )
+            if keys
+        ]
+        raise DataError(
+            f"the checkpoint and the model do not fit: {' and '.join(parts)}",
+            remedy="Is --model the network that was trained?",
+        )
+    return fit
+
+
+def _is_optional(key: str) -> bool:
+    return key.rpartition(".")[2] == "num_batches_tracked"
+
+
+def _fit(found: Set[str], wanted: Set[str]) -> Fit:
+    """Return the prefix to drop on one side, if the rest is then exactly the same."""
+
+    def same(a: set[str], b: Set[str]) -> bool:
+        return a <= b and all(map(_is_optional, b - a))
+
+    if same(set(found), wanted):
+        return Fit()
+    for prefix in _prefixes(found):
+        if same({key.removeprefix(prefix) for key in found}, wanted):
+            return Fit(dropped=prefix)
+    for prefix in _prefixes(wanted):
+        if same({prefix + key for key in found}, wanted):
+            return Fit(added=prefix)
+    return Fit()
+
+
+def _prefixes(keys: Set[str]) -> list[str]:
+    """Return the prefixes, up to a dot, that all keys have: `a.`, `a.b.`, ..."""
+    first, last = min(keys, default=""), max(keys, default="")
+    dots = [i for i, char in enumerate(first) if char == "." and first[: i + 1] == last[: i + 1]]
+    return [first[: i + 1] for i in dots]
+
+
+def _renamed_versions(versions: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
+    """Return `state_dict._metadata`, which goes by names of modules, for the model."""
+    keys = {(f"{name}." if name else ""): value for name, value in versions.items()}
+    return {
+        fit.in_model(key).removesuffix("."): value
+        for key, value in keys.items()
+        if key.startswith(fit.dropped)
+    }
+
+
+def _check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{key} {tuple(found[key].shape)} for {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if isinstance(value, Tensor) and isinstance(found.get(key), Tensor)
+        if not is_lazy(value) and found[key].shape != value.shape
+    ]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} tensors of the checkpoint have not the model's shape ({listed(wrong)})",
+            remedy="Is --model the network that was trained?",
+        )
