@@ -27,7 +27,7 @@ WINGS = {
     "planning": "copies select ties plan start_from settings",
     "kernel": "rounding exact inner_products findings tasks page_cache reading writing buffers "
     "workers mean",
-    "batchnorm": "environment foreign calling batches estimators statistics named loading "
+    "batchnorm": "environment foreign calling batches estimators lending statistics named loading "
     "userdata recompute",
     "ranks": "heartbeat distributed",
     "averaging": "wrapper distances report sampling verification execution prepare joint",

@@ -124,6 +124,7 @@ class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loa
         # Reading the umask means setting it. That is not done for each batch, because a
         # thread of the user's may be writing files at that moment.
         self._umask = _umask() if self._batch is None else None
+        self._path = list(sys.path)
 
     def __exit__(
         self, kind: object, error: BaseException | None, where: TracebackType | None
@@ -133,6 +134,8 @@ class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loa
                 signal.signal(number, handler)
         if self._umask is not None:
             os.umask(self._umask)
+        if len(sys.path) < len(self._path):  # we may have something to import, too
+            sys.path += [one for one in self._path if one not in sys.path]
         if error is None or isinstance(error, SwaAvgError) or is_signal(error):
             return
         raise DataError(

@@ -10,17 +10,15 @@ of them or none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
-from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from swa_avg.batchnorm.batches import (
@@ -34,6 +32,7 @@ from swa_avg.batchnorm.calling import Forward, call, explained, samples_in
 from swa_avg.batchnorm.environment import plain_arithmetic
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
 from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.lending import lent
 from swa_avg.errors import DataError, SwaAvgError
 
 Estimator = Literal["population", "torch"]
@@ -150,16 +149,16 @@ def recompute_batchnorm(
     statistics = ESTIMATORS[estimator](layers, there)
     run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
     seen: list[int | None] = []
-    with _borrowed(model, there, statistics) as check_weights, statistics.watching():
+    with lent(model, there, statistics) as check, statistics.watching():
         mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
         for samples in run(mine, statistics):
             if not seen:  # again at the end: most changes show at once
-                check_weights()
+                check()
             seen.append(samples)
             if progress is not None:
                 progress(samples or 0)
             ranks.check()
-        check_weights()
+        check()
         with plain_arithmetic():
             statistics.check_finite()
             statistics.check_calls()
@@ -231,116 +230,7 @@ def _bare(model: nn.Module) -> nn.Module:
     return _bare(inner) if isinstance(inner, nn.Module) else model
 
 
-# --- lending the model --------------------------------------------------------------
-
-
-@contextmanager
-def _borrowed(
-    model: nn.Module, device: torch.device, statistics: Statistics
-) -> Iterator[Callable[[], None]]:
-    """Have the model on `device`, in the estimator's modes, with copies of its tensors.
-
-    The model's own parameters and buffers are set aside untouched, so that putting
-    them back is all there is to restoring them.
-
-    Yields:
-        What raises a DataError if the weights are no longer those that were lent.
-    """
-    modules = list(model.modules())
-    tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (own, dict(own)) for module in modules for own in (module._parameters, module._buffers)
-    ]
-    data = [(parameter, parameter.data) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in modules]
-    momenta = [(layer.module, layer.module.momentum) for layer in statistics.layers]
-    unsynced = [m for m in modules if _synchronises(m)]
-    try:
-        with torch.no_grad(), users_code(f"moving the model to {device}: "):
-            _replace_buffers(modules)
-            model.to(device)
-            _replace_weights(modules, data)
-        for module in modules:
-            module.training = statistics.everywhere
-        for module in unsynced:
-            module.__dict__["forward"] = MethodType(_BatchNorm.forward, module)
-        statistics.prepare()
-        yield partial(_check_weights, model, tensors, dict(data))
-    finally:
-        for own, before in tensors:
-            own.clear()
-            own.update(before)
-        for parameter, before_data in data:
-            parameter.data = before_data
-        for module, training in modes:
-            module.training = training
-        for layer, momentum in momenta:
-            layer.momentum = momentum
-        for module in unsynced:
-            module.__dict__.pop("forward", None)
-
-
-def _replace_buffers(modules: Iterable[nn.Module]) -> None:
-    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
-    for module in modules:
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.detach().clone()
-                module._buffers[key] = copies[id(buffer)]
-
-
-def _replace_weights(
-    modules: Iterable[nn.Module], data: Iterable[tuple[nn.Parameter, Tensor]]
-) -> None:
-    """Give each parameter a copy of its values, where the move to the device has not."""
-    for parameter, before in data:
-        if parameter.data_ptr() == before.data_ptr():
-            parameter.data = before.clone()
-    for module in modules:
-        if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()
-
-
-def _check_weights(
-    model: nn.Module,
-    tensors: Iterable[tuple[dict[str, Any], dict[str, Any]]],
-    data: Mapping[nn.Parameter, Tensor],
-) -> None:
-    """Refuse a model whose forward changes its weights: the statistics fit neither.
-
-    Raises:
-        DataError: A weight has other values than before.
-    """
-    names = {id(module._parameters): name for name, module in model.named_modules()}
-    for own, before in tensors:
-        for key, parameter in before.items():
-            now = own.get(key)
-            if parameter not in data or now is None:
-                continue
-            if not _same(now.detach(), data[parameter].to(now.device)):
-                raise DataError(
-                    f"forward changes a weight, {names[id(own)]}.{key}".replace(", .", ", "),
-                    expected="a forward that leaves the weights as they are",
-                )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or torch.equal(one, other):
-        return one.shape == other.shape
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _synchronises(module: nn.Module) -> bool:
-    """Whether a layer would ask other processes for their batch, or fail for want of a GPU.
-
-    Here each process has batches of its own, maybe not equally many, and what the
-    layer saw is what it saw here: it runs as plain BatchNorm.
-    """
-    return (
-        isinstance(module, nn.SyncBatchNorm)
-        and type(module).forward is nn.SyncBatchNorm.forward
-        and "forward" not in module.__dict__
-    )
+# --- running it ---------------------------------------------------------------------
 
 
 def _run(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import run
-from setting import RECOMPUTE, data, done, failed, made, same, told
+from users_module import RECOMPUTE, data, done, failed, made, same, told
 
 REMEDY = re.compile(r"(def forward\(model, batch\)): (return .*)\.$")
 
