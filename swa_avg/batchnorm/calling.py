@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swa_avg.batchnorm.foreign import is_signal
+from swa_avg.batchnorm.foreign import signal_in
 from swa_avg.errors import DataError
 
 Forward = Callable[[nn.Module, Any], object]
@@ -185,8 +185,8 @@ def _remedy(
             with context():
                 attempt()
         except BaseException as error:
-            if is_signal(error):
-                raise
+            if from_outside := signal_in(error):
+                raise from_outside from None
             continue
         return (
             "Add this function to the module of the data, or give it as forward:"

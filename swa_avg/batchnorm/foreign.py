@@ -77,30 +77,33 @@ def _is_ours(filename: str) -> bool:
     return ours or filename.startswith("<frozen importlib")
 
 
-def is_signal(error: BaseException) -> bool:
-    """Whether an exception comes from a signal that this process got, not from the code itself.
+def signal_in(error: BaseException) -> BaseException | None:
+    """Return what a signal that this process got has raised, if that led to the error.
 
     A handler of ours raises it, so its innermost frame is one of ours. Where no handler of
     ours is set, as in a notebook, nothing tells, and a KeyboardInterrupt is taken for one.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    code = getattr(handler, "__code__", None) or getattr(
-        getattr(handler, "__func__", None), "__code__", None
-    )
-    if isinstance(error, KeyboardInterrupt) and not (code and _is_ours(code.co_filename)):
-        return True
+    if isinstance(error, KeyboardInterrupt) and not _handles_interrupts():
+        return error
     one: BaseException | None = error
     for _ in range(50):  # a chain may be a circle
         if one is None:
-            return False
+            break
         if isinstance(one, (KeyboardInterrupt, SystemExit)) and one.__traceback__ is not None:
             inner = one.__traceback__
             while inner.tb_next is not None:
                 inner = inner.tb_next
             if _is_ours(inner.tb_frame.f_code.co_filename):
-                return True
+                return one
         one = one.__cause__ or one.__context__
-    return False
+    return None
+
+
+def _handles_interrupts() -> bool:
+    """Whether the handler of Ctrl-C is one of ours."""
+    handler = signal.getsignal(signal.SIGINT)
+    code = getattr(getattr(handler, "__func__", handler), "__code__", None)
+    return code is not None and _is_ours(code.co_filename)
 
 
 class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loader: ")
@@ -136,8 +139,13 @@ class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loa
             os.umask(self._umask)
         if len(sys.path) < len(self._path):  # we may have something to import, too
             sys.path += [one for one in self._path if one not in sys.path]
-        if error is None or isinstance(error, SwaAvgError) or is_signal(error):
+        if error is None or isinstance(error, SwaAvgError):
             return
+        from_outside = signal_in(error)
+        if from_outside is error:
+            return
+        if from_outside is not None:  # their code has made another exception of it
+            raise from_outside
         raise DataError(
             self._doing + theirs(error), batch=self._batch, frames=frames_of(error)
         ) from error
@@ -162,7 +170,7 @@ def importable(folder: Path) -> Iterator[None]:
     """Let modules in a folder be imported.
 
     Afterwards `sys.path` and `sys.argv` are what they were. Inside, Ctrl-C raises a
-    KeyboardInterrupt that `is_signal` recognises.
+    KeyboardInterrupt that `signal_in` recognises.
     """
     path, argv = list(sys.path), sys.argv
     sys.path.insert(0, str(folder))

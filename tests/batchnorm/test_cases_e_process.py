@@ -311,7 +311,7 @@ def test_e_threads_and_deleted_files_of_the_users_code(tmp_path: Path, plain: Pa
         "folder = Path.cwd()\n"
         "def deletes():\n"
         "    for path in folder.iterdir():\n"
-        "        if 'out.pt' in path.name: path.unlink()\n"
+        "        if path.suffix not in ('.py', '.pt') and path.is_file(): path.unlink()\n"
         "    yield from loader\n",
     )
     done(tmp_path, *data("mod:batches"))
