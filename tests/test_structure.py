@@ -27,8 +27,8 @@ WINGS = {
     "planning": "copies select ties plan start_from settings",
     "kernel": "rounding exact inner_products findings tasks page_cache reading writing buffers "
     "workers mean",
-    "batchnorm": "environment foreign calling batches estimators lending statistics named loading "
-    "userdata recompute",
+    "batchnorm": "environment foreign calling batches moments estimators lending statistics named "
+    "loading userdata recompute",
     "ranks": "heartbeat distributed",
     "averaging": "wrapper distances report sampling verification execution prepare joint",
     "search": "scores candidates sweeping plot",

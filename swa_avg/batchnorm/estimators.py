@@ -8,7 +8,7 @@ else runs the model; neither writes anything into the user's buffers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.batches import Ranks
 from swa_avg.batchnorm.environment import plain_arithmetic
+from swa_avg.batchnorm.moments import Moments, two_pass, vector
 from swa_avg.errors import DataError
 
 # How far a layer's own float32 moments may be from those in float64, in standard
@@ -277,51 +278,6 @@ class _Torch(Statistics):
         return outcomes
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Count, mean and sum of squared deviations, per channel, in float64."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    @classmethod
-    def none(cls, channels: int, device: torch.device) -> _Moments:
-        return cls(*torch.zeros(3, channels, dtype=torch.float64, device=device).unbind())
-
-    def part(self, span: slice) -> _Moments:
-        """Return a view of some channels."""
-        return _Moments(self.count[span], self.mean[span], self.m2[span])
-
-    def add(self, other: _Moments) -> None:
-        """Merge the moments of other values into these, in place.
-
-        Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for
-        computing sample variances" (1979).
-        """
-        share = other.count / (self.count + other.count).clamp_(min=1)
-        delta = other.mean - self.mean
-        self.mean.add_(delta * share)
-        self.m2.add_(other.m2).add_(delta.square_().mul_(share).mul_(self.count))
-        self.count.add_(other.count)
-
-
-def _vector(values: Iterable[int]) -> Tensor:
-    return torch.tensor([*values], dtype=torch.float64, device="cpu")
-
-
-def _two_pass(x: Tensor, values: int) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance per channel, in float64.
-
-    Two plain passes: on a CPU ten times as fast as `torch.var_mean`, which divides
-    at every value.
-    """
-    wide = x.to(torch.float64, copy=True)
-    others = [dim for dim in range(x.dim()) if dim != 1]
-    mean = wide.sum(others, keepdim=True) / values
-    return mean.flatten(), wide.sub_(mean).square_().sum(others) / (values - 1)
-
-
 class _Population(Statistics):
     """Mean and population variance of everything that each layer saw.
 
@@ -341,7 +297,7 @@ class _Population(Statistics):
 
     def __init__(self, layers: list[Layer], device: torch.device) -> None:
         super().__init__(layers, device)
-        self._moments = _Moments.none(layers[-1].span.stop, self._home)
+        self._moments = Moments.none(layers[-1].span.stop, self._home)
         self._counts: dict[tuple[int, ...], Tensor] = {}
 
     def prepare(self) -> None:
@@ -360,7 +316,7 @@ class _Population(Statistics):
                 self._take([layer], layer.span)
             super().sees(layer, x, values)
             if not layer.trusted:
-                layer.exact = _two_pass(x.to(self._home), values)
+                layer.exact = two_pass(x.to(self._home), values)
 
     def after_batch(self) -> None:
         untried = [x for x in self.layers if x.values and x.trusted is None]
@@ -371,13 +327,13 @@ class _Population(Statistics):
 
     def outcomes(self, ranks: Ranks) -> list[Outcome]:
         moments = self._moments
-        reached = _vector(layer.batches for layer in self.layers)
+        reached = vector(layer.batches for layer in self.layers)
         mine = [moments.count.cpu(), moments.mean.cpu(), moments.m2.cpu(), reached]
         channels = moments.count.numel()
-        total = _Moments.none(channels, torch.device("cpu"))
+        total = Moments.none(channels, torch.device("cpu"))
         batches = torch.zeros_like(reached)
         for theirs in ranks.gather(torch.cat(mine)):
-            total.add(_Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
+            total.add(Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
             batches += theirs[3 * channels :]
         var = total.m2 / total.count.clamp(min=1)
         return [
@@ -407,7 +363,7 @@ class _Population(Statistics):
         mean = torch.cat([mean for mean, _ in moments]).double()
         var = torch.cat([var for _, var in moments]).double()
         values = self._values(layers)
-        known.add(_Moments(values, mean, var * (values - 1).clamp_(min=0)))
+        known.add(Moments(values, mean, var * (values - 1).clamp_(min=0)))
         self._note_bad(span, mean, var)
 
     def _of(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -425,8 +381,8 @@ class _Population(Statistics):
         if key not in self._counts:
             if len(self._counts) >= 64:  # data of ever new shapes
                 self._counts.clear()
-            values = _vector(key[1:])
-            widths = _vector(layer.channels for layer in layers).long()
+            values = vector(key[1:])
+            widths = vector(layer.channels for layer in layers).long()
             self._counts[key] = values.repeat_interleave(widths).to(self._home)
         return self._counts[key]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
+from swa_avg.batchnorm.environment import plain_arithmetic
 from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.statistics import (
     Amp,
@@ -111,7 +112,8 @@ class Session:
             with same_draws(batches):
                 report = self._run(batches, progress)
             buffers = recomputed_buffers(self._code.model, report)
-            contents = _replaced(state, fit, buffers)
+            with plain_arithmetic():
+                contents = _replaced(state, fit, buffers)
             patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
             for place, data in patches:
                 file.write(data, place)
