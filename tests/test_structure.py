@@ -18,8 +18,8 @@ import swa_avg
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up.
 WINGS = {
-    "storage": "prefetch given remote fetching files temporary commit writeback partial output "
-    "upload",
+    "storage": "prefetch given request_pool remote web fetching files temporary commit writeback "
+    "partial output upload",
     "tensors": "tensor strided checksums",
     "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers torch_zip "
     "torch_legacy safetensors single sharded dcp_layout dcp opening",
@@ -32,9 +32,9 @@ WINGS = {
     "ranks": "heartbeat distributed",
     "averaging": "wrapper distances report sampling verification execution prepare joint",
     "search": "scores candidates sweeping plot",
-    "cli": "progress messages streams options command",
+    "cli": "progress messages streams options beside command",
 }
-TOP = {"__init__", "__main__", "errors", "demo"}
+TOP = {"__init__", "__main__", "errors", "demo", "signals"}
 ORDER = list(WINGS)
 MODULES = [f"{wing}.{module}" for wing, modules in WINGS.items() for module in modules.split()]
 PRINTERS = {"cli.command", "demo"}

@@ -113,12 +113,13 @@ class Averaging:
         Raises:
             OutputError: It cannot be written there, or there is no room.
         """
+        force = self.options.force
         if is_remote(self.output):
-            return RemoteFile(self.output, self.layout.size)
+            return RemoteFile(self.output, self.layout.size, force=force)
         if self.is_folder:
             check_replaceable(self.output, self.layout.files)
-            return AtomicFolder(self.output, self.layout.files)
-        return AtomicFile(self.output, self.layout.size)
+            return AtomicFolder(self.output, self.layout.files, force=force)
+        return AtomicFile(self.output, self.layout.size, force=force)
 
     def write(
         self,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,14 @@ from swa_avg.planning import (
     select,
     start_from,
 )
-from swa_avg.storage import check_remote_target, check_target, is_remote, path_of
+from swa_avg.storage import (
+    RequestPool,
+    allow_files,
+    check_remote_target,
+    check_target,
+    is_remote,
+    path_of,
+)
 from swa_avg.tensors import DTYPES
 
 _FOLDERS = (Form.FOLDER, Form.DCP)
@@ -115,15 +121,23 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
 def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[StateDict]:
     """Open checkpoints and find their state_dicts."""
     paths, states = list(paths), []
+    allow_files(sum(_files_in(path) for path in paths if not is_remote(path)))
     # What their headers have in common is read once.
     read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
-    with ThreadPoolExecutor(_OPENERS) as pool:
+    with RequestPool(_OPENERS) as pool:
         # A request takes its time, so URLs are opened side by side.
         side_by_side = any(map(is_remote, paths))
         for checkpoint in (pool.map if side_by_side else map)(read, paths):
             opened.callback(checkpoint.close)
             states.append(finder.find(checkpoint))
     return states
+
+
+def _files_in(path: Path) -> int:
+    """Return how many files a checkpoint keeps open, at most."""
+    with suppress(OSError):
+        return len(os.listdir(path))  # noqa: PTH208 - not a Path for each
+    return 1
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:
@@ -217,5 +231,5 @@ def average(
         averaging.open_output() as file,
     ):
         report = averaging.write(file, threads=threads, progress=progress)
-        file.commit()
-    return report
+        notes = file.commit()
+    return replace(report, notes=(*report.notes, *notes))

@@ -30,7 +30,7 @@ from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
 from swa_avg.checkpoints import StateDict, find_state_dict, provenance
 from swa_avg.errors import DataError, NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
-from swa_avg.storage import AtomicFile, RemoteFile, is_remote
+from swa_avg.storage import AtomicFile, InputFile, RemoteFile, is_remote
 from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor, verify
 
 
@@ -219,8 +219,7 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | Remote
         state = find_state_dict(checkpoint, key)
         (source,) = checkpoint.files
         verify((ref.record, name) for name, ref in state.tensors.items())
-        new = RemoteFile if is_remote(path) else AtomicFile
-        with new(path, source.size) as file:
+        with _replacement(path, source) as file:
             place = 0
             for chunk in source.chunks(0, source.size):
                 file.write(chunk, place)
@@ -229,6 +228,13 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | Remote
             yield file
     finally:
         checkpoint.close()
+
+
+def _replacement(path: Path, read: InputFile) -> AtomicFile | RemoteFile:
+    """Open what takes the place of a file, as long as that is the one that was read."""
+    if is_remote(path):
+        return RemoteFile(path, read.size, over=read.source)
+    return AtomicFile(path, read.size, over=read.source.state)
 
 
 def read_state(state: StateDict) -> OrderedDict[str, Any]:

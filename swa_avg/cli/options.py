@@ -13,7 +13,6 @@ import click
 import swa_avg
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging
     from swa_avg.planning import Options
 
 _GROUPS = {
@@ -343,19 +342,3 @@ def _search_of(given: dict[str, Any]) -> Search | None:
     if given["best"] is None:
         given["metric"] = given["mode"] = None
     return Search(evaluate, greedy=bool(given["greedy"]), **found)
-
-
-def check_beside(run: Run, averaging: Averaging | None) -> None:
-    """Refuse, before any work, a report or picture that would replace something else."""
-    from swa_avg.storage import check_target, is_remote
-
-    states = averaging.states if averaging else ()
-    inputs = [file for state in states for file in state.checkpoint.files]
-    taken = {os.path.realpath(run.output): "--output"} if not is_remote(run.output) else {}
-    for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
-        if not path:
-            continue
-        check_target(path, inputs, force=True)
-        other = taken.setdefault(os.path.realpath(path), option)
-        if other != option:
-            raise click.UsageError(f"{option} and {other} name the same file.")

@@ -6,7 +6,7 @@ Knows how a candidate is judged, not how candidates are chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swa_avg.averaging import Averaging, Report
 from swa_avg.batchnorm import BatchNormReport, Session
@@ -58,6 +58,11 @@ class SweepReport:
     average: Report
     batchnorm: BatchNormReport | None
     notes: tuple[str, ...] = ()
+
+    def noting(self, notes: tuple[str, ...]) -> SweepReport:
+        """Return the same, with more notes about the output."""
+        average = replace(self.average, notes=(*self.average.notes, *notes))
+        return replace(self, average=average)
 
     @property
     def winner(self) -> Tried:

@@ -14,8 +14,7 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import repeat
 from operator import add
 from pathlib import Path
@@ -25,12 +24,21 @@ from swa_avg.errors import FileError, FormatError
 from swa_avg.storage.fetching import RemoteSource
 from swa_avg.storage.prefetch import Range, ReadAhead
 from swa_avg.storage.remote import RemotePath
+from swa_avg.storage.request_pool import RequestPool
+
+try:
+    import resource
+except ImportError:  # no such limits on Windows
+    resource = None  # type: ignore[assignment]
 
 _CHUNK = 1 << 20
 _ANNOUNCED = 1 << 30
 _TICK = 20 * 10**6  # nanoseconds: twice the longest tick of a kernel's clock
 _SLOW_TICK = 2 * 10**9  # of file systems that know whole seconds only
 _TRIES = 5
+# Beside the inputs: modules that are imported, the output's files, loader workers' pipes.
+_SPARE_FILES = 256
+_LEAST_SPARE_FILES = 32
 # Of remote files: how much is read ahead, in requests of which size, how many at once.
 ROOM = 128 << 20
 _LITTLE_ROOM = 16 << 20
@@ -53,6 +61,10 @@ class Source(Protocol):
     @property
     def identity(self) -> tuple[object, object]:
         """What two names of one file have in common."""
+
+    @property
+    def state(self) -> tuple[int, int, int, int] | None:
+        """On disk its device, inode, size and last change in nanoseconds; else None."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
@@ -91,6 +103,11 @@ class _Disk:
     def identity(self) -> tuple[int, int]:
         """Its device and inode."""
         return self._stat.st_dev, self._stat.st_ino
+
+    @property
+    def state(self) -> tuple[int, int, int, int]:
+        """Its device, inode, size and last change in nanoseconds, when it was opened."""
+        return *self.identity, self.size, self._stat.st_mtime_ns
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
@@ -342,8 +359,7 @@ def reading_ahead(
     share = room // min(together, len(wanted))
     block = min(max(share // (2 * threads), _LEAST_BLOCK), _MOST_BLOCK)
     with ExitStack() as ended:
-        pool = ThreadPoolExecutor(_MOST_REQUESTS, "swa-avg-remote")
-        ended.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pool = ended.enter_context(RequestPool(_MOST_REQUESTS))
         for number, (source, parts) in enumerate(wanted.items()):
             ahead = ReadAhead(source.fetch, parts, block, share, pool)
             ended.callback(ahead.close)
@@ -395,27 +411,48 @@ def announce(ranges: Iterable[tuple[InputFile, int, int]]) -> None:
                 return
 
 
+def allow_files(count: int) -> None:
+    """Raise this process's limit of open files to what so many inputs need, where it is less.
+
+    Before anything is opened, because the last files that the limit allows are needed to
+    import modules and to write the output.
+
+    Args:
+        count: How many files will be open at once.
+
+    Raises:
+        FileError: The system allows less.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    endless = resource.RLIM_INFINITY
+    if soft == endless or count + _SPARE_FILES <= soft:
+        return
+    if hard != endless and count + _LEAST_SPARE_FILES > hard:
+        raise FileError(
+            f"{count} files would be open at once, and the system allows {hard}",
+            remedy="Average some of the checkpoints first, then the others with --start-from",
+        )
+    wanted = count + _SPARE_FILES if hard == endless else min(count + _SPARE_FILES, hard)
+    with suppress(OSError, ValueError):  # macOS has another limit beside this one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _open(path: Path) -> int:
     # Without O_NONBLOCK the opening of a FIFO waits for a writer for ever.
     flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
     try:
         return os.open(path, flags)
     except OSError as error:
-        # Ten checkpoints of a hundred shards are more files than are allowed at first.
-        if error.errno != errno.EMFILE or not _allow_more_files():
+        # A checkpoint of hundreds of shards is more files than are allowed at first.
+        if error.errno != errno.EMFILE or resource is None:
             raise
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         return os.open(path, flags)
-
-
-def _allow_more_files() -> bool:
-    """Raise this process's limit of open files as far as it may; tell whether that helped."""
-    try:
-        import resource
-    except ImportError:
-        return False
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return soft != hard
 
 
 def _reason(error: OSError | ValueError) -> str:

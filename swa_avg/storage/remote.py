@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
-from swa_avg.errors import FileError
+from swa_avg.errors import FileError, SwaAvgError
 from swa_avg.storage.given import GivenPath
 
 _T = TypeVar("_T")
@@ -207,6 +207,8 @@ class RemotePath:
         """
         try:
             return question(*details, **more)
+        except SwaAvgError:
+            raise
         except Exception as error:
             raise FileError(f"cannot be read: {reason(error)}", file=str(self)) from error
 
