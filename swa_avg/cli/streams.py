@@ -46,8 +46,7 @@ class ExitWatch:
                 before(failed)
                 return
             found = f"a function that runs at exit: {theirs(error)}"
-            remedy = "The output is written"
-            self._failures.append(DataError(found, remedy=remedy, frames=frames_of(error)))
+            self._failures.append(DataError(found, frames=frames_of(error)))
 
         self._tell = tell
         sys.unraisablehook = note
