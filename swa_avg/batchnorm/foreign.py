@@ -9,6 +9,7 @@ computations name their dtypes and devices.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -74,7 +75,7 @@ def frames_of(error: BaseException) -> tuple[str, ...]:
 def _is_ours(filename: str) -> bool:
     """Whether a frame is of this package, or of the import system."""
     ours = filename.startswith(_PACKAGE) and not filename.endswith(f"{os.sep}demo.py")
-    return ours or filename.startswith("<frozen importlib")
+    return ours or filename.startswith("<frozen importlib") or filename == importlib.__file__
 
 
 def signal_in(error: BaseException) -> BaseException | None:
