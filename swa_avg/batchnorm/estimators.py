@@ -20,9 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.batches import Ranks
-from swa_avg.batchnorm.environment import plain_arithmetic
 from swa_avg.batchnorm.moments import Moments, two_pass, vector
 from swa_avg.errors import DataError
+from swa_avg.kernel import default_arithmetic
 
 # How far a layer's own float32 moments may be from those in float64, in standard
 # deviations and as a share of the variance, to be read back instead of computed.
@@ -311,7 +311,7 @@ class _Population(Statistics):
         with ExitStack() as ours:
             if layer.values or not layer.trusted:  # else there is nothing to compute
                 ours.enter_context(torch.no_grad())
-                ours.enter_context(plain_arithmetic())
+                ours.enter_context(default_arithmetic())
             if layer.values:  # called before in this forward: every call counts
                 self._take([layer], layer.span)
             super().sees(layer, x, values)

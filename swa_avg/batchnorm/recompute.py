@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
-from swa_avg.batchnorm.environment import plain_arithmetic
 from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.statistics import (
     Amp,
@@ -30,6 +29,7 @@ from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
 from swa_avg.checkpoints import StateDict, find_state_dict, provenance
 from swa_avg.errors import DataError, NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
+from swa_avg.kernel import default_arithmetic
 from swa_avg.storage import AtomicFile, InputFile, RemoteFile, is_remote
 from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor, verify
 
@@ -112,7 +112,7 @@ class Session:
             with same_draws(batches):
                 report = self._run(batches, progress)
             buffers = recomputed_buffers(self._code.model, report)
-            with plain_arithmetic():
+            with default_arithmetic():
                 contents = _replaced(state, fit, buffers)
             patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
             for place, data in patches:

@@ -29,11 +29,11 @@ from swa_avg.batchnorm.batches import (
     numbered,
 )
 from swa_avg.batchnorm.calling import Forward, call, explained, samples_in
-from swa_avg.batchnorm.environment import plain_arithmetic
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
 from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.lending import lent
 from swa_avg.errors import DataError, SwaAvgError
+from swa_avg.kernel import default_arithmetic
 
 Estimator = Literal["population", "torch"]
 Amp = Literal["off", "bf16", "fp16"]
@@ -159,12 +159,12 @@ def recompute_batchnorm(
                 progress(samples or 0)
             ranks.check()
         check()
-        with plain_arithmetic():
+        with default_arithmetic():
             statistics.check_finite()
             statistics.check_calls()
             total_batches, total_samples = _gathered(ranks, seen)
             outcomes = statistics.outcomes(ranks)
-    with plain_arithmetic():
+    with default_arithmetic():
         layers_committed = _committed(outcomes)
     return BatchNormReport(
         estimator=estimator,
@@ -254,7 +254,7 @@ def _run(
             if error.remedy:
                 raise
             raise explained(error, model, there, forward, context) from error.__cause__
-        with torch.no_grad(), plain_arithmetic():
+        with torch.no_grad(), default_arithmetic():
             statistics.after_batch()
         feed.done(there)
         yield samples_in(batch)

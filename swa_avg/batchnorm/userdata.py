@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.environment import plain_arithmetic
 from swa_avg.batchnorm.foreign import importable, users_code
 from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.named import found
 from swa_avg.errors import DataError, listed
+from swa_avg.kernel import default_arithmetic
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Fit:
     if versions is not None:
         renamed._metadata = _renamed_versions(versions, fit)  # type: ignore[attr-defined]
     _check_shapes(renamed, own)
-    with users_code("loading the weights into the model: "), plain_arithmetic():
+    with users_code("loading the weights into the model: "), default_arithmetic():
         # Not strict: the model itself may know how to take older keys.
         outcome = model.load_state_dict(renamed, strict=False)
     missing = [key for key in outcome.missing_keys if not _is_optional(key)]

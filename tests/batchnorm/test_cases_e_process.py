@@ -196,8 +196,7 @@ def test_e_what_raises_at_exit_is_one_line_that_says_the_output_is_written(
     ended = run(tmp_path, *RECOMPUTE)
     assert ended.returncode == 1
     assert (
-        ended.stderr
-        == "error: a function that runs at exit: SystemExit: 0. out.pt is written.\n"
+        ended.stderr == "error: a function that runs at exit: SystemExit: 0. out.pt is written.\n"
     )
     assert (tmp_path / "last").exists() and same(tmp_path / "out.pt", plain)
 
