@@ -331,6 +331,7 @@ def forward(model, batch):
 class Closed:
     def write(self, text): raise ValueError("closed")
     flush = isatty = fileno = write
+def silent(model, batch): return model(batch)
 def break_streams(): sys.stdout = sys.stderr = Closed(); return loader
 """
 
@@ -346,7 +347,9 @@ def test_d_prints_of_the_user_go_to_stderr_and_q_keeps_them_out(
         assert text in ended.stderr.splitlines(), ended.stderr
     ended = run(tmp_path, *RECOMPUTE, "-q", "--force")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    ended = run(tmp_path, *data("mod:break_streams", "--json", "--force"))
+    ended = run(
+        tmp_path, *data("mod:break_streams", "--forward", "mod:silent", "--json", "--force")
+    )
     assert ended.returncode == 0 and json.loads(ended.stdout)["batchnorm"]["samples"] == 32
     assert same(tmp_path / "out.pt", plain)
 
