@@ -18,8 +18,8 @@ import swa_avg
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up.
 WINGS = {
-    "storage": "prefetch request_pool remote web fetching limits disk files temporary commit "
-    "writeback partial output upload",
+    "storage": "prefetch given request_pool remote web fetching limits disk files temporary "
+    "commit writeback partial output upload",
     "tensors": "tensor optimizers floats strided checksums",
     "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers "
     "torch_zip torch_legacy safetensors single sharded dcp_metadata dcp_layout dcp opening",
@@ -29,11 +29,12 @@ WINGS = {
     "start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
-    "batchnorm": "batches estimators statistics userdata recompute",
+    "batchnorm": "foreign calling batches moments estimators lending statistics named loading "
+    "userdata recompute",
     "ranks": "heartbeat distributed",
     "averaging": "wrapper distances report sampling verification execution prepare joint",
     "search": "scores candidates sweeping plot",
-    "cli": "progress messages options beside command",
+    "cli": "progress messages streams options beside command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "signals"}
 ORDER = list(WINGS)

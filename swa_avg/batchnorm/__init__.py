@@ -4,7 +4,10 @@ In: a model and batches, or a file and the user's module. Out: new running stati
 the model or in the file. Knows nothing of averaging.
 """
 
-from swa_avg.batchnorm.batches import Alone, Forward, blamed, same_draws, theirs
+from swa_avg.batchnorm.batches import Alone, same_draws
+from swa_avg.batchnorm.calling import Forward
+from swa_avg.batchnorm.foreign import frames_of, importable, theirs, users_code
+from swa_avg.batchnorm.named import found
 from swa_avg.batchnorm.recompute import (
     Recompute,
     Session,
@@ -14,7 +17,7 @@ from swa_avg.batchnorm.recompute import (
     session,
 )
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
-from swa_avg.batchnorm.userdata import UserCode, found, importable, load_weights, model_of
+from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
 
 __all__ = [
     "Alone",
@@ -25,10 +28,10 @@ __all__ = [
     "Recompute",
     "Session",
     "UserCode",
-    "blamed",
     "choice_of",
     "copy_of",
     "found",
+    "frames_of",
     "importable",
     "load_weights",
     "model_of",
@@ -37,4 +40,5 @@ __all__ = [
     "same_draws",
     "session",
     "theirs",
+    "users_code",
 ]

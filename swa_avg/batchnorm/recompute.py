@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
+from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -26,8 +27,16 @@ from swa_avg.batchnorm.statistics import (
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
 from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
-from swa_avg.errors import LayoutError, NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.errors import (
+    DataError,
+    LayoutError,
+    NotFiniteError,
+    OutputError,
+    SwaAvgError,
+    listed,
+)
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
+from swa_avg.kernel import default_arithmetic
 from swa_avg.storage import AtomicFile, InputFile, RemoteFile, is_remote
 from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor, verify
 
@@ -45,6 +54,7 @@ class Recompute:
         estimator: population or torch.
         amp: off, bf16 or fp16.
         batches: Stop after so many batches; None takes all.
+        folder: Where the modules are looked for; by default the current folder.
     """
 
     data: str
@@ -54,6 +64,7 @@ class Recompute:
     estimator: Estimator = "population"
     amp: Amp = "off"
     batches: int | None = None
+    folder: Path = field(default_factory=Path.cwd)
 
 
 class Session:
@@ -108,7 +119,8 @@ class Session:
             with same_draws(batches):
                 report = self._run(batches, progress)
             buffers = recomputed_buffers(self._code.model, report)
-            contents = _replaced(state, fit, buffers)
+            with default_arithmetic():
+                contents = _replaced(state, fit, buffers)
             patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
             for place, data in patches:
                 file.write(data, place)
@@ -120,11 +132,9 @@ class Session:
         said = provenance.of(checkpoint)
         if said is None:
             return checkpoint.provenance
-        made = {
-            "estimator": self._options.estimator,
-            "batches": report.batches,
-            "samples": report.samples,
-        }
+        made = {"estimator": self._options.estimator, "batches": report.batches}
+        if report.samples is not None:
+            made["samples"] = report.samples
         try:
             return replace(said, batchnorm=made).text(checkpoint.provenance)
         except ValueError:  # somebody has taken out the room that we left
@@ -184,7 +194,11 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
     """
     ranks = ranks or Alone()
     with user_code(
-        options.data, model=options.model, forward=options.forward, once=ranks.once
+        options.data,
+        model=options.model,
+        forward=options.forward,
+        once=ranks.once,
+        folder=options.folder,
     ) as code:
         yield Session(options, code, ranks)
 
@@ -364,7 +378,8 @@ def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:
 def _length(batches: object, most: int | None) -> int | None:
     """Return how many batches there will be, where that can be known."""
     try:
-        count = len(batches)  # type: ignore[arg-type]
-    except Exception:  # whatever a user's __len__ raises, a bar can do without it
+        with users_code():
+            count = len(batches)  # type: ignore[arg-type]
+    except DataError:  # whatever a user's __len__ raises, a bar can do without it
         return most
     return count if most is None else min(count, most)

@@ -6,6 +6,7 @@ output is written: a folder that is missing, a disk that is full.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 class Beside:
     """Files that are open, each under the name that the user gave."""
 
-    files: dict[str, AtomicFile] = field(default_factory=dict)
+    files: dict[Path, AtomicFile] = field(default_factory=dict)
 
-    def write(self, path: str, data: bytes) -> None:
+    def write(self, path: Path, data: bytes) -> None:
         """Write one of them, and put it in its place.
 
         Raises:
@@ -55,22 +56,22 @@ def opened_beside(run: Run, averaging: Averaging | None, *, leads: bool) -> Iter
             from swa_avg.storage import AtomicFile
 
             for path in _checked(run, averaging):
-                beside.files[path] = opened.enter_context(AtomicFile(Path(path), 0))
+                beside.files[path] = opened.enter_context(AtomicFile(path, 0))
         yield beside
 
 
-def _checked(run: Run, averaging: Averaging | None) -> Iterator[str]:
+def _checked(run: Run, averaging: Averaging | None) -> Iterator[Path]:
     """Yield the names of the report and the picture, once nothing speaks against them."""
-    from swa_avg.storage import check_target
+    from swa_avg.storage import check_target, is_remote
 
     states = averaging.states if averaging else ()
     inputs = [file for state in states for file in state.checkpoint.files]
-    taken = {Path(run.output).resolve(): "--output"}
+    taken = {} if is_remote(run.output) else {os.path.realpath(run.output): "--output"}
     for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
         if not path:
             continue
-        check_target(Path(path), inputs, force=True)
-        other = taken.setdefault(Path(path).resolve(), option)
+        check_target(path, inputs, force=True)
+        other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
             raise click.UsageError(f"{option} and {other} name the same file.")
         yield path

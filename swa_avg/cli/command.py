@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,7 +27,15 @@ from swa_avg.cli.options import (
     run_of,
 )
 from swa_avg.cli.progress import advance, bar, move
-from swa_avg.errors import MismatchError, OutputError, SelectionError, SwaAvgError, printable
+from swa_avg.cli.streams import Streams
+from swa_avg.errors import (
+    DataError,
+    MismatchError,
+    OutputError,
+    SelectionError,
+    SwaAvgError,
+    printable,
+)
 from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
@@ -97,7 +104,7 @@ def _joined() -> Iterator[ProcessRanks | None]:
             ctx = click.get_current_context()
             if ctx.obj.received:
                 raise
-            code = _told(error, ctx.obj, everything=ctx.params["verbose"])
+            code = _told(error, ctx.obj, _streams(), everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
 
@@ -162,7 +169,7 @@ def _written(
     quiet = run.quiet or not _leads()
     size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
     with ExitStack() as entered:
-        with bar(size, quiet, unit="B", desc="averaging") as shown:
+        with bar(size, quiet, "B", "averaging", _streams().err) as shown:
             how = {"threads": run.threads, "progress": shown and shown.update}
             if ranks:
                 from swa_avg.averaging import joint
@@ -184,8 +191,8 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
         beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
         from swa_avg.batchnorm import Recompute, choice_of, copy_of, session
-        from swa_avg.storage import path_of
 
+        entered.enter_context(_apart(run))
         bn = entered.enter_context(session(Recompute(**bn_options), ranks))
         written = averaging and entered.enter_context(_written(averaging, run, ranks))
         if not bn.leads:
@@ -197,13 +204,13 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             if not run.options.keep_wrapper:
                 key, ema = (), None  # our own output holds nothing but the state_dict
         else:
-            key, ema = choice_of(path_of(run.output), key, ema)
-            file = entered.enter_context(copy_of(path_of(run.output), key, ema))
-        with bar(bn.batches, run.quiet, unit="batch", desc="recomputing BatchNorm") as shown:
+            key, ema = choice_of(run.output, key, ema)
+            file = entered.enter_context(copy_of(run.output, key, ema))
+        with bar(bn.batches, run.quiet, "batch", "recomputing BatchNorm", _streams().err) as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
         notes = (*notes, *_commit(file))
-        averaged = report.to_dict() if report else {"output": run.output}
+        averaged = report.to_dict() if report else {"output": str(run.output)}
         made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
         tensors = _tensors(averaging, run) if averaging else {}
         content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
@@ -215,7 +222,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             _show_average(report, averaging, run)
         _say(messages.of_recompute(batchnorm, layers=run.verbose))
         _note(notes)
-        _say([messages.of_output(run.output, path_of(run.output).stat().st_size)])
+        _say([messages.of_output(str(run.output), run.output.stat().st_size)])
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -223,17 +230,18 @@ def _search(run: Run, wanted: Search) -> None:
     from swa_avg.batchnorm import Recompute
     from swa_avg.search import candidates, judged, plot, sweeping
 
-    suffix = plot.check_plot(Path(wanted.plot)) if wanted.plot else ""
+    suffix = plot.check_plot(wanted.plot) if wanted.plot else ""
     with ExitStack() as entered:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
             raise click.UsageError(f"{wanted.option} writes a file, no folder: name one with -o.")
         beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
         bn = Recompute(**run.recompute) if run.recompute is not None else None
+        entered.enter_context(_apart(run))
         judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.told))
         search = sweeping.greedy if wanted.greedy else sweeping.swept
         steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, unit="model", desc="judging") as shown:
+        with bar(steps, run.quiet, "model", "judging", _streams().err) as shown:
             bench = candidates.Bench(*judge, shown and partial(move, shown))
             best = entered.enter_context(search(averaging, bench, run.threads))
         picture = plot.drawn(best.report, suffix) if wanted.plot else b""
@@ -247,7 +255,7 @@ def _search(run: Run, wanted: Search) -> None:
     elif not run.quiet:
         _show_search(best, run)
         if wanted.plot:
-            _say([messages.of_output(wanted.plot, len(picture))])
+            _say([messages.of_output(str(wanted.plot), len(picture))])
 
 
 def _tensors(averaging: Averaging, run: Run) -> dict[str, object]:
@@ -285,15 +293,26 @@ def _leads() -> bool:
     return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
 
 
+def _apart(run: Run) -> AbstractContextManager[None]:
+    """Keep our output apart from that of the user's code, which runs from here on."""
+    return _streams().apart(silent=run.quiet)
+
+
+def _streams() -> Streams:
+    """Return where results and messages go."""
+    streams: Streams = click.get_current_context().meta[Streams.__name__]
+    return streams
+
+
 def _say(lines: Iterable[str]) -> None:
     with _printing():
         for line in lines:
-            click.echo(printable(line))
+            click.echo(printable(line), file=_streams().out)
 
 
 def _print_json(content: object) -> None:
     with _printing():
-        click.echo(_json(content))
+        click.echo(_json(content), file=_streams().out)
 
 
 @contextmanager
@@ -304,7 +323,7 @@ def _printing() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _print_no_more()
+        _streams().silence()
         raise OutputError(
             f"cannot be written: {error.strerror or error}", file="standard output"
         ) from error
@@ -312,7 +331,7 @@ def _printing() -> Iterator[None]:
 
 def _note(notes: Iterable[str]) -> None:
     for note in notes:
-        click.echo(printable(f"note: {note}"), err=True)
+        click.echo(printable(f"note: {note}"), file=_streams().err, err=True)
 
 
 def _note_stale() -> None:
@@ -372,22 +391,26 @@ def run(signals: Signals) -> int:
     # torch says so at its import, and means nothing by it that matters here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     signals.silent = not _leads()
+    streams = Streams()
     ctx: click.Context | None = None
     try:
         # Not command.main: it ends the process itself when nobody reads its output.
         with command.make_context("swa-avg", sys.argv[1:], obj=signals) as ctx:
+            ctx.meta[Streams.__name__] = streams
             command.invoke(ctx)
-        with _printing():
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            with _printing():
+                if (out := streams.out or sys.stdout) is not None:
+                    out.flush()
+        if streams.watch:
+            streams.watch.begin(partial(_told, signals=signals, streams=streams, everything=False))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if signals.received:  # whatever came of it
             raise
-        return _told(error, signals, everything=bool(ctx and ctx.params["verbose"]))
+        return _told(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
 
 
-def _told(error: BaseException, signals: Signals, *, everything: bool) -> int:
+def _told(error: BaseException, signals: Signals, streams: Streams, *, everything: bool) -> int:
     """Say what went wrong, unless another rank does; return the exit code.
 
     What is nobody's mistake but ours is raised again.
@@ -395,26 +418,23 @@ def _told(error: BaseException, signals: Signals, *, everything: bool) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
-        _print_no_more()  # nobody reads it: not worth a message
+        streams.silence()  # nobody reads it: not worth a message
         return 0
     code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
     if isinstance(error, SwaAvgError):
         code = 2 if isinstance(error, SelectionError) else 1
         all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
         lines = [f"error: {one}" for one in (all_of_it if everything and all_of_it else [error])]
+        frames = error.frames if isinstance(error, DataError) and everything else ()
+        lines = [*frames, *lines]
     elif isinstance(error, click.ClickException):
         code, lines = error.exit_code, []
         if not signals.silent:
-            error.show()
+            error.show(streams.err)
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, lines = 130, ["interrupted"]
     elif not isinstance(error, OSError | MemoryError):
         raise error
     for line in () if signals.silent else lines:
-        click.echo(printable(line + signals.after), err=True)
+        click.echo(printable(line + signals.after), file=streams.err, err=True)
     return code
-
-
-def _print_no_more() -> None:
-    """Let what is still to be printed go nowhere: Python would complain about it at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -91,9 +91,10 @@ def of_provenance(path: str, said: Provenance) -> Iterator[str]:
 
 def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
     """Yield what was recomputed: the layer that moved farthest, or with `layers` all of them."""
+    samples = "" if report.samples is None else f" ({report.samples:,} samples)"
     yield (
         f"recomputed {counted(len(report.layers), 'BatchNorm layer')} over "
-        f"{counted(report.batches, 'batch')} ({report.samples:,} samples)"
+        f"{counted(report.batches, 'batch')}{samples}"
     )
     farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
     for layer in report.layers if layers else farthest:

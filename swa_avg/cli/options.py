@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -267,13 +268,13 @@ class Run:
     """
 
     checkpoints: tuple[str, ...]
-    output: str
+    output: Path
     options: Options
     recompute: dict[str, Any] | None
     search: Search | None
     dry_run: bool
     as_json: bool
-    report: str | None
+    report: Path | None
     quiet: bool
     verbose: bool
     threads: int | None
@@ -297,7 +298,7 @@ class Search:
     model: str | None
     metric: str | None
     mode: str | None
-    plot: str | None
+    plot: Path | None
 
     @property
     def option(self) -> str:
@@ -313,12 +314,17 @@ class Search:
 def run_of(given: dict[str, Any]) -> Run:
     """Sort the options of the command line by what they are for."""
     from swa_avg.planning import Choice, Options
+    from swa_avg.storage import GivenPath, path_of
 
     def taken(kind: type) -> dict[str, Any]:
         """Take what a dataclass has fields for; None stands for its default."""
         names = [one.name for one in fields(kind) if one.name in given]
         return {name: value for name in names if (value := given.pop(name)) is not None}
 
+    # The user's code may change the current folder: paths keep the meaning they have now.
+    given["output"] = path_of(given["output"])
+    for name in ("report", "plot"):
+        given[name] = GivenPath.of(given[name]) if given[name] else None
     search = _search_of(given)
     try:
         choice = Choice(**taken(Choice))

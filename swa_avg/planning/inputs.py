@@ -74,13 +74,13 @@ def meant(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = (
 def _matching(path: Path, text: str) -> list[Path]:
     """Return a path, or those that there are of a pattern."""
     # A file may be called `run[1].pt`: what exists is no pattern.
-    if not _MAGIC.search(text) or (path.exists() if is_remote(path) else os.path.lexists(text)):
+    if not _MAGIC.search(text) or (path.exists() if is_remote(path) else os.path.lexists(path)):
         return [path]
     if is_remote(path):
         found = remote_matches(path)
     else:
         # Path.glob would not leave them as the user wrote them.
-        found = [Path(match) for match in sorted(glob(text, recursive=True))]  # noqa: PTH207
+        found = [path_of(match) for match in sorted(glob(text, recursive=True))]  # noqa: PTH207
     if not found:
         raise SelectionError("matches no file", file=text, remedy="Check the pattern")
     return found

@@ -5,6 +5,7 @@ objects to write (`Output`). Knows nothing of tensors.
 """
 
 from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead
+from swa_avg.storage.given import GivenPath
 from swa_avg.storage.limits import allow_files
 from swa_avg.storage.output import AtomicFile, AtomicFolder, Output, check_replaceable, check_target
 from swa_avg.storage.partial import JoinedOutput
@@ -16,6 +17,7 @@ __all__ = [
     "ROOM",
     "AtomicFile",
     "AtomicFolder",
+    "GivenPath",
     "InputFile",
     "JoinedOutput",
     "Output",
