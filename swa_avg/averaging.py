@@ -16,8 +16,8 @@ from swa_avg.cutting import buffer_bytes
 from swa_avg.distances import distances, groups
 from swa_avg.errors import MismatchError, SwaAvgError
 from swa_avg.files import ROOM, InputFile, announce, reading_ahead
-from swa_avg.formats import Layout
-from swa_avg.layout import StateDict
+from swa_avg.formats import FolderLayout, Layout
+from swa_avg.layout import StateDict, is_bn_buffer
 from swa_avg.output import (
     AtomicFile,
     AtomicFolder,
@@ -253,7 +253,9 @@ class Averaging:
         last = self.states[-1].checkpoint.path
         kept = f"what else is in the file (optimizer state, for one) is that of {last}"
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
-        return (*self.selection.notes, *self.plan.notes, *([kept] if wrapped else []))
+        layout = self.layout
+        files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
+        return (*self.selection.notes, *self.plan.notes, *files, *([kept] if wrapped else []))
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""
@@ -307,8 +309,11 @@ def how_made(
     added = sources_of(chosen, found)
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
+    last = (chosen or [base.state for base in bases])[-1]
     kept: object = options.bn_buffers
-    if kept == "last":
+    if not any(is_bn_buffer(name, last.views) for name in last.views):
+        kept = None
+    elif kept == "last":
         kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
     return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
 

@@ -14,7 +14,7 @@ from itertools import chain
 
 from swa_avg import recorded
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import Checkpoint
+from swa_avg.formats import ROOT, Checkpoint, Components, averages
 from swa_avg.formats.pickled import Dict, Inert, UnreadableTensor, described
 from swa_avg.tensors import TensorRef, View
 from swa_avg.tree import at, dicts_of_tensors, mapping, matching, tensor_count
@@ -126,8 +126,12 @@ def find_state_dict(
         LayoutError: There is none, there are several, or it holds what cannot be averaged.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
-    weights, averages = _places(checkpoint.tree)
-    taken = keys or (_locate(checkpoint, weights, averages, ema),)
+    if isinstance(checkpoint.tree, Components):
+        taken, kept = _components(checkpoint, checkpoint.tree, ema and not keys)
+        taken = keys or taken
+    else:
+        weights, kept = _places(checkpoint.tree)
+        taken = keys or (_locate(checkpoint, weights, kept, ema),)
     entries: dict[str, object] = {}
     metadata: dict[str, object] = {}
     prefixes: list[str] = []
@@ -153,7 +157,7 @@ def find_state_dict(
         order=tuple(name for name in entries if name in views or name in values),
         dropped=tuple(name for name in entries if name not in views and name not in values),
         metadata=metadata or None,
-        averages=() if ema else tuple(path for path in averages if path not in taken),
+        averages=() if ema else tuple(path for path in kept if path not in taken),
         counter=counter,
     )
 
@@ -240,6 +244,20 @@ def _locate(
     raise _absent(checkpoint, "has no state_dict where frameworks put it")
 
 
+def _components(
+    checkpoint: Checkpoint, tree: Components, ema: bool
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the components of a folder that are averaged, and those that are averages.
+
+    Each is averaged by itself. Of a component and an average of it one is taken.
+    """
+    pairs = averages(tree)
+    if ema and not pairs:
+        raise _absent(checkpoint, "has no averaged weights beside its models")
+    passed = set(pairs.values()) if ema else set(pairs)
+    return tuple(name for name in tree if name not in passed), list(pairs)
+
+
 def _absent(checkpoint: Checkpoint, found: str) -> LayoutError:
     """Say that there is no state_dict, and what might be meant."""
     near = list(dicts_of_tensors(checkpoint.tree))
@@ -272,7 +290,7 @@ def _read_part(checkpoint: Checkpoint, place: str, alone: bool) -> _Part:
     _check_entries(checkpoint, found)
     names = [str(name) for name in found]
     prefix = _common_prefix(names, _COUNTERS.get(place, _COUNTER))
-    added = "" if alone or place in _WEIGHTS else place.rpartition(".")[2] + "."
+    added = "" if alone else _added(checkpoint, place)
     entries = {
         added + name.removeprefix(prefix): value
         for name, value in zip(names, found.values(), strict=True)
@@ -281,6 +299,13 @@ def _read_part(checkpoint: Checkpoint, place: str, alone: bool) -> _Part:
     counter = found.get(_COUNTER) if "module." in prefix else None
     known = counter if isinstance(counter, View | TensorRef) else None
     return _Part(prefix, entries, _metadata(found, prefix, added), known)
+
+
+def _added(checkpoint: Checkpoint, place: str) -> str:
+    """Return what the names of one of several places begin with."""
+    if isinstance(checkpoint.tree, Components):
+        return "" if place == ROOT else f"{place}/"
+    return "" if place in _WEIGHTS else place.rpartition(".")[2] + "."
 
 
 def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> None:

@@ -13,7 +13,7 @@ import stat
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from swa_avg import placing, temporary
@@ -22,10 +22,19 @@ from swa_avg.errors import OutputError, listed
 from swa_avg.files import InputFile
 from swa_avg.remote import is_remote
 
-# Files of weights in a folder: of Hugging Face, whatever their number, and of a distributed one.
+# Files of weights in a folder: of Hugging Face, in shards or not, with the number of a further
+# model, for a variant; and of a distributed one.
 _WEIGHTS = re.compile(
-    r"(adapter_|(diffusion_)?pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?"
+    r"(?P<stem>[^.]+?)(_\d+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
     r"|__\d+_\d+\.distcp|\.metadata"
+)
+_STEMS = (
+    "model",
+    "pytorch_model",
+    "diffusion_pytorch_model",
+    "adapter_model",
+    "open_clip_model",
+    "pytorch_lora_weights",
 )
 
 
@@ -100,6 +109,8 @@ def _is_beneath(path: Path, folder: Path) -> bool:
 def check_replaceable(target: Path, names: Iterable[str]) -> None:
     """Refuse to replace a folder that holds more than weights and what takes its place.
 
+    Weights may go where the new folder has files, not from other sub-folders.
+
     Args:
         target: The output, a folder that may exist.
         names: The files that the new folder will have.
@@ -109,15 +120,28 @@ def check_replaceable(target: Path, names: Iterable[str]) -> None:
     """
     if not target.is_dir():
         return
-    kept = set(names)
-    there = (path.relative_to(target).as_posix() for path in target.rglob("*"))
-    lost = sorted(name for name in there if name not in kept and not _WEIGHTS.fullmatch(name))
+    kept = {PurePosixPath(name) for name in names}
+    homes = {home for name in kept for home in name.parents}
+    there = {PurePosixPath(path.relative_to(target).as_posix()) for path in target.rglob("*")}
+    lost = sorted(
+        name.as_posix()
+        for name in there - kept - homes
+        if name.parent not in homes or not _are_weights(name, kept)
+    )
     if lost:
         raise OutputError(
             f"holds what would be lost: {listed(lost)}",
             file=target,
             remedy="Choose another output with -o, or move it away first",
         )
+
+
+def _are_weights(name: PurePosixPath, new: Iterable[PurePosixPath]) -> bool:
+    """Tell whether a file holds weights, under a usual name or one that a new file has."""
+    found = _WEIGHTS.fullmatch(name.name)
+    others = (_WEIGHTS.fullmatch(other.name) for other in new)
+    stems = {*_STEMS, *(other["stem"] for other in others if other)}
+    return found is not None and (found["stem"] or _STEMS[0]) in stems
 
 
 class AtomicFile(AbstractContextManager["AtomicFile"]):
@@ -130,10 +154,12 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
     Attributes:
         target: The name that the user gave.
         path: Where its bytes are until it is committed.
+        size: How many they are.
     """
 
     def __init__(self, target: Path, size: int) -> None:
         self.target = target
+        self.size = size
         self._final = Path(os.path.realpath(target))
         try:
             # A name too long is found here, not at the very end.
@@ -205,10 +231,14 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
     Attributes:
         target: The name that the user gave.
         path: Where its files are, under their names, until it is committed.
+        files: The sizes of its files by their names, in the order of their places.
+        size: The sum of them.
     """
 
     def __init__(self, target: Path, files: Mapping[str, int]) -> None:
         self.target = target
+        self.files = dict(files)
+        self.size = sum(files.values())
         self._final = Path(os.path.realpath(target))
         self._opened = ExitStack()
         self._drafts = Drafts()

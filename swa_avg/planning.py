@@ -16,7 +16,15 @@ from swa_avg import continuing, wrapper
 from swa_avg.averaging import Averaging, counts_of, how_made
 from swa_avg.continuing import Base, base_of
 from swa_avg.errors import OutputError
-from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
+from swa_avg.formats import (
+    Components,
+    Form,
+    Headers,
+    Layout,
+    form_of,
+    layout_for,
+    open_checkpoint,
+)
 from swa_avg.layout import Finder, StateDict
 from swa_avg.output import check_target
 from swa_avg.plan import Plan, Rules, make_plan
@@ -166,6 +174,14 @@ def _check_form(
             f"would not be what its name says, but like {last.checkpoint.path}",
             file=target,
             remedy="Choose a name like its own, or leave out --keep-wrapper",
+        )
+    several = isinstance(last.checkpoint.tree, Components) and " + " in last.where
+    if several and form not in _FOLDERS:
+        names = last.where.split(" + ")
+        raise OutputError(
+            f"is one file, and {last.checkpoint.path} has several models ({', '.join(names)})",
+            file=target,
+            remedy=f"Name a folder, as in -o swa, or take one model with --key {names[-1]}",
         )
     if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
         raise OutputError(

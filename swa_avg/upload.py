@@ -95,11 +95,12 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
     Attributes:
         target: The name that the user gave.
         path: Where its bytes are until it is committed.
+        size: How many they are.
     """
 
     def __init__(self, target: Path, size: int) -> None:
         self.target = target
-        self._size = size
+        self.size = size
         self._opened = ExitStack()
         try:
             folder = self._opened.enter_context(TemporaryDirectory(prefix="swa-avg-"))
@@ -137,11 +138,11 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
             fs.put_file(str(self.path), place)
             fs.invalidate_cache()
             there = fs.info(place)["size"]
-            if there != self._size:
+            if there != self.size:
                 raise OutputError(
                     f"has {there} bytes after its upload",
                     file=self.target,
-                    expected=str(self._size),
+                    expected=str(self.size),
                 )
             if place != remote.key:
                 fs.mv(place, remote.key)

@@ -20,7 +20,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import OutputError, SwaAvgError
 from swa_avg.files import InputFile
-from swa_avg.formats import Checkpoint, Layout, open_checkpoint
+from swa_avg.formats import Checkpoint, Components, Layout, open_checkpoint
 from swa_avg.formats.checkpoint import OutputTensor
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.layout import StateDict, find_state_dict
@@ -193,7 +193,7 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
 def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
     """Return what an output holds, by the names that the plan has."""
     last = written.states[-1]
-    if written.wrapped:
+    if written.wrapped or isinstance(checkpoint.tree, Components):
         return find_state_dict(checkpoint, last.where.split(" + ")).tensors
     where = last.where if isinstance(written.layout, DcpLayout) else ""
     entries = mapping(at(checkpoint.tree, where)) or {}

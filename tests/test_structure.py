@@ -24,7 +24,8 @@ ROOMS = (
     ),
     *("formats.zip_directory", "formats.headers", "formats.torch_zip"),
     *("formats.torch_legacy", "formats.safetensors", "formats.single"),
-    *("formats.sharded", "formats.dcp_layout", "formats.dcp"),
+    *("formats.json_files", "formats.weights", "formats.components", "formats.side_files"),
+    *("formats.sharded", "formats.sharded_layout", "formats.dcp_layout", "formats.dcp"),
     *("formats", "modules", "tree", "recorded", "layout", "gather", "metrics"),
     *("provenance", "copies"),
     *("select", "ties", "plan"),
@@ -34,7 +35,7 @@ ROOMS = (
     *("cutting", "lookahead", "reading", "writing", "desk", "crew", "mean"),
     *("sampling", "verification", "settings", "averaging", "planning"),
     *("batches", "estimators", "batchnorm", "userdata", "pulse", "distributed", "joint"),
-    *("recompute", "judging", "trials", "messages", "sweeping", "plot"),
+    *("in_place", "recompute", "judging", "trials", "messages", "sweeping", "plot"),
     *("demo", "options", "bars", "cli", "__main__"),
 )
 PRINTERS = {"cli", "demo"}

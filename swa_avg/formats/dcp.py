@@ -20,8 +20,8 @@ from swa_avg.files import InputFile, Section
 from swa_avg.formats import pickles, single
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.headers import Headers
+from swa_avg.formats.json_files import is_inside, trainer_state
 from swa_avg.formats.pickled import Global, Inert, described
-from swa_avg.formats.sharded import is_inside, trainer_state
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride
 
 _METADATA = ".metadata"
