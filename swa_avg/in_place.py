@@ -1,4 +1,4 @@
-"""The output that is there already, to be changed in place: a copy, which takes its name in the end.
+"""The output that is there already, to be changed in place: a copy that takes its name.
 
 What may be changed in place without being asked twice is an average, which can be made
 again; a checkpoint of a run cannot. Nothing here knows what is changed.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def copy_of(
         _check_is_whole(path, checkpoint)
         verify((record, name) for name, ref in state.tensors.items() for record in ref.records)
         sources = _sources(checkpoint, opened)
-        file = opened.enter_context(_opened(path, sources))
+        file = _opened(path, sources, opened)
         place = 0
         for name, source in sources.items():
             for chunk in source.chunks(0, source.size):
@@ -97,12 +97,12 @@ def _meant(
     """
     said = provenance.of(checkpoint)
     if said and not key and not ema:
-        recorded = said.options.get("key", ()), bool(said.options.get("ema", False))
-        if isinstance(recorded[0], str | list) and any(recorded):
-            try:
-                return find_state_dict(checkpoint, *recorded), *recorded
-            except LayoutError:
-                pass
+        there, averaged = said.options.get("key"), bool(said.options.get("ema"))
+        keys = (there,) if isinstance(there, str) else there or ()
+        if (keys or averaged) and isinstance(keys, list | tuple):
+            with suppress(LayoutError):
+                keys = tuple(map(str, keys))
+                return find_state_dict(checkpoint, keys, averaged), keys, averaged
     return find_state_dict(checkpoint, key, ema), key, ema
 
 
@@ -167,9 +167,11 @@ def _sources(checkpoint: Checkpoint, opened: ExitStack) -> Mapping[str, InputFil
     return sources
 
 
-def _opened(path: Path, sources: Mapping[str, InputFile]) -> File:
-    """Make room for the copy."""
+def _opened(path: Path, sources: Mapping[str, InputFile], opened: ExitStack) -> File:
+    """Make room for the copy; it is closed with `opened`."""
     sizes = {name: source.size for name, source in sources.items()}
     if is_remote(path):
-        return RemoteFile(path, sizes[""])
-    return AtomicFile(path, sizes[""]) if "" in sizes else AtomicFolder(path, sizes)
+        return opened.enter_context(RemoteFile(path, sizes[""]))
+    if "" in sizes:
+        return opened.enter_context(AtomicFile(path, sizes[""]))
+    return opened.enter_context(AtomicFolder(path, sizes))

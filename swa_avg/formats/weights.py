@@ -34,7 +34,9 @@ _VARIANTS = r"\.(?:b?fp?(?:16|32|8)|b?float16|int[48]|nf4|(?:non?_)?ema)"
 _WHOLE = re.compile(
     rf"(?P<stem>{'|'.join(_STEMS)})(?P<variant>{_VARIANTS})?\.(?P<suffix>safetensors|bin)"
 )
-_INDEX = re.compile(r"(?P<stem>.+)\.(?P<suffix>safetensors|bin)\.index(?P<variant>\.\w+)?\.json")
+_INDEX = re.compile(
+    r"(?P<stem>.+?)(?:\.(?P<suffix>safetensors|bin))?\.index(?P<variant>\.\w+)?\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Weights:
         path: Where it is.
         stem: The first part of its name.
         variant: The variant with its dot (`.fp16`), or nothing.
-        suffix: `safetensors` or `bin`.
+        suffix: `safetensors` or `bin`; the name of an index may have neither.
         is_index: Whether it is an index.
     """
 
@@ -62,7 +64,7 @@ class Weights:
 
     @property
     def _stem_written(self) -> str:
-        return self.stem if self.suffix == "safetensors" else _RENAMED.get(self.stem, self.stem)
+        return _RENAMED.get(self.stem, self.stem) if self.suffix == "bin" else self.stem
 
     def shard_written(self, number: int, count: int) -> str:
         """Return the name of one of `count` safetensors files that hold the same model."""
@@ -98,4 +100,6 @@ def _named(path: Path) -> Weights:
     whole, index = _WHOLE.fullmatch(path.name), _INDEX.fullmatch(path.name)
     found = whole or index
     assert found is not None
-    return Weights(path, found["stem"], found["variant"] or "", found["suffix"], whole is None)
+    return Weights(
+        path, found["stem"], found["variant"] or "", found["suffix"] or "", whole is None
+    )
