@@ -251,9 +251,10 @@ def _components(
 
     Each is averaged by itself. Of a component and an average of it one is taken.
     """
-    pairs = averages(tree)
-    if ema and not pairs:
+    found = averages(tree)
+    if ema and not found:
         raise _absent(checkpoint, "has no averaged weights beside its models")
+    pairs = {average: raw for average, raw in found.items() if raw is not None}
     passed = set(pairs.values()) if ema else set(pairs)
     return tuple(name for name in tree if name not in passed), list(pairs)
 

@@ -83,7 +83,7 @@ def test_diffusers_folders_keep_their_stem(tmp_path: Path) -> None:
 def test_unet_beside_unet_ema_is_never_one_average(tmp_path: Path) -> None:
     """Of a training checkpoint the model is averaged, with --ema its average; never both."""
     training = pytest.importorskip("diffusers.training_utils")
-    raw, averaged = [], []
+    raw, averaged, name = [], [], "diffusion_pytorch_model.safetensors"
     for number in (500, 1000, 1500):
         model, home = unet(number), tmp_path / "out" / f"checkpoint-{number}"
         ema = training.EMAModel(
@@ -92,8 +92,8 @@ def test_unet_beside_unet_ema_is_never_one_average(tmp_path: Path) -> None:
         ema.save_pretrained(home / "unet_ema")
         model.save_pretrained(home / "unet")
         torch.save({"state": {}}, home / "optimizer.bin")
-        raw.append(load_file(home / "unet/diffusion_pytorch_model.safetensors"))
-        averaged.append(load_file(home / "unet_ema/diffusion_pytorch_model.safetensors"))
+        raw.append(load_file(home / "unet" / name))
+        averaged.append(load_file(home / "unet_ema" / name))
     inputs = [f"out/checkpoint-{number}" for number in (500, 1000, 1500)]
     said = done(tmp_path, "out", "-o", "avg")
     assert "has averages too, at unet_ema; not used (--ema takes them)" in said
@@ -108,7 +108,9 @@ def test_unet_beside_unet_ema_is_never_one_average(tmp_path: Path) -> None:
     # One component is one model, in one file as well; our own reader finds it again.
     done(tmp_path, *inputs, "-o", "unet.safetensors", "--key", "unet_ema")
     assert_mean(load_file(tmp_path / "unet.safetensors"), averaged)
-    done(tmp_path, "--start-from", "avg_ema", inputs[0], "-o", "more", "--ema", "--force")
+    for options in ([], ["--ema"]):
+        done(tmp_path, "--start-from", "avg_ema", "-o", "again", *options, "--force")
+        assert_mean(load_file(tmp_path / "again/unet_ema" / name), averaged)
 
 
 def test_models_of_a_pipeline_are_averaged_each_by_itself(tmp_path: Path) -> None:

@@ -105,21 +105,22 @@ def _saved_apart(folder: Path, adapters: bool) -> list[str]:
     adapted = [name for name in found if (folder / name / _ADAPTER).exists()]
     if adapters or adapted == found:
         return adapted
-    known = any(map(_MODELS.fullmatch, found)) or bool(averages(found))
+    known = any(map(_MODELS.fullmatch, found)) or any(averages(found).values())
     return found if known or any(_RUN_STATE.fullmatch(entry.name) for entry in entries) else []
 
 
-def averages(names: Iterable[str]) -> dict[str, str]:
-    """Return, of those components that are averages of others, which ones they belong to."""
+def averages(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the components that are averages by their names, with the one that each belongs to.
+
+    An average that belongs to none of the others (to None) is the only one of its kind.
+    """
     words = {name: re.split(r"[-_.]", name.lower()) for name in names}
     rest = {name: [word for word in words[name] if word not in _AVERAGES] for name in words}
     raw = [name for name in words if words[name] == rest[name]]
-    found = {}
+    found: dict[str, str | None] = {}
     for name in words:
-        if name in raw:
-            continue
-        # `ema` alone belongs to the one model beside it.
-        of = [one for one in raw if rest[one] == rest[name]] or ([] if rest[name] else raw)
-        if len(of) == 1:
-            found[name] = of[0]
+        if name not in raw:
+            # `ema` alone belongs to the one model beside it.
+            of = [one for one in raw if rest[one] == rest[name]] or ([] if rest[name] else raw)
+            found[name] = of[0] if len(of) == 1 else None
     return found
