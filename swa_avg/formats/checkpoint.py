@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from swa_avg.files import InputFile
+from swa_avg.storage import InputFile
 from swa_avg.tensors import DType, Record, Stored, TensorRef, View
 
 # The name under which an average says how it was made: a record, a file, a key of metadata.

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swa_avg.errors import FormatError
-from swa_avg.files import InputFile, Section
 from swa_avg.formats import pickles, single
 from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.components import is_inside, trainer_state
 from swa_avg.formats.headers import Headers
-from swa_avg.formats.json_files import is_inside, trainer_state
 from swa_avg.formats.pickled import Global, Inert, described
+from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride
 
 _METADATA = ".metadata"

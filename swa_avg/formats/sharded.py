@@ -15,11 +15,17 @@ from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
 from swa_avg.formats.checkpoint import Checkpoint, Components
-from swa_avg.formats.components import ROOT, components
+from swa_avg.formats.components import (
+    ROOT,
+    Weights,
+    candidates,
+    components,
+    is_inside,
+    read_json,
+    trainer_state,
+)
 from swa_avg.formats.headers import Headers
-from swa_avg.formats.json_files import is_inside, read_json, trainer_state
 from swa_avg.formats.single import open_file
-from swa_avg.formats.weights import Weights, candidates
 from swa_avg.tensors import View
 
 

@@ -12,10 +12,10 @@ import struct
 from collections.abc import Mapping
 
 from swa_avg.errors import FormatError
-from swa_avg.files import InputFile
 from swa_avg.formats import pickles
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.pickled import Pickled, described
+from swa_avg.storage import InputFile
 from swa_avg.tensors import Record, Stored
 
 _MAGIC = 0x1950A86A20F9469CFC6C

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
-from swa_avg.files import InputFile
 from swa_avg.formats import pickler, pickles, zip_directory
 from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
@@ -26,6 +25,7 @@ from swa_avg.formats.checkpoint import (
 )
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.zip_directory import FULL, MAGIC, UTF8
+from swa_avg.storage import InputFile
 from swa_avg.tensors import Record, contiguous_stride
 
 _ALIGNMENT = 64

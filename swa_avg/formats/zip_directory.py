@@ -16,7 +16,7 @@ from itertools import pairwise, repeat
 from typing import NamedTuple, NoReturn
 
 from swa_avg.errors import FormatError
-from swa_avg.files import InputFile, announce, reading_ahead
+from swa_avg.storage import InputFile, announce, reading_ahead
 from swa_avg.tensors import Record
 
 MAGIC = b"PK\x03\x04"
