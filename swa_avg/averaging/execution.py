@@ -157,7 +157,7 @@ class Averaging:
             SwaAvgError: Damage, or numbers that have no mean.
         """
         with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
-            # The import of torch takes a second, in which a disk can read.
+            # The import of numpy takes a tenth of a second, in which a disk can read.
             pool.submit(announce, self.plan.ranges)
             from swa_avg.kernel import run
 
@@ -180,6 +180,12 @@ class Averaging:
         Raises:
             SwaAvgError: An input has changed, or the file is not what it should be.
         """
+        from swa_avg.kernel import default_arithmetic
+
+        with default_arithmetic():
+            return self._completed(file, outcome)
+
+    def _completed(self, file: Output, outcome: Outcome) -> Report:
         found = self.known
         if UNKNOWN in found:
             found = tuple(fingerprints(self.states, outcome.crcs))
@@ -257,12 +263,11 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know before anything is averaged."""
-        last = self.states[-1].checkpoint.path
-        kept = f"what else is in the file (optimizer state, for one) is that of {last}"
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
+        around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
-        return (*self.selection.notes, *self.plan.notes, *files, *([kept] if wrapped else []))
+        return (*self.selection.notes, *self.plan.notes, *files, *around)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""

@@ -20,6 +20,7 @@ __all__ = [
     "Session",
     "UserCode",
     "blamed",
+    "choice_of",
     "copy_of",
     "found",
     "importable",

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from swa_avg.checkpoints import StateDict, find_state_dict, provenance
+from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
 from swa_avg.errors import LayoutError, OutputError, listed
 from swa_avg.formats import PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
 from swa_avg.storage import AtomicFile, AtomicFolder, InputFile, RemoteFile, is_remote
@@ -29,17 +29,17 @@ class Copy:
     Attributes:
         file: The copy.
         key: Where its state_dict is, if that is not found.
-        ema: Whether the averaged weights in it are meant.
+        ema: Whether the averaged weights in it are meant, or the raw ones, if it has both.
     """
 
     file: File
     key: Sequence[str]
-    ema: bool
+    ema: bool | None
 
 
 @contextmanager
 def copy_of(
-    path: Path, key: Sequence[str] = (), *, ema: bool = False, force: bool = False
+    path: Path, key: Sequence[str] = (), *, ema: bool | None = None, force: bool = False
 ) -> Iterator[Copy]:
     """Copy a checkpoint to change the copy.
 
@@ -48,7 +48,7 @@ def copy_of(
     Args:
         path: A file, or a folder.
         key: The dotted path to its state_dict, where it is not found.
-        ema: Take the averaged weights in it.
+        ema: Take the averaged weights in it, or the raw ones, if it has both.
         force: Whether it may be the checkpoint of a run; else it must be an average.
 
     Raises:
@@ -84,25 +84,27 @@ def copy_of(
 
 
 def _meant(
-    checkpoint: Checkpoint, key: Sequence[str], ema: bool
-) -> tuple[StateDict, Sequence[str], bool]:
+    checkpoint: Checkpoint, key: Sequence[str], ema: bool | None
+) -> tuple[StateDict, Sequence[str], bool | None]:
     """Find the state_dict: where the user says, or where the record of the average does.
 
     The record of a file that holds nothing but an average may name a place that only its
     inputs have.
     """
     said = provenance.of(checkpoint)
-    if said and not key and not ema:
-        there, averaged = said.options.get("key"), bool(said.options.get("ema"))
-        keys = (there,) if isinstance(there, str) else there or ()
-        if (keys or averaged) and isinstance(keys, list | tuple):
+    if said and not key and ema is None:
+        there, half = said.options.get("key", ()), said.options.get("ema")
+        keys = (there,) if isinstance(there, str) else there
+        if isinstance(keys, list | tuple) and half in (None, True, False):
+            keys, half = tuple(map(str, keys)), None if half is None else bool(half)
             with suppress(LayoutError):
-                keys = tuple(map(str, keys))
-                return find_state_dict(checkpoint, keys, averaged), keys, averaged
-    return find_state_dict(checkpoint, key, ema), key, ema
+                return find_state_dict(checkpoint, keys, half), keys, half
+    state = find_state_dict(checkpoint, key, ema)
+    check_choice(state, key, ema)
+    return state, key, ema
 
 
-def _check_is_average(state: StateDict, ema: bool) -> None:
+def _check_is_average(state: StateDict, ema: bool | None) -> None:
     """Refuse to change a checkpoint of the user's own run.
 
     The averages that a run has kept beside its weights make no average of its checkpoint.

@@ -81,7 +81,7 @@ class Session:
         self,
         file: File,
         key: Sequence[str] = (),
-        ema: bool = False,
+        ema: bool | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
@@ -252,7 +252,7 @@ def _replaced(
 
 
 def _read_back(
-    path: Path, patches: Sequence[tuple[Path, int, bytes]], key: Sequence[str], ema: bool
+    path: Path, patches: Sequence[tuple[Path, int, bytes]], key: Sequence[str], ema: bool | None
 ) -> None:
     """Read again what was replaced, and open the checkpoint as anybody will.
 

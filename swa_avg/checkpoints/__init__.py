@@ -5,7 +5,16 @@ other checkpoints.
 """
 
 from swa_avg.checkpoints import metrics, provenance
-from swa_avg.checkpoints.layout import BN_COUNTER, Finder, StateDict, find_state_dict, is_bn_buffer
+from swa_avg.checkpoints.frameworks import Loads
+from swa_avg.checkpoints.layout import (
+    BN_COUNTER,
+    Finder,
+    StateDict,
+    check_choice,
+    check_running,
+    find_state_dict,
+    is_bn_buffer,
+)
 from swa_avg.checkpoints.metrics import Score, mode_of
 from swa_avg.checkpoints.provenance import (
     UNKNOWN,
@@ -24,11 +33,14 @@ __all__ = [
     "UNKNOWN",
     "CheckpointReader",
     "Finder",
+    "Loads",
     "Provenance",
     "Score",
     "Source",
     "StateDict",
     "at",
+    "check_choice",
+    "check_running",
     "find_state_dict",
     "fingerprints",
     "is_bn_buffer",

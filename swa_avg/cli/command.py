@@ -184,7 +184,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
         if written:
             file, report = written
             if not run.options.keep_wrapper:
-                key, ema = (), False  # our own output holds nothing but the state_dict
+                key, ema = (), None  # our own output holds nothing but the state_dict
         with bar(bn.batches, run.quiet, unit="batch", desc="recomputing BatchNorm") as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)

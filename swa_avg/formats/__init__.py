@@ -28,6 +28,7 @@ from swa_avg.formats.opening import (
     patch,
     with_provenance,
 )
+from swa_avg.formats.optimizers import in_groups, is_optimizer, optimizer_groups
 from swa_avg.formats.pickled import Dict, Inert, UnreadableTensor, described
 from swa_avg.formats.sharded_layout import FolderLayout, leaves, links_note
 
@@ -52,11 +53,14 @@ __all__ = [
     "checksum_places",
     "described",
     "form_of",
+    "in_groups",
     "is_checkpoint",
+    "is_optimizer",
     "layout_for",
     "leaves",
     "links_note",
     "open_checkpoint",
+    "optimizer_groups",
     "patch",
     "with_provenance",
 ]

@@ -286,6 +286,8 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         for note in state.checkpoint.notes:
             yield f"{state.checkpoint.path}: {note}"
     last = states[-1]
+    for note in last.notes:
+        yield f"{last.checkpoint.path}: {note}"
     if last.averages:
         where = listed(last.averages)
         yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from swa_avg.checkpoints import Source, StateDict, fingerprints, provenance, sources_of
 from swa_avg.errors import ProvenanceError
-from swa_avg.tensors import read_tensor, verify
+from swa_avg.tensors import Kind, read_numbers, verify
+
+_REAL = (Kind.FLOAT, Kind.EXACT)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ def base_of(state: StateDict) -> Base:
 
 def _n_averaged(state: StateDict) -> int:
     counter = state.n_averaged
-    if counter is None or counter.numel != 1:
+    if counter is None or counter.numel != 1 or counter.dtype.kind not in _REAL:
         return 0
     verify((record, "n_averaged") for record in counter.records)
-    return int(read_tensor(counter).item())
+    (count,) = read_numbers(counter)
+    return int(count) if math.isfinite(count) and count == int(count) else 0
 
 
 def refuse_repeats(bases: Sequence[Base]) -> None:

@@ -311,7 +311,6 @@ def test_no_averaged_weights_is_said(layout: Layout, tmp_path: Path) -> None:
         ({"model": RAW, "state_dict": EMA}, r"several state_dicts \(state_dict, model\)"),
         ({"model": RAW, "generator": {"0.weight": torch.ones(2)}}, "--key model --key generator"),
         ({"ema": EMA, "epoch": 1}, "averaged weights only, at ema.*--ema"),
-        ({"net": RAW, "optimizer": OPTIMIZER}, "--key.*net"),
         ({"discriminator": RAW, "generator": EMA}, "discriminator, generator"),
         ({"model": None, "optimizer": None}, "no tensors by name"),
         ([1, 2, 3], "no tensors by name"),
