@@ -62,7 +62,6 @@ def test_diffusers_folders_keep_their_stem(tmp_path: Path) -> None:
     for kind, options in {
         "single": {},
         "sharded": {"max_shard_size": "20KB"},
-        "fp16": {"variant": "fp16"},
         "fp16_sharded": {"variant": "fp16", "max_shard_size": "20KB"},
     }.items():
         for seed, model in enumerate(models):
@@ -105,6 +104,16 @@ def test_unet_beside_unet_ema_is_never_one_average(tmp_path: Path) -> None:
     assert_mean(made.state_dict(), averaged)
     assert training.EMAModel.from_pretrained(tmp_path / "avg_ema/unet_ema", type(model))
     assert not (tmp_path / "avg_ema/unet").exists()
+    # A folder that is kept has room for both means: which of them is meant must be said.
+    line = fails(tmp_path, *inputs, "-o", "kept", "--keep-wrapper")
+    assert "raw weights at unet and an average at unet_ema" in line
+    for option, place, states in (("--ema", "unet_ema", averaged), ("--no-ema", "unet", raw)):
+        assert option in line
+        done(tmp_path, *inputs, "-o", "kept", "--keep-wrapper", option, "--force")
+        assert_mean(load_file(tmp_path / "kept" / place / name), states)
+    assert torch.equal(
+        load_file(tmp_path / "kept/unet_ema" / name)["conv_in.bias"], averaged[-1]["conv_in.bias"]
+    )
     # One component is one model, in one file as well; our own reader finds it again.
     done(tmp_path, *inputs, "-o", "unet.safetensors", "--key", "unet_ema")
     assert_mean(load_file(tmp_path / "unet.safetensors"), averaged)
