@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command import run as ran
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-
-from swa_avg.cli import command
 
 MODULE = """
 import torch
@@ -48,16 +46,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process: exit code, stdout, stderr."""
+def run(folder: Path) -> Run:
+    """Run the command in the folder: exit code, stdout, stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["swa-avg", *arguments])
-        monkeypatch.delitem(sys.modules, "mod", raising=False)
-        with pytest.raises(SystemExit) as ended:
-            command.main()
-        printed = capsys.readouterr()
-        return int(str(ended.value.code)), printed.out, printed.err
+        ended = ran(folder, *arguments)
+        return ended.returncode, ended.stdout, ended.stderr
 
     return run
 
