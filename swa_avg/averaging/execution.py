@@ -19,11 +19,12 @@ from swa_avg.checkpoints import (
     Provenance,
     StateDict,
     fingerprints,
+    is_bn_buffer,
     refuse_repeats,
     sources_of,
 )
 from swa_avg.errors import MismatchError, listed
-from swa_avg.formats import Layout
+from swa_avg.formats import FolderLayout, Layout
 from swa_avg.kernel import buffer_bytes
 from swa_avg.planning import Base, Options, Plan, Rules, Selection
 from swa_avg.storage import (
@@ -273,7 +274,9 @@ class Averaging:
         """What the user should know before anything is averaged."""
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
         around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
-        return (*self.selection.notes, *self.plan.notes, *around)
+        layout = self.layout
+        files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
+        return (*self.selection.notes, *self.plan.notes, *files, *around)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""
@@ -329,8 +332,11 @@ def how_made(
     added = sources_of(chosen, found)
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
+    last = (chosen or [base.state for base in bases])[-1]
     kept: object = options.bn_buffers
-    if kept == "last":
+    if not any(is_bn_buffer(name, last.views) for name in last.views):
+        kept = None
+    elif kept == "last":
         kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
     return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
 

@@ -15,7 +15,7 @@ from swa_avg.averaging.execution import Averaging, counts_of, how_made
 from swa_avg.averaging.report import Report
 from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
 from swa_avg.errors import OutputError
-from swa_avg.formats import Form, Layout, form_of, layout_for
+from swa_avg.formats import Components, Form, Layout, form_of, layout_for
 from swa_avg.planning import (
     Base,
     Inputs,
@@ -218,6 +218,14 @@ def _check_form(
             f"would not be what its name says, but like {last.checkpoint.path}",
             file=target,
             remedy="Choose a name like its own, or leave out --keep-wrapper",
+        )
+    several = isinstance(last.checkpoint.tree, Components) and " + " in last.where
+    if several and form not in _FOLDERS:
+        names = last.where.split(" + ")
+        raise OutputError(
+            f"is one file, and {last.checkpoint.path} has several models ({', '.join(names)})",
+            file=target,
+            remedy=f"Name a folder, as in -o swa, or take one model with --key {names[-1]}",
         )
     if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
         raise OutputError(

@@ -20,7 +20,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.checkpoints import StateDict, at, find_state_dict, mapping
 from swa_avg.errors import OutputError, SwaAvgError
-from swa_avg.formats import Checkpoint, DcpLayout, Layout, OutputTensor, open_checkpoint
+from swa_avg.formats import Checkpoint, Components, DcpLayout, Layout, OutputTensor, open_checkpoint
 from swa_avg.planning import Plan
 from swa_avg.storage import InputFile
 from swa_avg.tensors import TensorRef, View
@@ -191,7 +191,7 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
 def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
     """Return what an output holds, by the names that the plan has."""
     last = written.states[-1]
-    if written.wrapped:
+    if written.wrapped or isinstance(checkpoint.tree, Components):
         return find_state_dict(checkpoint, last.where.split(" + ")).tensors
     where = last.where if isinstance(written.layout, DcpLayout) else ""
     entries = mapping(at(checkpoint.tree, where)) or {}

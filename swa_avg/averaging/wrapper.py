@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from swa_avg.checkpoints import Loads, StateDict
 from swa_avg.errors import OutputError
-from swa_avg.formats import PROVENANCE, Splice, checksum_places, with_provenance
+from swa_avg.formats import PROVENANCE, Splice, checksum_places, leaves, links_note, with_provenance
 from swa_avg.planning import Plan, Work
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Piece, Record, combined, is_dense, with_gaps
@@ -41,11 +41,13 @@ class WrapperLayout:
         sources: The files, by their names in the folder; of a single file the name is empty.
         ranges: What is replaced, in the order of the storages.
         provenance: How the output was made, as far as that is known before it is.
+        notes: What a user should know about files that are not in it.
     """
 
     sources: Mapping[str, InputFile]
     ranges: tuple[_Range, ...]
     provenance: str
+    notes: tuple[str, ...] = ()
 
     @property
     def _single(self) -> InputFile | None:
@@ -161,8 +163,14 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
         (file,) = last.checkpoint.files
         return WrapperLayout({"": file}, ranges, plan.state_dict.provenance)
     sources = {}
+    weights = {file.path for file in last.checkpoint.files}
+    leaving = []
     for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
-        sources[inner.relative_to(path).as_posix()] = file = InputFile(inner)
+        name = inner.relative_to(path).as_posix()
+        if inner not in weights and leaves(inner, path):
+            leaving.append(name)
+            continue
+        sources[name] = file = InputFile(inner)
         opened(file)
     counted = Counter(file.identity for file in sources.values())
     for r in ranges:
@@ -172,7 +180,8 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
                 file=r.record.file.path,
                 remedy="Remove one of the links, or leave out --keep-wrapper",
             )
-    return WrapperLayout(sources, ranges, plan.state_dict.provenance)
+    notes = (links_note(path, leaving),) if leaving else ()
+    return WrapperLayout(sources, ranges, plan.state_dict.provenance, notes)
 
 
 def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:

@@ -7,15 +7,9 @@ the model or in the file. Knows nothing of averaging.
 from swa_avg.batchnorm.batches import Alone, same_draws
 from swa_avg.batchnorm.calling import Forward
 from swa_avg.batchnorm.foreign import frames_of, importable, theirs, users_code
+from swa_avg.batchnorm.in_place import copy_of
 from swa_avg.batchnorm.named import found
-from swa_avg.batchnorm.recompute import (
-    Recompute,
-    Session,
-    choice_of,
-    copy_of,
-    read_state,
-    session,
-)
+from swa_avg.batchnorm.recompute import Recompute, Session, read_state, session
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
 from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
 
@@ -28,7 +22,6 @@ __all__ = [
     "Recompute",
     "Session",
     "UserCode",
-    "choice_of",
     "copy_of",
     "found",
     "frames_of",

@@ -1,8 +1,8 @@
-"""BatchNorm recompute of a file: between checkpoints, the user's code and `batchnorm.py`.
+"""BatchNorm recompute of a checkpoint: between checkpoints, the user's code and `batchnorm.py`.
 
-The weights of a file are loaded into the user's model, the model's BatchNorm
-statistics are recomputed over the user's batches, and the new statistics go
-into their places in the file. Every other byte of it stays as it is.
+The weights of a file or folder are loaded into the user's model, the model's BatchNorm
+statistics are recomputed over the user's batches, and the new statistics go into their
+places. Every other byte stays as it is, but for what says how an average was made.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
 from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.in_place import File
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -26,19 +28,12 @@ from swa_avg.batchnorm.statistics import (
     recomputed_buffers,
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
-from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
-from swa_avg.errors import (
-    DataError,
-    LayoutError,
-    NotFiniteError,
-    OutputError,
-    SwaAvgError,
-    listed,
-)
+from swa_avg.checkpoints import StateDict, find_state_dict, provenance
+from swa_avg.errors import DataError, NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
-from swa_avg.storage import AtomicFile, InputFile, RemoteFile, is_remote
-from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor, verify
+from swa_avg.storage import AtomicFolder, InputFile
+from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Session:
 
     def recompute(
         self,
-        file: AtomicFile | RemoteFile,
+        file: File,
         key: Sequence[str] = (),
         ema: bool | None = None,
         progress: Callable[[int], None] | None = None,
@@ -98,7 +93,7 @@ class Session:
         May be called for several files: each gets the same batches, in the same order.
 
         Args:
-            file: A whole checkpoint.
+            file: A whole checkpoint, a file or a folder.
             key: The dotted path to its state_dict, or the paths, where it is not found.
             ema: Take the averaged weights that it holds.
             progress: Called after each batch with its number of samples.
@@ -122,8 +117,9 @@ class Session:
             with default_arithmetic():
                 contents = _replaced(state, fit, buffers)
             patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
-            for place, data in patches:
-                file.write(data, place)
+            starts = _starts(file)
+            for path, place, data in patches:
+                file.write(data, starts[path] + place)
             _read_back(file.path, patches, key, ema)
         return report, tuple(_notes(report, fit))
 
@@ -170,14 +166,22 @@ class Session:
         )
 
 
+def _starts(file: File) -> dict[Path, int]:
+    """Return where each file of an output begins: places count through all of them."""
+    if not isinstance(file, AtomicFolder):
+        return {file.path: 0}
+    paths = [file.path / name for name in file.files]
+    return dict(zip(paths, accumulate(file.files.values(), initial=0), strict=False))
+
+
 @contextmanager
-def _named_after(file: AtomicFile | RemoteFile) -> Iterator[None]:
+def _named_after(file: File) -> Iterator[None]:
     """Have errors name the file that is to come, not the temporary one it still is."""
     try:
         yield
     except SwaAvgError as error:
-        if error.file == str(file.path):
-            error.file = str(file.target)
+        if error.file is not None and (error.file + "/").startswith(f"{file.path}/"):
+            error.file = f"{file.target}{error.file.removeprefix(str(file.path))}"
         raise
 
 
@@ -201,80 +205,6 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
         folder=options.folder,
     ) as code:
         yield Session(options, code, ranks)
-
-
-def choice_of(
-    path: Path, key: Sequence[str] = (), ema: bool | None = None
-) -> tuple[Sequence[str], bool | None]:
-    """Return which weights of a file are meant: those that its average was put in, if it says so.
-
-    Args:
-        path: The file.
-        key: The dotted path to its state_dict, or the paths, as the user gave them.
-        ema: Whether the averaged weights are meant, as the user said.
-    """
-    if key or ema is not None or not path.is_file():
-        return key, ema
-    checkpoint = open_checkpoint(path)
-    try:
-        said = provenance.of(checkpoint)
-        if said is None:
-            return key, ema
-        places, half = said.options.get("key", ()), said.options.get("ema")
-        places = (places,) if isinstance(places, str) else places
-        if isinstance(places, list | tuple) and half in (None, True, False):
-            kept = tuple(map(str, places))
-            find_state_dict(checkpoint, kept, half)
-            return kept, half
-    except LayoutError:  # the average was written without its wrapper
-        pass
-    finally:
-        checkpoint.close()
-    return key, ema
-
-
-@contextmanager
-def copy_of(
-    path: Path, key: Sequence[str] = (), ema: bool | None = None
-) -> Iterator[AtomicFile | RemoteFile]:
-    """Give a copy of a checkpoint that takes its place when it is committed.
-
-    Its bytes are checked against the checksums that it carries.
-
-    Raises:
-        SwaAvgError: It is not there, is no checkpoint, or is damaged.
-    """
-    if not path.exists():
-        raise OutputError(
-            "does not exist",
-            file=path,
-            expected="an average whose BatchNorm is to be recomputed",
-            remedy="Give the checkpoints to average, or name a file with -o",
-        )
-    if path.is_dir():
-        raise OutputError("is a folder", file=path, expected="a file that holds the average")
-    checkpoint = open_checkpoint(path)
-    try:
-        state = find_state_dict(checkpoint, key, ema)
-        check_choice(state, key, ema)
-        (source,) = checkpoint.files
-        verify((ref.record, name) for name, ref in state.tensors.items())
-        with _replacement(path, source) as file:
-            place = 0
-            for chunk in source.chunks(0, source.size):
-                file.write(chunk, place)
-                place += len(chunk)
-            source.check_unchanged()
-            yield file
-    finally:
-        checkpoint.close()
-
-
-def _replacement(path: Path, read: InputFile) -> AtomicFile | RemoteFile:
-    """Open what takes the place of a file, as long as that is the one that was read."""
-    if is_remote(path):
-        return RemoteFile(path, read.size, over=read.source)
-    return AtomicFile(path, read.size, over=read.source.state)
 
 
 def read_state(state: StateDict) -> OrderedDict[str, Any]:
@@ -305,6 +235,12 @@ def _replaced(
         ref = state.tensors.get(name)
         if ref is None:  # num_batches_tracked, which files from before torch 0.4.1 lack
             continue
+        if ref.parts:
+            raise OutputError(
+                "is stored in several parts, which cannot be replaced where they are",
+                tensor=name,
+                remedy="Average to a file with -o, and recompute it there",
+            )
         record = ref.record
         if record not in contents:
             contents[record] = bytearray(record.file.read(record.offset, record.length))
@@ -323,9 +259,9 @@ def _replaced(
 
 
 def _read_back(
-    path: Path, patches: Sequence[tuple[int, bytes]], key: Sequence[str], ema: bool | None
+    path: Path, patches: Sequence[tuple[Path, int, bytes]], key: Sequence[str], ema: bool | None
 ) -> None:
-    """Read again what was replaced, and open the file as anybody will.
+    """Read again what was replaced, and open the checkpoint as anybody will.
 
     Raises:
         SwaAvgError: It is not what was to be written.
@@ -333,12 +269,15 @@ def _read_back(
     checkpoint = open_checkpoint(path)
     try:
         find_state_dict(checkpoint, key, ema)
-        (file,) = checkpoint.files
-        for place, data in patches:
-            if file.read(place, len(data)) != data:
-                raise OutputError(f"is not what was to be written, at byte {place}", file=path)
     finally:
         checkpoint.close()
+    for inner, place, data in patches:
+        file = InputFile(inner)
+        try:
+            if file.read(place, len(data)) != data:
+                raise OutputError(f"is not what was to be written, at byte {place}", file=inner)
+        finally:
+            file.close()
 
 
 def _check_own_place(

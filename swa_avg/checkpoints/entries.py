@@ -16,7 +16,15 @@ from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_avera
 from swa_avg.checkpoints.places import Places, no_average, no_state_dict, only_of
 from swa_avg.checkpoints.tree import at, flattened, mapping, split_prefix, tensor_count
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import Checkpoint, Dict, Stream, UnreadableTensor, described
+from swa_avg.formats import (
+    ROOT,
+    Checkpoint,
+    Components,
+    Dict,
+    Stream,
+    UnreadableTensor,
+    described,
+)
 from swa_avg.tensors import Tensor, TensorRef, View, in_groups, is_optimizer, optimizer_groups
 
 # What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.
@@ -66,8 +74,8 @@ def read_part(
     cut = chosen.cut if chosen else ""
     entries = {name: entries[of] for name, of in chosen.names.items()} if chosen else entries
     metadata = _metadata(there, prefix + cut)
-    if not alone and place not in WEIGHTS:
-        added = place.rpartition(".")[2] + "."
+    added = "" if alone else _added(checkpoint, place)
+    if added:
         entries = {added + name: value for name, value in entries.items()}
         metadata = metadata and {
             (added + path).removesuffix("."): value for path, value in metadata.items()
@@ -75,6 +83,13 @@ def read_part(
     counter = there.get(_COUNTER) if "module." in prefix else None
     known = counter if isinstance(counter, View | TensorRef) else None
     return Part(prefix + cut, entries, metadata, known, notes)
+
+
+def _added(checkpoint: Checkpoint, place: str) -> str:
+    """Return what the names of one of several places begin with."""
+    if isinstance(checkpoint.tree, Components):
+        return "" if place == ROOT else f"{place}/"
+    return "" if place in WEIGHTS else place.rpartition(".")[2] + "."
 
 
 def _named(checkpoint: Checkpoint, place: str) -> tuple[Mapping[object, object], str]:

@@ -25,7 +25,7 @@ from swa_avg.checkpoints.places import (
 )
 from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import Checkpoint
+from swa_avg.formats import Checkpoint, Components, averages
 from swa_avg.tensors import TensorRef, View, is_optimizer
 
 
@@ -105,14 +105,17 @@ def find_state_dict(
         LayoutError: There is none, there are several, or it holds what cannot be averaged.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
-    found = places(checkpoint.tree)
+    tree = checkpoint.tree
+    found = _pairs(tree) if isinstance(tree, Components) else places(tree)
     taken, notes = (keys, []) if keys else _locate(checkpoint, found, ema)
+    # Of a folder of several models each place is one of the two already.
+    half = None if keys or isinstance(tree, Components) else ema
     entries: dict[str, object] = {}
     metadata: dict[str, object] = {}
     prefixes: list[str] = []
     counter = None
     for place in taken:
-        part = read_part(checkpoint, place, len(taken) == 1, None if keys else ema, found)
+        part = read_part(checkpoint, place, len(taken) == 1, half, found)
         twice = [name for name in part.entries if name in entries]
         if twice:
             raise LayoutError(f"has {listed(twice)} at {place} and before", file=checkpoint.path)
@@ -225,6 +228,8 @@ def _locate(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return the one place of the state_dict, or those of its parts, and notes; or refuse."""
     tree = checkpoint.tree
+    if isinstance(tree, Components):
+        return _components(checkpoint, tree, found, ema)
     if ema and (found.averages or found.unnamed):
         return (only_of(checkpoint, found.averages, found.unnamed),), []
     try:
@@ -233,6 +238,25 @@ def _locate(
         if ema and not tensor_count(tree):
             raise no_average(checkpoint) from error
         raise
+
+
+def _pairs(tree: Components) -> Places:
+    """Return which components of a folder are averages of others, and of which."""
+    pairs = {average: raw for average, raw in averages(tree).items() if raw is not None}
+    return replace(NOWHERE, weights=tuple(pairs.values()), averages=tuple(pairs))
+
+
+def _components(
+    checkpoint: Checkpoint, tree: Components, found: Places, ema: bool | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the components of a folder that are averaged, each by itself.
+
+    Of a component and an average of it one is taken.
+    """
+    if ema and not averages(tree):
+        raise no_average(checkpoint)
+    passed = found.weights if ema else found.averages
+    return tuple(name for name in tree if name not in passed), []
 
 
 def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, ...], list[str]]:

@@ -187,28 +187,29 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
     with ExitStack() as entered:
         # Planned first: what the headers tell needs none of the user's code.
         averaging = entered.enter_context(_planned(run)) if averages else None
-        if averaging and averaging.is_folder:
-            raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
         beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
-        from swa_avg.batchnorm import Recompute, choice_of, copy_of, session
+        from swa_avg.batchnorm import Recompute, copy_of, session
 
+        report, key, ema = None, run.options.key, run.options.ema
+        if not averages and _leads():
+            # Before any of the user's code: what may not be replaced is refused at once.
+            there = copy_of(run.output, key, ema=ema, force=run.options.force)
+            copy = entered.enter_context(there)
+            file, key, ema = copy.file, copy.key, copy.ema
         entered.enter_context(_apart(run))
         bn = entered.enter_context(session(Recompute(**bn_options), ranks))
         written = averaging and entered.enter_context(_written(averaging, run, ranks))
         if not bn.leads:
             bn.follow()
             return
-        report, key, ema = None, run.options.key, run.options.ema
         if written:
             file, report = written
             if not run.options.keep_wrapper:
                 key, ema = (), None  # our own output holds nothing but the state_dict
-        else:
-            key, ema = choice_of(run.output, key, ema)
-            file = entered.enter_context(copy_of(run.output, key, ema))
         with bar(bn.batches, run.quiet, "batch", "recomputing BatchNorm", _streams().err) as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
+        size = file.size
         notes = (*notes, *_commit(file))
         averaged = report.to_dict() if report else {"output": str(run.output)}
         made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
@@ -222,7 +223,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             _show_average(report, averaging, run)
         _say(messages.of_recompute(batchnorm, layers=run.verbose))
         _note(notes)
-        _say([messages.of_output(str(run.output), run.output.stat().st_size)])
+        _say([messages.of_output(str(run.output), size)])
 
 
 def _search(run: Run, wanted: Search) -> None:

@@ -51,7 +51,7 @@ _GROUPS = {
 BATCHNORM = ("data", "model", "forward", "device", "estimator", "batches", "amp")
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
-_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run", "force")
+_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
 
 
 class GroupedCommand(click.Command):

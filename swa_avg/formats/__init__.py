@@ -8,12 +8,14 @@ of what the tensors are for.
 from swa_avg.formats.checkpoint import (
     PROVENANCE,
     Checkpoint,
+    Components,
     Layout,
     OutputStateDict,
     OutputStorage,
     OutputTensor,
     Splice,
 )
+from swa_avg.formats.components import ROOT, averages
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.opening import (
@@ -27,12 +29,16 @@ from swa_avg.formats.opening import (
     with_provenance,
 )
 from swa_avg.formats.pickled import Dict, Inert, Stream, UnreadableTensor, described, holds_stream
+from swa_avg.formats.sharded_layout import FolderLayout, leaves, links_note
 
 __all__ = [
     "PROVENANCE",
+    "ROOT",
     "Checkpoint",
+    "Components",
     "DcpLayout",
     "Dict",
+    "FolderLayout",
     "Form",
     "Headers",
     "Inert",
@@ -43,12 +49,15 @@ __all__ = [
     "Splice",
     "Stream",
     "UnreadableTensor",
+    "averages",
     "checksum_places",
     "described",
     "form_of",
     "holds_stream",
     "is_checkpoint",
     "layout_for",
+    "leaves",
+    "links_note",
     "open_checkpoint",
     "patch",
     "with_provenance",

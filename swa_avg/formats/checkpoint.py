@@ -15,6 +15,10 @@ PROVENANCE = "swa_avg.json"
 MOST_PROVENANCE_BYTES = 64 << 20
 
 
+class Components(dict[str, object]):
+    """The tree of a folder of several models: each component's path, and what it holds."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of which only the headers have been read.

@@ -18,9 +18,9 @@ from pathlib import Path
 from swa_avg.errors import FormatError, listed
 from swa_avg.formats import pickles, single
 from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.components import is_inside, trainer_state
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.pickled import Global, Inert, described
-from swa_avg.formats.sharded import is_inside, trainer_state
 from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 

@@ -21,6 +21,7 @@ from swa_avg.formats import (
     dcp_layout,
     safetensors,
     sharded,
+    sharded_layout,
     single,
     torch_zip,
     zip_directory,
@@ -29,10 +30,12 @@ from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
     PROVENANCE,
     Checkpoint,
+    Components,
     Layout,
     OutputStateDict,
     Splice,
 )
+from swa_avg.formats.components import ROOT
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.single import open_file
 from swa_avg.storage import InputFile, path_of
@@ -125,7 +128,9 @@ def _with_provenance(folder: Checkpoint) -> Checkpoint:
         raise
     said = file.read(0, min(file.size, MOST_PROVENANCE_BYTES))
     file.close()
-    return replace(folder, provenance=said.decode("ascii", "replace"))
+    # What the folder says is of all its files; a record in one of them is an older one.
+    text = said.decode("ascii", "replace")
+    return replace(folder, provenance=text, provenance_record=None)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -166,11 +171,14 @@ def layout_for(
         form: Its form.
         state_dict: What is written.
         like: The input that a folder's small files are taken from.
-        where: The dotted path to the state_dict in it, which a distributed checkpoint keeps.
+        where: Where the state_dict is in it: the dotted path, which a distributed checkpoint
+            keeps, or the components.
         shard_bytes: The most bytes in one file of a folder; None takes 5 GB.
     """
     if form is Form.FOLDER:
-        return sharded.layout(state_dict, like.path, shard_bytes or sharded.SHARD_BYTES)
+        parts = where.split(" + ") if isinstance(like.tree, Components) else (ROOT,)
+        shard_bytes = shard_bytes or sharded_layout.SHARD_BYTES
+        return sharded_layout.layout(state_dict, like.path, parts, shard_bytes)
     if form is Form.DCP:
         return dcp_layout.layout(state_dict, where)
     if form is Form.SAFETENSORS:
@@ -180,28 +188,32 @@ def layout_for(
 
 def patch(
     checkpoint: Checkpoint, contents: Mapping[Record, bytes], provenance: str
-) -> Iterator[tuple[int, bytes]]:
+) -> Iterator[tuple[Path, int, bytes]]:
     """Yield what to write into a copy of a checkpoint to replace whole records of it.
 
     Args:
-        checkpoint: A checkpoint of one file.
+        checkpoint: A checkpoint.
         contents: The bytes of records, as many as they have.
         provenance: What it is to say of how it was made, as long as what it says now.
 
     Yields:
-        A place in the file, and the bytes that go there.
+        A file of the checkpoint, a place in it, and the bytes that go there.
     """
-    (file,) = checkpoint.files
+    beside = checkpoint.path / PROVENANCE
     if checkpoint.provenance_record:
         contents = {**contents, checkpoint.provenance_record: provenance.encode()}
+    elif provenance and checkpoint.path.is_dir() and beside.exists():
+        yield beside, 0, provenance.encode()
     elif provenance:
+        (file,) = checkpoint.files
         with suppress(ValueError):  # somebody has taken out the room that we left for it
-            yield 0, safetensors.restated(file, provenance)
-    places = checksum_places(file)
+            yield file.path, 0, safetensors.restated(file, provenance)
+    places = {file: checksum_places(file) for file in {record.file for record in contents}}
     for record, data in contents.items():
-        yield record.offset, data
-        for place in places.get(record.offset, ()):
-            yield place, struct.pack("<I", crc32(data))
+        path, start = record.file.path, record.file.start
+        yield path, start + record.offset, data
+        for place in places[record.file].get(record.offset, ()):
+            yield path, start + place, struct.pack("<I", crc32(data))
 
 
 def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:

@@ -13,7 +13,7 @@ import stat
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from swa_avg.errors import OutputError, listed
@@ -23,10 +23,19 @@ from swa_avg.storage.files import InputFile
 from swa_avg.storage.partial import Draft, Drafts, refusal
 from swa_avg.storage.remote import is_remote
 
-# Files of weights in a folder: of Hugging Face, whatever their number, and of a distributed one.
+# Files of weights in a folder: of Hugging Face, in shards or not, with the number of a further
+# model, for a variant; and of a distributed one.
 _WEIGHTS = re.compile(
-    r"(adapter_|(diffusion_)?pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?"
+    r"(?P<stem>[^.]+?)(_\d+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
     r"|__\d+_\d+\.distcp|\.metadata"
+)
+_STEMS = (
+    "model",
+    "pytorch_model",
+    "diffusion_pytorch_model",
+    "adapter_model",
+    "open_clip_model",
+    "pytorch_lora_weights",
 )
 
 
@@ -101,6 +110,8 @@ def _is_beneath(path: Path, folder: Path) -> bool:
 def check_replaceable(target: Path, names: Iterable[str], called: Path | None = None) -> None:
     """Refuse to replace a folder that holds more than weights and what takes its place.
 
+    Weights may go where the new folder has files, not from other sub-folders.
+
     Args:
         target: The output, a folder that may exist.
         names: The files that the new folder will have.
@@ -111,15 +122,28 @@ def check_replaceable(target: Path, names: Iterable[str], called: Path | None = 
     """
     if not target.is_dir():
         return
-    kept = set(names)
-    there = (path.relative_to(target).as_posix() for path in target.rglob("*"))
-    lost = sorted(name for name in there if name not in kept and not _WEIGHTS.fullmatch(name))
+    kept = {PurePosixPath(name) for name in names}
+    homes = {home for name in kept for home in name.parents}
+    there = {PurePosixPath(path.relative_to(target).as_posix()) for path in target.rglob("*")}
+    lost = sorted(
+        name.as_posix()
+        for name in there - kept - homes
+        if name.parent not in homes or not _are_weights(name, kept)
+    )
     if lost:
         raise OutputError(
             f"holds what would be lost: {listed(lost)}",
             file=called or target,
             remedy="Choose another output with -o, or move it away first",
         )
+
+
+def _are_weights(name: PurePosixPath, new: Iterable[PurePosixPath]) -> bool:
+    """Tell whether a file holds weights, under a usual name or one that a new file has."""
+    found = _WEIGHTS.fullmatch(name.name)
+    others = (_WEIGHTS.fullmatch(other.name) for other in new)
+    stems = {*_STEMS, *(other["stem"] for other in others if other)}
+    return found is not None and (found["stem"] or _STEMS[0]) in stems
 
 
 class AtomicFile(AbstractContextManager["AtomicFile"]):
@@ -133,6 +157,7 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
     Attributes:
         target: The name that the user gave.
         path: Where its bytes are until it is committed.
+        size: How many they are.
     """
 
     def __init__(self, target: Path, size: int, *, force: bool = True, over: State = None) -> None:
@@ -148,6 +173,7 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
             OutputError: The system refuses.
         """
         self.target = target
+        self.size = size
         self._force = force
         self._over = over
         self._final = Path(os.path.realpath(target))
@@ -230,9 +256,18 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
     Attributes:
         target: The name that the user gave.
         path: Where its files are, under their names, until it is committed.
+        files: The sizes of its files by their names, in the order of their places.
+        size: The sum of them.
     """
 
-    def __init__(self, target: Path, files: Mapping[str, int], *, force: bool = True) -> None:
+    def __init__(
+        self,
+        target: Path,
+        files: Mapping[str, int],
+        *,
+        force: bool = True,
+        over: Mapping[str, State] | None = None,
+    ) -> None:
         """Make room for it beside its target.
 
         Args:
@@ -240,12 +275,16 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
             files: The size of each of its files, by their names.
             force: Whether it may replace a folder, which must hold nothing but weights and
                 files of these names; checked again when it is committed.
+            over: The states, by their names, of the files of the only folder that it may
+                replace, if it may replace but one.
 
         Raises:
             OutputError: The system refuses.
         """
         self.target = target
-        self._names = frozenset(files)
+        self.files = dict(files)
+        self._over = over or {}
+        self.size = sum(files.values())
         self._force = force
         self._final = Path(os.path.realpath(target))
         self._opened = ExitStack()
@@ -325,6 +364,8 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
             self.sync()
             if self._force:
                 notes = _replacing(self.target, self._found, commit.state_of(self._final))
+                if self._over:
+                    self._check(self._final)
                 commit.put_folder(self.path, self._final, self._check)
             else:
                 commit.put_new(self.path, self._final)
@@ -332,7 +373,9 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         return notes
 
     def _check(self, folder: Path) -> None:
-        check_replaceable(folder, self._names, self.target)
+        if any(commit.state_of(folder / name) != state for name, state in self._over.items()):
+            raise commit.ReplacedError
+        check_replaceable(folder, self.files, self.target)
 
     def _discard(self) -> None:
         self._opened.close()

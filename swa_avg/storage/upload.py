@@ -95,6 +95,7 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
     Attributes:
         target: The name that the user gave.
         path: Where its bytes are until it is committed.
+        size: How many they are.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
             OutputError: There is no room here.
         """
         self.target = target
-        self._size = size
+        self.size = size
         self._force = force
         self._over = over
         self._opened = ExitStack()
@@ -159,11 +160,11 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
             fs.put_file(str(self.path), place)
             fs.invalidate_cache()
             there = fs.info(place)["size"]
-            if there != self._size:
+            if there != self.size:
                 raise OutputError(
                     f"has {there} bytes after its upload",
                     file=self.target,
-                    expected=str(self._size),
+                    expected=str(self.size),
                 )
             if place != remote.key:
                 fs.mv(place, remote.key)

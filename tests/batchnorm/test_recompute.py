@@ -176,7 +176,7 @@ def test_in_place_touches_only_the_buffers(folder: Path, run: Run) -> None:
     torch.save(wrapped, target)
     with zipfile.ZipFile(target) as archive:
         before = {name: archive.read(name) for name in archive.namelist()}
-    code, out, _ = run("--recompute-bn", "--data", "mod:loader", "--json")
+    code, out, _ = run("--recompute-bn", "--data", "mod:loader", "--json", "--force")
     assert code == 0
     with zipfile.ZipFile(target) as archive:
         assert archive.testzip() is None
@@ -197,7 +197,7 @@ def test_safetensors_in_place(folder: Path, run: Run) -> None:
     """A safetensors file keeps its header and its weights, byte for byte."""
     save_file(torch.load("ckpts/epoch_3.pt")["model"], "swa.safetensors")
     before, given = Path("swa.safetensors").read_bytes(), load_file("swa.safetensors")
-    assert run("-o", "swa.safetensors", "--recompute-bn", "--data", "mod:loader")[0] == 0
+    assert run("-o", "swa.safetensors", "--recompute-bn", "--data", "mod:loader", "-f")[0] == 0
     after, made = Path("swa.safetensors").read_bytes(), load_file("swa.safetensors")
     header = 8 + int.from_bytes(before[:8], "little")
     assert after[:header] == before[:header] and len(after) == len(before)
@@ -270,7 +270,6 @@ def test_failures_leave_the_target(
         ["--recompute-bn", "--data", "mod:loader", "--dtype", "float16"],
         ["--recompute-bn", "--data", "mod:loader", "--bn-buffers", "mean"],
         ["--recompute-bn", "--data", "mod:loader", "--bn-batches", "0"],
-        ["--recompute-bn", "--data", "mod:loader", "--force"],
     ],
 )
 def test_options_that_would_be_ignored_are_usage_errors(
@@ -309,7 +308,7 @@ def test_buffers_without_room_of_their_own(folder: Path, run: Run, kind: str) ->
         state["1.running_mean"] = state["1.running_var"]
     torch.save(state, "swa.pt")
     before = Path("swa.pt").read_bytes()
-    code, _, err = run("--recompute-bn", "--data", "mod:loader")
+    code, _, err = run("--recompute-bn", "--data", "mod:loader", "--force")
     assert code == 1 and "1.running_" in err and "no room" in err
     assert Path("swa.pt").read_bytes() == before
 
@@ -335,7 +334,7 @@ def test_dry_run_says_what_would_be_recomputed(folder: Path, run: Run) -> None:
 
 
 def test_output_that_is_a_folder(folder: Path, run: Run) -> None:
-    """Statistics are put into a file; a folder is refused in one line, whatever is in it."""
+    """A folder that is no checkpoint is refused in one line."""
     (folder / "swa").mkdir()
     code, out, err = run("--recompute-bn", "--data", "mod:loader", "-o", "swa")
     assert (code, out, err.count("\n")) == (1, "", 1)
@@ -349,7 +348,7 @@ def test_names_under_a_prefix_and_without_counters(folder: Path, run: Run) -> No
     old = {f"net.{k}": v for k, v in plain.items() if not k.endswith("num_batches_tracked")}
     torch.save(old, folder / "old.pt")
     assert run("--recompute-bn", "--data", "mod:loader", "-q")[0] == 0
-    code, _, err = run("--recompute-bn", "--data", "mod:loader", "-o", "old.pt")
+    code, _, err = run("--recompute-bn", "--data", "mod:loader", "-o", "old.pt", "--force")
     assert code == 0
     assert "the prefix net. of the file's names was dropped to fit the model" in err
     right, found = torch.load(folder / "swa.pt"), torch.load(folder / "old.pt")
@@ -364,7 +363,7 @@ def test_statistic_that_the_file_cannot_hold(folder: Path, run: Run) -> None:
     path = folder / "half.pt"
     torch.save({k: v.half() for k, v in torch.load(averaged(folder, run)).items()}, path)
     before = path.read_bytes()
-    code, out, err = run("--recompute-bn", "--data", "mod:large", "-o", "half.pt")
+    code, out, err = run("--recompute-bn", "--data", "mod:large", "-o", "half.pt", "-f")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "1.running_mean: has a new statistic that float16 cannot hold" in err
     assert path.read_bytes() == before

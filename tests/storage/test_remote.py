@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import swa_avg
 from swa_avg.averaging.prepare import planned
-from swa_avg.batchnorm.recompute import copy_of
+from swa_avg.batchnorm import copy_of
 from swa_avg.errors import FileError, FormatError, OutputError, SwaAvgError
 from swa_avg.planning.settings import Options
 from swa_avg.storage.files import InputFile, reading_ahead
@@ -196,7 +196,8 @@ def test_in_place(memory: Any, tmp_path: Path) -> None:
     with swa_avg.open_checkpoint("memory://out/swa.pt") as checkpoint:
         assert "layers.49.bias" in checkpoint.names
         assert checkpoint.read("last").shape == (7, 9)
-    with copy_of(path_of("memory://out/swa.pt")) as file:
+    with copy_of(path_of("memory://out/swa.pt")) as copy:
+        file = copy.file
         file.write(b"X", len(whole) - 1)
         assert memory.cat("/out/swa.pt") == whole
         file.commit()

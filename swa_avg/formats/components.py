@@ -1,0 +1,264 @@
+"""What a Hugging Face folder is made of: names of weights, and the models that it holds.
+
+The name of a file of weights is made of a stem (`diffusion_pytorch_model`), perhaps a
+variant (`fp16`), and a suffix. Weights in shards have an index beside them, whose name
+is made of the same parts.
+
+Most folders hold one model. A sentence-transformers folder names its modules in
+`modules.json`, a diffusers pipeline its models in `model_index.json`; a training
+script of diffusers saves a folder for each model (`unet/`, `unet_ema/`), and PEFT one
+for each adapter that has a name. Such a model is a component of the folder. Only names
+and small JSON files are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from swa_avg.errors import FormatError
+from swa_avg.formats.checkpoint import PROVENANCE
+from swa_avg.formats.safetensors import unique
+from swa_avg.storage import InputFile
+
+# What libraries look for, the first that is there counts; each may be in shards.
+_NAMES = (
+    "model.safetensors",  # transformers, sentence-transformers, accelerate
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",  # diffusers
+    "diffusion_pytorch_model.bin",
+    "adapter_model.safetensors",  # PEFT
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",  # diffusers
+    "pytorch_lora_weights.bin",
+    "open_clip_model.safetensors",  # OpenCLIP
+    "open_clip_pytorch_model.bin",
+)
+_STEMS = tuple(dict.fromkeys(name.partition(".")[0] for name in _NAMES))
+# What these stems become where the output is safetensors and the input is not.
+_RENAMED = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}
+# What stands between dots is a variant only where it is the name of one: a run may have
+# checkpoints that it calls `model.epoch_1.bin`.
+_VARIANTS = r"\.(?:b?fp?(?:16|32|8)|b?float16|int[48]|nf4|(?:non?_)?ema)"
+_WHOLE = re.compile(
+    rf"(?P<stem>{'|'.join(_STEMS)})(?P<variant>{_VARIANTS})?\.(?P<suffix>safetensors|bin)"
+)
+_INDEX = re.compile(
+    r"(?P<stem>.+?)(?:\.(?P<suffix>safetensors|bin))?\.index(?P<variant>\.\w+)?\.json"
+)
+ROOT = "."  # the component that lies in the folder itself
+_MODULES = "modules.json"
+_PIPELINE = "model_index.json"
+_ROUTER = "router_config.json"
+_ADAPTER = "adapter_config.json"
+# What only a checkpoint of a run has beside its models, never a folder of checkpoints.
+_RUN_STATE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|random_states|rng_state)(_\d+)*\.(bin|pt|pth|pkl|safetensors)"
+    rf"|trainer_state\.json|{re.escape(PROVENANCE)}"
+)
+# How diffusers calls the models of a pipeline, and its training scripts their folders.
+_MODELS = re.compile(
+    r"(unet|transformer|controlnet|text_encoder|image_encoder|vae|prior|decoder|vqvae|vqgan"
+    r"|adapter|t2iadapter|motion_adapter|unconditional|ema)([-_]?(\d|ema|lora|prior|decoder))*"
+    r"|(ema)[-_](unet|transformer|controlnet|prior|decoder|model)"
+)
+# A checkpoint's place in its run: such a folder is no component of the folder around it.
+_PLACE_IN_RUN = re.compile(
+    r"(?i)\d+|(.*[^a-z])?(best|last|latest|final)"
+    r"|(.*[^a-z])?(checkpoint|ckpt|epoch|ep|step|iter|iteration|model)s?[-_=]?\d.*"
+)
+# Words that say that the weights are averages of those of the run.
+_AVERAGES = {"ema", "swa", "avg", "average", "averaged"}
+_MOST_JSON_BYTES = 100_000_000
+_TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of weights, or the index of its shards.
+
+    Attributes:
+        path: Where it is.
+        stem: The first part of its name.
+        variant: The variant with its dot (`.fp16`), or nothing.
+        suffix: `safetensors` or `bin`; the name of an index may have neither.
+        is_index: Whether it is an index.
+    """
+
+    path: Path
+    stem: str
+    variant: str
+    suffix: str
+    is_index: bool
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether libraries look for this name when they are told nothing else."""
+        return not self.variant and f"{self.stem}.{self.suffix}" in _NAMES
+
+    @property
+    def _stem_written(self) -> str:
+        return _RENAMED.get(self.stem, self.stem) if self.suffix == "bin" else self.stem
+
+    def shard_written(self, number: int, count: int) -> str:
+        """Return the name of one of `count` safetensors files that hold the same model."""
+        part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+        return f"{self._stem_written}{self.variant}{part}.safetensors"
+
+    @property
+    def index_written(self) -> str:
+        """The name of the index of such files."""
+        return f"{self._stem_written}.safetensors.index{self.variant}.json"
+
+
+def candidates(folder: Path) -> Iterator[Weights]:
+    """Yield the files or indices that say what a folder's weights are, the best first."""
+    for name in _NAMES:
+        for path in (folder / name, folder / f"{name}.index.json"):
+            if path.exists():
+                yield _named(path)
+    found = [*folder.glob("*.*.safetensors"), *folder.glob("*.*.bin"), *folder.glob("*.index*json")]
+    others = [_named(path) for path in sorted(set(found)) if is_weights_name(path.name)]
+    yield from sorted(
+        (weights for weights in others if not weights.is_usual),
+        key=lambda weights: (weights.variant, weights.suffix != "safetensors"),
+    )
+
+
+def is_weights_name(name: str) -> bool:
+    """Tell whether a name is that of a file of weights, or of an index."""
+    return bool(_WHOLE.fullmatch(name) or _INDEX.fullmatch(name))
+
+
+def _named(path: Path) -> Weights:
+    whole, index = _WHOLE.fullmatch(path.name), _INDEX.fullmatch(path.name)
+    found = whole or index
+    assert found is not None
+    return Weights(
+        path, found["stem"], found["variant"] or "", found["suffix"] or "", whole is None
+    )
+
+
+def components(folder: Path) -> tuple[str, ...]:
+    """Return the paths, within a folder, of the models that it is made of; ROOT is itself.
+
+    None where the folder is no checkpoint.
+    """
+    found = [ROOT] if has_weights(folder) else []
+    named = list(declared(folder))
+    found += [name for name in named if has_weights(folder / name)]
+    if not named and (not found or (folder / _ADAPTER).exists()):
+        found += _saved_apart(folder, adapters=bool(found))
+    return tuple(dict.fromkeys(found))
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether there are weights in a folder itself."""
+    return next(candidates(folder), None) is not None
+
+
+def declared(folder: Path) -> Iterator[str]:
+    """Yield the paths of sub-folders that the folder's own small files speak of."""
+    if (folder / _MODULES).exists():
+        modules = read_json(folder / _MODULES)
+        paths = (module.get("path") for module in modules if isinstance(module, dict))
+        for path in paths if isinstance(modules, list) else ():
+            if isinstance(path, str) and path and is_inside(path):
+                inner = str(PurePosixPath(path))
+                yield inner
+                yield from _routed(folder, inner)
+        yield from _routed(folder, ROOT)
+    if (folder / _PIPELINE).exists():
+        index = read_json(folder / _PIPELINE)
+        for name, kind in index.items() if isinstance(index, dict) else ():
+            if isinstance(kind, list) and is_inside(name) and (folder / name).is_dir():
+                yield name
+
+
+def _routed(folder: Path, path: str) -> Iterator[str]:
+    """Yield the paths of the modules between which a router of sentence-transformers chooses."""
+    config = folder / path / _ROUTER
+    if not config.exists():
+        return
+    said = read_json(config)
+    types = said.get("types") if isinstance(said, dict) else None
+    for name in types if isinstance(types, dict) else ():
+        if is_inside(name):
+            yield name if path == ROOT else f"{path}/{name}"
+
+
+def _saved_apart(folder: Path, adapters: bool) -> list[str]:
+    """Return the sub-folders in which a run has saved its models, each by itself.
+
+    Args:
+        folder: The folder around them.
+        adapters: Whether only adapters of PEFT are meant: the folder holds one itself.
+    """
+    entries = sorted(folder.iterdir())
+    names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    places = [name for name in names if _PLACE_IN_RUN.fullmatch(name)]
+    if places and not adapters:
+        return []
+    found = [name for name in names if name not in places and has_weights(folder / name)]
+    adapted = [name for name in found if (folder / name / _ADAPTER).exists()]
+    if adapters or adapted == found:
+        return adapted
+    known = any(map(_MODELS.fullmatch, found)) or any(averages(found).values())
+    return found if known or any(_RUN_STATE.fullmatch(entry.name) for entry in entries) else []
+
+
+def averages(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the components that are averages by their names, with the one that each belongs to.
+
+    An average that belongs to none of the others (to None) is the only one of its kind.
+    """
+    words = {name: re.split(r"[-_.]", name.lower()) for name in names}
+    rest = {name: [word for word in words[name] if word not in _AVERAGES] for name in words}
+    raw = [name for name in words if words[name] == rest[name]]
+    found: dict[str, str | None] = {}
+    for name in words:
+        if name not in raw:
+            # `ema` alone belongs to the one model beside it.
+            of = [one for one in raw if rest[one] == rest[name]] or ([] if rest[name] else raw)
+            found[name] = of[0] if len(of) == 1 else None
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of reasonable size in which no name occurs twice.
+
+    Raises:
+        FormatError: It is no such file.
+        FileError: It cannot be opened.
+    """
+    file = InputFile(path)
+    try:
+        if file.size > _MOST_JSON_BYTES:
+            raise ValueError(f"{file.size} bytes long")
+        return json.loads(file.read(0, file.size).decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"is no sound JSON ({error})", file=path, remedy="The file is damaged"
+        ) from error
+    finally:
+        file.close()
+
+
+def trainer_state(folder: Path) -> object:
+    """Return what transformers' Trainer records beside the weights, or None."""
+    path = folder / _TRAINER_STATE
+    return read_json(path) if path.exists() else None
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a relative path leads to something in its own folder.
+
+    A symbolic link there may lead elsewhere: the hub's cache is made of them.
+    """
+    parts = PurePosixPath(name).parts
+    harmful = {"/", "\\", "..", "\0"}
+    return bool(parts) and not any(part in harmful or set(part) & {"\\", "\0"} for part in parts)

@@ -1,0 +1,275 @@
+"""The writer of Hugging Face folders, as `save_pretrained` would have written them.
+
+Safetensors files under the name that the weights of the input have, in shards with an
+index where they are large; a sub-folder for each component; and the small files that
+a model is not complete without (configuration, tokenizer, templates, its own code). A
+link among these is followed only within the folder, or as the hub's cache is made of
+them: elsewhere it would bring another file of the user along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from swa_avg.errors import listed
+from swa_avg.formats.checkpoint import PROVENANCE, Layout, OutputStateDict
+from swa_avg.formats.components import (
+    ROOT,
+    averages,
+    candidates,
+    components,
+    declared,
+    is_weights_name,
+)
+from swa_avg.formats.safetensors import layout as safetensors_layout
+from swa_avg.storage import InputFile, is_remote
+
+SHARD_BYTES = 5_000_000_000
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
+_MOST_SIDE_BYTES = 100_000_000
+# What belongs to the run, not to the model.
+_OF_THE_RUN = ("trainer_state.json", PROVENANCE)
+# Where transformers puts further chat templates.
+_TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A safetensors file of the output: its name, and which storages of all it holds."""
+
+    name: str
+    layout: Layout
+    storages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """A folder of files that lie, as far as places are concerned, one behind the other.
+
+    Attributes:
+        shards: Its safetensors files.
+        others: Its other files, by name.
+        notes: What a user should know about files that are not in it.
+    """
+
+    shards: tuple[_Shard, ...]
+    others: Mapping[str, bytes]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """The size of each file, in their order."""
+        sizes = {shard.name: shard.layout.size for shard in self.shards}
+        return sizes | {name: len(data) for name, data in self.others.items()}
+
+    @property
+    def size(self) -> int:
+        """The size of all files in bytes."""
+        return sum(self.files.values())
+
+    @property
+    def places(self) -> Sequence[int]:
+        """Where each storage's first byte goes, in the order of the storages."""
+        places: dict[int, int] = {}
+        start = 0
+        for shard in self.shards:
+            for storage, place in zip(shard.storages, shard.layout.places, strict=True):
+                places[storage] = start + place
+            start += shard.layout.size
+        return [places[storage] for storage in range(len(places))]
+
+    def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
+        """Yield all bytes that are no storage's, with their places."""
+        start = 0
+        for shard in self.shards:
+            for place, data in shard.layout.headers(checksums, ""):
+                yield start + place, data
+            start += shard.layout.size
+        for name, data in self.others.items():
+            yield start, provenance.encode() if name == PROVENANCE else data
+            start += len(data)
+
+
+def layout(
+    state_dict: OutputStateDict,
+    like: Path,
+    where: Sequence[str] = (ROOT,),
+    shard_bytes: int = SHARD_BYTES,
+) -> FolderLayout:
+    """Lay out a folder of safetensors files as `save_pretrained` writes it.
+
+    Args:
+        state_dict: What is written.
+        like: A folder of the same model: its small files go along, and its weights'
+            names are taken over.
+        where: The components that are written. Names of the state_dict begin with
+            the component and a slash, but for ROOT, or where it is the only one.
+        shard_bytes: The most bytes of tensors in one file, unless one tensor has more.
+    """
+    shards: list[_Shard] = []
+    indices: dict[str, bytes] = {}
+    for component, members in _members(state_dict, where).items():
+        weights = next(candidates(like / component if component != ROOT else like))
+        before = "" if component == ROOT else f"{component}/"
+        # The names of a component that is written alone are those of its own files.
+        prefix = before if len(where) > 1 else ""
+        groups = _grouped(state_dict, members, shard_bytes)
+        made = []
+        for number, group in enumerate(groups, 1):
+            laid_out = safetensors_layout(_part(state_dict, group, prefix))
+            made.append(_Shard(weights.shard_written(number, len(groups)), laid_out, group))
+        if len(groups) > 1:
+            indices[before + weights.index_written] = _index(state_dict, made, prefix)
+        shards += [replace(shard, name=before + shard.name) for shard in made]
+    beside = side_files(like, _parts(like, where))
+    others = beside.contents | indices
+    if state_dict.provenance:
+        others[PROVENANCE] = state_dict.provenance.encode()
+    return FolderLayout(tuple(shards), others, (*beside.notes, *_left_out(like, where)))
+
+
+def _parts(like: Path, where: Sequence[str]) -> tuple[str, ...]:
+    """Return the sub-folders whose small files belong to what is written.
+
+    What speaks of all models goes along only where all of them do.
+    """
+    return tuple(where) if _not_written(like, where) else (ROOT, *where, *declared(like))
+
+
+def _not_written(like: Path, where: Sequence[str]) -> list[str]:
+    """Return the components that are not written, and are no averages of others."""
+    names = components(like)
+    passed = {name for pair in averages(names).items() if set(pair) & set(where) for name in pair}
+    return [name for name in names if name not in where and name not in passed]
+
+
+def _left_out(like: Path, where: Sequence[str]) -> Iterator[str]:
+    names = _not_written(like, where)
+    if names:
+        yield f"{like}: {listed(names)}: not averaged; not in the output"
+
+
+def _members(state_dict: OutputStateDict, where: Sequence[str]) -> dict[str, list[int]]:
+    """Return the storages of each component, in their order."""
+    members: dict[str, dict[int, None]] = {component: {} for component in where}
+    # Of `a/b` and `a` the longer one: a component may lie in another one.
+    inner = sorted((one for one in where if one != ROOT), key=len, reverse=True)
+    for name, tensor in state_dict.tensors.items():
+        home = next((one for one in inner if name.startswith(f"{one}/")), ROOT)
+        members[where[0] if len(where) == 1 else home][tensor.storage] = None
+    return {component: sorted(storages) for component, storages in members.items()}
+
+
+def _grouped(
+    state_dict: OutputStateDict, members: Sequence[int], shard_bytes: int
+) -> list[tuple[int, ...]]:
+    """Deal storages out into shards, in their order."""
+    groups: list[list[int]] = [[]]
+    filled = 0
+    for number in members:
+        nbytes = state_dict.storages[number].nbytes
+        if groups[-1] and filled + nbytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += nbytes
+    return [tuple(group) for group in groups]
+
+
+def _part(state_dict: OutputStateDict, group: tuple[int, ...], prefix: str) -> OutputStateDict:
+    """Return the state_dict of one shard, its storages numbered anew, names without `prefix`."""
+    numbers = {storage: number for number, storage in enumerate(group)}
+    items = {
+        name.removeprefix(prefix): replace(tensor, storage=numbers[tensor.storage])
+        for name, tensor in state_dict.tensors.items()
+        if tensor.storage in numbers
+    }
+    storages = tuple(state_dict.storages[number] for number in group)
+    return OutputStateDict(storages, items, text=state_dict.text)
+
+
+def _index(state_dict: OutputStateDict, shards: Sequence[_Shard], prefix: str) -> bytes:
+    """Return the index of shards; a tied name is in its keeper's metadata, not in the index."""
+    first: dict[int, str] = {}
+    for name, tensor in state_dict.tensors.items():
+        first.setdefault(tensor.storage, name.removeprefix(prefix))
+    weight_map = {first[storage]: shard.name for shard in shards for storage in shard.storages}
+    total = sum(state_dict.storages[n].nbytes for shard in shards for n in shard.storages)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """Small files, and which ones were left out.
+
+    Attributes:
+        contents: The bytes of each, by its path in the folder.
+        notes: What was left out and why.
+    """
+
+    contents: dict[str, bytes]
+    notes: tuple[str, ...]
+
+
+def side_files(folder: Path, parts: Iterable[str]) -> SideFiles:
+    """Read the small files of a folder.
+
+    Args:
+        folder: The folder.
+        parts: The paths of those of its sub-folders that belong to the model; `.` is itself.
+    """
+    contents: dict[str, bytes] = {}
+    leaving: list[str] = []
+    large: list[str] = []
+    for name, path in _wanted(folder, parts):
+        if leaves(path, folder):
+            leaving.append(name)
+            continue
+        file = InputFile(path)
+        try:
+            if file.size <= _MOST_SIDE_BYTES:
+                contents[name] = file.read(0, file.size)
+            else:
+                large.append(name)
+        finally:
+            file.close()
+    notes = [links_note(folder, leaving)] if leaving else []
+    if large:
+        notes.append(f"{folder}: {listed(large)}: larger than 100 MB; not copied")
+    return SideFiles(contents, tuple(notes))
+
+
+def _wanted(folder: Path, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Yield the small files by their kind, whatever they are or lead to."""
+    for part in dict.fromkeys(parts):
+        for inner in (part, f"{part}/{_TEMPLATES}"):
+            home = folder / inner if inner != "." else folder
+            for path in sorted(home.iterdir()) if home.is_dir() else ():
+                passed = path.name in _OF_THE_RUN or is_weights_name(path.name)
+                if not passed and path.suffix in _SIDE_SUFFIXES and path.is_file():
+                    yield "/".join([*inner.split("/"), path.name]).removeprefix("./"), path
+
+
+def leaves(path: Path, folder: Path) -> bool:
+    """Tell whether a path in a folder leads, by a link, to a file outside of it.
+
+    What lies in the `blobs` of the hub's cache is not outside for a folder of its `snapshots`.
+    """
+    if is_remote(path):
+        return False
+    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    if home in real.parents:
+        return False
+    caches = [outer.parent for outer in (home, *home.parents) if outer.name == "snapshots"]
+    return not any(real.parent == cache / "blobs" for cache in caches)
+
+
+def links_note(folder: Path, names: list[str]) -> str:
+    """Return what the user should know about links that were not followed."""
+    what = "links that lead" if len(names) > 1 else "a link that leads"
+    return f"{folder}: {listed(names)}: {what} out of the folder; not copied"
