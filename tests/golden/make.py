@@ -86,8 +86,9 @@ def finite(draw: random.Random, form: oracle.Format, below: int) -> int:
     """Return the bits of any number of an exponent below the largest but `below`."""
     while True:
         pattern = draw.getrandbits(form.exponent + form.fraction + 1)
-        if (form.value(pattern) is not None
-                and pattern & (form.sign - 1) < form.largest - (below << form.fraction)):
+        if form.value(pattern) is not None and pattern & (form.sign - 1) < form.largest - (
+            below << form.fraction
+        ):
             return pattern  # fmt: skip
 
 
