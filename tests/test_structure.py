@@ -19,11 +19,12 @@ PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up.
 WINGS = {
     "storage": "prefetch remote fetching files temporary commit writeback partial output upload",
-    "tensors": "tensor floats strided checksums",
-    "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers torch_zip "
-    "torch_legacy safetensors single sharded dcp_metadata dcp_layout dcp opening",
-    "checkpoints": "modules tree recorded layout metrics provenance reader",
-    "planning": "copies select ties plan start_from settings",
+    "tensors": "tensor optimizers floats strided checksums",
+    "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers "
+    "torch_zip torch_legacy safetensors single sharded dcp_metadata dcp_layout dcp opening",
+    "checkpoints": "modules tree recorded families membership frameworks places halves entries "
+    "layout metrics provenance reader",
+    "planning": "copies select ties treatments plan glance start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "batches estimators statistics userdata recompute",

@@ -15,7 +15,7 @@ from typing import Any
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.execution import Averaging, counts_of, how_made
 from swa_avg.averaging.report import Report
-from swa_avg.checkpoints import Finder, StateDict, fingerprints
+from swa_avg.checkpoints import Finder, StateDict, check_choice, check_running, fingerprints
 from swa_avg.errors import OutputError
 from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
 from swa_avg.planning import (
@@ -28,6 +28,7 @@ from swa_avg.planning import (
     base_of,
     expand,
     make_plan,
+    refuse_unlike,
     select,
     start_from,
 )
@@ -69,11 +70,13 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     candidates = _without(_opened(paths, options, opened), bases)
     selection = select(candidates, options.choice) if candidates else Selection(())
     states = [*(base.state for base in bases), *selection.chosen]
+    check_running(selection.chosen, options.ema)
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)
     strides = options.keep_wrapper or form is Form.TORCH
-    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides)
+    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, options.keep_wrapper)
     plan = make_plan(states, rules, counts_of(bases, selection.chosen))
+    refuse_unlike(plan.tensors, states)
     known = tuple(fingerprints(states, {}))
     said = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
     plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
@@ -154,6 +157,8 @@ def _check_target(target: Path, states: Sequence[StateDict], options: Options) -
             file=last.checkpoint.path,
             remedy="Leave out --keep-wrapper",
         )
+    if keeps:
+        check_choice(last, options.key, options.ema)
     _check_form(target, last, form, keeps, options.max_shard_size)
     files = [file for state in states for file in state.checkpoint.files]
     folder = last.checkpoint.path.is_dir() if keeps else form in _FOLDERS

@@ -5,7 +5,14 @@ the model or in the file. Knows nothing of averaging.
 """
 
 from swa_avg.batchnorm.batches import Alone, Forward, blamed, same_draws, theirs
-from swa_avg.batchnorm.recompute import Recompute, Session, copy_of, read_state, session
+from swa_avg.batchnorm.recompute import (
+    Recompute,
+    Session,
+    choice_of,
+    copy_of,
+    read_state,
+    session,
+)
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
 from swa_avg.batchnorm.userdata import UserCode, found, importable, load_weights, model_of
 
@@ -19,6 +26,7 @@ __all__ = [
     "Session",
     "UserCode",
     "blamed",
+    "choice_of",
     "copy_of",
     "found",
     "importable",

@@ -25,8 +25,8 @@ from swa_avg.batchnorm.statistics import (
     recomputed_buffers,
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
-from swa_avg.checkpoints import StateDict, find_state_dict, provenance
-from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
+from swa_avg.errors import LayoutError, NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.storage import AtomicFile, RemoteFile, is_remote
 from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor, verify
@@ -79,7 +79,7 @@ class Session:
         self,
         file: AtomicFile | RemoteFile,
         key: Sequence[str] = (),
-        ema: bool = False,
+        ema: bool | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
@@ -189,8 +189,40 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
         yield Session(options, code, ranks)
 
 
+def choice_of(
+    path: Path, key: Sequence[str] = (), ema: bool | None = None
+) -> tuple[Sequence[str], bool | None]:
+    """Return which weights of a file are meant: those that its average was put in, if it says so.
+
+    Args:
+        path: The file.
+        key: The dotted path to its state_dict, or the paths, as the user gave them.
+        ema: Whether the averaged weights are meant, as the user said.
+    """
+    if key or ema is not None or not path.is_file():
+        return key, ema
+    checkpoint = open_checkpoint(path)
+    try:
+        said = provenance.of(checkpoint)
+        if said is None:
+            return key, ema
+        places, half = said.options.get("key", ()), said.options.get("ema")
+        places = (places,) if isinstance(places, str) else places
+        if isinstance(places, list | tuple) and half in (None, True, False):
+            kept = tuple(map(str, places))
+            find_state_dict(checkpoint, kept, half)
+            return kept, half
+    except LayoutError:  # the average was written without its wrapper
+        pass
+    finally:
+        checkpoint.close()
+    return key, ema
+
+
 @contextmanager
-def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | RemoteFile]:
+def copy_of(
+    path: Path, key: Sequence[str] = (), ema: bool | None = None
+) -> Iterator[AtomicFile | RemoteFile]:
     """Give a copy of a checkpoint that takes its place when it is committed.
 
     Its bytes are checked against the checksums that it carries.
@@ -209,7 +241,8 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | Remote
         raise OutputError("is a folder", file=path, expected="a file that holds the average")
     checkpoint = open_checkpoint(path)
     try:
-        state = find_state_dict(checkpoint, key)
+        state = find_state_dict(checkpoint, key, ema)
+        check_choice(state, key, ema)
         (source,) = checkpoint.files
         verify((ref.record, name) for name, ref in state.tensors.items())
         new = RemoteFile if is_remote(path) else AtomicFile
@@ -270,7 +303,7 @@ def _replaced(
 
 
 def _read_back(
-    path: Path, patches: Sequence[tuple[int, bytes]], key: Sequence[str], ema: bool
+    path: Path, patches: Sequence[tuple[int, bytes]], key: Sequence[str], ema: bool | None
 ) -> None:
     """Read again what was replaced, and open the file as anybody will.
 

@@ -5,8 +5,23 @@ other checkpoints.
 """
 
 from swa_avg.checkpoints import metrics, provenance
-from swa_avg.checkpoints.layout import BN_COUNTER, Finder, StateDict, find_state_dict, is_bn_buffer
+from swa_avg.checkpoints.families import (
+    BEFORE_QUANTISATION,
+    BN_COUNTER,
+    Family,
+    Way,
+)
+from swa_avg.checkpoints.frameworks import Loads
+from swa_avg.checkpoints.layout import (
+    Finder,
+    StateDict,
+    check_choice,
+    check_running,
+    find_state_dict,
+)
+from swa_avg.checkpoints.membership import is_bn_buffer, members
 from swa_avg.checkpoints.metrics import Score, mode_of
+from swa_avg.checkpoints.modules import buffers_of
 from swa_avg.checkpoints.provenance import (
     UNKNOWN,
     Provenance,
@@ -20,20 +35,28 @@ from swa_avg.checkpoints.reader import CheckpointReader, open_checkpoint
 from swa_avg.checkpoints.tree import at, mapping
 
 __all__ = [
+    "BEFORE_QUANTISATION",
     "BN_COUNTER",
     "UNKNOWN",
     "CheckpointReader",
+    "Family",
     "Finder",
+    "Loads",
     "Provenance",
     "Score",
     "Source",
     "StateDict",
+    "Way",
     "at",
+    "buffers_of",
+    "check_choice",
+    "check_running",
     "find_state_dict",
     "fingerprints",
     "is_bn_buffer",
     "made_from",
     "mapping",
+    "members",
     "metrics",
     "mode_of",
     "open_checkpoint",

@@ -25,6 +25,22 @@ def state_dict_of(value: Inert) -> dict[object, object] | None:
     if _parts(value) is None:
         return None
     made: dict[object, object] = {}
+    for prefix, parts in _modules(value):
+        made.update((f"{prefix}{name}", tensor) for name, tensor in _own(parts))
+    return made
+
+
+def buffers_of(value: Inert) -> set[str]:
+    """Return which names of a pickled module's `state_dict()` are buffers, not parameters."""
+    found: set[str] = set()
+    for prefix, parts in _modules(value):
+        left_out = parts.get("_non_persistent_buffers_set", ())
+        found.update(f"{prefix}{name}" for name in parts["_buffers"] if name not in left_out)
+    return found
+
+
+def _modules(value: Inert) -> Iterator[tuple[str, Mapping[str, dict[object, object]]]]:
+    """Yield the `__dict__` of a module and of all below it, in order, each with its prefix."""
     waiting: list[tuple[str, object]] = [("", value)]
     left = _MOST_MODULES
     while waiting:
@@ -32,13 +48,12 @@ def state_dict_of(value: Inert) -> dict[object, object] | None:
         parts = _parts(module)
         if parts is None:
             continue
-        made.update((f"{prefix}{name}", tensor) for name, tensor in _own(parts))
+        yield prefix, parts
         children = reversed(parts["_modules"].items())
         left -= len(parts["_modules"])
         if left < 0:
             raise FormatError("holds modules that hold each other")
         waiting += [(f"{prefix}{name}.", child) for name, child in children]
-    return made
 
 
 def _own(parts: Mapping[str, dict[object, object]]) -> Iterator[tuple[object, object]]:

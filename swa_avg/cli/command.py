@@ -187,7 +187,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
         if _leads():
             check_beside(run, averaging)
-        from swa_avg.batchnorm import Recompute, copy_of, session
+        from swa_avg.batchnorm import Recompute, choice_of, copy_of, session
         from swa_avg.storage import path_of
 
         bn = entered.enter_context(session(Recompute(**bn_options), ranks))
@@ -199,9 +199,10 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
         if written:
             file, report = written
             if not run.options.keep_wrapper:
-                key, ema = (), False  # our own output holds nothing but the state_dict
+                key, ema = (), None  # our own output holds nothing but the state_dict
         else:
-            file = entered.enter_context(copy_of(path_of(run.output), key))
+            key, ema = choice_of(path_of(run.output), key, ema)
+            file = entered.enter_context(copy_of(path_of(run.output), key, ema))
         with bar(bn.batches, run.quiet, unit="batch", desc="recomputing BatchNorm") as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)

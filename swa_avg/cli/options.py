@@ -52,7 +52,7 @@ _GROUPS = {
 BATCHNORM = ("data", "model", "forward", "device", "estimator", "batches", "amp")
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
-_OF_AVERAGING = ("ema", "dtype", "max_shard_size", "threads", "dry_run", "force")
+_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run", "force")
 
 
 class GroupedCommand(click.Command):
@@ -88,8 +88,8 @@ def check_usage(ctx: click.Context) -> None:
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    if named["key"] and named["ema"]:
-        raise click.UsageError("Give --key or --ema, not both.")
+    if named["key"] and named["ema"] is not None:
+        raise click.UsageError("Give --key or --ema/--no-ema, not both.")
     if named["recompute_bn"] and not named["data"]:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if named["keep_wrapper"] and named["dtype"] != "keep":
@@ -154,7 +154,11 @@ _DECLARED = (
         "--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names."
     ),
     click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c)."),
-    click.option("--ema", is_flag=True, help="Take the EMA or SWA weights that the run kept."),
+    click.option(
+        "--ema/--no-ema",
+        default=None,
+        help="Take the EMA or SWA weights that the run kept, or the raw ones.",
+    ),
     click.option(
         "--bn-buffers",
         type=click.Choice(["last", "first", "mean", "reset"]),

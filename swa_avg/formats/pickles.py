@@ -23,6 +23,7 @@ from swa_avg.formats.pickled import (
     Inert,
     Pickled,
     Storage,
+    Stream,
     UnreadableTensor,
     checked_key,
     described,
@@ -43,7 +44,7 @@ _LONGEST_INT = 1024  # bytes; Python refuses to print much longer ones
 _MOST_COPIES = 64
 
 
-class Stream(Protocol):
+class Readable(Protocol):
     """Bytes that are read one after the other."""
 
     def read(self, count: int, /) -> bytes:
@@ -56,7 +57,7 @@ class Stream(Protocol):
         """Return how many bytes have been read."""
 
 
-def load(data: bytes | Stream) -> Pickled:
+def load(data: bytes | Readable) -> Pickled:
     """Read a pickle, running nothing.
 
     Args:
@@ -78,7 +79,7 @@ def load(data: bytes | Stream) -> Pickled:
         ) from error
 
 
-def load_plain(data: bytes | Stream) -> object:
+def load_plain(data: bytes | Readable) -> object:
     """Read a pickle that has no storages.
 
     Raises:
@@ -93,7 +94,7 @@ def load_plain(data: bytes | Stream) -> object:
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Readable) -> None:
         super().__init__(stream, encoding="utf-8", errors="surrogateescape")
         self.stream = stream
         self.storages: dict[str, Stored] = {}
@@ -170,7 +171,7 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, Inert | Dict):
+        if isinstance(target, Inert | Dict | Stream):
             target.state = state
 
     def _set_items(self, target: Any, flat: list[Any]) -> None:

@@ -10,7 +10,15 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from swa_avg.formats.pickled import Dict, Global, Inert, UnreadableTensor, checked_key, described
+from swa_avg.formats.pickled import (
+    Dict,
+    Global,
+    Inert,
+    Stream,
+    UnreadableTensor,
+    checked_key,
+    described,
+)
 from swa_avg.tensors import DTYPES, DType, View
 
 
@@ -165,6 +173,7 @@ REBUILD: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _container(_ordered),
     "collections.defaultdict": lambda machine, *factory: Dict(),
     "_codecs.encode": _rebuild_bytes,
+    "_io.BytesIO": lambda machine, *args: Stream(),
     "copyreg._reconstructor": _reconstruct,
     "copy_reg._reconstructor": _reconstruct,
     "numpy.core.multiarray.scalar": _rebuild_numpy_scalar,

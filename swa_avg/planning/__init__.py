@@ -5,10 +5,12 @@ of how a mean is computed.
 """
 
 from swa_avg.planning import start_from
-from swa_avg.planning.plan import Plan, Rules, Treatment, Work, make_plan, ranges_of
+from swa_avg.planning.glance import refuse_unlike
+from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, expand, select
 from swa_avg.planning.settings import Options, Paths
 from swa_avg.planning.start_from import Base, base_of
+from swa_avg.planning.treatments import Rules, Treatment
 
 __all__ = [
     "ALL",
@@ -25,6 +27,7 @@ __all__ = [
     "expand",
     "make_plan",
     "ranges_of",
+    "refuse_unlike",
     "select",
     "start_from",
 ]

@@ -165,7 +165,7 @@ class Bench:
         self.begin(whose)
         options = averaging.options
         # Our own output holds nothing but the state_dict.
-        key, ema = (options.key, options.ema) if options.keep_wrapper else ((), False)
+        key, ema = (options.key, options.ema) if options.keep_wrapper else ((), None)
         batchnorm = self._bn.recompute(file, key, ema) if self._bn else None
         checkpoint = open_checkpoint(file.path)
         try:
