@@ -10,7 +10,10 @@ from swa_avg.checksums import verify
 from swa_avg.errors import ProvenanceError
 from swa_avg.gather import read_tensor
 from swa_avg.layout import StateDict
-from swa_avg.provenance import Source, fingerprints, sources_of
+from swa_avg.provenance import MOST_COUNT, Source, fingerprints, sources_of
+from swa_avg.tensors import TensorRef
+
+_COUNTER = "n_averaged"
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,10 @@ def base_of(state: StateDict) -> Base:
     known = provenance.of(state.checkpoint)
     if known:
         return Base(state, known.sources, known.batchnorm)
-    count = _n_averaged(state)
-    if count < 1:
+    count, why = _count(state.n_averaged)
+    if not count:
         raise ProvenanceError(
-            "does not say how many checkpoints it is the average of",
+            f"does not say how many checkpoints it is the average of{why}",
             file=state.checkpoint.path,
             expected="an average that swa-avg wrote, or an AveragedModel's state_dict",
             remedy="Average all of the checkpoints anew",
@@ -56,12 +59,18 @@ def base_of(state: StateDict) -> Base:
     return Base(state, (replace(source, count=count),))
 
 
-def _n_averaged(state: StateDict) -> int:
-    counter = state.n_averaged
-    if counter is None or counter.numel != 1:
-        return 0
-    verify((record, "n_averaged") for record in counter.records)
-    return int(read_tensor(counter).item())
+def _count(counter: TensorRef | None) -> tuple[int, str]:
+    """Return the number that an AveragedModel's counter holds, or why it is no such number."""
+    if counter is None:
+        return 0, ""
+    if counter.numel != 1:
+        return 0, f": {_COUNTER} has {counter.numel} numbers"
+    verify((record, _COUNTER) for record in counter.records)
+    value = read_tensor(counter).item()
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and 1 <= value <= MOST_COUNT and value == int(value):
+        return int(value), ""
+    return 0, f": {_COUNTER} is {value}"
 
 
 def refuse_repeats(bases: Sequence[Base]) -> None:
