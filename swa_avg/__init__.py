@@ -10,35 +10,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging as Averaging
+    from swa_avg.averaging import Report as Report
+    from swa_avg.averaging import average as average
+    from swa_avg.averaging import planned as planned
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import recompute_batchnorm as recompute_batchnorm
+    from swa_avg.checkpoints import CheckpointReader as CheckpointReader
+    from swa_avg.checkpoints import open_checkpoint as open_checkpoint
     from swa_avg.errors import SwaAvgError as SwaAvgError
-    from swa_avg.planning import average as average
-    from swa_avg.planning import planned as planned
-    from swa_avg.reader import CheckpointReader as CheckpointReader
-    from swa_avg.reader import open_checkpoint as open_checkpoint
-    from swa_avg.report import Report as Report
-    from swa_avg.select import Choice as Choice
-    from swa_avg.settings import Options as Options
-    from swa_avg.sweeping import sweep as sweep
-    from swa_avg.trials import SweepReport as SweepReport
+    from swa_avg.planning import Choice as Choice
+    from swa_avg.planning import Options as Options
+    from swa_avg.search import SweepReport as SweepReport
+    from swa_avg.search import sweep as sweep
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "average": "planning",
-    "planned": "planning",
     "Averaging": "averaging",
-    "Options": "settings",
-    "Report": "report",
-    "recompute_batchnorm": "batchnorm",
+    "Report": "averaging",
+    "average": "averaging",
+    "planned": "averaging",
     "BatchNormReport": "batchnorm",
-    "CheckpointReader": "reader",
-    "open_checkpoint": "reader",
-    "Choice": "select",
-    "sweep": "sweeping",
-    "SweepReport": "trials",
+    "recompute_batchnorm": "batchnorm",
+    "CheckpointReader": "checkpoints",
+    "open_checkpoint": "checkpoints",
     "SwaAvgError": "errors",
+    "Choice": "planning",
+    "Options": "planning",
+    "SweepReport": "search",
+    "sweep": "search",
 }
 
 __all__ = [

@@ -29,6 +29,21 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return f"{shown} and {rest} more" if rest > 0 else shown
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun in singular or plural."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{count} {noun}{'' if count == 1 else plural}"
+
+
+def in_bytes(count: float) -> str:
+    """Return a number of bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 class SwaAvgError(Exception):
     """Base of every error that swa-avg raises on purpose.
 

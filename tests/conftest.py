@@ -1,11 +1,16 @@
-"""Fixtures of several test modules."""
+"""Fixtures of several test modules, and the profile of hypothesis."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from faults import Commands
+from hypothesis import settings
+from injection import Commands
+
+# No deadlines: the machines that run these tests are shared, and a slow example is not wrong.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="module")

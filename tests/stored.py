@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from swa_avg.formats import open_checkpoint
-from swa_avg.gather import read_tensor
-from swa_avg.layout import find_state_dict
+from swa_avg.checkpoints.layout import find_state_dict
+from swa_avg.formats.opening import open_checkpoint
+from swa_avg.tensors.strided import read_tensor
 
 
 def tensors(path: Path, **options: Any) -> dict[str, torch.Tensor]:

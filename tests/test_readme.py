@@ -9,22 +9,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import test_faults_corrupt
-import test_faults_environment
-import test_faults_malicious
-import test_faults_mismatched
-import test_faults_odd
-from test_structure import PACKAGE, ROOMS
+from faults import test_corrupt, test_environment, test_malicious, test_mismatched, test_odd
+from test_structure import MODULES, PACKAGE
 
-from swa_avg.cli import command
+from swa_avg.cli.command import command
 
 README = Path(__file__).parent.parent / "README.md"
 CATALOGUE = (
-    test_faults_malicious,
-    test_faults_corrupt,
-    test_faults_mismatched,
-    test_faults_odd,
-    test_faults_environment,
+    test_malicious,
+    test_corrupt,
+    test_mismatched,
+    test_odd,
+    test_environment,
 )
 FAULTS = range(1, 108)
 
@@ -38,10 +34,8 @@ def help_text() -> str:
 def files_table() -> str:
     """The rooms from the ground up, each with the first sentence of its docstring."""
     lines = ["| file | what lives there |", "| --- | --- |"]
-    for room in ROOMS:
+    for room in MODULES:
         path = PACKAGE / (room.replace(".", "/") + ".py")
-        if not path.exists():
-            path = PACKAGE / room / "__init__.py"
         said = ast.get_docstring(ast.parse(path.read_text())) or ""
         name = path.relative_to(PACKAGE.parent).as_posix()
         lines.append(f"| [`{path.relative_to(PACKAGE)}`]({name}) | {said.splitlines()[0]} |")
@@ -74,7 +68,10 @@ def faults_table() -> str:
     lines = ["| | fault | what happens | tests |", "| --- | --- | --- | --- |"]
     for number, tests in sorted(faults().items()):
         what, happens = next(said for _, _, said in tests if said)
-        names = {f"[`{name}`](tests/{module.__name__}.py)": None for name, module, _ in tests}
+        names = {
+            f"[`{name}`](tests/{module.__name__.replace(chr(46), chr(47))}.py)": None
+            for name, module, _ in tests
+        }
         lines.append(f"| {number} | {what} | {happens} | {', '.join(names)} |")
     return "<details>\n<summary>All 107</summary>\n\n" + "\n".join(lines) + "\n\n</details>\n"
 

@@ -1,4 +1,8 @@
-"""The rooms: who may import whom, who may print, and what is not needed to begin."""
+"""The wings and their modules: who may import whom, who may print, and what is not needed to begin.
+
+A wing imports only wings above it in the list, and of another wing only what its
+`__init__.py` exports. A module imports only modules of its own wing that stand before it.
+"""
 
 from __future__ import annotations
 
@@ -12,79 +16,94 @@ import pytest
 import swa_avg
 
 PACKAGE = Path(swa_avg.__file__).parent
-# From the ground up: a room imports only those before it.
-ROOMS = (
-    *("errors", "ahead", "remote", "fetching", "files", "tensors"),
-    *(
-        "formats.checkpoint",
-        "formats.pickled",
-        "formats.rebuilding",
-        "formats.pickles",
-        "formats.pickler",
-    ),
-    *("formats.zip_directory", "formats.headers", "formats.torch_zip"),
-    *("formats.torch_legacy", "formats.safetensors", "formats.single"),
-    *("formats.sharded", "formats.dcp_layout", "formats.dcp"),
-    *("formats", "modules", "tree", "recorded", "layout", "gather", "metrics"),
-    *("provenance", "copies"),
-    *("select", "ties", "plan"),
-    *("checksums", "reader", "continuing", "wrapper", "rounding", "exact", "grams"),
-    *("findings", "temporary", "placing", "writeback", "draft", "output", "upload"),
-    *("distances", "report"),
-    *("cutting", "lookahead", "reading", "writing", "desk", "crew", "mean"),
-    *("sampling", "verification", "settings", "averaging", "planning"),
-    *("batches", "estimators", "batchnorm", "userdata", "pulse", "distributed", "joint"),
-    *("recompute", "judging", "trials", "messages", "sweeping", "plot"),
-    *("demo", "options", "bars", "cli", "__main__"),
-)
-PRINTERS = {"cli", "demo"}
+# From the ground up.
+WINGS = {
+    "storage": "prefetch remote fetching files temporary commit writeback partial output upload",
+    "tensors": "tensor strided checksums",
+    "formats": "budget checkpoint pickled references rebuilding pickles pickler zip_end "
+    "zip_directory headers torch_zip "
+    "torch_legacy safetensors single sharded dcp_layout dcp opening",
+    "checkpoints": "modules tree recorded layout metrics provenance reader",
+    "planning": "copies select ties plan start_from settings",
+    "kernel": "rounding exact inner_products findings tasks page_cache reading writing buffers "
+    "workers mean",
+    "batchnorm": "batches estimators statistics userdata recompute",
+    "ranks": "heartbeat distributed",
+    "averaging": "wrapper distances report sampling verification execution prepare joint",
+    "search": "scores candidates sweeping plot",
+    "cli": "progress messages options command",
+}
+TOP = {"__init__", "__main__", "errors", "demo"}
+ORDER = list(WINGS)
+MODULES = [f"{wing}.{module}" for wing, modules in WINGS.items() for module in modules.split()]
+PRINTERS = {"cli.command", "demo"}
 
 
-def modules() -> dict[str, ast.Module]:
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
-    del found["__init__"]
+def tree(module: str) -> ast.Module:
+    path = PACKAGE / f"{module.replace('.', '/')}.py"
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def exported(wing: str) -> set[str]:
+    """Return the names in a wing's `__all__`."""
+    for node in tree(f"{wing}.__init__").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def imported(module: str) -> list[tuple[str, str]]:
+    """Return what a module imports of the package, late imports included: place and name."""
+    found = []
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if (node.module or "").startswith("swa_avg."):
+                found += [((node.module or "")[8:], alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("swa_avg.") for alias in node.names)
     return found
 
 
-MODULES = modules()
+def test_every_module_is_listed() -> None:
+    """A module that is not in the list has no place yet; a folder that is none is the guide."""
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    inner = [".".join(path.parts) for path in paths if len(path.parts) > 1]
+    assert sorted(name for name in inner if not name.endswith("__init__")) == sorted(MODULES)
+    assert {str(path) for path in paths if len(path.parts) == 1} == TOP
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__", "guide"}
+    assert folders == set(WINGS)
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """Return the rooms that a module imports, at its top or inside functions."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            of = node.module or ""
-            names |= {f"{of}.{a.name}" if f"{of}.{a.name}"[8:] in MODULES else of
-                      for a in node.names}  # fmt: skip
-    return {name.removeprefix("swa_avg.") for name in names if name.startswith("swa_avg.")}
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downward(module: str) -> None:
+    """Wings import wings above them, by what these export; modules those before them."""
+    wing, _, name = module.partition(".")
+    before = WINGS[wing].split()[: WINGS[wing].split().index(name)]
+    for place, what in imported(module):
+        of, _, inner = place.partition(".")
+        if place in TOP:
+            continue
+        if of == wing:
+            assert (inner or what) in before, f"{module} imports {place}.{what}"
+        else:
+            assert ORDER.index(of) < ORDER.index(wing), f"{module} imports {place}"
+            assert not inner and what in exported(of), f"{of} does not export {inner or what}"
 
 
-def test_every_module_is_a_room() -> None:
-    """A module that is not in the list has no place yet."""
-    assert sorted(MODULES) == sorted(ROOMS)
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_downward(room: str) -> None:
-    """A room knows only those below it, however late it imports them."""
-    below = set(ROOMS[: ROOMS.index(room)])
-    assert imported(MODULES[room]) <= below
-
-
-@pytest.mark.parametrize("room", sorted(set(ROOMS) - PRINTERS))
-def test_only_the_command_line_prints(room: str) -> None:
-    """What there is to say is data until cli.py says it."""
-    for node in ast.walk(MODULES[room]):
+@pytest.mark.parametrize("module", sorted({*MODULES, "errors"} - PRINTERS))
+def test_only_the_command_line_prints(module: str) -> None:
+    """What there is to say is data until the command line says it."""
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("print", "click.echo", "sys.stdout.write", "sys.stderr.write")
+
+
+def test_sizes() -> None:
+    """The top level and each wing fit a glance: at most 6 and 16 modules."""
+    assert len(TOP) <= 6
+    assert all(len(modules.split()) <= 16 for modules in WINGS.values())
 
 
 def run(code: str) -> None:
@@ -96,7 +115,7 @@ def run(code: str) -> None:
 def test_import_is_light() -> None:
     """Neither `import swa_avg`, nor its errors or command line, bring in torch."""
     run(
-        "import sys, swa_avg, swa_avg.cli, swa_avg.errors, swa_avg.plan\n"
+        "import sys, swa_avg, swa_avg.cli, swa_avg.errors, swa_avg.planning\n"
         "heavy = {'torch', 'numpy', 'safetensors', 'tqdm'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -83,7 +83,7 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(stream, encoding="utf-8", errors="surrogateescape")
         self.stream = stream
         self.budget = budget
-        self.references = References(budget)
+        self.references = References()
         self.key = budget.key
         self.steps = 0
         self.copied = self.copied_bytes = 0

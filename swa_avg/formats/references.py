@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.budget import MOST_DIMENSIONS, MOST_ELEMENTS, MOST_EXPANDED_BYTES, Budget
+from swa_avg.formats.budget import MOST_DIMENSIONS, MOST_ELEMENTS, MOST_EXPANDED_BYTES
 from swa_avg.formats.pickled import Global, Storage, UnreadableTensor, described, storage_dtype
 from swa_avg.tensors import DType, Stored, View
 
@@ -28,9 +28,8 @@ class References:
         storages: The storages by name.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self) -> None:
         self.storages: dict[str, Stored] = {}
-        self._budget = budget
         self._whole: dict[str, Storage] = {}
         # Parts of storages, which files before torch 1.6 name in the same namespace.
         self._parts: dict[str, Storage] = {}
@@ -99,7 +98,6 @@ class References:
         Raises:
             FormatError: It does not, or is impossible.
         """
-        self._budget.hold(1)
         if not isinstance(storage, Storage):
             return UnreadableTensor("tensor whose storage is of an unknown kind")
         if storage.kind.startswith("Q"):

@@ -15,12 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from swa_avg.errors import FormatError, listed
-from swa_avg.files import InputFile
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, Layout, OutputStateDict
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.safetensors import layout as safetensors_layout
 from swa_avg.formats.safetensors import unique
 from swa_avg.formats.single import open_file
+from swa_avg.storage import InputFile
 from swa_avg.tensors import View
 
 # The names that the weights have, the first that is there counts; each may be in shards.
@@ -82,9 +83,10 @@ def trainer_state(folder: Path) -> object:
 def _read_shards(folder: Path, path: Path, headers: Headers) -> Checkpoint:
     with ExitStack() as opened:
         shards: dict[str, Checkpoint] = {}
+        budget = Budget()
         weight_map = _weight_map(path)
         for name in dict.fromkeys(weight_map.values()):
-            shards[name] = open_file(folder / name, headers)
+            shards[name] = open_file(folder / name, headers, budget)
             opened.callback(shards[name].close)
         weight_map |= _aliases(shards, weight_map)
         tree = {name: _tensor(shards[shard], name) for name, shard in weight_map.items()}
@@ -96,6 +98,7 @@ def _read_shards(folder: Path, path: Path, headers: Headers) -> Checkpoint:
         tuple(file for shard in shards.values() for file in shard.files),
         next((shard.metadata for shard in shards.values()), {}),
         tuple(_notes(shards, weight_map)),
+        budget=budget,
     )
 
 

@@ -31,7 +31,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import footprint
-from test_memory import write_sparse
+from kernel.test_memory import write_sparse
 
 PRELUDE = """
 import glob, json, os, shutil, subprocess, sys, time, torch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from swa_avg.batchnorm import recompute_batchnorm
+from swa_avg.batchnorm.statistics import recompute_batchnorm
 
 CUDA = torch.cuda.is_available()
 WIDTH, BATCHES, BATCH, SIDE, PASSES = (64, 20, 128, 224, 5) if CUDA else (16, 40, 16, 96, 3)

@@ -37,11 +37,12 @@ from safetensors.torch import save as save_safetensors
 # Coverage is measured of the readers only: torch is large.
 _READERS = ["swa_avg", "pickle", "json"]
 with atheris.instrument_imports(include=_READERS) if atheris else nullcontext():
+    from swa_avg.checkpoints.layout import find_state_dict
     from swa_avg.errors import SwaAvgError
-    from swa_avg.formats import open_checkpoint, pickles
-    from swa_avg.gather import read_tensor
-    from swa_avg.layout import find_state_dict
-    from swa_avg.tensors import TensorRef
+    from swa_avg.formats import pickles
+    from swa_avg.formats.opening import open_checkpoint
+    from swa_avg.tensors.strided import read_tensor
+    from swa_avg.tensors.tensor import TensorRef
 
 _MEMORY = 1 << 30
 _SECONDS = 5.0

@@ -1,0 +1,19 @@
+"""From checkpoints to a committed output and a report.
+
+In: paths and `Options`. Out: the averaged file or folder, verified, and a `Report`. Knows
+nothing of screens.
+"""
+
+from swa_avg.averaging.distances import Distances
+from swa_avg.averaging.execution import Averaging
+from swa_avg.averaging.prepare import average, planned
+from swa_avg.averaging.report import Report
+
+__all__ = [
+    "Averaging",
+    "Distances",
+    "Report",
+    "average",
+    "joint",
+    "planned",
+]

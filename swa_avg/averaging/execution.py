@@ -1,0 +1,325 @@
+"""An average that is planned, and what carries it out: one file and a report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import swa_avg
+from swa_avg.averaging import wrapper
+from swa_avg.averaging.distances import distances, groups
+from swa_avg.averaging.report import Input, Report, input_of, versions
+from swa_avg.averaging.verification import Written, read_back, verify
+from swa_avg.checkpoints import (
+    UNKNOWN,
+    Provenance,
+    StateDict,
+    fingerprints,
+    refuse_repeats,
+    sources_of,
+)
+from swa_avg.errors import MismatchError, SwaAvgError
+from swa_avg.formats import Layout
+from swa_avg.kernel import buffer_bytes
+from swa_avg.planning import Base, Options, Plan, Rules, Selection
+from swa_avg.storage import (
+    ROOM,
+    AtomicFile,
+    AtomicFolder,
+    InputFile,
+    Output,
+    RemoteFile,
+    announce,
+    check_replaceable,
+    is_remote,
+    reading_ahead,
+)
+from swa_avg.tensors import Kind
+
+if TYPE_CHECKING:
+    from swa_avg.kernel import Kernel, Outcome
+
+_MOST_CORES = 16
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """An average that is planned: all headers are read and agree, no tensor is.
+
+    Attributes:
+        output: The file that will be written.
+        options: How it is averaged.
+        bases: The averages to go on from.
+        selection: The checkpoints, in their order.
+        rules: How tensors are treated.
+        plan: What happens to each tensor.
+        layout: Where everything goes in the output.
+        known: The fingerprints of `states`, as far as headers tell them.
+    """
+
+    output: Path
+    options: Options
+    bases: tuple[Base, ...]
+    selection: Selection
+    rules: Rules
+    plan: Plan
+    layout: Layout
+    known: tuple[str, ...]
+
+    @property
+    def states(self) -> tuple[StateDict, ...]:
+        """All that is averaged, in order: the averages to go on from, then the checkpoints."""
+        return (*(base.state for base in self.bases), *self.selection.chosen)
+
+    @property
+    def files(self) -> Iterator[InputFile]:
+        """All files that they are read from."""
+        return (file for state in self.states for file in state.checkpoint.files)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many checkpoints each of `states` stands for."""
+        return counts_of(self.bases, self.selection.chosen)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What is averaged, for people."""
+        return self._inputs(self.known)
+
+    def _inputs(self, found: Iterable[str]) -> tuple[Input, ...]:
+        scores = self.selection.scores
+        return tuple(
+            input_of(state, scores.get(state.checkpoint.path), count, fingerprint)
+            for state, count, fingerprint in zip(self.states, self.counts, found, strict=True)
+        )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The memory that averaging takes with a worker for each core, beside torch's own."""
+        return buffer_bytes(self.plan.works, usable_cores())
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the output is a folder of files."""
+        return bool(self.layout.files)
+
+    def open_output(self) -> AtomicFile | AtomicFolder | RemoteFile:
+        """Make room for the output, which comes into being when it is committed.
+
+        Raises:
+            OutputError: It cannot be written there, or there is no room.
+        """
+        if is_remote(self.output):
+            return RemoteFile(self.output, self.layout.size)
+        if self.is_folder:
+            check_replaceable(self.output, self.layout.files)
+            return AtomicFolder(self.output, self.layout.files)
+        return AtomicFile(self.output, self.layout.size)
+
+    def write(
+        self,
+        file: Output,
+        *,
+        threads: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Report:
+        """Average into a file that is not committed yet.
+
+        Raises:
+            SwaAvgError: Damage, or numbers that have no mean.
+        """
+        return self.complete(file, self.compute(file, threads=threads, progress=progress))
+
+    def compute(
+        self,
+        file: Output,
+        *,
+        partials: Sequence[Output] = (),
+        threads: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Outcome:
+        """Write all tensors; what is between them is missing yet: see `complete`.
+
+        Args:
+            file: Where to.
+            partials: What takes the means of the last 1, 2, … checkpoints, if they are
+                wanted: one less than there are checkpoints.
+            threads: How many work: forked processes where this one has no other thread,
+                else threads; by default one for each usable core.
+            progress: Called with the number of bytes read since the last call.
+
+        Raises:
+            SwaAvgError: Damage, or numbers that have no mean.
+        """
+        with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
+            # The import of torch takes a second, in which a disk can read.
+            pool.submit(announce, self.plan.ranges)
+            from swa_avg.kernel import run
+
+        threads = threads or usable_cores()
+        ranges = self.plan.ranges if any(is_remote(file.path) for file in self.files) else ()
+        with reading_ahead(ranges, threads, len(self.states), ROOM):
+            return run(self.kernel(file, partials), threads, progress)
+
+    def kernel(self, file: Output, partials: Sequence[Output] = ()) -> Kernel:
+        """Return what is to be computed, and where it is written: see `compute`."""
+        from swa_avg.kernel import Kernel
+
+        _, groups = self._modules()
+        works, places = self.plan.works, self.layout.places
+        return Kernel(file, places, works, groups=groups, partials=partials)
+
+    def complete(self, file: Output, outcome: Outcome) -> Report:
+        """Write what is no tensor, and make sure of the whole.
+
+        Raises:
+            SwaAvgError: An input has changed, or the file is not what it should be.
+        """
+        found = self.known
+        if UNKNOWN in found:
+            found = tuple(fingerprints(self.states, outcome.crcs))
+        made = how_made(self.bases, self.selection.chosen, self.options, found[len(self.bases) :])
+        said = made.text(self.plan.state_dict.provenance)
+        for place, data in self.layout.headers(outcome.checksums, said):
+            file.write(data, place)
+        for source in self.files:
+            source.check_unchanged()
+        self._prove(file, outcome.checksums, said)
+        return self._report(outcome, found)
+
+    def _prove(self, file: Output, checksums: Sequence[int], said: str) -> None:
+        """Compare what is written with what was to be: the headers, or if wanted all of it."""
+        written = Written(
+            path=file.path,
+            target=self.output,
+            states=self.states,
+            plan=self.plan,
+            layout=self.layout,
+            wrapped=isinstance(self.layout, wrapper.WrapperLayout),
+            checksums=checksums,
+            headers=lambda: self.layout.headers(checksums, said),
+        )
+        if not self.options.verify:
+            read_back(written)
+            return
+        file.sync()
+        verify(written)
+
+    def _modules(self) -> tuple[list[str], list[int]]:
+        """Return the modules whose distances are wanted, and the number of each work's."""
+        if not self.options.distances:
+            return [], []
+        return groups([work.name for work in self.plan.works])
+
+    def _differing(self, names: tuple[str, ...]) -> list[str]:
+        """Say which copied tensors are not the same everywhere; refuse those of no meaning."""
+        dtypes = {tensor.name: tensor.dtype for tensor in self.plan.tensors}
+        last = self.states[-1].checkpoint.path
+        for name in names:
+            if dtypes[name].kind is Kind.OPAQUE:
+                raise MismatchError(
+                    [
+                        SwaAvgError(
+                            f"differs between checkpoints, and {dtypes[name]} cannot be averaged",
+                            file=last,
+                            tensor=name,
+                        )
+                    ]
+                )
+        return [f"{name}: differs between checkpoints; taken from {last}" for name in names]
+
+    def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
+        inputs = self._inputs(known)
+        modules, _ = self._modules()
+        found = None
+        if self.options.distances:
+            grams = {modules[group]: gram for group, gram in outcome.grams.items()}
+            squares = {modules[group]: square for group, square in outcome.squares.items()}
+            found = distances(grams, squares, self.counts)
+        far = found.notes([source.path for source in inputs]) if found else ()
+        return Report(
+            output=str(self.output),
+            inputs=inputs,
+            counts=self.plan.counts,
+            stale=self.plan.stale,
+            bytes_read=outcome.bytes_read,
+            bytes_written=self.layout.size,
+            notes=(*self.notes, *self._differing(outcome.differing), *far),
+            distances=found,
+            options=self.options.described,
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know before anything is averaged."""
+        last = self.states[-1].checkpoint.path
+        kept = f"what else is in the file (optimizer state, for one) is that of {last}"
+        wrapped = isinstance(self.layout, wrapper.WrapperLayout)
+        return (*self.selection.notes, *self.plan.notes, *([kept] if wrapped else []))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it as what JSON can hold."""
+        return {
+            "output": str(self.output),
+            "inputs": [asdict(source) for source in self.inputs],
+            "counts": self.plan.counts,
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "dtype": tensor.dtype.name,
+                    "shape": list(tensor.shape),
+                    "treatment": tensor.treatment.value,
+                    "reason": tensor.reason,
+                }
+                for tensor in self.plan.tensors
+            ],
+            "stale": self.plan.stale,
+            "bytes_to_read": self.plan.bytes_to_read,
+            "bytes_to_write": self.layout.size,
+            "buffer_bytes": self.buffer_bytes,
+            "notes": list(self.notes),
+            "options": self.options.described,
+            "versions": versions(),
+        }
+
+
+def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
+    """Return how many checkpoints each average and each checkpoint stands for."""
+    return (*(base.count for base in bases), *(1 for _ in chosen))
+
+
+def how_made(
+    bases: Sequence[Base],
+    chosen: Sequence[StateDict],
+    options: Options,
+    found: Iterable[str],
+) -> Provenance:
+    """Say how the average is made.
+
+    Args:
+        bases: The averages to go on from.
+        chosen: The checkpoints.
+        options: How to average.
+        found: The fingerprints of `chosen`: once tensors are read, of all that is in them.
+
+    Raises:
+        ProvenanceError: A checkpoint would count twice.
+    """
+    before = [source for base in bases for source in base.sources]
+    added = sources_of(chosen, found)
+    paths = [str(state.checkpoint.path) for state in chosen]
+    refuse_repeats(before, zip(added, paths, strict=True))
+    kept: object = options.bn_buffers
+    if kept == "last":
+        kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
+    return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, at most 16: no disk is faster than these."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(_MOST_CORES, len(affinity(0)) if affinity else os.cpu_count() or 1)

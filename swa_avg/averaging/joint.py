@@ -1,0 +1,218 @@
+"""One average made by several ranks: each computes a part of it, the first puts it together.
+
+Every rank reads the headers and plans for itself; they compare their plans. Rank 0
+opens the output, the others join it. Each takes an equal part of the bytes, one
+stretch of the output, writes the means, forces them to disk and hands over what it
+has found, checksums above all. Rank 0 makes sure of all of it together, exactly as
+one process does, writes what is no tensor, and commits. What goes wrong on one rank
+ends all of them, and the output does not come into being.
+
+An output behind a URL is first written to rank 0's own disk: rank 0 makes it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import swa_avg
+from swa_avg.averaging.execution import Averaging, usable_cores
+from swa_avg.averaging.report import Report
+from swa_avg.checkpoints import StateDict
+from swa_avg.errors import SwaAvgError
+from swa_avg.kernel import Findings, Kernel, Records, compute, settle, share, works_in
+from swa_avg.planning import ranges_of
+from swa_avg.ranks import ProcessRanks
+from swa_avg.storage import (
+    ROOM,
+    AtomicFile,
+    AtomicFolder,
+    InputFile,
+    JoinedOutput,
+    RemoteFile,
+    reading_ahead,
+)
+
+Progress = Callable[[int], None]
+File = AtomicFile | AtomicFolder | RemoteFile
+_LOOK_SECONDS = 0.5
+
+
+@contextmanager
+def written(
+    averaging: Averaging,
+    ranks: ProcessRanks,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[File, Report] | None]:
+    """Average together; at the end of the context what rank 0 has not committed is gone.
+
+    Args:
+        averaging: What is averaged, as this rank has planned it.
+        ranks: The ranks, all of which call this.
+        threads: How many threads work on this rank; by default its part of the cores.
+        progress: Called with the bytes that this rank has read since the last call.
+
+    Yields:
+        On rank 0 the file, which is whole but not committed, and the report; on the
+        others None, when their part is done.
+
+    Raises:
+        SwaAvgError: On all ranks, if something goes wrong on one of them.
+    """
+    threads = threads or max(1, usable_cores() // ranks.neighbours)
+    together = _Together(averaging, ranks, threads, _agreed(averaging, ranks, threads), progress)
+    if ranks.rank == 0:
+        with averaging.open_output() as file:
+            yield file, together.lead(file)
+    else:
+        together.follow()
+        yield None
+
+
+@dataclass(frozen=True)
+class _Together:
+    """One rank's view of the work.
+
+    Attributes:
+        averaging: What is averaged.
+        ranks: All who do it.
+        threads: How many threads work on this rank.
+        of_all: How many work on all ranks.
+        progress: Who wants to know how far this rank is.
+    """
+
+    averaging: Averaging
+    ranks: ProcessRanks
+    threads: int
+    of_all: int
+    progress: Progress | None
+
+    def lead(self, file: File) -> Report:
+        """Have the others join, and make the whole of the parts."""
+        if isinstance(file, RemoteFile):
+            self.ranks.tell()
+            return self.averaging.write(file, threads=self.threads, progress=self._watch())
+        # Where the system makes room by writing, that is over before another rank writes.
+        file.sync()
+        self.ranks.tell(os.fsencode(file.path.name))
+        kernel = self.averaging.kernel(file)
+        findings = self._compute(kernel)
+        records = Records(kernel.works)
+        for data in self.ranks.collect(b"")[1:]:
+            findings.merge(json.loads(data), records)
+        return self.averaging.complete(file, settle(kernel, findings, self.threads))
+
+    def follow(self) -> None:
+        """Do this rank's part."""
+        name = os.fsdecode(self.ranks.tell())
+        if not name:
+            return
+        target, layout = self.averaging.output, self.averaging.layout
+        path = Path(os.path.realpath(target)).with_name(name)
+        with JoinedOutput(path, target, dict(layout.files) or {"": layout.size}) as file:
+            kernel = self.averaging.kernel(file)
+            findings = self._compute(kernel).plain(Records(kernel.works))
+            file.sync()
+        for source in self.averaging.files:
+            source.check_unchanged()
+        self.ranks.collect(json.dumps(findings, separators=(",", ":")).encode())
+
+    def _compute(self, kernel: Kernel) -> Findings:
+        """Compute and write this rank's part."""
+        works, ranks = kernel.works, self.ranks
+        dealt = share(kernel.tasks(self.of_all), works, ranks.rank, ranks.world)
+        ranges = ranges_of(works[number] for number in works_in(dealt))
+        with reading_ahead(ranges, self.threads, len(self.averaging.states), ROOM):
+            return compute(kernel, dealt, self.threads, self._watch())
+
+    def _watch(self) -> Progress:
+        """Return what shows the progress, and ends the work if another rank has failed."""
+        next_look = 0.0
+
+        def watched(count: int) -> None:
+            nonlocal next_look
+            if self.progress:
+                self.progress(count)
+            if time.monotonic() >= next_look:
+                self.ranks.check()
+                next_look = time.monotonic() + _LOOK_SECONDS
+
+        return watched
+
+
+def _agreed(averaging: Averaging, ranks: ProcessRanks, threads: int) -> int:
+    """Make sure that all ranks have planned the same; return how many threads they have.
+
+    Raises:
+        SwaAvgError: They see other files, or were told something else.
+    """
+    mine = {
+        "version": swa_avg.__version__,
+        "inputs": [_seen(state) for state in averaging.states],
+        "plan": _digest(averaging),
+        "threads": threads,
+    }
+    total = 0
+    for rank, data in enumerate(ranks.collect(json.dumps(mine).encode())):
+        other = json.loads(data)
+        total += other["threads"]
+        difference = _difference(mine, other)
+        if difference:
+            raise SwaAvgError(
+                f"rank {rank} has planned something else than rank 0: {difference}",
+                remedy="Give all ranks the same files, options and version of swa-avg",
+            )
+    return int(ranks.tell(str(total).encode()))
+
+
+def _difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
+    """Say in what two plans differ; nothing if they are the same."""
+    if mine["version"] != other["version"]:
+        return f"it is swa-avg {other['version']}, not {mine['version']}"
+    if len(mine["inputs"]) != len(other["inputs"]):
+        return f"it averages {len(other['inputs'])} checkpoints, not {len(mine['inputs'])}"
+    for one, another in zip(mine["inputs"], other["inputs"], strict=True):
+        if one != another:
+            return f"it reads {another[0]} of {another[1]} bytes, not {one[0]} of {one[1]}"
+    return "" if mine["plan"] == other["plan"] else "the headers or the options differ"
+
+
+def _seen(state: StateDict) -> list[object]:
+    """Return what people know a checkpoint by."""
+    checkpoint = state.checkpoint
+    return [checkpoint.path.name, sum(file.size for file in checkpoint.files)]
+
+
+def _digest(averaging: Averaging) -> str:
+    """Return what is the same only where the same is read, computed and written.
+
+    Folders may have other names on other machines, and inputs may be copies. Of those
+    without checksums only the time of writing tells whether their bytes are the same.
+    """
+    digest = hashlib.sha256()
+
+    def note(*facts: object) -> None:
+        digest.update(repr(facts).encode("utf-8", "surrogatepass"))
+
+    note(averaging.options.described, averaging.options.distances, averaging.options.keep_wrapper)
+    note(averaging.counts, averaging.layout.size, dict(averaging.layout.files))
+    places: dict[InputFile, int] = {}
+    for work, place in zip(averaging.plan.works, averaging.layout.places, strict=True):
+        note(work.name, work.treatment.value, work.shape, work.dtype.name, work.weights, place)
+        for source in work.sources:
+            note(source.dtype.name, source.shape, source.stride, source.offset)
+            note([(part.start, part.ref.shape, part.ref.offset) for part in source.parts])
+            for record in source.records:
+                file = places.setdefault(record.file, len(places))
+                written = record.file.modified if record.crc32 is None else None
+                note(file, record.file.start, record.offset, record.length, record.crc32, written)
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""A sample of an average, made anew: element by element, in rational arithmetic.
+
+What is read is read by the indices of the tensors as their checkpoints have them, and
+added as fractions. No code that orders, cuts or adds for the kernel has a part in it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from swa_avg.planning import Treatment, Work
+from swa_avg.tensors import Box, Kind, TensorRef, read_box
+
+if TYPE_CHECKING:
+    import torch
+
+_BOXES = 4096  # shared out among the tensors
+_MOST_OF_ONE = 16
+_WIDTH = 8  # elements of a box
+_PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
+_EXACT = (Kind.EXACT, Kind.OPAQUE)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """An element that is not what it should be: the tensor, and a place at or just before it."""
+
+    name: str
+    place: tuple[int, ...]
+
+
+def wrong_in_sample(
+    works: Sequence[Work],
+    inputs: Sequence[Mapping[str, TensorRef]],
+    output: Mapping[str, TensorRef],
+) -> Wrong | None:
+    """Make a sample of elements anew; return one that is not what it should be, or None.
+
+    Args:
+        works: What was computed.
+        inputs: The tensors of each checkpoint by name.
+        output: The tensors of the output.
+    """
+    draw = random.Random(0)
+    works = [work for work in works if math.prod(work.shape)]
+    each = max(1, min(_MOST_OF_ONE, _BOXES // max(len(works), 1)))
+    for work in draw.sample(works, min(len(works), _BOXES)):
+        made = output[work.name]
+        sources = _sources(work, [tensors[work.name] for tensors in inputs])
+        for number in range(each):
+            box = _box(made.shape, draw, number)
+            if not _is_right(work, made, sources, box):
+                return Wrong(work.name, box.start)
+    return None
+
+
+def _sources(work: Work, every: Sequence[TensorRef]) -> Sequence[TensorRef]:
+    """Return the tensors that a work is made from, as their checkpoints have them."""
+    records = [source.record for source in work.sources]
+    sources = [ref for ref in every if ref.record in records]
+    return sources if work.treatment is Treatment.AVERAGED else sources[-1:]
+
+
+def _box(shape: tuple[int, ...], draw: random.Random, number: int) -> Box:
+    """Return a row of some elements: the first, the last, then any."""
+    if not shape:
+        return Box((), ())
+    width = min(_WIDTH, shape[-1])
+    most = [*(size - 1 for size in shape[:-1]), shape[-1] - width]
+    ends = {0: [0] * len(shape), 1: most}
+    start = ends.get(number) or [draw.randint(0, last) for last in most]
+    return Box(tuple(start), (*(1 for _ in shape[:-1]), width))
+
+
+def _is_right(work: Work, made: TensorRef, sources: Sequence[TensorRef], box: Box) -> bool:
+    """Tell whether the elements of a box are what they should be."""
+    output = _Elements(made, box)
+    if work.treatment is Treatment.RESET:
+        return all(value == work.fill for value in output.values)
+    inputs = [_Elements(source, box) for source in sources]
+    if work.dtype.kind in _EXACT:
+        return output.bits == inputs[-1].bits
+    averaged = work.treatment is Treatment.AVERAGED and work.weights
+    weights = work.weights if averaged else (1,) * len(inputs)
+    same_dtype = all(source.dtype == work.dtype for source in sources)
+    for number, bits in enumerate(output.bits):
+        column = [elements.values[number] for elements in inputs]
+        patterns = {elements.bits[number] for elements in inputs}
+        if len(patterns) == 1 and same_dtype:
+            right = bits in patterns
+        elif all(map(math.isfinite, column)):
+            terms = (w * Fraction(x) for w, x in zip(weights, column, strict=True))
+            right = output.holds(number, sum(terms, Fraction(0)) / sum(weights))
+        else:  # as text: NaN is not equal to itself
+            right = {repr(value) for value in column} == {repr(output.values[number])}
+        if not right:
+            return False
+    return True
+
+
+class _Elements:
+    """The elements of a box: their bits, and the numbers that they stand for.
+
+    Complex numbers are two each; of integers the bits stand for the numbers.
+    """
+
+    def __init__(self, ref: TensorRef, box: Box) -> None:
+        import torch
+
+        from swa_avg.kernel import BITS
+
+        dtype = ref.dtype
+        part = _PARTS.get(dtype.name)
+        wide = part and dtype.itemsize > 4
+        carrier = getattr(torch, dtype.name) if wide else BITS[dtype.itemsize]
+        values = torch.empty(box.shape, dtype=carrier)
+        read_box(ref, box, values)
+        flat = values.reshape(-1)
+        self._dtype: torch.dtype = getattr(torch, part or dtype.name)
+        self._significand = dtype.significand
+        numbers = flat.view(self._dtype)
+        self.bits: list[int] = numbers.view(BITS[numbers.element_size()]).tolist()
+        counted = dtype.kind in _EXACT
+        self.values = [*self.bits] if counted else numbers.to(torch.float64).tolist()
+
+    def holds(self, number: int, exact: Fraction) -> bool:
+        """Tell whether an element is the number of its dtype that is nearest to `exact`."""
+        import torch
+
+        value = self.values[number]
+        if not math.isfinite(value):
+            return False
+        lowest = math.frexp(torch.finfo(self._dtype).smallest_normal)[1]
+        exponent = max(_exponent(exact), lowest)
+        step = Fraction(2) ** (exponent - self._significand)
+        return Fraction(value) == round(exact / step) * step  # of two equally near the even one
+
+
+def _exponent(value: Fraction) -> int:
+    """Return the least e with |value| < 2**e."""
+    if not value:
+        return -(1 << 20)
+    size = abs(value)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    return exponent + (size >= Fraction(2) ** exponent)

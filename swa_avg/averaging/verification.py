@@ -1,0 +1,233 @@
+"""Proof of an output that is written but not in place yet.
+
+`read_back` opens it with our own readers and compares what they find with what was
+planned: always done, of the headers alone. `verify` reads all of it again, and
+has a sample of its elements averaged anew.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from zlib_ng.zlib_ng import crc32
+
+from swa_avg.averaging.sampling import wrong_in_sample
+from swa_avg.checkpoints import StateDict, at, find_state_dict, mapping
+from swa_avg.errors import OutputError, SwaAvgError
+from swa_avg.formats import Checkpoint, DcpLayout, Layout, OutputTensor, open_checkpoint
+from swa_avg.planning import Plan
+from swa_avg.storage import InputFile
+from swa_avg.tensors import TensorRef, View
+
+_SMALL = 64  # bytes: what is put on top of larger stretches of a header
+_REMEDY = "Run it again; if it stays so, the disk or the memory is failing, or swa-avg is wrong"
+
+
+@dataclass(frozen=True)
+class Written:
+    """An output that is written but not in place yet, and what it should be.
+
+    Attributes:
+        path: Where it is now.
+        target: Where it will be, for messages.
+        states: What was averaged, in order.
+        plan: What was done.
+        layout: Where everything went.
+        wrapped: Whether it is the last checkpoint's own file with other weights.
+        checksums: The CRC-32 of each storage, as it was computed.
+        headers: Gives all other bytes, with their places, in the order of writing.
+    """
+
+    path: Path
+    target: Path
+    states: Sequence[StateDict]
+    plan: Plan
+    layout: Layout
+    wrapped: bool
+    checksums: Sequence[int]
+    headers: Callable[[], Iterator[tuple[int, bytes]]]
+
+    def refusal(self, found: str, tensor: str | None = None) -> OutputError:
+        """Return the error that says that it is not what it should be."""
+        return OutputError(
+            f"is not what was to be written: {found}",
+            file=self.target,
+            tensor=tensor,
+            remedy=_REMEDY,
+        )
+
+
+def read_back(written: Written) -> None:
+    """Compare the headers of an output, as our own readers see them, with the plan.
+
+    Names, dtypes, shapes, strides, ties, places, checksums; no tensor is read.
+
+    Raises:
+        OutputError: They disagree.
+    """
+    with _opened(written) as checkpoint:
+        _compare(written, checkpoint)
+
+
+def verify(written: Written) -> None:
+    """Read all of an output again, and average a sample of it anew.
+
+    Raises:
+        OutputError: Something in it is not what it should be.
+        FormatError: An input has changed meanwhile.
+    """
+    _forget(written.path)
+    with _opened(written) as checkpoint:
+        found = _compare(written, checkpoint)
+        _check_bytes(written, _Places(written, checkpoint))
+        tensors = [state.tensors for state in written.states]
+        wrong = wrong_in_sample(written.plan.works, tensors, found)
+        if wrong:
+            for state in written.states:
+                for file in state.checkpoint.files:
+                    file.check_unchanged()
+            raise written.refusal(f"is another number at {list(wrong.place)}", wrong.name)
+
+
+@contextmanager
+def _opened(written: Written) -> Iterator[Checkpoint]:
+    """Open what is written; whatever is wrong with it, say so of the target."""
+    try:
+        checkpoint = open_checkpoint(written.path)
+    except SwaAvgError as error:
+        raise written.refusal(error.found, error.tensor) from error
+    try:
+        yield checkpoint
+    finally:
+        checkpoint.close()
+
+
+def _forget(path: Path) -> None:
+    """Have the kernel forget what it holds of the files in memory: the disk is to be read."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+class _Places:
+    """The bytes of an output by their places, which count through its files."""
+
+    def __init__(self, written: Written, checkpoint: Checkpoint) -> None:
+        sizes = dict(written.layout.files) or {"": written.layout.size}
+        self._path = written.path
+        self._names = list(sizes)
+        self._starts = [0, *accumulate(sizes.values())]
+        self._sizes = sizes
+        self._open = {file.path: file for file in checkpoint.files}
+
+    def of(self, file: InputFile) -> int:
+        """Return the place of a file's first byte."""
+        name = "" if self._names == [""] else file.path.relative_to(self._path).as_posix()
+        return self._starts[self._names.index(name)] + file.start
+
+    def chunks(self, place: int, length: int) -> Iterator[bytes]:
+        """Yield the bytes of a range that lies in one file."""
+        number = min(bisect_right(self._starts, place), len(self._names)) - 1
+        path = self._path / self._names[number] if self._names[number] else self._path
+        known = self._open.get(path)
+        file = known or InputFile(path)
+        try:
+            yield from file.chunks(place - self._starts[number], length)
+        finally:
+            if known is None:
+                file.close()
+
+
+def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef]:
+    """Compare headers with the plan; return the tensors that were found."""
+    entries = _entries(written, checkpoint)
+    found = {name: ref for name, ref in entries.items() if isinstance(ref, TensorRef)}
+    planned = written.plan.state_dict
+    for name in planned.tensors.keys() ^ found.keys():
+        raise written.refusal("is missing" if name not in found else "is too much", name)
+    places = _Places(written, checkpoint)
+    starts = {file.path: places.of(file) - file.start for file in checkpoint.files}
+    where = written.layout.places
+    for name, item in planned.tensors.items():
+        ref = found[name]
+        storage = planned.storages[item.storage]
+        looks: list[tuple[str, object, object]] = [
+            ("dtype", ref.dtype.name, storage.dtype.name),
+            ("shape", ref.shape, item.shape),
+        ]
+        if ref.numel:
+            file = ref.record.file
+            start = starts[file.path] + file.start + ref.record.offset
+            itemsize = ref.dtype.itemsize
+            expected = where[item.storage] + item.offset * itemsize
+            looks += [
+                ("strides", ref.stride, item.stride),
+                ("place", start + ref.offset * itemsize, expected),
+            ]
+        if ref.record.crc32 is not None and ref.record.length == storage.nbytes:
+            looks.append(("checksum", ref.record.crc32, written.checksums[item.storage]))
+        for what, is_, should in looks:
+            if is_ != should:
+                raise written.refusal(f"has {what} {is_} instead of {should}", name)
+    if checkpoint.format == "torch zip" and not written.wrapped:
+        _compare_values(written, entries)
+    return found
+
+
+def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
+    """Return what an output holds, by the names that the plan has."""
+    last = written.states[-1]
+    if written.wrapped:
+        return find_state_dict(checkpoint, last.where.split(" + ")).tensors
+    where = last.where if isinstance(written.layout, DcpLayout) else ""
+    entries = mapping(at(checkpoint.tree, where)) or {}
+    return {
+        str(name): checkpoint.located(value) if isinstance(value, View | TensorRef) else value
+        for name, value in entries.items()
+    }
+
+
+def _compare_values(written: Written, found: Mapping[str, object]) -> None:
+    """Compare the order of names, and the values that are no tensors."""
+    planned = written.plan.state_dict.items
+    if list(found) != list(planned):
+        raise written.refusal("its names are in another order")
+    for name, value in planned.items():
+        # As text: NaN is not equal to itself.
+        if not isinstance(value, OutputTensor) and repr(value) != repr(found[name]):
+            raise written.refusal("has another value", name)
+
+
+def _check_bytes(written: Written, places: _Places) -> None:
+    """Compare every byte of an output with what was to be written there."""
+    stored = zip(written.plan.works, written.layout.places, written.checksums, strict=True)
+    for work, place, checksum in stored:
+        crc = 0
+        for chunk in places.chunks(place, math.prod(work.shape) * work.dtype.itemsize):
+            crc = crc32(chunk, crc)
+        if crc != checksum:
+            raise written.refusal("its bytes have another checksum", work.name)
+    # Checksums are written last, over stretches that were copied with the old ones.
+    small = {place: data for place, data in written.headers() if len(data) <= _SMALL}
+    tops = sorted(small)
+    for place, data in written.headers():
+        expected = bytearray(data)
+        for top in tops[bisect_right(tops, place - _SMALL) : bisect_right(tops, place + len(data))]:
+            first, last = max(top, place), min(top + len(small[top]), place + len(data))
+            if first < last:
+                expected[first - place : last - place] = small[top][first - top : last - top]
+        if b"".join(places.chunks(place, len(data))) != expected:
+            raise written.refusal(f"its header differs at byte {place}")

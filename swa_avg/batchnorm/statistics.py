@@ -1,0 +1,375 @@
+"""BatchNorm statistics of a model over batches of data.
+
+Runs the model with its weights as they are, and gives every BatchNorm layer the
+running statistics that belong to them. Knows no files and no user modules, and
+prints nothing. Weights, training modes, momenta, hooks and all other buffers
+are what they were, whatever happens; the new statistics are written last, all
+of them or none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from swa_avg.batchnorm.batches import (
+    Alone,
+    Feed,
+    Forward,
+    Ranks,
+    blamed,
+    call,
+    chosen_device,
+    numbered,
+    samples_in,
+)
+from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
+from swa_avg.errors import DataError, SwaAvgError
+
+Estimator = Literal["population", "torch"]
+Amp = Literal["off", "bf16", "fp16"]
+
+_AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LayerShift:
+    """What happened to one BatchNorm layer.
+
+    Attributes:
+        name: The layer's name in the model.
+        mean_shift: The largest move of a channel's mean, in (new) standard deviations.
+        std_ratio: The largest factor, up or down, between old and new standard deviation.
+        batches: The number of batches that reached the layer.
+    """
+
+    name: str
+    mean_shift: float
+    std_ratio: float
+    batches: int
+
+
+@dataclass(frozen=True)
+class BatchNormReport:
+    """What `recompute_batchnorm` saw and did.
+
+    Attributes:
+        estimator: `population` or `torch`.
+        device: The device it ran on.
+        ranks: The number of processes that shared the batches.
+        batches: The number of batches seen, by all ranks.
+        samples: The number of samples seen, by all ranks; 0 if batches hold no tensor.
+        layers: The layers with new statistics, in the model's order.
+        unreached: Layers that no batch reached; they keep their statistics.
+        frozen: BatchNorm layers that track no statistics; left alone.
+        instance_norms: InstanceNorm layers that do; left alone.
+    """
+
+    estimator: str
+    device: str
+    ranks: int
+    batches: int
+    samples: int
+    layers: tuple[LayerShift, ...]
+    unreached: tuple[str, ...]
+    frozen: tuple[str, ...]
+    instance_norms: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON types; a shift that is not finite becomes None."""
+        report = asdict(self)
+        for layer in report["layers"]:
+            for key in ("mean_shift", "std_ratio"):
+                layer[key] = layer[key] if math.isfinite(layer[key]) else None
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in report.items()}
+
+
+def recompute_batchnorm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    device: str = "auto",
+    estimator: Estimator = "population",
+    forward: Forward | None = None,
+    amp: Amp = "off",
+    max_batches: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
+) -> BatchNormReport:
+    """Give the BatchNorm layers of `model` the statistics of its weights over `batches`.
+
+    `population`: BatchNorm layers that track statistics run in training mode,
+    everything else in eval mode. `running_mean` and `running_var` become the mean
+    and the population variance, per channel, of all values that the layer saw;
+    `num_batches_tracked` the number of batches that reached it.
+
+    `torch`: equals `torch.optim.swa_utils.update_bn` to the bit: the whole model
+    in training mode, the mean of the batch means and of the unbiased batch
+    variances, every batch counting the same. Unlike there, a layer that no batch
+    reaches keeps its statistics, and so do InstanceNorm layers.
+
+    Args:
+        model: The model; on success it has new BatchNorm buffers, in their old
+            dtype and place, and is otherwise as it was.
+        batches: Batches: tensors, lists, tuples or mappings of them, or anything
+            with a `to`. May be endless where `max_batches` is given.
+        device: `auto`, `cpu`, `cuda`, `cuda:i` or `mps`: where to run.
+        estimator: `population` or `torch`.
+        forward: `forward(model, batch)` runs the model on a batch that is already
+            on the device; by default as `swa_avg.batchnorm.batches.call` does.
+        amp: Run under `torch.autocast` with `bf16` or `fp16`; statistics are kept
+            in float32 or more all the same.
+        max_batches: Stop after so many batches, of all ranks together.
+        progress: Called after every batch with its number of samples.
+        ranks: The processes that share the batches (`swa_avg.ranks.ranks`).
+
+    Returns:
+        Which layers changed and how far, and which did not.
+
+    Raises:
+        DataError: If the loader, the model or `forward` raises, there is no batch,
+            a batch has one value per channel, statistics are not finite, or the
+            model has no BatchNorm layer with running statistics.
+        SwaAvgError: If the device is not there, or `torch` is asked of several ranks.
+        ValueError: If an argument has a value that it cannot have.
+    """
+    ranks = ranks or Alone()
+    _check_arguments(estimator, amp, max_batches, ranks.world)
+    layers = layers_of(model)
+    there = chosen_device(device, ranks.local)
+    statistics = ESTIMATORS[estimator](layers, there)
+    run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
+    seen = []
+    with _borrowed(model, there, statistics), statistics.watching():
+        mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
+        for samples in run(mine, statistics):
+            seen.append(samples)
+            if progress is not None:
+                progress(samples)
+            ranks.check()
+        statistics.check_finite()
+        total_batches, total_samples = _gathered(ranks, len(seen), sum(seen))
+        outcomes = statistics.outcomes(ranks)
+    return BatchNormReport(
+        estimator=estimator,
+        device=str(there),
+        ranks=ranks.world,
+        batches=total_batches,
+        samples=total_samples,
+        layers=_committed(outcomes),
+        unreached=tuple(x.layer.name for x in outcomes if not x.batches),
+        frozen=tuple(n for n, m in model.named_modules() if is_frozen(m)),
+        instance_norms=tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, _InstanceNorm) and module.running_mean is not None
+        ),
+    )
+
+
+def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, Tensor]:
+    """Return the buffers that `recompute_batchnorm` wrote, by their `state_dict` keys.
+
+    A layer that the model holds under several names is there under each of them.
+    """
+    done = {model.get_submodule(layer.name) for layer in report.layers}
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module in done
+        for key, buffer in module._buffers.items()
+        if key in ("running_mean", "running_var", "num_batches_tracked") and buffer is not None
+    }
+
+
+def _check_arguments(estimator: str, amp: str, max_batches: int | None, world: int) -> None:
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {estimator!r}, expected population or torch")
+    if amp not in _AMP_DTYPES:
+        raise ValueError(f"amp is {amp!r}, expected off, bf16 or fp16")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches is {max_batches}, expected 1 or more")
+    if estimator == "torch" and world > 1:
+        raise SwaAvgError(
+            f"the torch estimator is defined for one process only, not for {world}",
+            remedy="Use the population estimator, or one process",
+        )
+
+
+def _numbers(ranks: Ranks, max_batches: int | None) -> Iterator[int]:
+    """Return the numbers, among those of all ranks, of this rank's batches."""
+    if max_batches is None:
+        return count(ranks.rank, ranks.world)
+    return iter(range(ranks.rank, max_batches, ranks.world))
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return what torch.compile, DataParallel or DistributedDataParallel wrap.
+
+    Compiled code does not call hooks, and the other two would talk to other
+    devices or processes.
+    """
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
+    return _bare(inner) if isinstance(inner, nn.Module) else model
+
+
+# --- lending the model --------------------------------------------------------------
+
+
+@contextmanager
+def _borrowed(model: nn.Module, device: torch.device, statistics: Statistics) -> Iterator[None]:
+    """Have the model on `device`, in the estimator's modes, with buffers to spoil.
+
+    The model's own buffers are set aside untouched, so that putting them back is
+    all there is to restoring them.
+    """
+    modules = list(model.modules())
+    tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (own, dict(own)) for module in modules for own in (module._parameters, module._buffers)
+    ]
+    data = [(parameter, parameter.data) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in modules]
+    momenta = [(layer.module, layer.module.momentum) for layer in statistics.layers]
+    unsynced = [m for m in modules if _synchronises(m)]
+    try:
+        with torch.no_grad(), blamed(None, f"moving the model to {device}: "):
+            _replace_buffers(modules)
+            model.to(device)
+        for module in modules:
+            module.training = statistics.everywhere
+        for module in unsynced:
+            module.__dict__["forward"] = MethodType(_BatchNorm.forward, module)
+        statistics.prepare()
+        yield
+    finally:
+        for own, before in tensors:
+            own.clear()
+            own.update(before)
+        for parameter, before_data in data:
+            parameter.data = before_data
+        for module, training in modes:
+            module.training = training
+        for layer, momentum in momenta:
+            layer.momentum = momentum
+        for module in unsynced:
+            module.__dict__.pop("forward", None)
+
+
+def _replace_buffers(modules: Iterable[nn.Module]) -> None:
+    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+    for module in modules:
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[key] = copies[id(buffer)]
+
+
+def _synchronises(module: nn.Module) -> bool:
+    """Whether a layer would ask other processes for their batch, or fail for want of a GPU.
+
+    Here each process has batches of its own, maybe not equally many, and what the
+    layer saw is what it saw here: it runs as plain BatchNorm.
+    """
+    return (
+        isinstance(module, nn.SyncBatchNorm)
+        and type(module).forward is nn.SyncBatchNorm.forward
+        and "forward" not in module.__dict__
+    )
+
+
+def _run(
+    model: nn.Module,
+    batches: Iterable[tuple[int, Any]],
+    statistics: Statistics,
+    device: torch.device,
+    forward: Forward,
+    amp: str,
+) -> Iterator[int]:
+    """Run the model on one numbered batch after the other; yield their samples."""
+    feed = Feed(device)
+    for number, batch in batches:
+        statistics.number = number
+        with blamed(number), _forward_context(device, amp):
+            there = feed.send(batch)
+            forward(model, there)
+        with torch.no_grad():
+            statistics.after_batch()
+        feed.done(there)
+        yield samples_in(batch)
+
+
+@contextmanager
+def _forward_context(device: torch.device, amp: str) -> Iterator[None]:
+    """Be on the device, without gradients, in mixed precision if asked.
+
+    `no_grad`, not `inference_mode`: that is no faster here, and tensors which a
+    model makes once and keeps (position tables, masks) would be of no use for
+    training afterwards.
+    """
+    dtype = _AMP_DTYPES[amp]
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        stack.enter_context(torch.no_grad())
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device.type, dtype=dtype))
+        yield
+
+
+def _gathered(ranks: Ranks, batches: int, samples: int) -> tuple[int, int]:
+    mine = torch.tensor([batches, samples], dtype=torch.float64)
+    total = torch.stack(list(ranks.gather(mine))).sum(0).tolist()
+    if not total[0]:
+        raise DataError(
+            "the loader gave no batches",
+            expected="at least one",
+            remedy="A generator that was used up before gives none: pass a function",
+        )
+    return int(total[0]), int(total[1])
+
+
+# --- writing the outcome ------------------------------------------------------------
+
+
+def _committed(outcomes: Sequence[Outcome]) -> tuple[LayerShift, ...]:
+    """Write the new statistics into the model, all or none, and return the shifts."""
+    reached = [x for x in outcomes if x.batches]
+    for outcome in reached:
+        for new, buffer in zip((outcome.mean, outcome.var), outcome.layer.buffers, strict=True):
+            if not new.to(buffer.dtype).isfinite().all():
+                raise DataError(f"{outcome.layer.name}: statistics too large for {buffer.dtype}")
+    shifts = tuple(_shift(outcome) for outcome in reached)
+    with torch.no_grad():
+        for outcome in reached:
+            mean, var = outcome.layer.buffers
+            mean.copy_(outcome.mean)
+            var.copy_(outcome.var)
+            if outcome.layer.module.num_batches_tracked is not None:
+                outcome.layer.module.num_batches_tracked.fill_(outcome.tracked)
+    return shifts
+
+
+def _shift(outcome: Outcome) -> LayerShift:
+    old_mean, old_var = (buffer.cpu().double() for buffer in outcome.layer.buffers)
+    eps = outcome.layer.module.eps
+    std = (outcome.var.double() + eps).sqrt()
+    ratio = std / (old_var + eps).sqrt()
+    return LayerShift(
+        name=outcome.layer.name,
+        mean_shift=float(((outcome.mean.double() - old_mean).abs() / std).max()),
+        std_ratio=float(torch.maximum(ratio, 1 / ratio).max()),
+        batches=outcome.batches,
+    )

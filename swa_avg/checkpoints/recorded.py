@@ -1,0 +1,52 @@
+"""What a checkpoint records of its place in the run: its epoch and its step."""
+
+from __future__ import annotations
+
+from swa_avg.checkpoints.tree import at
+from swa_avg.formats import Checkpoint
+
+# Where frameworks record them; the first that is there counts.
+_EPOCHS = (
+    "epoch",
+    "meta.epoch",  # mmengine
+    "cur_epoch",  # icefall
+    "extra_state.train_iterator.epoch",  # fairseq
+    "extra_state.epoch",  # fairseq before 0.6
+    "state.timestamp.Timestamp.epoch",  # Composer
+    "state.timestamp.epoch",
+)
+_STEPS = (
+    "global_step",  # Lightning, Trainer
+    "global_steps",  # DeepSpeed
+    "step",
+    "iteration",  # detectron2
+    "iter_num",  # nanoGPT
+    "iter",
+    "meta.iter",  # mmengine
+    "batch_idx_train",  # icefall
+    "optimizer_history.-1.num_updates",  # fairseq
+    "state.timestamp.Timestamp.batch",  # Composer
+    "state.timestamp.batch",
+)
+
+
+def epoch(checkpoint: Checkpoint) -> int | None:
+    """Return the epoch that a checkpoint records, or None."""
+    return _first(checkpoint, _EPOCHS)
+
+
+def step(checkpoint: Checkpoint) -> int | None:
+    """Return the step that a checkpoint records, or None."""
+    return _first(checkpoint, _STEPS)
+
+
+def _first(checkpoint: Checkpoint, paths: tuple[str, ...]) -> int | None:
+    """Return the first whole number that stands at one of `paths`."""
+    for tree in (checkpoint.beside, checkpoint.tree):
+        for path in paths:
+            value = at(tree, path)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if value == value // 1:
+                return int(value)
+    return None

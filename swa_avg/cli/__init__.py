@@ -1,0 +1,7 @@
+"""The command line: it parses, calls the library, prints, and turns errors into exit codes."""
+
+from swa_avg.cli.command import main
+
+__all__ = [
+    "main",
+]

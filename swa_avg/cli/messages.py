@@ -1,0 +1,149 @@
+"""What people are told, as lines. Prints nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from swa_avg.errors import counted, in_bytes
+
+if TYPE_CHECKING:
+    from swa_avg.averaging import Averaging, Distances, Report
+    from swa_avg.batchnorm import BatchNormReport
+    from swa_avg.checkpoints import Provenance
+    from swa_avg.search import SweepReport
+
+_MEANINGS = {
+    "averaged": "averaged",
+    "kept": "BatchNorm buffers kept apart",
+    "reset": "BatchNorm buffers reset",
+    "copied": "copied",
+}
+
+
+def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
+    """Yield what would be done; with `tensors`, a line for each of them."""
+    yield f"{counted(len(averaging.inputs), 'checkpoint')}, in this order:"
+    for number, source in enumerate(averaging.inputs, 1):
+        details = [f"{name} {value}" for name, value in source.recorded.items()]
+        details += [f"{source.score.name} {source.score.value:.6g}"] if source.score else []
+        details += [f"stands for {source.count}"] if source.count > 1 else []
+        details += [f"at {source.where}"] if source.where else []
+        details += [f"prefix {source.prefix} stripped"] if source.prefix else []
+        yield f"{number:6}  {source.path}  {', '.join(details)}".rstrip()
+    if tensors:
+        yield from of_tensors(averaging)
+    plan = averaging.plan
+    yield f"would read {in_bytes(plan.bytes_to_read)}: {_treatments(plan.counts)}"
+    yield f"would write {in_bytes(averaging.layout.size)} to {averaging.output}"
+    yield f"would take {in_bytes(averaging.buffer_bytes)} of buffers"
+
+
+def of_tensors(averaging: Averaging) -> Iterator[str]:
+    """Yield a line for each tensor: what it is, what happens to it, and why."""
+    tensors = averaging.plan.tensors
+    width = max((len(tensor.name) for tensor in tensors), default=0)
+    for tensor in tensors:
+        what = f"{tensor.dtype} {list(tensor.shape)}"
+        yield f"  {tensor.name:<{width}}  {what:<28} {tensor.treatment.value}: {tensor.reason}"
+
+
+def of_average(report: Report) -> Iterator[str]:
+    """Yield what was averaged."""
+    first, last = report.inputs[0].path, report.inputs[-1].path
+    of = first if len(report.inputs) == 1 else f"{first} … {last}"
+    count = sum(source.count for source in report.inputs)
+    yield f"averaged {counted(count, 'checkpoint')}: {of}"
+    yield f"tensors: {_treatments(report.counts)}"
+
+
+def of_distances(report: Report, distances: Distances, modules: bool) -> Iterator[str]:
+    """Yield how far each checkpoint is from the mean, and with `modules` where."""
+    yield "distance from the mean, over its norm:"
+    cosines = [None, *distances.cosines, None]
+    for number, (source, distance) in enumerate(zip(report.inputs, distances.overall, strict=True)):
+        turn = cosines[number] if 0 < number < len(report.inputs) - 1 else None
+        said = "" if turn is None else f"  cosine of the steps to it and from it {turn:+.2f}"
+        yield f"{distance:10.4f}  {source.path}{said}"
+    if modules:
+        width = max(map(len, distances.modules), default=0)
+        for module, found in distances.modules.items():
+            yield f"  {module:<{width}}  {' '.join(f'{distance:.4f}' for distance in found)}"
+
+
+def of_provenance(path: str, said: Provenance) -> Iterator[str]:
+    """Yield how an average was made."""
+    yield f"{path}: average of {counted(said.count, 'checkpoint')}, by swa-avg {said.version}"
+    for source in said.sources:
+        recorded = {"epoch": source.epoch, "step": source.step}
+        details = [f"{name} {value}" for name, value in recorded.items() if value is not None]
+        details += [f"stands for {source.count}"] if source.count > 1 else []
+        details += [in_bytes(source.size), f"fingerprint {source.fingerprint}"]
+        yield f"  {source.name}  {', '.join(details)}"
+    for name, value in said.options.items():
+        yield f"option {name}: {value}"
+    if isinstance(said.batchnorm, dict):
+        described = ", ".join(f"{name} {value}" for name, value in said.batchnorm.items())
+        yield f"BatchNorm: recomputed ({described})"
+    elif said.batchnorm:
+        yield f"BatchNorm: {said.batchnorm}"
+
+
+def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
+    """Yield what was recomputed: the layer that moved farthest, or with `layers` all of them."""
+    yield (
+        f"recomputed {counted(len(report.layers), 'BatchNorm layer')} over "
+        f"{counted(report.batches, 'batch')} ({report.samples:,} samples)"
+    )
+    farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
+    for layer in report.layers if layers else farthest:
+        yield (
+            f"{'  ' if layers else 'largest move: '}{layer.name}: mean by {layer.mean_shift:.3g} "
+            f"standard deviations, deviation by a factor of {layer.std_ratio:.3g}"
+        )
+
+
+def of_search_plan(averaging: Averaging, evaluate: str, greedy: bool) -> Iterator[str]:
+    """Yield what a search would do."""
+    count = len(averaging.inputs)
+    which = "the greedy soup of these" if greedy else f"the averages of the last 1, 2, … {count}"
+    yield f"would judge with {evaluate} each checkpoint alone, and {which}"
+    room = averaging.layout.size * (2 if greedy else count)
+    yield f"would need {in_bytes(room)} beside the output meanwhile"
+
+
+def of_search(report: SweepReport) -> Iterator[str]:
+    """Yield the scores of all that was tried, the best marked."""
+    scale, tried = report.scale, report.tried
+    averages, singles = _aligned([one.score for one in tried]), _aligned(report.singles)
+    better = "larger" if scale.mode == "max" else "smaller"
+    joined = " with it" if report.greedy else " averaged"
+    first = "" if report.greedy else f"{'last':>6} "
+    yield f"{scale.name} ({better} is better):"
+    yield f"{first}{joined:>12}{'alone':>12}"
+    for place, score in enumerate(averages):
+        number = report.added(place)
+        marks = ["best"] if place == report.best else []
+        if report.greedy:
+            marks = ["joins" if number in report.winner.members else "stays out"]
+        count = "" if report.greedy else f"{place + 1:6} "
+        whose = f"{report.paths[number]}  {' '.join(marks)}".rstrip()
+        yield f"{count}{score:>12}{singles[number]:>12}  {whose}"
+
+
+def _aligned(scores: Sequence[float]) -> list[str]:
+    """Return numbers with as many decimals as give the largest of them five digits."""
+    largest = max(map(abs, scores), default=0)
+    digits = math.floor(math.log10(largest)) + 1 if largest else 0
+    decimals = min(max(0, 5 - digits), 12)
+    return [f"{score:.{decimals}f}" for score in scores]
+
+
+def of_output(path: str, size: int) -> str:
+    """Return what was written."""
+    return f"wrote {path} ({in_bytes(size)})"
+
+
+def _treatments(counts: dict[str, int]) -> str:
+    return ", ".join(f"{counts[name]} {words}" for name, words in _MEANINGS.items() if counts[name])

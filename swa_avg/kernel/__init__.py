@@ -1,0 +1,59 @@
+"""The exact mean: the same byte range of every input in, one range of the output out.
+
+In: the works of a plan. Out: bytes in their places, checksums, inner products. Knows
+nothing of formats or of names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swa_avg.kernel.findings import Findings as Findings
+    from swa_avg.kernel.findings import Records as Records
+    from swa_avg.kernel.mean import Kernel as Kernel
+    from swa_avg.kernel.mean import Outcome as Outcome
+    from swa_avg.kernel.mean import compute as compute
+    from swa_avg.kernel.mean import run as run
+    from swa_avg.kernel.mean import settle as settle
+    from swa_avg.kernel.rounding import BITS as BITS
+    from swa_avg.kernel.tasks import buffer_bytes as buffer_bytes
+    from swa_avg.kernel.tasks import share as share
+    from swa_avg.kernel.tasks import works_in as works_in
+
+# Imported at first use: torch takes seconds.
+_HOME = {
+    "Findings": "findings",
+    "Records": "findings",
+    "Kernel": "mean",
+    "Outcome": "mean",
+    "compute": "mean",
+    "run": "mean",
+    "settle": "mean",
+    "BITS": "rounding",
+    "buffer_bytes": "tasks",
+    "share": "tasks",
+    "works_in": "tasks",
+}
+
+__all__ = [
+    "BITS",
+    "Findings",
+    "Kernel",
+    "Outcome",
+    "Records",
+    "buffer_bytes",
+    "compute",
+    "run",
+    "settle",
+    "share",
+    "works_in",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

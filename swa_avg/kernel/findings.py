@@ -1,0 +1,142 @@
+"""What averaging finds out beside the mean: checksums, differences, inner products.
+
+Each task finds out its part, which is sent as plain numbers, from one thread, process
+or rank to another. What all tasks have found becomes one by `merge`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+
+from swa_avg.kernel.inner_products import Gram
+from swa_avg.planning import Work
+from swa_avg.tensors import Ledger, Piece, Record
+
+Plain = dict[str, Any]
+
+
+class Records:
+    """All records that works read, numbered in the same way in every process.
+
+    Most works have nothing to say of them: they are numbered when one has.
+
+    Args:
+        works: What reads them.
+    """
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    @cached_property
+    def all(self) -> Sequence[Record]:
+        """The records by their numbers; of one that several works read any number will do."""
+        sources = (source for work in self._works for source in work.sources)
+        return [record for source in sources for record in source.records]
+
+    @cached_property
+    def numbers(self) -> Mapping[Record, int]:
+        """Their numbers."""
+        return dict(zip(self.all, range(len(self.all)), strict=True))
+
+
+def shared(works: Sequence[Work]) -> frozenset[Record]:
+    """Return the records that several works look at, as they are in the last input."""
+    last = [work.sources[-1].records if work.sources else () for work in works]
+    times = Counter(chain.from_iterable(last))
+    return frozenset(
+        record
+        for work, seen in zip(works, last, strict=True)
+        if any(times[record] > 1 for record in seen)
+        for source in work.sources
+        for record in source.records
+    )
+
+
+class Findings:
+    """What a task has found, or several.
+
+    Attributes:
+        ledger: The checksums of what was read.
+        written: For each output the checksums of what was written, by the work's number.
+        differing: The numbers of copied works that are not the same in all inputs.
+        grams: The inner products of each group.
+        bytes_read: Bytes read from all inputs.
+    """
+
+    def __init__(self, outputs: int, kept: Container[Record] = ()) -> None:
+        """Begin with nothing.
+
+        Args:
+            outputs: How many outputs are written.
+            kept: Records whose checksums are kept though they are the recorded ones.
+        """
+        self.ledger = Ledger(kept)
+        self.written: list[dict[int, list[Piece]]] = [defaultdict(list) for _ in range(outputs)]
+        self.differing: set[int] = set()
+        self.grams: dict[int, Gram] = {}
+        self.bytes_read = 0
+
+    def add_gram(self, group: int, gram: Gram) -> None:
+        """Add a part of a group's inner products."""
+        if group in self.grams:
+            self.grams[group].add(gram)
+        else:
+            self.grams[group] = gram
+
+    def plain(self, records: Records) -> Plain:
+        """Return it as numbers and names, which JSON can hold, for another's `merge`."""
+        return {
+            "read": self.bytes_read,
+            # Two plain lists: there may be very many.
+            "found": [records.numbers[record] for record in self.ledger.found],
+            "crcs": [*self.ledger.found.values()],
+            "pieces": [
+                [records.numbers[record], name, list(map(_plain, pieces))]
+                for record, name, pieces in self.ledger.pieces()
+            ],
+            "written": [
+                [[work, list(map(_plain, pieces))] for work, pieces in of_output.items()]
+                for of_output in self.written
+            ],
+            "differing": sorted(self.differing),
+            # As text a float64 keeps all its bits.
+            "grams": [
+                [group, gram.products.tolist(), gram.square] for group, gram in self.grams.items()
+            ],
+        }
+
+    def merge(self, other: Plain, records: Records) -> None:
+        """Add what was found elsewhere, of other tasks of the same works.
+
+        Args:
+            other: What `plain` returned there.
+            records: Those of the works.
+
+        Raises:
+            FormatError: All of a record has been read, and its bytes are not those that were saved.
+        """
+        self.bytes_read += other["read"]
+        for number, crc in zip(other["found"], other["crcs"], strict=True):
+            self.ledger.found[records.all[number]] = crc
+        for number, name, pieces in other["pieces"]:
+            for piece in pieces or [None]:
+                self.ledger.add(records.all[number], name, piece and Piece(*piece))
+        for mine, theirs in zip(self.written, other["written"], strict=True):
+            for work, pieces in theirs:
+                mine[work] += [Piece(*piece) for piece in pieces]
+        self.differing.update(other["differing"])
+        for group, products, square in other["grams"]:
+            gram = Gram(len(products))
+            gram.products += torch.tensor(products, dtype=torch.float64)
+            gram.square = square
+            self.add_gram(group, gram)
+
+
+def _plain(piece: Piece) -> tuple[int, int, int]:
+    return piece.start, piece.length, piece.crc

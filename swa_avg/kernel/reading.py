@@ -1,0 +1,171 @@
+"""Reading the inputs of one item of work, piece by piece, with the checksums of what is read.
+
+A reader fills a buffer with the elements of a cell, in the order of the output.
+It is asked for each cell of its item once, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from zlib_ng.zlib_ng import crc32
+
+from swa_avg.kernel.rounding import carrier
+from swa_avg.kernel.tasks import Cell, Item, Stretch, Strip
+from swa_avg.planning import Treatment, Work
+from swa_avg.storage import InputFile
+from swa_avg.tensors import Box, DType, Ledger, Piece, Record, TensorRef, read_box, whole
+
+_SPARE = memoryview(bytearray(4096))  # for what lies between records; nobody looks at it
+
+
+class Reader(Protocol):
+    """Reads one input of an item.
+
+    Attributes:
+        dtype: Of its elements.
+    """
+
+    dtype: DType
+
+    def read(self, cell: Any, buffer: memoryview) -> None:
+        """Fill `buffer` with the elements of one of the item's cells.
+
+        Raises:
+            SwaAvgError: The file cannot be read, or is shorter than it was.
+        """
+
+    def close(self, ledger: Ledger) -> int:
+        """Hand over the checksums of what was read; return how many bytes that was."""
+
+
+def readers_of(item: Item, works: Sequence[Work]) -> Sequence[Reader]:
+    """Return a reader for each input of an item."""
+    work = works[item.number]
+    if isinstance(item, Strip):
+        return [RangeReader(source, item, work.name) for source in work.sources]
+    if isinstance(item, Stretch):
+        return [BoxReader(source, item, work) for source in work.sources]
+    together = [works[number] for number in item.numbers]
+    cuts = {
+        size: [slice(a * size, b * size) for a, b in pairwise(item.bounds)]
+        for size in {source.dtype.itemsize for source in work.sources}
+    }
+    return [
+        BundleReader(together, number, cuts[source.dtype.itemsize])
+        for number, source in enumerate(work.sources)
+    ]
+
+
+class RangeReader:
+    """Reads a range of a tensor that lies in C order."""
+
+    def __init__(self, source: TensorRef, strip: Strip, name: str) -> None:
+        self.dtype = source.dtype
+        self._record, self._name = source.record, name
+        self._read = source.record.file.read_into
+        # Bytes from the record's start: of the strip, and of what is not seen yet.
+        self._first = self._next = (source.offset + strip.start) * self.dtype.itemsize
+        self._crc = 0
+
+    def read(self, cell: Cell, buffer: memoryview) -> None:
+        """Read on from where the last cell ended."""
+        self._read(buffer, self._record.offset + self._next)
+        self._crc = crc32(buffer, self._crc)
+        self._next += len(buffer)
+
+    def close(self, ledger: Ledger) -> int:
+        """Hand over the checksum of all cells together."""
+        length = self._next - self._first
+        ledger.add(self._record, self._name, Piece(self._first, length, self._crc))
+        return length
+
+
+class BundleReader:
+    """Reads several small tensors of one checkpoint, with few calls where they are neighbours."""
+
+    def __init__(self, works: Sequence[Work], number: int, slices: Sequence[slice]) -> None:
+        self.dtype = works[0].sources[number].dtype
+        self._works, self._number, self._slices = works, number, slices
+        self._crcs: list[int] = []
+
+    def read(self, cell: Cell, buffer: memoryview) -> None:
+        """Read all of them; `cell` is the only one."""
+        views = [buffer[cut] for cut in self._slices]
+        file: InputFile | None = None
+        pieces: list[memoryview] = []
+        start = end = 0
+        for work, view in zip(self._works, views, strict=True):
+            source = work.sources[self._number]
+            record = source.record
+            place = record.offset + source.offset * self.dtype.itemsize
+            gap = place - end
+            if record.file is file and 0 <= gap <= len(_SPARE):
+                if gap:
+                    pieces.append(_SPARE[:gap])
+                pieces.append(view)
+            else:
+                if file is not None:
+                    file.read_scattered(pieces, start)
+                file, start, pieces = record.file, place, [view]
+            end = place + len(view)
+        if file is not None:
+            file.read_scattered(pieces, start)
+        self._crcs = [crc32(view) for view in views]
+
+    def close(self, ledger: Ledger) -> int:
+        """Hand over the checksum of each tensor."""
+        for work, cut, crc in zip(self._works, self._slices, self._crcs, strict=True):
+            source = work.sources[self._number]
+            record, length = source.record, cut.stop - cut.start
+            if length == record.length:
+                ledger.settle(record, work.name, crc)
+            else:
+                place = source.offset * self.dtype.itemsize
+                ledger.add(record, work.name, Piece(place, length, crc))
+        return int(self._slices[-1].stop)
+
+
+class BoxReader:
+    """Reads boxes of a tensor of any strides, whole or in parts."""
+
+    def __init__(self, source: TensorRef, stretch: Stretch, work: Work) -> None:
+        self.dtype = source.dtype
+        self._source, self._name = source, work.name
+        self._averaged = work.treatment is Treatment.AVERAGED
+        # Strides of the boxes' shape, where ranges can be read; None where boxes must be.
+        self._steps = stretch.steps if whole(source) else None
+        self._bytes_read = 0
+        self._pieces: dict[Record, Piece] = {}
+
+    def read(self, cell: Box, buffer: memoryview) -> None:
+        """Read a box; its elements are in C order of the box."""
+        if not buffer:
+            return
+        record = self._source.record
+        if self._steps is None:
+            values = torch.frombuffer(buffer, dtype=carrier(self.dtype)).view(cell.shape)
+            self._bytes_read += read_box(self._source, cell, values, self._seen)
+            return
+        first = sum(at * step for at, step in zip(cell.start, self._steps, strict=True))
+        place = (self._source.offset + first) * self.dtype.itemsize
+        record.file.read_into(buffer, record.offset + place)
+        self._seen(record, place, buffer)
+        self._bytes_read += len(buffer)
+
+    def _seen(self, record: Record, start: int, data: memoryview) -> None:
+        """Take what was read into the checksum, if it follows what was read before."""
+        piece = self._pieces.get(record, Piece(start, 0, 0))
+        if start == piece.start + piece.length:
+            crc = crc32(data, piece.crc)
+            self._pieces[record] = Piece(piece.start, piece.length + len(data), crc)
+
+    def close(self, ledger: Ledger) -> int:
+        """Hand over the checksums of what was read without gaps, if they are of use."""
+        for record in self._source.records:
+            if self._averaged or record.crc32 is not None:
+                ledger.add(record, self._name, self._pieces.get(record))
+        return self._bytes_read

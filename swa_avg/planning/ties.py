@@ -1,0 +1,142 @@
+"""Which names of a state_dict look at the same elements.
+
+Tied weights (an embedding and the output layer) are two names of one tensor;
+views are names of parts of it. They are averaged once and stay tied, if they
+are tied in every checkpoint alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from swa_avg.checkpoints import StateDict
+from swa_avg.tensors import TensorRef, is_dense
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names that look at one stretch of elements.
+
+    Attributes:
+        base: The name whose tensor covers all that the others look at.
+        names: All of them, `base` among them, in the order of the state_dict.
+    """
+
+    base: str
+    names: tuple[str, ...]
+
+
+def families(
+    states: Sequence[StateDict], treatments: Mapping[str, object], views: bool
+) -> tuple[list[Family], list[str]]:
+    """Sort the names of the last state_dict into families.
+
+    Args:
+        states: The checkpoints, all with the same names.
+        treatments: What happens to each; names with different ones cannot stay tied.
+        views: Whether the output can hold views; else only equal views stay tied.
+
+    Returns:
+        The families, and the names that are tied in some of the checkpoints only.
+    """
+    tensors = states[-1].tensors
+    made: list[Family] = []
+    untied: list[str] = []
+    for names in _overlapping(tensors.items(), treatments):
+        family = _family(names, tensors) if views else None
+        for part in [family] if family else _equal(names, tensors):
+            if all(_alike(part, state, states[-1]) for state in states[:-1]):
+                made.append(part)
+            else:
+                made += [Family(name, (name,)) for name in part.names]
+                untied += part.names
+    untied += (name for name in _tied_before(states) if name not in untied)
+    place = {name: number for number, name in enumerate(tensors)}
+    return sorted(made, key=lambda family: place[family.names[0]]), untied
+
+
+def _tied_before(states: Sequence[StateDict]) -> dict[str, None]:
+    """Return names that are one tensor in some checkpoint, but not in the last."""
+    found: dict[str, None] = {}
+    last = states[-1].tensors
+    for state in states[:-1]:
+        if state.views is states[-1].views:
+            continue
+        by_view: dict[TensorRef, list[str]] = {}
+        for name, ref in state.tensors.items():
+            if ref.numel:
+                by_view.setdefault(ref, []).append(name)
+        for names in by_view.values():
+            if len({last[name] for name in names}) > 1:
+                found.update(dict.fromkeys(names))
+    return found
+
+
+def _overlapping(
+    tensors: Iterable[tuple[str, TensorRef]], treatments: Mapping[str, object]
+) -> Iterator[list[str]]:
+    """Yield names whose tensors share elements, directly or through each other."""
+    by_storage: dict[object, list[tuple[int, int, int, str]]] = {}
+    for number, (name, ref) in enumerate(tensors):
+        # Empty tensors have no elements to share; they are told apart by their number.
+        key = (ref.record, ref.dtype.name, treatments[name]) if ref.numel else number
+        span = (ref.offset, ref.offset + ref.extent, number, name)
+        by_storage.setdefault(key, []).append(span)
+    for spans in by_storage.values():
+        group: list[tuple[int, str]] = []
+        reach = -1
+        for start, end, number, name in sorted(spans):
+            if group and start >= reach:
+                yield [member for _, member in sorted(group)]
+                group = []
+            group.append((number, name))
+            reach = max(reach, end) if len(group) > 1 else end
+        yield [member for _, member in sorted(group)]
+
+
+def _family(names: list[str], tensors: Mapping[str, TensorRef]) -> Family | None:
+    """Return a family of views, if one of the tensors covers all the others look at."""
+    start = min(tensors[name].offset for name in names)
+    end = max(tensors[name].offset + tensors[name].extent for name in names)
+    for name in names:
+        ref = tensors[name]
+        if (ref.offset, ref.extent) == (start, end - start) and is_dense(ref.shape, ref.stride):
+            return Family(name, tuple(names))
+    return None
+
+
+def _equal(names: list[str], tensors: Mapping[str, TensorRef]) -> list[Family]:
+    """Return a family for each distinct way of looking at the storage."""
+    by_view: dict[object, list[str]] = {}
+    for name in names:
+        ref = tensors[name]
+        by_view.setdefault((ref.offset, ref.shape, ref.stride), []).append(name)
+    return [Family(equal[0], tuple(equal)) for equal in by_view.values()]
+
+
+def _alike(family: Family, state: StateDict, last: StateDict) -> bool:
+    """Tell whether names are tied in a checkpoint just as they are in the last."""
+    if len(family.names) == 1 or state.views is last.views:
+        return True
+    base, base_last = state.tensors[family.base], last.tensors[family.base]
+    for name in family.names:
+        ref, ref_last = state.tensors[name], last.tensors[name]
+        if ref.record != base.record or ref.dtype != base.dtype:
+            return False
+        same_here = (ref.offset, ref.stride) == (base.offset, base.stride)
+        if _sees_all(ref_last, base_last):
+            if not same_here or ref.shape != base.shape:
+                return False
+        elif (ref.offset - base.offset, ref.stride, base.stride) != (
+            ref_last.offset - base_last.offset,
+            ref_last.stride,
+            base_last.stride,
+        ):
+            return False
+    return True
+
+
+def _sees_all(ref: TensorRef, base: TensorRef) -> bool:
+    """Tell whether a view is the base itself, under another name."""
+    return (ref.offset, ref.shape, ref.stride) == (base.offset, base.shape, base.stride)

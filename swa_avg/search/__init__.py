@@ -1,0 +1,20 @@
+"""Which average is best, judged by a function of the user's.
+
+In: a planned average and an `evaluate` function. Out: the best average and the scores of
+all that were tried. Knows nothing of screens.
+"""
+
+from swa_avg.search import candidates, plot, sweeping
+from swa_avg.search.candidates import Found, SweepReport
+from swa_avg.search.scores import judged
+from swa_avg.search.sweeping import sweep
+
+__all__ = [
+    "Found",
+    "SweepReport",
+    "candidates",
+    "judged",
+    "plot",
+    "sweep",
+    "sweeping",
+]

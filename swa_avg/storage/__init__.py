@@ -1,0 +1,30 @@
+"""Bytes in and out: local files, URLs, and an output that appears whole or not at all.
+
+In: paths. Out: files to read by range (`InputFile`), and files, folders and remote
+objects to write (`Output`). Knows nothing of tensors.
+"""
+
+from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead
+from swa_avg.storage.output import AtomicFile, AtomicFolder, Output, check_replaceable, check_target
+from swa_avg.storage.partial import JoinedOutput
+from swa_avg.storage.remote import is_remote, path_of, remote_matches
+from swa_avg.storage.upload import RemoteFile, check_remote_target
+
+__all__ = [
+    "ROOM",
+    "AtomicFile",
+    "AtomicFolder",
+    "InputFile",
+    "JoinedOutput",
+    "Output",
+    "RemoteFile",
+    "Section",
+    "announce",
+    "check_remote_target",
+    "check_replaceable",
+    "check_target",
+    "is_remote",
+    "path_of",
+    "reading_ahead",
+    "remote_matches",
+]

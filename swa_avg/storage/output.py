@@ -1,0 +1,306 @@
+"""The output: whole or not at all.
+
+It is written to a temporary file beside its target, forced to disk, and put
+in the target's place by one rename. Until then the target is as it was;
+whatever goes wrong, the temporary file goes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from typing import Protocol
+
+from swa_avg.errors import OutputError, listed
+from swa_avg.storage import commit, temporary
+from swa_avg.storage.files import InputFile
+from swa_avg.storage.partial import Draft, Drafts, refusal
+from swa_avg.storage.remote import is_remote
+
+# Files of weights in a folder: of Hugging Face, whatever their number, and of a distributed one.
+_WEIGHTS = re.compile(
+    r"(adapter_|(diffusion_)?pytorch_)?model[^/]*\.(safetensors|bin)(\.index\.json)?"
+    r"|__\d+_\d+\.distcp|\.metadata"
+)
+
+
+class Output(Protocol):
+    """What an average is written to: one file, or several that count as one."""
+
+    @property
+    def path(self) -> Path:
+        """Where its bytes are until it is committed."""
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+
+    def sync(self) -> None:
+        """Force what is written to disk."""
+
+    def commit(self) -> None:
+        """Put it in its target's place."""
+
+
+def check_target(
+    target: Path, inputs: Iterable[InputFile], *, force: bool, folder: bool = False
+) -> None:
+    """Refuse a target that may not be written, before anything is read.
+
+    Args:
+        target: The output.
+        inputs: Files that must not be overwritten.
+        force: Whether it may be replaced if it exists.
+        folder: Whether it will be a folder.
+
+    Raises:
+        OutputError: It is an input, exists without `force`, or is of another kind.
+    """
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise refusal(target, error) from error
+    for file in inputs:
+        beneath = folder and _is_beneath(file.path, target)
+        if file.identity == (found.st_dev, found.st_ino) or beneath:
+            raise OutputError(
+                "holds one of the inputs" if beneath else "is one of the inputs",
+                file=target,
+                remedy="Choose another output with -o",
+            )
+    fits = stat.S_ISDIR(found.st_mode) if folder else stat.S_ISREG(found.st_mode)
+    if not fits:
+        raise OutputError(
+            "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file",
+            file=target,
+            expected=f"the name of a {'folder' if folder else 'file'} to write",
+        )
+    if not force:
+        raise OutputError(
+            "exists already",
+            file=target,
+            remedy="Choose another output, or replace it with --force",
+        )
+
+
+def _is_beneath(path: Path, folder: Path) -> bool:
+    """Tell whether a file is in a folder, however deep, under either of its names."""
+    if is_remote(path):
+        return False
+    places = (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name))
+    return any(Path(os.path.realpath(folder)) in place.parents for place in places)
+
+
+def check_replaceable(target: Path, names: Iterable[str]) -> None:
+    """Refuse to replace a folder that holds more than weights and what takes its place.
+
+    Args:
+        target: The output, a folder that may exist.
+        names: The files that the new folder will have.
+
+    Raises:
+        OutputError: Something in it would be lost.
+    """
+    if not target.is_dir():
+        return
+    kept = set(names)
+    there = (path.relative_to(target).as_posix() for path in target.rglob("*"))
+    lost = sorted(name for name in there if name not in kept and not _WEIGHTS.fullmatch(name))
+    if lost:
+        raise OutputError(
+            f"holds what would be lost: {listed(lost)}",
+            file=target,
+            remedy="Choose another output with -o, or move it away first",
+        )
+
+
+class AtomicFile(AbstractContextManager["AtomicFile"]):
+    """A file that comes into being whole, by `commit`, or not at all.
+
+    A symbolic link stays a link: the file behind it is replaced. The mode is the
+    replaced file's, or what the umask leaves of 0666. What killed runs to the same
+    target have left behind goes first.
+
+    Attributes:
+        target: The name that the user gave.
+        path: Where its bytes are until it is committed.
+    """
+
+    def __init__(self, target: Path, size: int) -> None:
+        self.target = target
+        self._final = Path(os.path.realpath(target))
+        try:
+            # A name too long is found here, not at the very end.
+            with suppress(FileNotFoundError):
+                self._final.lstat()
+            temporary.remove_leftovers(self._final)
+            held = False
+            while not held:
+                self.path = temporary.name_beside(self._final)
+                # A signal can come between any two steps: whatever happens, this is done at exit.
+                self._remove = weakref.finalize(self, temporary.remove, self.path)
+                self._draft = Draft(self.path, target)
+                held = self._draft.hold()
+                if not held:
+                    self._discard()
+        except OSError as error:
+            raise refusal(target, error) from error
+        try:
+            self._draft.reserve(size)
+        except BaseException:
+            self._discard()
+            raise
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of `data` at `offset`; may be called from several threads.
+
+        Raises:
+            OutputError: The system refuses, for one because the disk is full.
+        """
+        self._draft.write(data, offset)
+
+    def sync(self) -> None:
+        """Force what is written to disk.
+
+        Raises:
+            OutputError: The system could not; it is not tried again.
+        """
+        self._draft.sync()
+
+    def commit(self) -> None:
+        """Force the file to disk and put it in the target's place.
+
+        Raises:
+            OutputError: The system refuses; the target is as it was.
+        """
+        try:
+            commit.take_mode(self.path, self._final)
+            self.sync()
+            self.path.replace(self._final)
+        except OSError as error:
+            raise refusal(self.target, error) from error
+        _sync_name(self.target, self._final)
+
+    def _discard(self) -> None:
+        self._draft.close()
+        self._remove()
+
+    def __exit__(self, *failure: object) -> None:
+        self._discard()
+
+
+class AtomicFolder(AbstractContextManager["AtomicFolder"]):
+    """A folder of files that comes into being whole, by `commit`, or not at all.
+
+    Places count through the files as if they lay one behind the other. A folder that
+    is replaced changes places with the new one in one step, where the system can;
+    else there is a moment between two renames in which neither has the name.
+
+    Attributes:
+        target: The name that the user gave.
+        path: Where its files are, under their names, until it is committed.
+    """
+
+    def __init__(self, target: Path, files: Mapping[str, int]) -> None:
+        self.target = target
+        self._final = Path(os.path.realpath(target))
+        self._opened = ExitStack()
+        self._drafts = Drafts()
+        try:
+            with suppress(FileNotFoundError):
+                self._final.lstat()
+            temporary.remove_leftovers(self._final)
+            held = False
+            while not held:
+                self.path = temporary.name_beside(self._final)
+                self._remove = weakref.finalize(self, temporary.remove, self.path)
+                self.path.mkdir()
+                held = self._hold()
+        except OSError as error:
+            self._opened.close()
+            raise refusal(target, error) from error
+        try:
+            self._make_room(files)
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise refusal(target, error) from error
+            raise
+
+    def _hold(self) -> bool:
+        try:
+            folder = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        self._opened.callback(os.close, folder)
+        return temporary.hold(folder, self.path)
+
+    def _make_room(self, files: Mapping[str, int]) -> None:
+        for name, size in files.items():
+            if not (self.path / name).parent.is_dir():
+                (self.path / name).parent.mkdir(parents=True)
+            draft = Draft(self.path / name, self.target / name)
+            self._opened.callback(draft.close)
+            draft.reserve(size)
+            self._drafts.add(draft, size)
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Write all of `data`, which lies in one file, at `offset`.
+
+        Raises:
+            OutputError: The system refuses, for one because the disk is full.
+        """
+        self._drafts.write(data, offset)
+
+    def sync(self) -> None:
+        """Force what is written to disk, and the names in the folder.
+
+        Raises:
+            OutputError: The system could not; it is not tried again.
+        """
+        self._drafts.sync()
+        folders = {self.path, *(path.parent for path in self._drafts.paths)}
+        try:
+            for folder in sorted(folders):
+                commit.sync_folder(folder)
+        except OSError as error:
+            raise refusal(self.target, error) from error
+
+    def commit(self) -> None:
+        """Force the files to disk and put the folder in the target's place.
+
+        Raises:
+            OutputError: The system refuses; the target is as it was.
+        """
+        try:
+            commit.take_mode(self.path, self._final)
+            self.sync()
+            commit.put_folder(self.path, self._final)
+        except OSError as error:
+            raise refusal(self.target, error) from error
+        _sync_name(self.target, self._final)
+
+    def _discard(self) -> None:
+        self._opened.close()
+        self._remove()
+
+    def __exit__(self, *failure: object) -> None:
+        self._discard()
+
+
+def _sync_name(target: Path, final: Path) -> None:
+    """Force the new name to disk."""
+    try:
+        commit.sync_folder(final.parent)
+    except OSError as error:
+        raise OutputError(
+            f"is written, but its name could not be forced to disk: {error.strerror}",
+            file=target,
+            remedy="After a power failure the old one may be back",
+        ) from error

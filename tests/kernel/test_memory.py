@@ -1,0 +1,85 @@
+"""Memory does not grow with the model, nor with the number of checkpoints."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import footprint
+from zlib_ng.zlib_ng import crc32, crc32_combine
+
+from swa_avg.formats import torch_zip
+from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
+from swa_avg.tensors.tensor import DTYPES
+
+MEASURED = """
+import sys, torch
+import swa_avg
+print("ready", flush=True)
+input()
+swa_avg.average(sys.argv[2:], sys.argv[1])
+"""
+
+
+# How many checkpoints, tensors of each, elements of each.
+KINDS = {
+    "2 of 400 MB": (2, 10, 10_000_000),
+    "50 of 40 MB": (50, 10, 1_000_000),
+    "2 of one tensor of 2 GB": (2, 1, 500_000_000),
+}
+
+
+def write_sparse(folder: Path, count: int, tensors: int, elements: int) -> None:
+    """Write checkpoints of zeros, but for the first element of each tensor."""
+    storages = tuple(OutputStorage(DTYPES["float32"], elements) for _ in range(tensors))
+    refs = {f"w{n}": OutputTensor(n, 0, (elements,), (1,)) for n in range(tensors)}
+    layout = torch_zip.layout(OutputStateDict(storages, refs))
+    zeros = crc32(bytes(4 * elements - 4))
+    for number in range(count):
+        first = struct.pack("<f", number + 1)
+        checksum = crc32_combine(crc32(first), zeros, 4 * elements - 4)
+        with (folder / f"{number}.pt").open("wb") as file:
+            file.truncate(layout.size)
+            starts = [(place, first) for place in layout.places]
+            for place, data in [*layout.headers([checksum] * tensors), *starts]:
+                file.seek(place)
+                file.write(data)
+
+
+def memory_of(arguments: list[str]) -> int:
+    """Return how much memory averaging takes, at most, over `import torch`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MEASURED, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "ready\n"
+        before = footprint.of(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        most = footprint.peak(process)
+    assert process.returncode == 0
+    return most - before
+
+
+def test_memory_is_flat(tmp_path: Path) -> None:
+    """Over `import torch` less than 100 MB, ± 16 MB for few, many and large tensors.
+
+    On two cores; all processes that take part count.
+    """
+    taken = {}
+    for kind, (count, tensors, elements) in KINDS.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        write_sparse(folder, count, tensors, elements)
+        out = folder / "out.pt"
+        taken[kind] = memory_of([str(out), *map(str, folder.glob("?*.pt"))])
+        assert out.stat().st_size > 4 * tensors * elements
+        out.unlink()
+    print(taken)
+    assert max(taken.values()) < 100_000_000, taken
+    assert max(taken.values()) - min(taken.values()) < 2 * 16_000_000, taken

@@ -1,0 +1,353 @@
+"""Several ranks average as one process does: the same bytes, and all or none of them.
+
+The processes are real ones, joined by gloo. Starting them takes seconds, so that
+each start shows several laws: `TOGETHER` makes all kinds of outputs at one meeting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from command import run, snapshot
+from safetensors.torch import save_file
+from torch import nn
+
+import swa_avg
+from swa_avg.averaging.prepare import planned
+from swa_avg.kernel.tasks import share
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # else torchrun has something to say
+TIMEOUT = 100  # no law: a hang fails here
+OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "out.pt": ("epoch_?.pt", {}),
+    "out.safetensors": ("epoch_?.pt", {"dtype": "bfloat16", "bn_buffers": "mean"}),
+    "kept.pt": ("epoch_?.pt", {"keep_wrapper": True}),
+    "hf": ("hf_?", {"max_shard_size": 3_000_000, "verify": True}),
+    "dcp": ("dcp_?", {}),
+}
+TOGETHER = f"""
+import sys
+from swa_avg import joint
+from swa_avg.distributed import ranks
+from swa_avg.planning import planned
+from swa_avg.settings import Options
+
+with ranks() as group:
+    for name, (inputs, options) in {OUTPUTS!r}.items():
+        with (
+            planned(inputs, f"{{sys.argv[1]}}/{{name}}", Options(**options)) as averaging,
+            joint.written(averaging, group, threads=2) as made,
+        ):
+            assert (made is None) == (group.rank > 0)
+            if made:
+                made[0].commit()
+            group.meet()
+"""
+# One rank, told by its number, runs the command in another way than the others.
+ONE_DIFFERS = """
+import os, signal, sys
+from swa_avg import cli
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == sys.argv.pop(1):
+    {}
+cli.main()
+"""
+DIES = ONE_DIFFERS.format("os.pwrite = die")  # at its first write
+ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")
+# Without torchrun, which ends the others when a rank has died.
+LEFT_ALONE = """
+import os, signal, sys
+from datetime import timedelta
+from swa_avg import joint
+from swa_avg.distributed import ranks
+from swa_avg.errors import SwaAvgError
+from swa_avg.planning import planned
+
+def die(*arguments):
+    os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+if os.environ["RANK"] == sys.argv[1]:
+    os.pwrite = die
+try:
+    with ranks(patience=timedelta(seconds=2)) as group, planned("epoch_?.pt", "alone.pt") as found:
+        with joint.written(found, group, threads=1):
+            group.meet()
+except SwaAvgError as error:
+    print(error)
+"""
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    """Tensors that are read in ranges, in boxes and together; one is in several tasks."""
+    torch.manual_seed(seed)
+    return {
+        **{f"small.{number}": torch.randn(30) for number in range(300)},
+        "large": torch.randn(3_000_000),
+        "turned": torch.randn(300, 200).t(),
+        "bn.running_mean": torch.randn(30),
+        "bn.running_var": torch.rand(30),
+        "bn.num_batches_tracked": torch.tensor(seed),
+        "half": torch.randn(500_000).half(),
+        "empty": torch.empty(0, 3),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints in each of three forms, and what one process makes of them in `one`."""
+    made = tmp_path_factory.mktemp("ranks")
+    for seed in range(3):
+        torch.save({"model": state(seed), "epoch": seed}, made / f"epoch_{seed}.pt")
+        plain = {name: value.contiguous() for name, value in state(seed).items()}
+        (made / f"hf_{seed}").mkdir()
+        save_file(plain, made / f"hf_{seed}" / "model.safetensors", {"format": "pt"})
+        (made / f"hf_{seed}" / "config.json").write_text("{}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch: no process group, so one process
+            dcp.save({"model": plain}, checkpoint_id=made / f"dcp_{seed}", no_dist=True)
+    for name in ("one", "2", "4"):
+        (made / name).mkdir()
+    for name, (inputs, options) in OUTPUTS.items():
+        swa_avg.average(made / inputs, made / "one" / name, threads=2, **options)
+    return made
+
+
+def torchrun(
+    folder: Path, world: int, *arguments: str, code: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command on ranks, or a script of this file."""
+    what = ["-m", "swa_avg"]
+    if code is not None:
+        (folder / "script.py").write_text(code)
+        what = ["script.py"]
+    command = [*TORCHRUN, f"--nproc-per-node={world}", *what, *arguments]
+    try:
+        return subprocess.run(
+            command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT
+        )
+    finally:
+        (folder / "script.py").unlink(missing_ok=True)
+
+
+def error_of(ended: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line that the ranks say; torchrun adds lines of its own."""
+    assert ended.returncode == 1 and ended.stdout == "", (ended.returncode, ended.stderr)
+    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    return line
+
+
+def content(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_write_the_bytes_that_one_process_writes(folder: Path, world: int) -> None:
+    """In every form of output, and nothing is left beside them."""
+    ended = torchrun(folder, world, str(world), code=TOGETHER)
+    assert ended.returncode == 0, ended.stderr
+    assert {path.name for path in (folder / str(world)).iterdir()} == OUTPUTS.keys()
+    for name in OUTPUTS:
+        assert content(folder / str(world) / name) == content(folder / "one" / name), name
+
+
+def test_work_is_dealt_out_by_bytes(folder: Path) -> None:
+    """Each task to one rank, neighbours to the same one, and to no rank more than its share
+    and one task."""
+    with (
+        planned(folder / "epoch_?.pt", folder / "out.pt") as averaging,
+        averaging.open_output() as file,
+    ):
+        works = averaging.plan.works
+        dealt = averaging.kernel(file).tasks(4)
+        sizes = [
+            sum(
+                sum(cell.numel for cell in item.cells())
+                * sum(source.dtype.itemsize for source in works[item.number].sources)
+                for item in task
+            )
+            for task in dealt
+        ]
+        assert len(dealt) > 5
+        for world in range(1, 6):
+            shares = [share(dealt, works, rank, world) for rank in range(world)]
+            assert [task for part in shares for task in part] == dealt
+            for part in shares:
+                size = sum(sizes[dealt.index(task)] for task in part)
+                assert abs(size - sum(sizes) / world) <= max(sizes)
+
+
+def test_command_reports_what_one_process_reports(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, and the same: but for the last bits of distances, which are sums of floats."""
+    arguments = ["epoch_?.pt", "-o", "again.pt", "--json", "--distances"]
+    ended = torchrun(folder, 2, *arguments, "--threads", "1", "--report", "report.json")
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    several = json.loads(ended.stdout)
+    assert json.loads((folder / "report.json").read_text()) == several
+    assert (folder / "again.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
+    monkeypatch.chdir(folder)
+    report = swa_avg.average("epoch_?.pt", "again.pt", force=True, distances=True)
+    alone = json.loads(json.dumps(report.to_dict()))
+    distances = [report.pop("distances") for report in (several, alone)]
+    assert several == alone
+    for one_value, other in zip(*map(numbers, distances), strict=True):
+        assert one_value == pytest.approx(other, rel=1e-9)
+    (folder / "again.pt").unlink()
+    (folder / "report.json").unlink()
+
+
+def numbers(content: object) -> list[float]:
+    """Return all numbers in what JSON holds, in order."""
+    if isinstance(content, dict):
+        return [number for value in content.values() for number in numbers(value)]
+    if isinstance(content, list):
+        return [number for value in content for number in numbers(value)]
+    return [content] if isinstance(content, float) else []
+
+
+@pytest.mark.parametrize("name", ["half", "large"])
+def test_damage_is_found_by_whoever_reads_it(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a record that one rank reads (the second one), and of one that both share: one line
+    names file and tensor, once; it is the line of one process, but that it may tell the rank."""
+    path = folder / "epoch_1.pt"
+    whole = path.read_bytes()
+    data = bytearray(whole)
+    data[whole.index(state(1)[name].numpy(force=True).tobytes()) + 1000] ^= 1
+    before = snapshot(folder)
+    path.write_bytes(data)
+    monkeypatch.chdir(folder)
+    try:
+        line = error_of(torchrun(folder, 2, "epoch_?.pt", "-o", "out.pt", "--threads", "1"))
+        with pytest.raises(swa_avg.SwaAvgError) as alone:
+            swa_avg.average("epoch_?.pt", "out.pt")
+    finally:
+        path.write_bytes(whole)
+    assert line.replace("rank 1 failed: ", "") == f"error: {alone.value}"
+    assert ("rank 1" in line) == (name == "half")
+    assert f"epoch_1.pt: {name}: is damaged" in line
+    assert set(snapshot(folder)) == set(before)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [
+        ((0, 7, 2), "rank 1 has planned something else than rank 0: the headers"),
+        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, and is not to be found here"),
+        ((0, 1), "rank 1 has planned something else than rank 0: it averages 2 checkpoints, not 3"),
+    ],
+)
+def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], says: str) -> None:
+    """Copies of the inputs may be different files, the output may not; nothing is left."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    for number, seed in enumerate(seeds):
+        content = {"model": state(seed), "epoch": number}
+        torch.save(content, elsewhere / f"epoch_{number}.pt")
+    before = snapshot(folder)
+    line = error_of(torchrun(folder, 2, "1", "epoch_?.pt", "-o", "out.pt", code=ELSEWHERE))
+    assert says in line
+    assert snapshot(folder).keys() == before.keys()
+    shutil.rmtree(elsewhere)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_rank_leaves_no_output(folder: Path, victim: int) -> None:
+    """The old output is whole, and when a run has come after it nothing else is there."""
+    target = folder / "target.pt"
+    target.write_bytes(b"the old output")
+    before = snapshot(folder)
+    arguments = ["epoch_?.pt", "-o", "target.pt", "--force"]
+    ended = torchrun(folder, 2, str(victim), *arguments, code=DIES)
+    assert ended.returncode == 1
+    assert "exitcode  : -9" in ended.stderr and f"rank      : {victim} " in ended.stderr
+    left = snapshot(folder).keys() - before.keys()
+    assert len(left) == (victim == 0), left  # who is killed cannot clean up behind itself
+    assert target.read_bytes() == b"the old output"
+    swa_avg.average(folder / "epoch_?.pt", target, force=True)
+    assert snapshot(folder).keys() == before.keys()
+    target.unlink()
+
+
+@pytest.mark.parametrize(
+    ("victim", "how", "says"),
+    [
+        (1, signal.SIGSTOP, "rank 1 has not been heard of for 2 s"),
+        (0, signal.SIGKILL, "gone away"),
+    ],
+)
+def test_rank_that_is_gone_is_noticed(
+    folder: Path, victim: int, how: signal.Signals, says: str
+) -> None:
+    """Where nobody ends the others when one has died or hangs, they end by themselves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    before = snapshot(folder)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT_ALONE, str(victim), how.name],
+            cwd=folder,
+            env=ENVIRONMENT | meeting | {"WORLD_SIZE": "2", "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said, _ = started[1 - victim].communicate(timeout=TIMEOUT)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert says in said
+    left = [Path(path) for path in snapshot(folder).keys() - before.keys()]
+    assert len(left) == (victim == 0)
+    for path in left:
+        path.unlink()
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+batches = torch.randn(50, 3, generator=torch.Generator().manual_seed(5)).split(8)
+"""
+
+
+def test_ranks_average_and_recompute_batchnorm(tmp_path: Path) -> None:
+    """In one go: the weights are those of one process, the statistics too but for rounding."""
+    (tmp_path / "mod.py").write_text(NETWORK)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        torch.save(network.state_dict(), tmp_path / f"epoch_{seed}.pt")
+    arguments = ["epoch_?.pt", "-q", "--recompute-bn", "--data", "mod:batches"]
+    ended = torchrun(tmp_path, 2, *arguments, "-o", "several.pt")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert run(tmp_path, *arguments, "-o", "one.pt").returncode == 0
+    several, one = (torch.load(tmp_path / name) for name in ("several.pt", "one.pt"))
+    for name, value in one.items():
+        close = 1e-6 if "running" in name else 0
+        torch.testing.assert_close(several[name], value, rtol=close, atol=close)
+    assert not list(tmp_path.glob(".swa-avg*"))
