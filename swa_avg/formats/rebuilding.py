@@ -70,7 +70,7 @@ def _rebuild_tensor_v3(
 
 def _unless_lazy(metadata: object, tensor: object) -> object:
     """A conjugate or negative view stores the bytes of another tensor than it means."""
-    if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
+    if metadata:
         return UnreadableTensor("lazily conjugated or negated tensor (save its resolve_conj())")
     return tensor
 

@@ -119,7 +119,8 @@ def _parsed(data: bytes, budget: Budget) -> _Header:
     budget.json(data)
     header = _entries(data)
     budget.hold(len(header))
-    metadata = header.pop(_METADATA, {})
+    metadata = header.pop(_METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{_METADATA} is no map of text to text")
     tree = {name: _tensor(name, entry) for name, entry in header.items()}

@@ -71,13 +71,13 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     start = file.read(0, min(512, file.size))
     if start.startswith(zip_directory.MAGIC):
         return torch_zip.read(file, headers, budget)
-    tar = _is_tar(start)
-    if torch_legacy.is_legacy(start) and not tar:  # torch takes what is both for a tar archive
+    # torch takes what is both for a tar archive, which may hold other tensors.
+    if torch_legacy.is_legacy(start) and not _is_tar(start):
         return torch_legacy.read(file, budget)
     if start[8:9] == b"{":
         return safetensors.read(file, headers, budget)
     looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
-    if looks is None and tar:
+    if looks is None and _is_tar(start):
         looks = "a tar archive, as torch wrote them before 0.1.10"
     if looks is None and start[:1] == b"\x80":
         looks = "a bare pickle"
@@ -94,8 +94,10 @@ def _is_tar(start: bytes) -> bool:
     """Tell whether a file that begins so is a tar archive, of whatever age."""
     import tarfile
 
+    if start[257:262] == b"ustar":
+        return True
     try:
-        tarfile.TarInfo.frombuf(start[:512], "utf-8", "surrogateescape")
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
     return True
