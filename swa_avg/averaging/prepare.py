@@ -67,7 +67,9 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     given = _listed(checkpoints)
     paths = expand(given, options.choice.exclude) if given or not bases else []
     candidates = _without(_opened(paths, options, opened), bases)
-    selection = select(candidates, options.choice) if candidates else Selection(())
+    selection = Selection(())
+    if candidates:
+        selection = select(candidates, options.choice, by_sample=options.dry_run)
     states = [*(base.state for base in bases), *selection.chosen]
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)

@@ -108,7 +108,8 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     """Open the checkpoints and plan their average."""
     from swa_avg.averaging import planned
 
-    options = replace(run.options, force=run.options.force or run.dry_run)
+    force = run.options.force or run.dry_run
+    options = replace(run.options, force=force, dry_run=run.dry_run)
     return planned(run.checkpoints, run.output, options)
 
 

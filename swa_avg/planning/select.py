@@ -174,17 +174,24 @@ class Selection:
     notes: tuple[str, ...] = ()
 
 
-def select(candidates: Sequence[StateDict], choice: Choice = ALL) -> Selection:
+def select(
+    candidates: Sequence[StateDict], choice: Choice = ALL, by_sample: bool = False
+) -> Selection:
     """Put checkpoints into order, count none of them twice, and take those that are wanted.
 
     The order is that of the epochs and steps that the checkpoints record, where
     all of them do; else that of their names, numbers counted as numbers.
 
+    Args:
+        candidates: The checkpoints.
+        choice: Which of them are wanted.
+        by_sample: Tell copies without checksums by a sample of their bytes.
+
     Raises:
         SelectionError: That leaves none, or a checkpoint lacks what it is chosen by.
     """
     notes: list[str] = []
-    chosen = _distinct(_ordered(_no_averages(candidates, notes)), notes)
+    chosen = _distinct(_ordered(_no_averages(candidates, notes)), notes, by_sample)
     scores: dict[Path, Score] = {}
     if choice.epochs is not None:
         chosen = _of_epochs(chosen, choice.epochs, notes)
@@ -211,7 +218,7 @@ def _ordered(candidates: Sequence[StateDict]) -> list[StateDict]:
     return ordered
 
 
-def _distinct(ordered: Sequence[StateDict], notes: list[str]) -> list[StateDict]:
+def _distinct(ordered: Sequence[StateDict], notes: list[str], by_sample: bool) -> list[StateDict]:
     """Return each checkpoint once, and note which were there twice.
 
     Of several the first one with a number in its name counts: of `best.pt` and
@@ -220,7 +227,7 @@ def _distinct(ordered: Sequence[StateDict], notes: list[str]) -> list[StateDict]
     numbered = sorted(ordered, key=lambda state: _number_in(state.checkpoint.path) is None)
     repeats = {
         id(state): f"{state.checkpoint.path}: {why} {counted.checkpoint.path}; counted once"
-        for state, counted, why in copies(numbered)
+        for state, counted, why in copies(numbered, by_sample)
     }
     notes += [repeats[id(state)] for state in ordered if id(state) in repeats]
     return [state for state in ordered if id(state) not in repeats]

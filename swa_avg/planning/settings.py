@@ -33,6 +33,7 @@ class Options:
         distances: Report how far the checkpoints lie from their mean.
         verify: Read all of the output again before it takes its place, and average a
             sample of its elements anew.
+        dry_run: Nothing will be written: read headers, and of tensors a sample at most.
 
     Raises:
         ValueError: There is no such option, or two do not go together.
@@ -49,6 +50,7 @@ class Options:
     start_from: Paths = ()
     distances: bool = False
     verify: bool = False
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.bn_buffers not in BN_BUFFERS or self.dtype not in OUTPUT_DTYPES:
