@@ -87,6 +87,7 @@ class Budget:
 
     def json(self, data: bytes) -> None:
         """Draw what a JSON text makes, before it is parsed; lists and dicts count twice."""
+        self.check_tensors(data.count(b"{") - 1)
         self.make(sum(map(data.count, (b",", b":", b"[", b"{", b"[", b"{"))))
 
     def name(self, length: int, depth: int) -> None:
