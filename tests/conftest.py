@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,3 +26,23 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
         pytest.skip(str(missing))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the built-in demo has run, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "a folder"
+    ended = subprocess.run(
+        [sys.executable, "-m", "swa_avg.demo", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return folder, ended.stdout
+
+
+@pytest.fixture
+def demo_folder(demo_run: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the demo's folder."""
+    return Path(shutil.copytree(demo_run[0], tmp_path / "swa-demo"))

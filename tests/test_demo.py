@@ -32,20 +32,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("demo") / "a folder"
-    ended = subprocess.run(
-        [sys.executable, "-m", "swa_avg.demo", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    rows = re.findall(r"^(\S.*?) +([0-9.]+) %$", ended.stdout, flags=re.MULTILINE)
-    difference = re.search(r"^largest difference.* (\S+)$", ended.stdout, re.MULTILINE)
-    assert difference is not None, ended.stdout
+def run(demo_run: tuple[Path, str]) -> Run:
+    folder, stdout = demo_run
+    rows = re.findall(r"^(\S.*?) +([0-9.]+) %$", stdout, flags=re.MULTILINE)
+    difference = re.search(r"^largest difference.* (\S+)$", stdout, re.MULTILINE)
+    assert difference is not None, stdout
     accuracy = {label: float(percent) for label, percent in rows}
-    return Run(folder, ended.stdout, accuracy, float(difference[1]))
+    return Run(folder, stdout, accuracy, float(difference[1]))
 
 
 def checkpoints(run: Run) -> list[dict[str, torch.Tensor]]:
