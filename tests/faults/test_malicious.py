@@ -1,4 +1,4 @@
-"""The catalogue of faults, 1 to 31 but for 18: files that mean harm. Nothing in them is ever executed."""
+"""The catalogue of faults, 1 to 31 but 18: files that mean harm. Nothing in them ever runs."""
 
 from __future__ import annotations
 

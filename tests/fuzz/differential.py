@@ -240,7 +240,7 @@ class Maker:
         self.kinds: dict[str, str | None] = {}
         self.counts: dict[str, int] = {}
 
-    def odd(self, chance: float = 0.03) -> bool:
+    def odd(self, chance: float = 0.012) -> bool:
         return self.draw.random() < chance
 
     def storage(self) -> tuple[Stored, int, str | None]:
@@ -266,7 +266,8 @@ class Maker:
             if draw.random() < 0.3:
                 start = draw.randrange(numel + 1)
                 size = draw.randrange(numel - start + 1) + self.odd()
-                more[0] = (draw.choice(("v", "w", f"{key}v", "0")), start, size)
+                name = f"{key}v{start}-{size}" if draw.random() < 0.7 else draw.choice("vw01")
+                more[0] = (name, start, size)
                 seen = size
         made = Stored(key, KINDS[kind] if kind else UNTYPED, numel, *more)
         if self.odd(0.01):
@@ -276,20 +277,29 @@ class Maker:
     def geometry(self, room: int) -> tuple[int, Any, Any]:
         """Return an offset, a shape and a stride for a storage of so many elements."""
         draw = self.draw
-        shape = [draw.choice((0, 1, 1, 2, 2, 3, 4)) for _ in range(draw.choice((0, 1, 1, 2, 2, 3)))]
-        stride = [draw.choice((0, 1, 1, 2, 3, 4)) for _ in shape]
-        if draw.random() < 0.7:
-            stride = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-            order = draw.sample(range(len(shape)), len(shape))
-            if draw.random() < 0.3:
-                shape, stride = [shape[d] for d in order], [stride[d] for d in order]
-        span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        for _ in range(20):
+            shape, stride = self._shape_and_stride()
+            extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+            span = 0 if 0 in shape else extent
+            if span <= room or self.odd():
+                break
         offset = draw.randrange(max(room - span, 0) + 1) + self.odd()
         if self.odd(0.01):
             odd = draw.choice((-1, True, 1.0, 2**40, 2**62, "1", None))
             (shape if draw.random() < 0.5 and shape else stride)[:1] = [odd]
         many = list if self.odd() else tuple
         return offset, many(shape), many(stride)
+
+    def _shape_and_stride(self) -> tuple[list[Any], list[Any]]:
+        draw = self.draw
+        shape = [draw.choice((0, 1, 1, 2, 2, 3, 4)) for _ in range(draw.choice((0, 1, 1, 2, 2, 3)))]
+        if draw.random() < 0.3:
+            return shape, [draw.choice((0, 1, 1, 2, 3, 4)) for _ in shape]
+        stride = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        order = draw.sample(range(len(shape)), len(shape))
+        if draw.random() < 0.3:
+            shape, stride = [shape[d] for d in order], [stride[d] for d in order]
+        return shape, stride
 
     def tensor(self) -> object:
         """Return a tensor, as one of torch's functions makes it."""
@@ -328,10 +338,17 @@ class Maker:
     def state(self) -> object:
         """Return attributes of a tensor, now and then one that sets its elements."""
         draw = self.draw
-        name = draw.choice(("tag", "tag", "part", "data", "real", "grad", "requires_grad"))
-        value = self.tensor() if name in ("data", "real") and self.odd(0.5) else draw.choice((0, 1))
+        name = draw.choice(("tag", "tag", "data", "data", "real", "grad", "requires_grad"))
+        sets = name in ("data", "real")
+        value = Call(*self.plainly()) if sets and self.odd(0.9) else draw.choice((0, 1))
         attributes = {} if self.odd(0.3) else {name: value}
         return draw.choice((attributes, attributes, (attributes, None), (None, attributes)))
+
+    def plainly(self) -> tuple[Any, ...]:
+        """Return a call that makes a tensor of a whole storage."""
+        storage, room, _ = self.storage()
+        args = (storage, 0, (room,), (1,), False, OrderedDict())
+        return Name(UTILS, "_rebuild_tensor_v2"), *args
 
     def plain(self) -> object:
         draw = self.draw
@@ -345,8 +362,10 @@ class Maker:
         draw = self.draw
         tensors = [self.tensor() for _ in range(draw.randrange(1, 5))]
         state: Any = OrderedDict() if draw.random() < 0.5 else {}
-        for number in range(draw.randrange(1, 6)):
-            state[draw.choice(("a", "b", "a.weight", f"n{number}"))] = draw.choice(tensors)
+        for number, one in enumerate(tensors):  # a storage that nothing looks at is no storage
+            state[f"n{number}"] = one
+        for number in range(draw.randrange(4)):
+            state[draw.choice(("a", "b", "a.weight", f"m{number}"))] = draw.choice(tensors)
         if draw.random() < 0.3:
             state["x"] = self.plain()
         wrapped = {"epoch": draw.randrange(9), "state_dict": state, "args": self.plain()}
@@ -500,6 +519,7 @@ def _change_record(entries: list[Entry], at: int, draw: Draw) -> None:
         lambda: put(name=one.name.upper()),
         lambda: put(data=one.data + b"\0"),
         lambda: put(data=one.data[:-1]),
+        lambda: put(data=b"big") if b"order" in one.name else None,
         lambda: put(local={"name": one.name[:-1] + b"9"}),
         lambda: put(local={"extra": b"FB\x04\0ZZZZ"}),
         lambda: put(local={"method": 8}),
