@@ -11,10 +11,12 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 # Independent runs of one network lie farther than this from their mean, and checkpoints
 # of one run nearer; how that was measured stands in the README.
@@ -28,30 +30,32 @@ class Distances:
     """Where checkpoints lie, relative to their mean.
 
     Attributes:
-        overall: For each checkpoint its distance from the mean, over the mean's norm.
+        overall: For each checkpoint its distance from the mean, over the mean's norm; None
+            where that is no number, as where the mean is zero.
         cosines: The cosine of the angle between each step from a checkpoint to the next
             and the step after it; None where one of the two has no length. Two fewer
             than checkpoints.
         modules: The distances in each top-level module alone.
     """
 
-    overall: tuple[float, ...]
+    overall: tuple[float | None, ...]
     cosines: tuple[float | None, ...]
-    modules: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    modules: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def notes(self, paths: Sequence[str]) -> Iterator[str]:
         """Yield what looks wrong: an outlier, or checkpoints of more than one run."""
-        if len(self.overall) < 2:
+        known = [distance for distance in self.overall if distance is not None]
+        if not 2 <= len(known) == len(paths):
             return
-        if max(self.overall) > APART:
-            far = max(range(len(paths)), key=lambda number: self.overall[number])
+        if max(known) > APART:
+            far = max(range(len(paths)), key=lambda number: known[number])
             yield (
-                f"{paths[far]}: lies {self.overall[far]:.2g} of the mean's norm away from it; "
+                f"{paths[far]}: lies {known[far]:.2g} of the mean's norm away from it; "
                 "are the checkpoints of one run?"
             )
             return
-        median = statistics.median(self.overall)
-        for path, distance in zip(paths, self.overall, strict=True):
+        median = statistics.median(known)
+        for path, distance in zip(paths, known, strict=True):
             if len(paths) > 3 and distance > OUTLIER * median > 0:
                 yield (
                     f"{path}: lies {distance / median:.1f} times as far from the mean as the "
@@ -82,7 +86,7 @@ def groups(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def distances(
-    grams: Mapping[str, torch.Tensor], squares: Mapping[str, float], counts: Sequence[int]
+    grams: Mapping[str, Array], squares: Mapping[str, float], counts: Sequence[int]
 ) -> Distances:
     """Compute distances from inner products.
 
@@ -101,22 +105,30 @@ def distances(
     )
 
 
-def _from_mean(gram: torch.Tensor, square: float, counts: Sequence[int]) -> tuple[float, ...]:
-    import torch
+def _from_mean(gram: Array, square: float, counts: Sequence[int]) -> tuple[float | None, ...]:
+    import numpy as np
 
-    weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-    differences = torch.eye(len(counts), dtype=torch.float64) - weights
-    squared = torch.einsum("ia,ab,ib->i", differences, gram, differences)
-    norm = math.sqrt(square)
-    lengths = [math.sqrt(max(value, 0.0)) for value in squared.tolist()]
-    return tuple(length / norm if norm else math.inf if length else 0.0 for length in lengths)
+    weights = np.array([count / sum(counts) for count in counts])
+    differences = np.eye(len(counts)) - weights
+    squared = ((differences @ gram) * differences).sum(axis=1)
+    return tuple(_over(length, square) for length in squared.tolist())
 
 
-def _cosines(gram: torch.Tensor) -> Iterator[float | None]:
+def _over(squared: float, square: float) -> float | None:
+    """Return the ratio of two lengths, from their squares; None where that is no number."""
+    if squared <= 0:  # by rounding
+        return 0.0
+    if not square or not math.isfinite(squared) or not math.isfinite(square):
+        return None
+    return math.sqrt(squared) / math.sqrt(square)
+
+
+def _cosines(gram: Array) -> Iterator[float | None]:
     """Yield the cosines between successive steps."""
     steps = gram[1:] - gram[:-1]
     products = steps[:, 1:] - steps[:, :-1]
     for number in range(len(products) - 1):
         lengths = float(products[number, number] * products[number + 1, number + 1])
         between = float(products[number, number + 1])
-        yield between / math.sqrt(lengths) if lengths > 0 else None
+        cosine = between / math.sqrt(lengths) if 0 < lengths < math.inf else math.nan
+        yield cosine if math.isfinite(cosine) else None

@@ -156,7 +156,7 @@ class Averaging:
             SwaAvgError: Damage, or numbers that have no mean.
         """
         with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
-            # The import of torch takes a second, in which a disk can read.
+            # The import of numpy takes a tenth of a second, in which a disk can read.
             pool.submit(announce, self.plan.ranges)
             from swa_avg.kernel import run
 
@@ -179,6 +179,12 @@ class Averaging:
         Raises:
             SwaAvgError: An input has changed, or the file is not what it should be.
         """
+        from swa_avg.kernel import default_arithmetic
+
+        with default_arithmetic():
+            return self._completed(file, outcome)
+
+    def _completed(self, file: Output, outcome: Outcome) -> Report:
         found = self.known
         if UNKNOWN in found:
             found = tuple(fingerprints(self.states, outcome.crcs))

@@ -11,18 +11,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from swa_avg.planning import Treatment, Work
-from swa_avg.tensors import Box, Kind, TensorRef, read_box
-
-if TYPE_CHECKING:
-    import torch
+from swa_avg.tensors import FORMATS, Box, Kind, TensorRef, elements, part, read_box, value_of
 
 _BOXES = 4096  # shared out among the tensors
 _MOST_OF_ONE = 16
 _WIDTH = 8  # elements of a box
-_PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 _EXACT = (Kind.EXACT, Kind.OPAQUE)
 
 
@@ -97,7 +92,7 @@ def _is_right(work: Work, made: TensorRef, sources: Sequence[TensorRef], box: Bo
             terms = (w * Fraction(x) for w, x in zip(weights, column, strict=True))
             right = output.holds(number, sum(terms, Fraction(0)) / sum(weights))
         else:  # as text: NaN is not equal to itself
-            right = {repr(value) for value in column} == {repr(output.values[number])}
+            right = {str(value) for value in column} == {str(output.values[number])}
         if not right:
             return False
     return True
@@ -106,38 +101,29 @@ def _is_right(work: Work, made: TensorRef, sources: Sequence[TensorRef], box: Bo
 class _Elements:
     """The elements of a box: their bits, and the numbers that they stand for.
 
-    Complex numbers are two each; of integers the bits stand for the numbers.
+    Complex numbers are two each; of integers the bits stand for the numbers. What is
+    not finite is a float.
     """
 
     def __init__(self, ref: TensorRef, box: Box) -> None:
-        import torch
-
-        from swa_avg.kernel import BITS
-
-        dtype = ref.dtype
-        part = _PARTS.get(dtype.name)
-        wide = part and dtype.itemsize > 4
-        carrier = getattr(torch, dtype.name) if wide else BITS[dtype.itemsize]
-        values = torch.empty(box.shape, dtype=carrier)
-        read_box(ref, box, values)
-        flat = values.reshape(-1)
-        self._dtype: torch.dtype = getattr(torch, part or dtype.name)
-        self._significand = dtype.significand
-        numbers = flat.view(self._dtype)
-        self.bits: list[int] = numbers.view(BITS[numbers.element_size()]).tolist()
-        counted = dtype.kind in _EXACT
-        self.values = [*self.bits] if counted else numbers.to(torch.float64).tolist()
+        dtype = part(ref.dtype)
+        self._format, size = FORMATS.get(dtype.name), dtype.itemsize
+        data = bytearray(box.numel * ref.dtype.itemsize)
+        read_box(ref, box, elements(data, box.shape, ref.dtype.itemsize))
+        places = range(0, len(data), size)
+        self.bits = [int.from_bytes(data[place : place + size], "little") for place in places]
+        form = self._format
+        self.values: Sequence[int | float] = self.bits
+        if form:
+            self.values = [value_of(bits, form) for bits in self.bits]
 
     def holds(self, number: int, exact: Fraction) -> bool:
         """Tell whether an element is the number of its dtype that is nearest to `exact`."""
-        import torch
-
-        value = self.values[number]
-        if not math.isfinite(value):
+        value, form = self.values[number], self._format
+        if form is None or not math.isfinite(value):
             return False
-        lowest = math.frexp(torch.finfo(self._dtype).smallest_normal)[1]
-        exponent = max(_exponent(exact), lowest)
-        step = Fraction(2) ** (exponent - self._significand)
+        exponent = max(_exponent(exact), 2 - form.bias)
+        step = Fraction(2) ** (exponent - form.fraction - 1)
         return Fraction(value) == round(exact / step) * step  # of two equally near the even one
 
 

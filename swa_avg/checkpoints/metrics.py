@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swa_avg.checkpoints.tree import at, mapping
 from swa_avg.formats import Checkpoint, Inert
-from swa_avg.tensors import Kind, TensorRef, View, read_tensor
+from swa_avg.tensors import Kind, TensorRef, View, read_numbers
 
 MODES = ("min", "max")
 # Which way is better, by a word of the metric's name.
@@ -154,7 +154,7 @@ def _number(value: object, checkpoint: Checkpoint) -> float | None:
     """Return a number, or a tensor of one element in a file that is open, as a float."""
     if isinstance(value, View | TensorRef) and value.numel == 1 and value.dtype.kind in _REAL:
         is_open = isinstance(value, TensorRef) or value.stored in checkpoint.records
-        value = read_tensor(checkpoint.located(value)).double().item() if is_open else None
+        value = float(read_numbers(checkpoint.located(value))[0]) if is_open else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

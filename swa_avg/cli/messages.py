@@ -65,11 +65,15 @@ def of_distances(report: Report, distances: Distances, modules: bool) -> Iterato
     for number, (source, distance) in enumerate(zip(report.inputs, distances.overall, strict=True)):
         turn = cosines[number] if 0 < number < len(report.inputs) - 1 else None
         said = "" if turn is None else f"  cosine of the steps to it and from it {turn:+.2f}"
-        yield f"{distance:10.4f}  {source.path}{said}"
+        yield f"{_ratio(distance):>10}  {source.path}{said}"
     if modules:
         width = max(map(len, distances.modules), default=0)
         for module, found in distances.modules.items():
-            yield f"  {module:<{width}}  {' '.join(f'{distance:.4f}' for distance in found)}"
+            yield f"  {module:<{width}}  {' '.join(map(_ratio, found))}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def of_provenance(path: str, said: Provenance) -> Iterator[str]:

@@ -1,20 +1,18 @@
 """The writer of `torch.distributed.checkpoint` folders, as one rank would have written them.
 
 One file holds the tensors one behind the other, each as `torch.save` writes a
-tensor; `.metadata` says what is where. The classes in it are torch's own, taken
-from torch, so that the loader of the torch at hand knows them.
+tensor; `.metadata` says what is where.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from swa_avg.formats import torch_zip
 from swa_avg.formats.checkpoint import PROVENANCE, OutputStateDict
+from swa_avg.formats.dcp_metadata import Entry, dump
 from swa_avg.formats.torch_zip import ZipLayout
 
 _DATA = "__0_0.distcp"
@@ -77,7 +75,7 @@ def layout(state_dict: OutputStateDict, where: str) -> DcpLayout:
         torch_zip.layout_tensor(storage, shapes[number])
         for number, storage in enumerate(state_dict.storages)
     )
-    metadata = pickle.dumps(_metadata(state_dict, items, where))
+    metadata = dump(_entries(state_dict, items, where), _DATA)
     return DcpLayout(items, metadata, state_dict.provenance.encode())
 
 
@@ -86,29 +84,12 @@ def _starts(items: Sequence[ZipLayout]) -> list[int]:
     return [0, *accumulate(item.size for item in items)][: len(items)]
 
 
-def _metadata(state_dict: OutputStateDict, items: Sequence[ZipLayout], where: str) -> Any:
-    """Return what torch's own planner would have noted of the tensors."""
-    import torch
-    from torch.distributed.checkpoint import metadata as of
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
+def _entries(
+    state_dict: OutputStateDict, items: Sequence[ZipLayout], where: str
+) -> Iterator[Entry]:
+    """Yield each tensor with the stretch of the file that holds it."""
     parents = tuple(where.split(".")) if where else ()
     starts = _starts(items)
-    tensors: dict[str, of.TensorStorageMetadata | of.BytesStorageMetadata] = {}
-    paths, places = {}, {}
     for name, tensor in state_dict.tensors.items():
-        key = ".".join((*parents, name))
-        size = torch.Size(tensor.shape)
-        zeros = torch.Size([0] * len(size))
-        dtype = getattr(torch, state_dict.storages[tensor.storage].dtype.name)
-        tensors[key] = of.TensorStorageMetadata(
-            properties=of.TensorProperties(dtype=dtype),
-            size=size,
-            chunks=[of.ChunkStorageMetadata(offsets=zeros, sizes=size)],
-        )
-        paths[key] = (*parents, name)
-        item = items[tensor.storage]
-        places[of.MetadataIndex(key, zeros)] = _StorageInfo(
-            _DATA, starts[tensor.storage], item.size
-        )
-    return of.Metadata(state_dict_metadata=tensors, planner_data=paths, storage_data=places)
+        dtype, size = state_dict.storages[tensor.storage].dtype.name, items[tensor.storage].size
+        yield Entry((*parents, name), dtype, tensor.shape, starts[tensor.storage], size)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from mmap import mmap
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from swa_avg.kernel.exact import Averager, Rows
+from swa_avg.kernel.compensated import Block, Rows, each
+from swa_avg.kernel.elements import carrier, fill
+from swa_avg.kernel.exact import Averager
 from swa_avg.kernel.inner_products import Gram
 from swa_avg.kernel.reading import Reader
-from swa_avg.kernel.rounding import NonFiniteError, carrier, cast_into
+from swa_avg.kernel.rounding import NonFiniteError, cast_into
 from swa_avg.kernel.tasks import Cell
 from swa_avg.planning import Treatment, Work
-from swa_avg.tensors import DTYPES, Box, DType
+from swa_avg.tensors import Box, DType, part
+
+if TYPE_CHECKING:
+    from swa_avg.kernel.elements import Array
 
 _KEPT_VIEWS = 64
 _ALIGNED = 64
-_PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 
 
 class _Buffer:
@@ -25,9 +30,9 @@ class _Buffer:
 
     def __init__(self) -> None:
         self._bytes = memoryview(b"")
-        self._views: dict[tuple[str, int, int], tuple[memoryview, torch.Tensor]] = {}
+        self._views: dict[tuple[str, int, int], tuple[memoryview, Array]] = {}
 
-    def view(self, dtype: DType, numel: int, start: int = 0) -> tuple[memoryview, torch.Tensor]:
+    def view(self, dtype: DType, numel: int, start: int = 0) -> tuple[memoryview, Array]:
         """Return a part of it as bytes and as elements; complex numbers as two real ones each.
 
         Args:
@@ -42,10 +47,7 @@ class _Buffer:
             end = start + numel * dtype.itemsize
             self._grow(end)
             data = self._bytes[start:end]
-            kind = carrier(dtype)
-            values = torch.frombuffer(data, dtype=kind) if numel else torch.empty(0, dtype=kind)
-            if dtype.name in _PARTS:
-                values = values.view(getattr(torch, _PARTS[dtype.name]))
+            values = np.frombuffer(data, carrier(dtype))
             self._views[key] = data, values
         return self._views[key]
 
@@ -84,9 +86,9 @@ class Desk:
         data, out = self._out.view(work.dtype, cell.numel)
         if cell.numel:
             rows = self._rows(readers, cell)
-            self._averager.mean_into(rows, out, _part(work.dtype), work.weights)
+            self._averager.mean_into(rows, out, part(work.dtype), work.weights)
             if gram is not None:
-                gram.add_chunk(rows, out)
+                gram.add_chunk(rows, out, part(work.dtype))
         return data
 
     def means(
@@ -102,7 +104,7 @@ class Desk:
             yield from ((number, data) for number in range(1, count + 1))
             return
         rows = self._rows(readers[::-1], cell)
-        means = self._averager.running_means(rows, out, _part(work.dtype), work.weights[::-1])
+        means = self._averager.running_means(rows, out, part(work.dtype), work.weights[::-1])
         try:
             for number in means:
                 yield number, data
@@ -111,7 +113,7 @@ class Desk:
                 error.source = count - 1 - error.source
             raise
         if gram is not None:
-            gram.add_chunk([*rows][::-1], out)
+            gram.add_chunk(_reversed(rows), out, part(work.dtype))
 
     def without_mean(
         self, work: Work, readers: Sequence[Reader], cell: Cell | Box
@@ -125,14 +127,14 @@ class Desk:
         if not cell.numel:
             return data, True
         if work.treatment is Treatment.RESET:
-            out.fill_(work.fill)
+            fill(out, work.fill, work.dtype)
             return data, True
-        rows = self._rows(readers, cell)
+        rows = [values for values, _ in each(self._rows(readers, cell))]
         if readers[-1].dtype == work.dtype:
-            out.copy_(rows[-1])
+            out[...] = rows[-1]
         else:
-            cast_into(rows[-1], out, work.dtype)
-        return data, all(torch.equal(row, out) for row in rows[:-1])
+            cast_into(rows[-1], readers[-1].dtype, out, work.dtype)
+        return data, all(np.array_equal(row, out) for row in rows[:-1])
 
     def _rows(self, readers: Sequence[Reader], cell: Cell | Box) -> Rows:
         """Read a cell of all inputs."""
@@ -142,7 +144,7 @@ class Desk:
             size = len(data) // count
             for number, reader in enumerate(readers):
                 reader.read(cell, data[number * size : (number + 1) * size])
-            return values.view(count, -1)
+            return [Block(values.reshape(count, -1), part(first))]
         size = -(-cell.numel * max(reader.dtype.itemsize for reader in readers) // _ALIGNED)
         views = [
             self._in.view(readers[number].dtype, cell.numel, number * size * _ALIGNED)
@@ -150,9 +152,11 @@ class Desk:
         ][::-1]
         for reader, (data, _) in zip(readers, views, strict=True):
             reader.read(cell, data)
-        return [values for _, values in views]
+        return [
+            Block(values[None], part(reader.dtype))
+            for reader, (_, values) in zip(readers, views, strict=True)
+        ]
 
 
-def _part(dtype: DType) -> DType:
-    """Return the dtype of a complex number's parts, and of others themselves."""
-    return DTYPES[_PARTS.get(dtype.name, dtype.name)]
+def _reversed(rows: Rows) -> Rows:
+    return [Block(block.values[::-1], block.dtype) for block in reversed(rows)]

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-import torch
+import numpy as np
 
 from swa_avg.kernel.inner_products import Gram
 from swa_avg.planning import Work
@@ -133,7 +133,7 @@ class Findings:
         self.differing.update(other["differing"])
         for group, products, square in other["grams"]:
             gram = Gram(len(products))
-            gram.products += torch.tensor(products, dtype=torch.float64)
+            gram.products += np.array(products)
             gram.square = square
             self.add_gram(group, gram)
 

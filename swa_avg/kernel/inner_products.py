@@ -5,9 +5,17 @@ Summed up chunk by chunk while the mean is computed; no tensor is read twice.
 
 from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING
 
-from swa_avg.kernel.exact import Rows
+import numpy as np
+
+from swa_avg.kernel.compensated import Rows, count_of
+from swa_avg.kernel.elements import wide, widen
+from swa_avg.tensors import DType
+
+if TYPE_CHECKING:
+    from swa_avg.kernel.elements import Array
 
 _AT_ONCE = 128 * 1024  # numbers of all inputs, in float64
 
@@ -21,10 +29,10 @@ class Gram:
     """
 
     def __init__(self, count: int) -> None:
-        self.products = torch.zeros(count, count, dtype=torch.float64)
+        self.products: Array = np.zeros((count, count))
         self.square = 0.0
 
-    def add_chunk(self, rows: Rows, mean: torch.Tensor) -> None:
+    def add_chunk(self, rows: Rows, mean: Array, dtype: DType) -> None:
         """Add what one chunk has to them.
 
         What is not finite is the same in all inputs, and counts as no difference.
@@ -32,28 +40,33 @@ class Gram:
         Args:
             rows: The inputs, N rows of the length of the chunk.
             mean: Their mean.
+            dtype: The dtype of `mean`.
         """
-        step = max(1, _AT_ONCE // len(rows))
-        for start in range(0, mean.numel(), step):
+        count = count_of(rows)
+        step = max(1, _AT_ONCE // count)
+        for start in range(0, mean.size, step):
             part = slice(start, start + step)
-            self._add(
-                torch.stack([row[part].to(torch.float64) for row in rows]),
-                mean[part].to(torch.float64),
-            )
+            size, first = min(step, mean.size - start), 0
+            numbers = np.empty((count, size))
+            for block in rows:
+                values = block.values[:, part]
+                widen(values, numbers[first : first + len(values)], block.dtype)
+                first += len(values)
+            self._add(numbers, wide(mean[part], dtype))
 
-    def _add(self, rows: torch.Tensor, mean: torch.Tensor) -> None:
-        first = rows[0].clone()
-        rows.sub_(first)
-        products = rows @ rows.t()
-        if not torch.isfinite(products.sum()):
-            rows.masked_fill_(~torch.isfinite(first), 0)
-            products = rows @ rows.t()
+    def _add(self, rows: Array, mean: Array) -> None:
+        first = rows[0].copy()
+        rows -= first
+        products = rows @ rows.T
+        if not np.isfinite(products).all():
+            rows[:, ~np.isfinite(first)] = 0
+            products = rows @ rows.T
         self.products += products
-        square = torch.dot(mean, mean)
-        if not torch.isfinite(square):
-            mean = torch.where(torch.isfinite(mean), mean, 0)
-            square = torch.dot(mean, mean)
-        self.square += float(square)
+        square = float(mean @ mean)
+        if not math.isfinite(square):
+            mean = mean[np.isfinite(mean)]
+            square = float(mean @ mean)
+        self.square += square
 
     def add(self, other: Gram) -> None:
         """Add another part of the same group."""

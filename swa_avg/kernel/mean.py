@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from swa_avg.errors import NotFiniteError
+from swa_avg.kernel.arithmetic import default_arithmetic
 from swa_avg.kernel.buffers import Desk
 from swa_avg.kernel.exact import ALONE, BESIDE_THREADS, MOST_OF_ONE
 from swa_avg.kernel.findings import Findings, Plain, Records, shared
@@ -30,11 +30,13 @@ from swa_avg.planning import Treatment, Work
 from swa_avg.storage import Output
 from swa_avg.tensors import Box, Kind, Record, combined, verify
 
+if TYPE_CHECKING:
+    from swa_avg.kernel.elements import Array
+
 Progress = Callable[[int], None]
 
 _CHECKS = 1024  # checksums that are compared in one task
 _WORTH_FORKING = 32 * 1024 * 1024  # bytes; what is less takes less time than the forks
-_TORCH_THREADS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Outcome:
     differing: tuple[str, ...]
     bytes_read: int
     crcs: Mapping[Record, int] = field(default_factory=dict)
-    grams: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    grams: Mapping[int, Array] = field(default_factory=dict)
     squares: Mapping[int, float] = field(default_factory=dict)
     partial_checksums: tuple[tuple[int, ...], ...] = ()
 
@@ -122,6 +124,7 @@ def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outco
     return settle(kernel, findings, workers)
 
 
+@default_arithmetic()
 def compute(
     kernel: Kernel,
     dealt: Sequence[Sequence[Item]],
@@ -144,7 +147,7 @@ def compute(
     """
     job = _Job(kernel, dealt)
     findings = Findings(len(kernel.outputs))
-    with _one_torch_thread(), ExitStack() as ended:
+    with ExitStack() as ended:
         total = bytes_read(dealt, kernel.works)
         results = _begun(job, workers, total, ended)
         ended.callback(job.stop.set)
@@ -169,6 +172,7 @@ def _begun(job: _Job, workers: int, total: int, ended: ExitStack) -> Results[Pla
     return ended.enter_context(in_threads(job.do, count, workers))
 
 
+@default_arithmetic()
 def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
     """Make sure of what all tasks together have read, and sum up.
 
@@ -205,21 +209,6 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
     return Outcome(checksums, differing, read, crcs, grams, squares, tuple(partial))
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Keep torch from splitting our small operations: our threads are the parallelism.
-
-    The setting is the process's: of two averages at once the second waits.
-    """
-    with _TORCH_THREADS:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
 class _Job:
     """Tasks of a kernel, and what they have in common.
 
@@ -246,6 +235,10 @@ class _Job:
 
     def do(self, number: int) -> Plain:
         """Do one task; return what was found."""
+        with default_arithmetic():
+            return self._done(number)
+
+    def _done(self, number: int) -> Plain:
         if not hasattr(self._local, "desk"):
             self._local.desk = Desk(self.at_once)
         findings = Findings(len(self._outputs), self._shared)

@@ -10,14 +10,22 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
-import torch
 from zlib_ng.zlib_ng import crc32
 
-from swa_avg.kernel.rounding import carrier
 from swa_avg.kernel.tasks import Cell, Item, Stretch, Strip
 from swa_avg.planning import Treatment, Work
 from swa_avg.storage import InputFile
-from swa_avg.tensors import Box, DType, Ledger, Piece, Record, TensorRef, read_box, whole
+from swa_avg.tensors import (
+    Box,
+    DType,
+    Ledger,
+    Piece,
+    Record,
+    TensorRef,
+    elements,
+    read_box,
+    whole,
+)
 
 _SPARE = memoryview(bytearray(4096))  # for what lies between records; nobody looks at it
 
@@ -147,7 +155,7 @@ class BoxReader:
             return
         record = self._source.record
         if self._steps is None:
-            values = torch.frombuffer(buffer, dtype=carrier(self.dtype)).view(cell.shape)
+            values = elements(buffer, cell.shape, self.dtype.itemsize)
             self._bytes_read += read_box(self._source, cell, values, self._seen)
             return
         first = sum(at * step for at, step in zip(cell.start, self._steps, strict=True))

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from swa_avg.checkpoints import Source, StateDict, fingerprints, provenance, sources_of
 from swa_avg.errors import ProvenanceError
-from swa_avg.tensors import TensorRef, read_tensor, verify
+from swa_avg.tensors import Kind, TensorRef, read_numbers, verify
 
 _COUNTER = "n_averaged"
+_NUMBERS = (Kind.FLOAT, Kind.EXACT)
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,11 @@ def _count(counter: TensorRef | None) -> tuple[int, str]:
     """Return the number that an AveragedModel's counter holds, or why it is no such number."""
     if counter is None:
         return 0, ""
-    if counter.numel != 1:
-        return 0, f": {_COUNTER} has {counter.numel} numbers"
+    if counter.numel != 1 or counter.dtype.kind not in _NUMBERS or counter.dtype.name == "bool":
+        return 0, f": {_COUNTER} is of shape {list(counter.shape)} and dtype {counter.dtype}"
     verify((record, _COUNTER) for record in counter.records)
-    value = read_tensor(counter).item()
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and 1 <= value <= provenance.MOST_COUNT and value == int(value):
+    (value,) = read_numbers(counter)
+    if 1 <= value <= provenance.MOST_COUNT and value == int(value):
         return int(value), ""
     return 0, f": {_COUNTER} is {value}"
 

@@ -5,7 +5,17 @@ bytes. Knows nothing of file formats.
 """
 
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps
-from swa_avg.tensors.strided import Box, boxes, permuted, read_box, read_tensor, whole
+from swa_avg.tensors.floats import FORMATS, Format, part, value_of
+from swa_avg.tensors.strided import (
+    Box,
+    boxes,
+    elements,
+    permuted,
+    read_box,
+    read_numbers,
+    read_tensor,
+    whole,
+)
 from swa_avg.tensors.tensor import (
     DTYPES,
     SAFETENSORS_DTYPES,
@@ -24,9 +34,11 @@ from swa_avg.tensors.tensor import (
 
 __all__ = [
     "DTYPES",
+    "FORMATS",
     "SAFETENSORS_DTYPES",
     "Box",
     "DType",
+    "Format",
     "Kind",
     "Ledger",
     "Part",
@@ -39,11 +51,15 @@ __all__ = [
     "boxes",
     "combined",
     "contiguous_stride",
+    "elements",
     "is_dense",
     "memory_order",
+    "part",
     "permuted",
     "read_box",
+    "read_numbers",
     "read_tensor",
+    "value_of",
     "verify",
     "whole",
     "with_gaps",

@@ -93,7 +93,7 @@ def test_counters_that_count_nothing_are_refused(tmp_path: Path) -> None:
         torch.save(state, tmp_path / f"base{number}.pt")
         line = fails(tmp_path, "next.pt", "--start-from", f"base{number}.pt", "-o", "out.pt")
         assert f"base{number}.pt: does not say how many checkpoints" in line
-        assert "n_averaged is" in line
+        assert "n_averaged is " in line
 
 
 # What torch reads otherwise.

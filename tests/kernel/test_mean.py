@@ -129,8 +129,9 @@ def test_number_that_is_not_finite_is_traced(tmp_path: Path, name: str) -> None:
 # Distances.
 
 
-def distances(products: Tensor) -> list[list[float]]:
+def distances(found: Any) -> list[list[float]]:
     """Return the distance of each input from each other."""
+    products = torch.tensor(found.tolist(), dtype=torch.float64)
     square = products.diagonal()
     return (square[:, None] + square[None] - 2 * products).clamp(min=0).sqrt().tolist()
 
