@@ -69,7 +69,7 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     candidates = _without(_opened(paths, options, opened), bases)
     selection = Selection(())
     if candidates:
-        selection = select(candidates, options.choice, by_sample=options.dry_run)
+        selection = select(candidates, options.choice, by_sample=options.by_sample)
     states = [*(base.state for base in bases), *selection.chosen]
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)

@@ -109,7 +109,7 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     from swa_avg.averaging import planned
 
     force = run.options.force or run.dry_run
-    options = replace(run.options, force=force, dry_run=run.dry_run)
+    options = replace(run.options, force=force, by_sample=run.dry_run)
     return planned(run.checkpoints, run.output, options)
 
 

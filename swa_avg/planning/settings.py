@@ -33,7 +33,7 @@ class Options:
         distances: Report how far the checkpoints lie from their mean.
         verify: Read all of the output again before it takes its place, and average a
             sample of its elements anew.
-        dry_run: Nothing will be written: read headers, and of tensors a sample at most.
+        by_sample: Tell copies without checksums by a sample of their bytes, as a dry run does.
 
     Raises:
         ValueError: There is no such option, or two do not go together.
@@ -50,7 +50,7 @@ class Options:
     start_from: Paths = ()
     distances: bool = False
     verify: bool = False
-    dry_run: bool = False
+    by_sample: bool = False
 
     def __post_init__(self) -> None:
         if self.bn_buffers not in BN_BUFFERS or self.dtype not in OUTPUT_DTYPES:
