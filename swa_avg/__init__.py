@@ -6,9 +6,10 @@ Everything public is here and is imported when it is first used, so that
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in `typing`, which takes longer to import than all that is here
 if TYPE_CHECKING:
+    from typing import Any
+
     from swa_avg.averaging import Averaging as Averaging
     from swa_avg.averaging import Report as Report
     from swa_avg.averaging import average as average

@@ -89,6 +89,10 @@ class FormatError(SwaAvgError):
     """A file that is not a sound checkpoint: foreign, damaged, cut or hostile."""
 
 
+class ForeignError(FormatError):
+    """A file of another kind that begins like a checkpoint: TorchScript, another zip archive."""
+
+
 class LayoutError(SwaAvgError):
     """A sound file in which no state_dict, or more than one, was found."""
 
@@ -135,11 +139,19 @@ class DataError(SwaAvgError):
 
     Attributes:
         batch: The number of the batch at which it failed, counted from 0.
+        frames: The traceback of the user's code as lines, where it raised something.
     """
 
     def __init__(
-        self, found: str, *, batch: int | None = None, expected: str = "", remedy: str = ""
+        self,
+        found: str,
+        *,
+        batch: int | None = None,
+        expected: str = "",
+        remedy: str = "",
+        frames: Sequence[str] = (),
     ) -> None:
         place = "" if batch is None else f"batch {batch}: "
         super().__init__(place + found, expected=expected, remedy=remedy)
         self.batch = batch
+        self.frames = tuple(frames)

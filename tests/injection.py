@@ -157,7 +157,7 @@ def become(order: dict[str, Any], library: str, out: int, err: int, log: int) ->
 
 def ended() -> int:
     """Run the command as the interpreter does, but for the half second in which torch ends."""
-    from swa_avg.cli.command import main
+    from swa_avg.__main__ import main
 
     code: object = 0
     try:

@@ -18,22 +18,26 @@ import swa_avg
 PACKAGE = Path(swa_avg.__file__).parent
 # From the ground up.
 WINGS = {
-    "storage": "prefetch remote fetching files temporary commit writeback partial output upload",
-    "tensors": "tensor floats strided checksums",
+    "storage": "prefetch given request_pool remote web fetching limits disk files temporary "
+    "commit writeback partial output upload",
+    "tensors": "tensor optimizers floats strided checksums",
     "formats": "budget checkpoint pickled references rebuilding pickles pickler zip_end "
     "zip_directory headers torch_zip torch_legacy safetensors single sharded dcp_metadata "
     "dcp_layout dcp opening",
-    "checkpoints": "modules tree recorded layout metrics provenance reader",
-    "planning": "copies select ties plan start_from settings",
+    "checkpoints": "modules tree words pieces labels names recorded families membership "
+    "frameworks places halves entries layout contents metrics provenance reader",
+    "planning": "copies inputs opening order series select ties treatments plan glance "
+    "start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
-    "batchnorm": "batches estimators statistics userdata recompute",
+    "batchnorm": "foreign calling batches moments estimators lending statistics named loading "
+    "userdata recompute",
     "ranks": "heartbeat distributed",
     "averaging": "wrapper distances report sampling verification execution prepare joint",
     "search": "scores candidates sweeping plot",
-    "cli": "progress messages options command",
+    "cli": "progress messages streams options beside command",
 }
-TOP = {"__init__", "__main__", "errors", "demo"}
+TOP = {"__init__", "__main__", "errors", "demo", "signals"}
 ORDER = list(WINGS)
 MODULES = [f"{wing}.{module}" for wing, modules in WINGS.items() for module in modules.split()]
 PRINTERS = {"cli.command", "demo"}

@@ -8,7 +8,6 @@ is (e_i - p)' G (e_i - p), where G holds the products d_i . d_j.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,6 +53,8 @@ class Distances:
                 "are the checkpoints of one run?"
             )
             return
+        import statistics
+
         median = statistics.median(known)
         for path, distance in zip(paths, known, strict=True):
             if len(paths) > 3 and distance > OUTLIER * median > 0:

@@ -22,7 +22,7 @@ from swa_avg.checkpoints import (
     refuse_repeats,
     sources_of,
 )
-from swa_avg.errors import MismatchError, SwaAvgError
+from swa_avg.errors import MismatchError, listed
 from swa_avg.formats import Layout
 from swa_avg.kernel import buffer_bytes
 from swa_avg.planning import Base, Options, Plan, Rules, Selection
@@ -38,7 +38,6 @@ from swa_avg.storage import (
     is_remote,
     reading_ahead,
 )
-from swa_avg.tensors import Kind
 
 if TYPE_CHECKING:
     from swa_avg.kernel import Kernel, Outcome
@@ -113,12 +112,13 @@ class Averaging:
         Raises:
             OutputError: It cannot be written there, or there is no room.
         """
+        force = self.options.force
         if is_remote(self.output):
-            return RemoteFile(self.output, self.layout.size)
+            return RemoteFile(self.output, self.layout.size, force=force)
         if self.is_folder:
             check_replaceable(self.output, self.layout.files)
-            return AtomicFolder(self.output, self.layout.files)
-        return AtomicFile(self.output, self.layout.size)
+            return AtomicFolder(self.output, self.layout.files, force=force)
+        return AtomicFile(self.output, self.layout.size, force=force)
 
     def write(
         self,
@@ -221,24 +221,32 @@ class Averaging:
             return [], []
         return groups([work.name for work in self.plan.works])
 
-    def _differing(self, names: tuple[str, ...]) -> list[str]:
-        """Say which copied tensors are not the same everywhere; refuse those of no meaning."""
-        dtypes = {tensor.name: tensor.dtype for tensor in self.plan.tensors}
+    def _differing(self, names: Sequence[str]) -> list[str]:
+        """Say which copied tensors are not the same everywhere; refuse those that must be."""
+        planned = {tensor.name: tensor for tensor in self.plan.tensors}
         last = self.states[-1].checkpoint.path
-        for name in names:
-            if dtypes[name].kind is Kind.OPAQUE:
-                raise MismatchError(
-                    [
-                        SwaAvgError(
-                            f"differs between checkpoints, and {dtypes[name]} cannot be averaged",
-                            file=last,
-                            tensor=name,
-                        )
-                    ]
-                )
-        return [f"{name}: differs between checkpoints; taken from {last}" for name in names]
+        refused = [planned[name].refusal(last) for name in names if planned[name].must_agree]
+        if refused:
+            raise MismatchError(refused)
+        return [
+            f"{name}: differs between checkpoints; taken from {last}"
+            for name in names
+            if not planned[name].statistic
+        ]
+
+    def _frozen(self, differing: Sequence[str]) -> list[str]:
+        """Say which layers look frozen, where others do not."""
+        same = self.plan.frozen_after(differing)
+        if not same or not self.plan.stale_after(differing):
+            return []
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in same))
+        return [
+            f"{listed(layers)}: BatchNorm statistics are the same in all checkpoints, as those "
+            "of frozen layers are; --recompute-bn sets them, too"
+        ]
 
     def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
+        said = self._differing(outcome.differing)
         inputs = self._inputs(known)
         modules, _ = self._modules()
         found = None
@@ -251,10 +259,11 @@ class Averaging:
             output=str(self.output),
             inputs=inputs,
             counts=self.plan.counts,
-            stale=self.plan.stale,
+            families=self.plan.families,
+            stale=self.plan.stale_after(outcome.differing),
             bytes_read=outcome.bytes_read,
             bytes_written=self.layout.size,
-            notes=(*self.notes, *self._differing(outcome.differing), *far),
+            notes=(*self.notes, *said, *self._frozen(outcome.differing), *far),
             distances=found,
             options=self.options.described,
         )
@@ -262,10 +271,9 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know before anything is averaged."""
-        last = self.states[-1].checkpoint.path
-        kept = f"what else is in the file (optimizer state, for one) is that of {last}"
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
-        return (*self.selection.notes, *self.plan.notes, *([kept] if wrapped else []))
+        around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
+        return (*self.selection.notes, *self.plan.notes, *around)
 
     def to_dict(self) -> dict[str, object]:
         """Return it as what JSON can hold."""
@@ -273,6 +281,7 @@ class Averaging:
             "output": str(self.output),
             "inputs": [asdict(source) for source in self.inputs],
             "counts": self.plan.counts,
+            "families": self.plan.families,
             "tensors": [
                 {
                     "name": tensor.name,
@@ -280,6 +289,7 @@ class Averaging:
                     "shape": list(tensor.shape),
                     "treatment": tensor.treatment.value,
                     "reason": tensor.reason,
+                    "family": tensor.family,
                 }
                 for tensor in self.plan.tensors
             ],

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.execution import Averaging, counts_of, how_made
 from swa_avg.averaging.report import Report
-from swa_avg.checkpoints import Finder, StateDict, fingerprints
+from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
 from swa_avg.errors import OutputError
-from swa_avg.formats import Form, Headers, Layout, form_of, layout_for, open_checkpoint
+from swa_avg.formats import Form, Layout, form_of, layout_for
 from swa_avg.planning import (
     Base,
+    Inputs,
+    Opened,
     Options,
     Paths,
     Plan,
@@ -28,14 +28,29 @@ from swa_avg.planning import (
     base_of,
     expand,
     make_plan,
+    meant,
+    open_all,
+    refuse_unlike,
     select,
     start_from,
 )
-from swa_avg.storage import check_remote_target, check_target, is_remote, path_of
+from swa_avg.storage import (
+    check_remote_target,
+    check_target,
+    is_remote,
+    path_of,
+)
 from swa_avg.tensors import DTYPES
 
+# Of files that others write: a name that promises what is not in the file.
+_OTHERS = (
+    *(".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".ggml", ".npz", ".npy", ".tflite", ".msgpack"),
+    *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".nemo", ".distcp"),
+    *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
+    *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
+)
 _FOLDERS = (Form.FOLDER, Form.DCP)
-_OPENERS = 16  # URLs that are opened at once
+_ALONE = "only one checkpoint takes part: nothing is averaged, its weights are the output's"
 
 
 @contextmanager
@@ -55,27 +70,53 @@ def planned(
     """
     with ExitStack() as opened, _no_garbage() as kept:
         averaging = _planned(checkpoints, path_of(output), options or Options(), opened)
+        _check_kind(output, averaging)
         kept()
         yield averaging
 
 
+def _check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
+    """Refuse an output that is written as the name of a folder, where it is a file.
+
+    Args:
+        output: The output as the user wrote it.
+        averaging: What is averaged.
+
+    Raises:
+        OutputError: It ends in a slash, and what is averaged becomes a file.
+    """
+    text = output if isinstance(output, str) else ""
+    if not text.endswith(("/", os.sep)) or averaging.is_folder:
+        return
+    raise OutputError(
+        "is the name of a folder, and these checkpoints are averaged into a file",
+        file=text,
+        remedy=f"Name the file, as in -o {text.rstrip('/' + os.sep)}.pt",
+    )
+
+
 def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
     """Do what `planned` does; what it opens is closed with `opened`."""
-    averages = expand(_listed(options.start_from), ()) if options.start_from else []
-    bases = tuple(map(base_of, _opened(averages, options, opened)))
+    averages = expand(_listed(options.start_from)) if options.start_from else []
+    bases = tuple(map(base_of, _opened(Inputs(averages), options, opened).states))
     start_from.refuse_repeats(bases)
     given = _listed(checkpoints)
-    paths = expand(given, options.choice.exclude) if given or not bases else []
-    candidates = _without(_opened(paths, options, opened), bases)
+    inputs = meant(given, options.choice.exclude) if given or not bases else Inputs()
+    found = _opened(inputs, options, opened)
+    candidates = _without(found.states, bases)
     selection = Selection(())
     if candidates:
         selection = select(candidates, options.choice, by_sample=options.by_sample)
+    alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
+    selection = replace(selection, notes=(*found.notes, *selection.notes, *alone))
     states = [*(base.state for base in bases), *selection.chosen]
+    check_running(selection.chosen, options.ema)
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)
     strides = options.keep_wrapper or form is Form.TORCH
-    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides)
+    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, options.keep_wrapper)
     plan = make_plan(states, rules, counts_of(bases, selection.chosen))
+    refuse_unlike(plan.tensors, states)
     known = tuple(fingerprints(states, {}))
     said = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
     plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
@@ -114,18 +155,9 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _opened(paths: Iterable[Path], options: Options, opened: ExitStack) -> list[StateDict]:
-    """Open checkpoints and find their state_dicts."""
-    paths, states = list(paths), []
-    # What their headers have in common is read once.
-    read, finder = partial(open_checkpoint, headers=Headers()), Finder(options.key, options.ema)
-    with ThreadPoolExecutor(_OPENERS) as pool:
-        # A request takes its time, so URLs are opened side by side.
-        side_by_side = any(map(is_remote, paths))
-        for checkpoint in (pool.map if side_by_side else map)(read, paths):
-            opened.callback(checkpoint.close)
-            states.append(finder.find(checkpoint))
-    return states
+def _opened(inputs: Inputs, options: Options, opened: ExitStack) -> Opened:
+    """Open inputs and find their state_dicts."""
+    return open_all(inputs, options.key, options.ema, opened) if inputs.paths else Opened()
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:
@@ -156,11 +188,25 @@ def _check_target(target: Path, states: Sequence[StateDict], options: Options) -
             file=last.checkpoint.path,
             remedy="Leave out --keep-wrapper",
         )
+    if keeps:
+        check_choice(last, options.key, options.ema)
+    _check_suffix(target)
     _check_form(target, last, form, keeps, options.max_shard_size)
     files = [file for state in states for file in state.checkpoint.files]
     folder = last.checkpoint.path.is_dir() if keeps else form in _FOLDERS
     check = check_remote_target if is_remote(target) else check_target
     check(target, files, force=options.force, folder=folder)
+
+
+def _check_suffix(target: Path) -> None:
+    """Refuse a name that promises a file of another kind than are written here."""
+    if target.suffix.lower() in _OTHERS:
+        name = target.name[: -len(target.suffix)]
+        raise OutputError(
+            f"ends in {target.suffix}, and no such file is written here",
+            file=target,
+            remedy=f"Name it {name}.pt or {name}.safetensors",
+        )
 
 
 def _check_form(
@@ -219,5 +265,5 @@ def average(
         averaging.open_output() as file,
     ):
         report = averaging.write(file, threads=threads, progress=progress)
-        file.commit()
-    return report
+        notes = file.commit()
+    return replace(report, notes=(*report.notes, *notes))

@@ -81,14 +81,15 @@ class Report:
     Attributes:
         output: The file that was written.
         inputs: The checkpoints that were averaged, in their order.
-        counts: How many tensors were treated how: averaged, kept (BatchNorm buffers
-            of one checkpoint), reset, copied (no mean).
+        counts: How many tensors were treated how: averaged, kept (of one checkpoint), reset,
+            copied (no mean).
         stale: Whether BatchNorm statistics do not belong to the averaged weights.
         bytes_read: Bytes of tensors read.
         bytes_written: The size of the output.
         notes: What else the user should know.
         distances: How far the checkpoints lie from the mean, if that was asked for.
         options: The options that were not the defaults.
+        families: How many tensors of each family were taken from one checkpoint, or reset.
         versions: Those of swa-avg, torch and Python.
     """
 
@@ -101,6 +102,7 @@ class Report:
     notes: tuple[str, ...]
     distances: Distances | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    families: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict[str, object]:

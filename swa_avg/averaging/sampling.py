@@ -56,7 +56,9 @@ def wrong_in_sample(
 
 def _sources(work: Work, every: Sequence[TensorRef]) -> Sequence[TensorRef]:
     """Return the tensors that a work is made from, as their checkpoints have them."""
-    records = [source.record for source in work.sources]
+    # What is not averaged is taken from one: the last of the work's sources.
+    taken = work.sources if work.treatment is Treatment.AVERAGED else work.sources[-1:]
+    records = [source.record for source in taken]
     sources = [ref for ref in every if ref.record in records]
     return sources if work.treatment is Treatment.AVERAGED else sources[-1:]
 

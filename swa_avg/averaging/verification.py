@@ -18,7 +18,6 @@ from pathlib import Path
 
 from zlib_ng.zlib_ng import crc32
 
-from swa_avg.averaging.sampling import wrong_in_sample
 from swa_avg.checkpoints import StateDict, at, find_state_dict, mapping
 from swa_avg.errors import OutputError, SwaAvgError
 from swa_avg.formats import Checkpoint, DcpLayout, Layout, OutputTensor, open_checkpoint
@@ -83,6 +82,8 @@ def verify(written: Written) -> None:
         OutputError: Something in it is not what it should be.
         FormatError: An input has changed meanwhile.
     """
+    from swa_avg.averaging.sampling import wrong_in_sample
+
     _forget(written.path)
     with _opened(written) as checkpoint:
         found = _compare(written, checkpoint)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from swa_avg.checkpoints import StateDict
+from swa_avg.checkpoints import Loads, StateDict
 from swa_avg.errors import OutputError
 from swa_avg.formats import PROVENANCE, Splice, checksum_places, with_provenance
 from swa_avg.planning import Plan, Work
@@ -173,6 +173,30 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
                 remedy="Remove one of the links, or leave out --keep-wrapper",
             )
     return WrapperLayout(sources, ranges, plan.state_dict.provenance)
+
+
+def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
+    """Yield what the user should know about the file around the average.
+
+    Args:
+        last: The state_dict of the last checkpoint.
+        kept: Whether its wrapper is kept.
+        folder: Whether the output is a folder.
+    """
+    path, row, found = last.checkpoint.path, last.framework, last.places
+    if not kept:
+        if row and row.needs and not folder and last.where:
+            yield (
+                f"the output is a bare state_dict; {row.needs} needs the whole file "
+                "of the framework, which --keep-wrapper writes"
+            )
+        return
+    yield f"what else is in the file (optimizer state, for one) is that of {path}"
+    if row and row.average and row.loads is not Loads.EITHER:
+        averages = (*found.averages, *found.unnamed)
+        loaded = averages if row.loads is Loads.AVERAGE else found.weights
+        if loaded and last.where not in loaded:
+            yield f"the mean is at {last.where}; {row.name} loads {loaded[0]}, that of {path}"
 
 
 def _range(work: Work, last: StateDict) -> _Range:

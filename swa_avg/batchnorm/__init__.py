@@ -4,10 +4,20 @@ In: a model and batches, or a file and the user's module. Out: new running stati
 the model or in the file. Knows nothing of averaging.
 """
 
-from swa_avg.batchnorm.batches import Alone, Forward, blamed, same_draws, theirs
-from swa_avg.batchnorm.recompute import Recompute, Session, copy_of, read_state, session
+from swa_avg.batchnorm.batches import Alone, same_draws
+from swa_avg.batchnorm.calling import Forward
+from swa_avg.batchnorm.foreign import frames_of, importable, theirs, users_code
+from swa_avg.batchnorm.named import found
+from swa_avg.batchnorm.recompute import (
+    Recompute,
+    Session,
+    choice_of,
+    copy_of,
+    read_state,
+    session,
+)
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
-from swa_avg.batchnorm.userdata import UserCode, found, importable, load_weights, model_of
+from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
 
 __all__ = [
     "Alone",
@@ -18,9 +28,10 @@ __all__ = [
     "Recompute",
     "Session",
     "UserCode",
-    "blamed",
+    "choice_of",
     "copy_of",
     "found",
+    "frames_of",
     "importable",
     "load_weights",
     "model_of",
@@ -29,4 +40,5 @@ __all__ = [
     "same_draws",
     "session",
     "theirs",
+    "users_code",
 ]

@@ -1,8 +1,7 @@
-"""How a batch is fetched, counted, sent to a device and becomes a forward call.
+"""How batches are fetched, shared among ranks, and sent to a device.
 
-Whatever the user's loader or model raises leaves here as one `DataError` with
-the number of the batch, their exception chained. This module knows neither
-BatchNorm nor files.
+Whatever the user's loader raises leaves here as one `DataError` with the number of
+the batch. This module knows neither BatchNorm nor files.
 """
 
 from __future__ import annotations
@@ -15,30 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from swa_avg.errors import DataError, SwaAvgError
-
-Forward = Callable[[nn.Module, Any], object]
+from swa_avg.batchnorm.foreign import theirs, users_code
+from swa_avg.errors import SwaAvgError
 
 _END = object()
-
-
-def theirs(error: BaseException) -> str:
-    """Return an exception of the user's code as one line: `ExceptionType: message`.
-
-    Of an exception that a DataLoader worker re-raises with its whole traceback
-    as the message, the last line is the one that says something; of any other
-    message of several lines the first, and the second where that is announced.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
-    if not lines:
-        return kind
-    if "DataLoader worker" in lines[0] and "Traceback" in "".join(lines[:2]):
-        return lines[-1]
-    announced = len(lines) > 1 and lines[0].endswith(":")
-    return f"{kind}: {' '.join(lines[: 2 if announced else 1])}"
 
 
 class Ranks(Protocol):
@@ -100,25 +81,6 @@ class Alone:
 
 
 @contextmanager
-def blamed(batch: int | None, doing: str = "") -> Iterator[None]:
-    """Turn what the user's code raises inside into a `DataError`.
-
-    Args:
-        batch: The number of the batch at hand, from 0, or None where there is none.
-        doing: What was being done; reads on before the exception's name.
-
-    Raises:
-        DataError: For any `Exception` that is not one of our own.
-    """
-    try:
-        yield
-    except SwaAvgError:
-        raise
-    except Exception as error:
-        raise DataError(doing + theirs(error), batch=batch) from error
-
-
-@contextmanager
 def same_draws(batches: object = None) -> Iterator[None]:
     """Put torch's random numbers back where they were, so that what comes next draws the same.
 
@@ -150,25 +112,12 @@ def numbered(batches: Iterable[Any], numbers: Iterator[int]) -> Iterator[tuple[i
     """
     iterator: Iterator[Any] | None = None
     for number in numbers:
-        with blamed(number):
+        with users_code(batch=number):
             iterator = iter(batches) if iterator is None else iterator
             batch = next(iterator, _END)
         if batch is _END:
             return
         yield number, batch
-
-
-def call(model: nn.Module, batch: Any) -> object:
-    """Call `model` on `batch` as a user would expect without saying.
-
-    A mapping becomes keyword arguments; of a list or tuple the first element is
-    the input (the rest is taken for targets); anything else is the input itself.
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (list, tuple)):
-        return model(batch[0])
-    return model(batch)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
@@ -196,17 +145,6 @@ def moved(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def samples_in(batch: Any) -> int:
-    """Return the number of samples: the first dimension of the first tensor found, else 0."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return next(filter(None, map(samples_in, batch)), 0)
-    return 0
-
-
 def chosen_device(name: str, index: int = 0) -> torch.device:
     """Return the device called `name`, having made sure that it is there.
 
@@ -227,7 +165,7 @@ def chosen_device(name: str, index: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", index % max(torch.cuda.device_count(), 1))
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SwaAvgError(
             f"device {name} cannot be used here ({theirs(error)})",

@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.batches import Ranks
+from swa_avg.batchnorm.moments import Moments, two_pass, vector
 from swa_avg.errors import DataError
+from swa_avg.kernel import default_arithmetic
 
 # How far a layer's own float32 moments may be from those in float64, in standard
 # deviations and as a share of the variance, to be read back instead of computed.
@@ -38,12 +40,14 @@ class Layer:
         exact: Mean and unbiased variance of those, in float64, where computed.
         trusted: Whether its own kernel's moments are read back; None until tried.
         batches: The number of batches that reached it.
+        calls: The number of times that it was called.
     """
 
     name: str
     module: _BatchNorm
     span: slice
     values: int = 0
+    calls: int = 0
     exact: tuple[Tensor, Tensor] | None = None
     trusted: bool | None = None
     batches: int = 0
@@ -153,6 +157,8 @@ class Statistics(ABC):
     def _before_forward(
         self, layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        self.check_mode(layer)
+        layer.calls += 1
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if x.dim() < 2 or x.shape[1] != layer.channels:
             raise DataError(
@@ -171,6 +177,46 @@ class Statistics(ABC):
             )
         self.sees(layer, x, values)
 
+    def check_mode(self, layer: Layer) -> None:
+        """Refuse a layer that the model has put in another state than it was prepared in.
+
+        Its buffers would then not hold the statistics of the batch.
+
+        Raises:
+            DataError: It is in evaluation mode, or has another momentum, or tracks nothing.
+        """
+        module = layer.module
+        if not module.training:
+            found, expected = "is in evaluation mode", "training mode"
+        elif module.momentum != self.momentum or not module.track_running_stats:
+            found, expected = "has a new momentum or track_running_stats", "both as they were"
+        else:
+            return
+        raise DataError(
+            f"forward changes a BatchNorm layer: {layer.name} {found}",
+            batch=self.number,
+            expected=expected,
+            remedy="Give a forward(model, batch) that leaves the layers as they are",
+        )
+
+    def check_calls(self) -> None:
+        """Refuse a layer that has run more or less often than it was seen to run.
+
+        Raises:
+            DataError: `forward` calls it in a way that no hook sees, or changes its counter.
+        """
+        for layer in self.layers:
+            tracked = layer.module.num_batches_tracked
+            if tracked is None:
+                continue
+            counted, own = int(tracked), type(layer.module).forward is _BatchNorm.forward
+            if counted != layer.calls and (counted or own):
+                raise DataError(
+                    f"{layer.name} has counted {counted} batches in {layer.calls} calls",
+                    expected="as many as calls: forward must call the layer itself,"
+                    " not its forward(), and leave its buffers alone",
+                )
+
     def sees(self, layer: Layer, x: Tensor, values: int) -> None:
         """Take note that `layer` is about to run on `x`, with so many values per channel."""
         layer.values = values
@@ -178,6 +224,7 @@ class Statistics(ABC):
     def after_batch(self) -> None:
         """Take the statistics of the batch that has run."""
         for layer in self.layers:
+            self.check_mode(layer)
             layer.batches += bool(layer.values)
             layer.values = 0
             layer.exact = None
@@ -231,47 +278,6 @@ class _Torch(Statistics):
         return outcomes
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Count, mean and sum of squared deviations, per channel, in float64."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    @classmethod
-    def none(cls, channels: int, device: torch.device) -> _Moments:
-        return cls(*torch.zeros(3, channels, dtype=torch.float64, device=device).unbind())
-
-    def part(self, span: slice) -> _Moments:
-        """Return a view of some channels."""
-        return _Moments(self.count[span], self.mean[span], self.m2[span])
-
-    def add(self, other: _Moments) -> None:
-        """Merge the moments of other values into these, in place.
-
-        Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for
-        computing sample variances" (1979).
-        """
-        share = other.count / (self.count + other.count).clamp_(min=1)
-        delta = other.mean - self.mean
-        self.mean.add_(delta * share)
-        self.m2.add_(other.m2).add_(delta.square_().mul_(share).mul_(self.count))
-        self.count.add_(other.count)
-
-
-def _two_pass(x: Tensor, values: int) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance per channel, in float64.
-
-    Two plain passes: on a CPU ten times as fast as `torch.var_mean`, which divides
-    at every value.
-    """
-    wide = x.to(torch.float64, copy=True)
-    others = [dim for dim in range(x.dim()) if dim != 1]
-    mean = wide.sum(others, keepdim=True) / values
-    return mean.flatten(), wide.sub_(mean).square_().sum(others) / (values - 1)
-
-
 class _Population(Statistics):
     """Mean and population variance of everything that each layer saw.
 
@@ -291,7 +297,7 @@ class _Population(Statistics):
 
     def __init__(self, layers: list[Layer], device: torch.device) -> None:
         super().__init__(layers, device)
-        self._moments = _Moments.none(layers[-1].span.stop, self._home)
+        self._moments = Moments.none(layers[-1].span.stop, self._home)
         self._counts: dict[tuple[int, ...], Tensor] = {}
 
     def prepare(self) -> None:
@@ -299,14 +305,18 @@ class _Population(Statistics):
         for layer in self.layers:
             if layer.module.num_batches_tracked is not None:
                 # Each layer counts up: on the CPU that needs no kernel launch.
-                layer.module.num_batches_tracked = torch.tensor(0)
+                layer.module.num_batches_tracked = torch.tensor(0, device="cpu")
 
     def sees(self, layer: Layer, x: Tensor, values: int) -> None:
-        if layer.values:  # called before in this forward: every call counts
-            self._take([layer], layer.span)
-        super().sees(layer, x, values)
-        if not layer.trusted:
-            layer.exact = _two_pass(x.to(self._home), values)
+        with ExitStack() as ours:
+            if layer.values or not layer.trusted:  # else there is nothing to compute
+                ours.enter_context(torch.no_grad())
+                ours.enter_context(default_arithmetic())
+            if layer.values:  # called before in this forward: every call counts
+                self._take([layer], layer.span)
+            super().sees(layer, x, values)
+            if not layer.trusted:
+                layer.exact = two_pass(x.to(self._home), values)
 
     def after_batch(self) -> None:
         untried = [x for x in self.layers if x.values and x.trusted is None]
@@ -317,13 +327,13 @@ class _Population(Statistics):
 
     def outcomes(self, ranks: Ranks) -> list[Outcome]:
         moments = self._moments
-        reached = torch.tensor([layer.batches for layer in self.layers], dtype=torch.float64)
+        reached = vector(layer.batches for layer in self.layers)
         mine = [moments.count.cpu(), moments.mean.cpu(), moments.m2.cpu(), reached]
         channels = moments.count.numel()
-        total = _Moments.none(channels, torch.device("cpu"))
+        total = Moments.none(channels, torch.device("cpu"))
         batches = torch.zeros_like(reached)
         for theirs in ranks.gather(torch.cat(mine)):
-            total.add(_Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
+            total.add(Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
             batches += theirs[3 * channels :]
         var = total.m2 / total.count.clamp(min=1)
         return [
@@ -353,7 +363,7 @@ class _Population(Statistics):
         mean = torch.cat([mean for mean, _ in moments]).double()
         var = torch.cat([var for _, var in moments]).double()
         values = self._values(layers)
-        known.add(_Moments(values, mean, var * (values - 1).clamp_(min=0)))
+        known.add(Moments(values, mean, var * (values - 1).clamp_(min=0)))
         self._note_bad(span, mean, var)
 
     def _of(self, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -371,8 +381,8 @@ class _Population(Statistics):
         if key not in self._counts:
             if len(self._counts) >= 64:  # data of ever new shapes
                 self._counts.clear()
-            values = torch.tensor(key[1:], dtype=torch.float64)
-            widths = torch.tensor([layer.channels for layer in layers])
+            values = vector(key[1:])
+            widths = vector(layer.channels for layer in layers).long()
             self._counts[key] = values.repeat_interleave(widths).to(self._home)
         return self._counts[key]
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
+from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -25,10 +26,18 @@ from swa_avg.batchnorm.statistics import (
     recomputed_buffers,
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
-from swa_avg.checkpoints import StateDict, find_state_dict, provenance
-from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
+from swa_avg.errors import (
+    DataError,
+    LayoutError,
+    NotFiniteError,
+    OutputError,
+    SwaAvgError,
+    listed,
+)
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
-from swa_avg.storage import AtomicFile, RemoteFile, is_remote
+from swa_avg.kernel import default_arithmetic
+from swa_avg.storage import AtomicFile, InputFile, RemoteFile, is_remote
 from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor, verify
 
 
@@ -45,6 +54,7 @@ class Recompute:
         estimator: population or torch.
         amp: off, bf16 or fp16.
         batches: Stop after so many batches; None takes all.
+        folder: Where the modules are looked for; by default the current folder.
     """
 
     data: str
@@ -54,6 +64,7 @@ class Recompute:
     estimator: Estimator = "population"
     amp: Amp = "off"
     batches: int | None = None
+    folder: Path = field(default_factory=Path.cwd)
 
 
 class Session:
@@ -79,7 +90,7 @@ class Session:
         self,
         file: AtomicFile | RemoteFile,
         key: Sequence[str] = (),
-        ema: bool = False,
+        ema: bool | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
@@ -108,7 +119,8 @@ class Session:
             with same_draws(batches):
                 report = self._run(batches, progress)
             buffers = recomputed_buffers(self._code.model, report)
-            contents = _replaced(state, fit, buffers)
+            with default_arithmetic():
+                contents = _replaced(state, fit, buffers)
             patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
             for place, data in patches:
                 file.write(data, place)
@@ -120,11 +132,9 @@ class Session:
         said = provenance.of(checkpoint)
         if said is None:
             return checkpoint.provenance
-        made = {
-            "estimator": self._options.estimator,
-            "batches": report.batches,
-            "samples": report.samples,
-        }
+        made = {"estimator": self._options.estimator, "batches": report.batches}
+        if report.samples is not None:
+            made["samples"] = report.samples
         try:
             return replace(said, batchnorm=made).text(checkpoint.provenance)
         except ValueError:  # somebody has taken out the room that we left
@@ -184,13 +194,49 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
     """
     ranks = ranks or Alone()
     with user_code(
-        options.data, model=options.model, forward=options.forward, once=ranks.once
+        options.data,
+        model=options.model,
+        forward=options.forward,
+        once=ranks.once,
+        folder=options.folder,
     ) as code:
         yield Session(options, code, ranks)
 
 
+def choice_of(
+    path: Path, key: Sequence[str] = (), ema: bool | None = None
+) -> tuple[Sequence[str], bool | None]:
+    """Return which weights of a file are meant: those that its average was put in, if it says so.
+
+    Args:
+        path: The file.
+        key: The dotted path to its state_dict, or the paths, as the user gave them.
+        ema: Whether the averaged weights are meant, as the user said.
+    """
+    if key or ema is not None or not path.is_file():
+        return key, ema
+    checkpoint = open_checkpoint(path)
+    try:
+        said = provenance.of(checkpoint)
+        if said is None:
+            return key, ema
+        places, half = said.options.get("key", ()), said.options.get("ema")
+        places = (places,) if isinstance(places, str) else places
+        if isinstance(places, list | tuple) and half in (None, True, False):
+            kept = tuple(map(str, places))
+            find_state_dict(checkpoint, kept, half)
+            return kept, half
+    except LayoutError:  # the average was written without its wrapper
+        pass
+    finally:
+        checkpoint.close()
+    return key, ema
+
+
 @contextmanager
-def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | RemoteFile]:
+def copy_of(
+    path: Path, key: Sequence[str] = (), ema: bool | None = None
+) -> Iterator[AtomicFile | RemoteFile]:
     """Give a copy of a checkpoint that takes its place when it is committed.
 
     Its bytes are checked against the checksums that it carries.
@@ -209,11 +255,11 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | Remote
         raise OutputError("is a folder", file=path, expected="a file that holds the average")
     checkpoint = open_checkpoint(path)
     try:
-        state = find_state_dict(checkpoint, key)
+        state = find_state_dict(checkpoint, key, ema)
+        check_choice(state, key, ema)
         (source,) = checkpoint.files
         verify((ref.record, name) for name, ref in state.tensors.items())
-        new = RemoteFile if is_remote(path) else AtomicFile
-        with new(path, source.size) as file:
+        with _replacement(path, source) as file:
             place = 0
             for chunk in source.chunks(0, source.size):
                 file.write(chunk, place)
@@ -222,6 +268,13 @@ def copy_of(path: Path, key: Sequence[str] = ()) -> Iterator[AtomicFile | Remote
             yield file
     finally:
         checkpoint.close()
+
+
+def _replacement(path: Path, read: InputFile) -> AtomicFile | RemoteFile:
+    """Open what takes the place of a file, as long as that is the one that was read."""
+    if is_remote(path):
+        return RemoteFile(path, read.size, over=read.source)
+    return AtomicFile(path, read.size, over=read.source.state)
 
 
 def read_state(state: StateDict) -> OrderedDict[str, Any]:
@@ -270,7 +323,7 @@ def _replaced(
 
 
 def _read_back(
-    path: Path, patches: Sequence[tuple[int, bytes]], key: Sequence[str], ema: bool
+    path: Path, patches: Sequence[tuple[int, bytes]], key: Sequence[str], ema: bool | None
 ) -> None:
     """Read again what was replaced, and open the file as anybody will.
 
@@ -325,7 +378,8 @@ def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:
 def _length(batches: object, most: int | None) -> int | None:
     """Return how many batches there will be, where that can be known."""
     try:
-        count = len(batches)  # type: ignore[arg-type]
-    except Exception:  # whatever a user's __len__ raises, a bar can do without it
+        with users_code():
+            count = len(batches)  # type: ignore[arg-type]
+    except DataError:  # whatever a user's __len__ raises, a bar can do without it
         return most
     return count if most is None else min(count, most)

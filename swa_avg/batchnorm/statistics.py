@@ -15,27 +15,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
-from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from swa_avg.batchnorm.batches import (
     Alone,
     Feed,
-    Forward,
     Ranks,
-    blamed,
-    call,
     chosen_device,
     numbered,
-    samples_in,
 )
+from swa_avg.batchnorm.calling import Forward, call, explained, samples_in
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
+from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.lending import lent
 from swa_avg.errors import DataError, SwaAvgError
+from swa_avg.kernel import default_arithmetic
 
 Estimator = Literal["population", "torch"]
 Amp = Literal["off", "bf16", "fp16"]
@@ -69,7 +67,7 @@ class BatchNormReport:
         device: The device it ran on.
         ranks: The number of processes that shared the batches.
         batches: The number of batches seen, by all ranks.
-        samples: The number of samples seen, by all ranks; 0 if batches hold no tensor.
+        samples: The number of samples seen, by all ranks; None where it is not certain.
         layers: The layers with new statistics, in the model's order.
         unreached: Layers that no batch reached; they keep their statistics.
         frozen: BatchNorm layers that track no statistics; left alone.
@@ -80,7 +78,7 @@ class BatchNormReport:
     device: str
     ranks: int
     batches: int
-    samples: int
+    samples: int | None
     layers: tuple[LayerShift, ...]
     unreached: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -131,7 +129,7 @@ def recompute_batchnorm(
         amp: Run under `torch.autocast` with `bf16` or `fp16`; statistics are kept
             in float32 or more all the same.
         max_batches: Stop after so many batches, of all ranks together.
-        progress: Called after every batch with its number of samples.
+        progress: Called after every batch with its number of samples, 0 if that is unknown.
         ranks: The processes that share the batches (`swa_avg.ranks.ranks`).
 
     Returns:
@@ -150,24 +148,31 @@ def recompute_batchnorm(
     there = chosen_device(device, ranks.local)
     statistics = ESTIMATORS[estimator](layers, there)
     run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
-    seen = []
-    with _borrowed(model, there, statistics), statistics.watching():
+    seen: list[int | None] = []
+    with lent(model, there, statistics) as check, statistics.watching():
         mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
         for samples in run(mine, statistics):
+            if not seen:  # again at the end: most changes show at once
+                check()
             seen.append(samples)
             if progress is not None:
-                progress(samples)
+                progress(samples or 0)
             ranks.check()
-        statistics.check_finite()
-        total_batches, total_samples = _gathered(ranks, len(seen), sum(seen))
-        outcomes = statistics.outcomes(ranks)
+        check()
+        with default_arithmetic():
+            statistics.check_finite()
+            statistics.check_calls()
+            total_batches, total_samples = _gathered(ranks, seen)
+            outcomes = statistics.outcomes(ranks)
+    with default_arithmetic():
+        layers_committed = _committed(outcomes)
     return BatchNormReport(
         estimator=estimator,
         device=str(there),
         ranks=ranks.world,
         batches=total_batches,
         samples=total_samples,
-        layers=_committed(outcomes),
+        layers=layers_committed,
         unreached=tuple(x.layer.name for x in outcomes if not x.batches),
         frozen=tuple(n for n, m in model.named_modules() if is_frozen(m)),
         instance_norms=tuple(
@@ -225,69 +230,7 @@ def _bare(model: nn.Module) -> nn.Module:
     return _bare(inner) if isinstance(inner, nn.Module) else model
 
 
-# --- lending the model --------------------------------------------------------------
-
-
-@contextmanager
-def _borrowed(model: nn.Module, device: torch.device, statistics: Statistics) -> Iterator[None]:
-    """Have the model on `device`, in the estimator's modes, with buffers to spoil.
-
-    The model's own buffers are set aside untouched, so that putting them back is
-    all there is to restoring them.
-    """
-    modules = list(model.modules())
-    tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (own, dict(own)) for module in modules for own in (module._parameters, module._buffers)
-    ]
-    data = [(parameter, parameter.data) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in modules]
-    momenta = [(layer.module, layer.module.momentum) for layer in statistics.layers]
-    unsynced = [m for m in modules if _synchronises(m)]
-    try:
-        with torch.no_grad(), blamed(None, f"moving the model to {device}: "):
-            _replace_buffers(modules)
-            model.to(device)
-        for module in modules:
-            module.training = statistics.everywhere
-        for module in unsynced:
-            module.__dict__["forward"] = MethodType(_BatchNorm.forward, module)
-        statistics.prepare()
-        yield
-    finally:
-        for own, before in tensors:
-            own.clear()
-            own.update(before)
-        for parameter, before_data in data:
-            parameter.data = before_data
-        for module, training in modes:
-            module.training = training
-        for layer, momentum in momenta:
-            layer.momentum = momentum
-        for module in unsynced:
-            module.__dict__.pop("forward", None)
-
-
-def _replace_buffers(modules: Iterable[nn.Module]) -> None:
-    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
-    for module in modules:
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.detach().clone()
-                module._buffers[key] = copies[id(buffer)]
-
-
-def _synchronises(module: nn.Module) -> bool:
-    """Whether a layer would ask other processes for their batch, or fail for want of a GPU.
-
-    Here each process has batches of its own, maybe not equally many, and what the
-    layer saw is what it saw here: it runs as plain BatchNorm.
-    """
-    return (
-        isinstance(module, nn.SyncBatchNorm)
-        and type(module).forward is nn.SyncBatchNorm.forward
-        and "forward" not in module.__dict__
-    )
+# --- running it ---------------------------------------------------------------------
 
 
 def _run(
@@ -297,15 +240,21 @@ def _run(
     device: torch.device,
     forward: Forward,
     amp: str,
-) -> Iterator[int]:
+) -> Iterator[int | None]:
     """Run the model on one numbered batch after the other; yield their samples."""
-    feed = Feed(device)
+    feed, context = Feed(device), partial(_forward_context, device, amp)
     for number, batch in batches:
         statistics.number = number
-        with blamed(number), _forward_context(device, amp):
+        with users_code(batch=number), context():
             there = feed.send(batch)
-            forward(model, there)
-        with torch.no_grad():
+        try:
+            with users_code(batch=number), context():
+                forward(model, there)
+        except DataError as error:
+            if error.remedy:
+                raise
+            raise explained(error, model, there, forward, context) from error.__cause__
+        with torch.no_grad(), default_arithmetic():
             statistics.after_batch()
         feed.done(there)
         yield samples_in(batch)
@@ -329,8 +278,10 @@ def _forward_context(device: torch.device, amp: str) -> Iterator[None]:
         yield
 
 
-def _gathered(ranks: Ranks, batches: int, samples: int) -> tuple[int, int]:
-    mine = torch.tensor([batches, samples], dtype=torch.float64)
+def _gathered(ranks: Ranks, seen: Sequence[int | None]) -> tuple[int, int | None]:
+    """Return how many batches all ranks saw, and how many samples if that is certain."""
+    facts = [len(seen), sum(filter(None, seen)), seen.count(None)]
+    mine = torch.tensor(facts, dtype=torch.float64, device="cpu")
     total = torch.stack(list(ranks.gather(mine))).sum(0).tolist()
     if not total[0]:
         raise DataError(
@@ -338,7 +289,7 @@ def _gathered(ranks: Ranks, batches: int, samples: int) -> tuple[int, int]:
             expected="at least one",
             remedy="A generator that was used up before gives none: pass a function",
         )
-    return int(total[0]), int(total[1])
+    return int(total[0]), None if total[2] else int(total[1])
 
 
 # --- writing the outcome ------------------------------------------------------------

@@ -1,12 +1,29 @@
 """What one checkpoint holds: its state_dict, its place in the run, its metrics, its origin.
 
-In: a `Checkpoint`. Out: a `StateDict` with the names of the plain model. Knows nothing of
-other checkpoints.
+In: a `Checkpoint`. Out: a `StateDict` with the names of the plain model. What its path
+says is in `names`. Knows nothing of other checkpoints.
 """
 
-from swa_avg.checkpoints import metrics, provenance
-from swa_avg.checkpoints.layout import BN_COUNTER, Finder, StateDict, find_state_dict, is_bn_buffer
+from swa_avg.checkpoints import metrics, names, provenance, words
+from swa_avg.checkpoints.contents import NO_WEIGHTS, other_than_model
+from swa_avg.checkpoints.families import (
+    BEFORE_QUANTISATION,
+    BN_COUNTER,
+    Family,
+    Way,
+)
+from swa_avg.checkpoints.frameworks import Loads
+from swa_avg.checkpoints.layout import (
+    Finder,
+    StateDict,
+    check_choice,
+    check_running,
+    find_state_dict,
+)
+from swa_avg.checkpoints.membership import is_bn_buffer, members
 from swa_avg.checkpoints.metrics import Score, mode_of
+from swa_avg.checkpoints.modules import buffers_of
+from swa_avg.checkpoints.names import Name, Number
 from swa_avg.checkpoints.provenance import (
     UNKNOWN,
     Provenance,
@@ -20,24 +37,38 @@ from swa_avg.checkpoints.reader import CheckpointReader, open_checkpoint
 from swa_avg.checkpoints.tree import at, mapping
 
 __all__ = [
+    "BEFORE_QUANTISATION",
     "BN_COUNTER",
+    "NO_WEIGHTS",
     "UNKNOWN",
     "CheckpointReader",
+    "Family",
     "Finder",
+    "Loads",
+    "Name",
+    "Number",
     "Provenance",
     "Score",
     "Source",
     "StateDict",
+    "Way",
     "at",
+    "buffers_of",
+    "check_choice",
+    "check_running",
     "find_state_dict",
     "fingerprints",
     "is_bn_buffer",
     "made_from",
     "mapping",
+    "members",
     "metrics",
     "mode_of",
+    "names",
     "open_checkpoint",
+    "other_than_model",
     "provenance",
     "refuse_repeats",
     "sources_of",
+    "words",
 ]

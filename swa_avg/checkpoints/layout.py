@@ -7,47 +7,26 @@ reads a tensor or compares checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 
 from swa_avg.checkpoints import recorded
-from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, matching, tensor_count
+from swa_avg.checkpoints.entries import Plain, read_part
+from swa_avg.checkpoints.frameworks import PARTNERS, Framework, Loads
+from swa_avg.checkpoints.places import (
+    NOWHERE,
+    Places,
+    no_average,
+    no_state_dict,
+    only_candidate,
+    only_of,
+    places,
+)
+from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
 from swa_avg.errors import FormatError, LayoutError, listed
-from swa_avg.formats import Checkpoint, Dict, Inert, UnreadableTensor, described
-from swa_avg.tensors import TensorRef, View
-
-# Where frameworks put the weights of the model.
-_WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "state.model", "app.model")
-# Where they put averages of them that the run has kept.
-_AVERAGES = (
-    "state_dict_ema",  # timm
-    "model_ema",  # timm, torchvision
-    "ema_state_dict",
-    "ema",
-    "model_avg",  # icefall
-    "swa_state_dict",  # timgaripov/swa
-    "extra_state.ema",  # fairseq
-    "callbacks.*.average_model_state",  # Lightning's StochasticWeightAveraging
-)
-# Who puts the average where the weights belong: raw weights, average, and what tells.
-_EXCHANGED = (
-    ("current_model_state", "state_dict", "averaging_state"),  # Lightning's WeightAveraging
-    ("ema_state_dict", "state_dict", "meta.mmengine_version"),
-)
-# What some frameworks take out of the model to save it beside the rest.
-_PARTNERS = {"model": "generator"}  # OpenNMT-py
-# What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.
-_PREFIXES = ("module.", "_orig_mod.")
-# A wrapper's own counter stands beside its `module.`: torch's AveragedModel, mmengine's.
-_COUNTERS = {"ema_state_dict": "steps"}
-_COUNTER = "n_averaged"
-# What normalisation layers with running statistics keep.
-BN_STATISTICS = ("running_mean", "running_var")
-BN_COUNTER = "num_batches_tracked"
-# What a state_dict holds besides tensors is small; nested lists can take for ever to look at.
-_MOST_PLAIN_VALUES = 1_000_000
+from swa_avg.formats import Checkpoint
+from swa_avg.tensors import TensorRef, View, is_optimizer
 
 
 @dataclass(frozen=True)
@@ -66,6 +45,8 @@ class StateDict:
         metadata: The `_metadata` that torch keeps beside it, or None.
         averages: Dotted paths of averaged weights that the checkpoint has as well, not taken.
         counter: The counter of torch's AveragedModel that stood beside its weights, or None.
+        places: Where the checkpoint has weights and averages, taken or not.
+        notes: What the user should know about what was taken.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +59,13 @@ class StateDict:
     metadata: Mapping[str, object] | None
     averages: tuple[str, ...]
     counter: View | TensorRef | None = None
+    places: Places = NOWHERE
+    notes: tuple[str, ...] = ()
+
+    @property
+    def framework(self) -> Framework | None:
+        """The kind of file that the checkpoint is, as far as the table knows."""
+        return self.places.framework
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
@@ -100,26 +88,18 @@ class StateDict:
         return self.checkpoint.located(self.counter) if self.counter else None
 
 
-def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
-    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
-    layer, _, buffer = name.rpartition(".")
-    if buffer not in (*BN_STATISTICS, BN_COUNTER):
-        return False
-    before = f"{layer}." if layer else ""
-    return all(before + statistic in tensors for statistic in BN_STATISTICS)
-
-
 def find_state_dict(
-    checkpoint: Checkpoint, keys: Sequence[str] = (), ema: bool = False
+    checkpoint: Checkpoint, keys: Sequence[str] = (), ema: bool | None = None
 ) -> StateDict:
     """Find the state_dict of a checkpoint.
 
     Args:
         checkpoint: An opened checkpoint.
-        keys: Its dotted path, where the user gave one; or several, which make up one
-            model. Then names bear the last part of the path that they come from
-            (`generator.weight`), but for a path where frameworks put models (`model`).
-        ema: Take the averaged weights that the run has kept.
+        keys: Its dotted path, where the user gave one, or that of a prefix of its names; or
+            several, which make up one model. Then names bear the last part of the path that
+            they come from (`generator.weight`), but for a path where frameworks put models.
+        ema: Take the averaged weights that the run has kept; False takes the raw ones, and
+            only these. None takes the raw ones, and what stands in one state_dict with them.
 
     Raises:
         LayoutError: There is none, there are several, or it holds what cannot be averaged.
@@ -131,16 +111,16 @@ def find_state_dict(
         raise
 
 
-def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool) -> StateDict:
+def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> StateDict:
     """Do what `find_state_dict` does."""
-    weights, averages = _places(checkpoint.tree)
-    taken = keys or (_locate(checkpoint, weights, averages, ema),)
+    found = places(checkpoint.tree)
+    taken, notes = (keys, []) if keys else _locate(checkpoint, found, ema)
     entries: dict[str, object] = {}
     metadata: dict[str, object] = {}
     prefixes: list[str] = []
     counter = None
     for place in taken:
-        part = _read_part(checkpoint, place, alone=len(taken) == 1)
+        part = read_part(checkpoint, place, len(taken) == 1, None if keys else ema, found)
         twice = [name for name in part.entries if name in entries]
         if twice:
             raise LayoutError(f"has {listed(twice)} at {place} and before", file=checkpoint.path)
@@ -148,8 +128,9 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool) -> StateDic
         metadata.update(part.metadata or {})
         prefixes += [part.prefix] if part.prefix else []
         counter = counter or part.counter
+        notes += part.notes
     views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
-    plain = _Plain()
+    plain = Plain()
     values = {name: value for name, value in entries.items() if name not in views and plain(value)}
     _check_budget(checkpoint, views.values(), plain.bytes)
     return StateDict(
@@ -161,8 +142,10 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool) -> StateDic
         order=tuple(name for name in entries if name in views or name in values),
         dropped=tuple(name for name in entries if name not in views and name not in values),
         metadata=metadata or None,
-        averages=() if ema else tuple(path for path in averages if path not in taken),
+        averages=() if ema else tuple(path for path in found.averages if path not in taken),
         counter=counter,
+        places=found,
+        notes=tuple(notes),
     )
 
 
@@ -182,10 +165,60 @@ def _check_budget(
     budget.write("tensors", wanted, given)
 
 
+def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> None:
+    """Refuse to change one of two slots of a file that stays, if nobody said which.
+
+    Args:
+        state: What was found with `keys` and `ema`.
+        keys: Where the state_dict is, if the user said so.
+        ema: Which of the two is meant, if the user said so.
+
+    Raises:
+        LayoutError: The file has raw weights and an average, and its framework may load the
+            one that would stay as it is.
+    """
+    found, row = state.places, state.framework
+    averages = (*found.averages, *found.unnamed)
+    if keys or ema is not None or not (found.weights and averages):
+        return
+    known = row is not None and row.average
+    if known and row and row.loads is Loads.WEIGHTS:
+        return
+    loads = f"{row.name} loads {row.loads.value}" if known and row else "it may load either"
+    alone = "--last 1 " if row and row.running else ""
+    named = f"{alone}--ema (the average) or " if found.averages else ""
+    raise LayoutError(
+        f"has raw weights at {found.weights[0]} and an average at {averages[0]}; {loads}",
+        file=state.checkpoint.path,
+        remedy=f"Say which to replace: {named}--no-ema (the raw weights)",
+    )
+
+
+def check_running(states: Sequence[StateDict], ema: bool | None) -> None:
+    """Refuse to average several running means: each contains those before it.
+
+    Args:
+        states: The checkpoints that would be averaged.
+        ema: Whether it is their averages that were taken.
+
+    Raises:
+        LayoutError: There are several, of a framework whose average is an equal-weight mean
+            from a fixed start on.
+    """
+    row = states[-1].framework if states else None
+    if ema and len(states) > 1 and row and row.running:
+        raise LayoutError(
+            f"has at {states[-1].where} the mean of the run so far ({row.name}), "
+            "which contains those of the checkpoints before it",
+            file=states[-1].checkpoint.path,
+            remedy="Take it alone (--last 1 --ema), or average the raw weights (--no-ema)",
+        )
+
+
 class Finder:
     """Finds the state_dicts of checkpoints of one run; in trees that are one object only once."""
 
-    def __init__(self, keys: Sequence[str] = (), ema: bool = False) -> None:
+    def __init__(self, keys: Sequence[str] = (), ema: bool | None = None) -> None:
         """Take what `find_state_dict` takes."""
         self._keys = keys
         self._ema = ema
@@ -201,182 +234,63 @@ class Finder:
         like = self._found.get(id(checkpoint.tree))
         if like is not None:
             return replace(like, checkpoint=checkpoint)
-        found = find_state_dict(checkpoint, self._keys, self._ema)
+        try:
+            found = find_state_dict(checkpoint, self._keys, self._ema)
+        except LayoutError:
+            # An average of ours may be bare, whatever its checkpoints look like.
+            if not checkpoint.provenance:
+                raise
+            found = find_state_dict(checkpoint)
         self._found[id(checkpoint.tree)] = found
         return found
 
 
-def _places(tree: object) -> tuple[list[str], list[str]]:
-    """Return where there are weights of a model, and where averages of them."""
-    weights = [path for path in _WEIGHTS if tensor_count(at(tree, path))]
-    averages = [
-        path
-        for pattern in _AVERAGES
-        for path in matching(tree, pattern)
-        if tensor_count(at(tree, path))
-    ]
-    for raw, average, sign in _EXCHANGED:
-        if at(tree, sign) is not None and average in weights and tensor_count(at(tree, raw)):
-            weights = [raw if path == average else path for path in weights]
-            averages = [average, *(path for path in averages if path != raw)]
-    return weights, averages
-
-
 def _locate(
-    checkpoint: Checkpoint, weights: Sequence[str], averages: Sequence[str], ema: bool
-) -> str:
-    """Return the one place of the state_dict, or refuse."""
+    checkpoint: Checkpoint, found: Places, ema: bool | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the one place of the state_dict, or those of its parts, and notes; or refuse."""
     tree = checkpoint.tree
-    found = averages if ema else weights
-    if len(found) > 1:
-        raise LayoutError(
-            f"has several state_dicts ({', '.join(found)})",
-            file=checkpoint.path,
-            expected="one",
-            remedy=f"Name the one to average, as in --key {found[0]}",
-        )
-    if found:
-        partner = _PARTNERS.get(found[0])
+    if ema and (found.averages or found.unnamed):
+        return (only_of(checkpoint, found.averages, found.unnamed),), []
+    try:
+        return _locate_weights(checkpoint, found)
+    except LayoutError as error:
+        if ema and not tensor_count(tree):
+            raise no_average(checkpoint) from error
+        raise
+
+
+def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, ...], list[str]]:
+    tree = checkpoint.tree
+    if found.weights:
+        place = only_of(checkpoint, found.weights)
+        partner = PARTNERS.get(place)
         if partner and tensor_count(at(tree, partner)):
             raise LayoutError(
-                f"has {partner} beside {found[0]}",
+                f"has {partner} beside {place}",
                 file=checkpoint.path,
-                remedy=f"If both make up one model, add --key {found[0]} --key {partner}, "
-                f"else --key {found[0]}",
+                remedy=f"If both make up one model, add --key {place} --key {partner}, "
+                f"else --key {place}",
             )
-        return found[0]
-    if ema:
-        raise _absent(checkpoint, "has no averaged weights where frameworks put them")
+        return (place,), []
+    if found.chunks:
+        return found.chunks, []
     root = mapping(tree)
     tensors = tensor_count(tree)
     if (
         root is not None
         and tensors
+        and not is_optimizer(root)
         and (2 * tensors > len(root) or not any(dicts_of_tensors(tree)))
     ):
-        return ""
-    if averages:
+        return ("",), []
+    candidate = only_candidate(tree)
+    if candidate:
+        return (candidate,), [f"the state_dict is at {candidate}, the only place for one"]
+    if found.averages:
         raise LayoutError(
-            f"has averaged weights only, at {', '.join(averages)}",
+            f"has averaged weights only, at {', '.join(found.averages)}",
             file=checkpoint.path,
             remedy="Take them with --ema",
         )
-    raise _absent(checkpoint, "has no state_dict where frameworks put it")
-
-
-def _absent(checkpoint: Checkpoint, found: str) -> LayoutError:
-    """Say that there is no state_dict, and what might be meant."""
-    near = list(dicts_of_tensors(checkpoint.tree))
-    objects = [path for path in ("", *_WEIGHTS) if isinstance(at(checkpoint.tree, path), Inert)]
-    if near:
-        remedy = f"Name its place with --key; tensors are at: {listed(near, 8)}"
-    elif objects:
-        remedy = "It holds a whole pickled object; save its state_dict() instead"
-    else:
-        remedy = "It holds no tensors by name"
-    return LayoutError(found, file=checkpoint.path, remedy=remedy)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What stands at one place: entries and `_metadata`, with the names of the plain model."""
-
-    prefix: str
-    entries: Mapping[str, object]
-    metadata: Mapping[str, object] | None
-    counter: View | TensorRef | None
-
-
-def _read_part(checkpoint: Checkpoint, place: str, alone: bool) -> _Part:
-    found = mapping(at(checkpoint.tree, place))
-    if found is None or not tensor_count(found):
-        if place:
-            raise _absent(checkpoint, f"has no state_dict at {place!r}")
-        raise _absent(checkpoint, "has no state_dict")
-    _check_entries(checkpoint, found)
-    names = [str(name) for name in found]
-    prefix = _common_prefix(names, _COUNTERS.get(place, _COUNTER))
-    added = "" if alone or place in _WEIGHTS else place.rpartition(".")[2] + "."
-    entries = {
-        added + name.removeprefix(prefix): value
-        for name, value in zip(names, found.values(), strict=True)
-        if name.startswith(prefix)
-    }
-    counter = found.get(_COUNTER) if "module." in prefix else None
-    known = counter if isinstance(counter, View | TensorRef) else None
-    return _Part(prefix, entries, _metadata(found, prefix, added), known)
-
-
-def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> None:
-    for name, value in entries.items():
-        if not isinstance(name, str):
-            raise LayoutError(
-                f"has a key that is no text, {described(name)}",
-                file=checkpoint.path,
-                expected="names of tensors",
-                remedy="Name the place of the state_dict with --key",
-            )
-        if isinstance(value, UnreadableTensor):
-            raise LayoutError(
-                f"is a {value.what}",
-                file=checkpoint.path,
-                tensor=name,
-                expected="a dense tensor",
-                remedy="It cannot be averaged",
-            )
-
-
-def _common_prefix(names: Iterable[str], counter: str) -> str:
-    """Return the wrappers' prefixes that every name bears, in their order."""
-    names = list(names)
-    prefix = ""
-    while True:
-        # The counter stands beside its wrapper's `module.`, and goes with it.
-        others = [name for name in names if name != prefix + counter]
-        for wrapper in _PREFIXES:
-            bearing = others and all(name.startswith(prefix + wrapper) for name in others)
-            if bearing and (wrapper == "module." or others == names):
-                prefix, names = prefix + wrapper, others
-                break
-        else:
-            return prefix
-
-
-def _metadata(
-    entries: Mapping[object, object], prefix: str, added: str
-) -> Mapping[str, object] | None:
-    """Return the `_metadata` of a state_dict, its module paths changed like the names."""
-    state = entries.state if isinstance(entries, Dict) else None
-    metadata = state.get("_metadata") if isinstance(state, dict) else None
-    if not isinstance(metadata, dict):
-        return None
-    plain = _Plain()
-    dotted = {
-        f"{path}." if path else "": value
-        for path, value in metadata.items()
-        if isinstance(path, str) and plain(value)
-    }
-    return {
-        (added + path.removeprefix(prefix)).removesuffix("."): value
-        for path, value in dotted.items()
-        if path.startswith(prefix)
-    }
-
-
-class _Plain:
-    """Tells whether values can be written again as they are, and are of reasonable size."""
-
-    def __init__(self) -> None:
-        self.left = _MOST_PLAIN_VALUES
-        self.bytes = 0
-
-    def __call__(self, value: object, depth: int = 8) -> bool:
-        if not isinstance(value, dict | list | tuple):
-            if isinstance(value, str | bytes):
-                self.bytes += len(value)
-            return value is None or isinstance(value, bool | int | float | complex | str | bytes)
-        self.left -= 1 + len(value)
-        if self.left < 0 or depth == 0:
-            return False
-        inner = chain(value, value.values()) if isinstance(value, dict) else value
-        return all(self(item, depth - 1) for item in inner)
+    raise no_state_dict(checkpoint, "has no state_dict where frameworks put it")

@@ -13,18 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from swa_avg.checkpoints import names
 from swa_avg.checkpoints.tree import at, mapping
+from swa_avg.checkpoints.words import MODES as MODE_OF
 from swa_avg.formats import Checkpoint, Inert
 from swa_avg.tensors import Kind, TensorRef, View, read_numbers
 
 MODES = ("min", "max")
-# Which way is better, by a word of the metric's name.
-_WORDS = {
-    "min": "loss nll err error wer cer ter eer ppl perplexity mae mse rmse fid",
-    "max": "acc accuracy bleu chrf rouge meteor f1 auc auroc map miou iou dice top precision "
-    "recall psnr ssim mrr ndcg",
-}
-_MODES = {word: mode for mode, words in _WORDS.items() for word in words.split()}
 # Where a metric stands under its name.
 _PLACES = (
     "{}",
@@ -63,8 +58,8 @@ class Score:
 def mode_of(name: str) -> str | None:
     """Return whether a metric should be small (min) or large (max), if its name tells."""
     words = re.split(r"[^a-z0-9]+", name.lower())
-    stems = (word if word in _MODES else word.rstrip("0123456789") for word in words)
-    modes = {_MODES[stem] for stem in stems if stem in _MODES}
+    stems = (word if word in MODE_OF else word.rstrip("0123456789") for word in words)
+    modes = {MODE_OF[stem] for stem in stems if stem in MODE_OF}
     return modes.pop() if len(modes) == 1 else None  # an `acc_loss` tells nothing
 
 
@@ -93,7 +88,8 @@ def _values(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, object]]:
     for path in _sidecars(checkpoint.path):
         for where, value in _in_tree(_read_sidecar(path), name):
             yield f"{path.suffix} beside it: {where}", value
-    yield "file name", _in_name(checkpoint.path, name)
+    # A metric `val/acc` in Lightning's file names makes a folder.
+    yield "file name", names.read(checkpoint.path, 1 + name.count("/")).metric(name)
 
 
 def _in_tree(tree: object, name: str) -> Iterator[tuple[str, object]]:
@@ -125,8 +121,8 @@ def _in_callbacks(tree: object, name: str, file: str) -> Iterator[tuple[str, obj
         if at(callback, "monitor") != name:
             continue
         best = mapping(at(callback, "best_k_models")) or {}
-        names = {re.split(r"[/\\]", path)[-1]: path for path in best if isinstance(path, str)}
-        value = best.get(names.get(file)) if best else at(callback, "current_score")
+        files = {re.split(r"[/\\]", path)[-1]: path for path in best if isinstance(path, str)}
+        value = best.get(files.get(file)) if best else at(callback, "current_score")
         yield "ModelCheckpoint", value
 
 
@@ -139,15 +135,6 @@ def _in_history(tree: object, name: str) -> Iterator[tuple[str, object]]:
         for entry in reversed(history):
             if isinstance(entry, dict) and entry.get("step") == step and key in entry:
                 yield f"log_history: {key}", entry[key]
-
-
-def _in_name(path: Path, name: str) -> float | None:
-    """Return the metric that a file name bears, as in `val_loss=0.12` or `acc_0.93`."""
-    # A metric `val/acc` in Lightning's file names makes a folder.
-    text = "/".join(path.parts[-1 - name.count("/") :])
-    whole = r"(?<![A-Za-z])(?<![A-Za-z][_./])" + re.escape(name)
-    found = re.search(rf"{whole}(?:=(-?{_NUMBER})|[_-]({_NUMBER}))", text)
-    return float(found[1] or found[2]) if found else None
 
 
 def _number(value: object, checkpoint: Checkpoint) -> float | None:
@@ -165,8 +152,8 @@ def _number(value: object, checkpoint: Checkpoint) -> float | None:
 
 def _sidecars(path: Path) -> list[Path]:
     """Return the files beside a checkpoint that bear its name, without its suffix or with it."""
-    names = dict.fromkeys((path.stem if path.suffix else path.name, path.name))
-    found = (path.with_name(name + suffix) for name in names for suffix in _SIDECARS)
+    stems = dict.fromkeys((path.stem if path.suffix else path.name, path.name))
+    found = (path.with_name(stem + suffix) for stem in stems for suffix in _SIDECARS)
     return [beside for beside in found if beside.is_file()]
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 
-from swa_avg.checkpoints.layout import StateDict, is_bn_buffer
+from swa_avg.checkpoints.layout import StateDict
+from swa_avg.checkpoints.membership import is_bn_buffer
 from swa_avg.errors import ProvenanceError
 from swa_avg.formats import PROVENANCE, Checkpoint, open_checkpoint
 from swa_avg.tensors import Kind, Record, TensorRef, View

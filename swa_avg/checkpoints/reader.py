@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], key: str | Sequence[str] = (), *, ema: bool = False
+    path: str | os.PathLike[str], key: str | Sequence[str] = (), *, ema: bool | None = None
 ) -> CheckpointReader:
     """Open a checkpoint: its headers are read, its tensors stay on disk, nothing in it runs.
 
@@ -30,7 +30,7 @@ def open_checkpoint(
     Args:
         path: A checkpoint of any format that can be averaged.
         key: The dotted path to its state_dict, where it is not found.
-        ema: Take the averaged weights that the run has kept.
+        ema: Take the averaged weights that the run has kept; False takes the raw ones only.
 
     Returns:
         The checkpoint, its files open; to be closed, or used in a `with`.
@@ -54,7 +54,9 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         notes: What a user should know about the file itself.
     """
 
-    def __init__(self, path: str | os.PathLike[str], key: str | Sequence[str], ema: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], key: str | Sequence[str], ema: bool | None
+    ) -> None:
         self._checkpoint = formats.open_checkpoint(path)
         try:
             state = find_state_dict(self._checkpoint, key, ema)

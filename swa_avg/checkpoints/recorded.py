@@ -12,6 +12,8 @@ _EPOCHS = (
     "cur_epoch",  # icefall
     "extra_state.train_iterator.epoch",  # fairseq
     "extra_state.epoch",  # fairseq before 0.6
+    "current_epoch",
+    "epochs_run",  # torchtune
     "state.timestamp.Timestamp.epoch",  # Composer
     "state.timestamp.epoch",
 )
@@ -24,29 +26,35 @@ _STEPS = (
     "iter",
     "meta.iter",  # mmengine
     "batch_idx_train",  # icefall
+    "num_updates",
     "optimizer_history.-1.num_updates",  # fairseq
     "state.timestamp.Timestamp.batch",  # Composer
     "state.timestamp.batch",
 )
 
+# Under these names safetensors files say it in the text about themselves; ss_ is kohya's.
+_EPOCH_TEXTS = ("epoch", "ss_epoch")
+_STEP_TEXTS = ("global_step", "step", "ss_steps")
+
 
 def epoch(checkpoint: Checkpoint) -> int | None:
     """Return the epoch that a checkpoint records, or None."""
-    return _first(checkpoint, _EPOCHS)
+    return _first(checkpoint, _EPOCHS, _EPOCH_TEXTS)
 
 
 def step(checkpoint: Checkpoint) -> int | None:
     """Return the step that a checkpoint records, or None."""
-    return _first(checkpoint, _STEPS)
+    return _first(checkpoint, _STEPS, _STEP_TEXTS)
 
 
-def _first(checkpoint: Checkpoint, paths: tuple[str, ...]) -> int | None:
-    """Return the first whole number that stands at one of `paths`."""
+def _first(checkpoint: Checkpoint, paths: tuple[str, ...], texts: tuple[str, ...]) -> int | None:
+    """Return the first whole number that stands at one of `paths`, or in one of `texts`."""
     for tree in (checkpoint.beside, checkpoint.tree):
         for path in paths:
             value = at(tree, path)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if value == value // 1:
+            if value >= 0 and value == value // 1:  # Ultralytics' stripped files say epoch -1
                 return int(value)
-    return None
+    said = (checkpoint.metadata.get(text, "") for text in texts)
+    return next((int(text) for text in said if text.isdecimal() and len(text) < 19), None)

@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from swa_avg.checkpoints.modules import state_dict_of
+from swa_avg.errors import FormatError
 from swa_avg.formats import Inert, UnreadableTensor
-from swa_avg.tensors import Tensor
+from swa_avg.tensors import Kind, Tensor, is_optimizer
+
+# How deep dicts are looked into; a pickle can nest them without end, or in a circle.
+_DEEPEST = 8
+# Dicts that hold each other can make a small file name endlessly many paths.
+_MOST_DICTS = 10_000
+# Layers of Transformer Engine keep a state here that is theirs to understand.
+_EXTRA_STATE = "_extra_state"
 
 
 def mapping(value: object) -> Mapping[object, object] | None:
@@ -49,29 +57,119 @@ def _element(values: Sequence[object], number: str, rest: str) -> object:
 
 
 def matching(tree: object, pattern: str) -> Iterator[str]:
-    """Yield the paths of what stands at a dotted path in which `*` is any one name."""
+    """Yield the paths of what stands at a dotted path in which `*` is any one name or place."""
     before, star, after = pattern.partition(".*.")
     if not star:
         if at(tree, pattern) is not None:
             yield pattern
         return
-    for name, value in (mapping(at(tree, before)) or {}).items():
-        if isinstance(name, str) and at(value, after) is not None:
+    there = at(tree, before)
+    numbered = enumerate(there) if isinstance(there, list | tuple) else ()
+    for name, value in [*numbered, *(mapping(there) or {}).items()]:
+        if isinstance(name, str | int) and at(value, after) is not None:
             yield f"{before}.{name}.{after}"
+
+
+def split_prefix(tree: object, path: str) -> tuple[str, str] | None:
+    """Split a dotted path into that of a dict and a prefix of names in it, or return None."""
+    parts = path.split(".")
+    for count in range(len(parts) - 1, -1, -1):
+        place, prefix = ".".join(parts[:count]), ".".join(parts[count:]) + "."
+        entries = mapping(at(tree, place)) or {}
+        if any(isinstance(name, str) and name.startswith(prefix) for name in entries):
+            return place, prefix
+    return None
+
+
+def children(value: object) -> Iterator[tuple[str, object]]:
+    """Yield the entries of a mapping in which there may be named tensors, further down."""
+    entries = mapping(value) or {}
+    if is_optimizer(entries):
+        return
+    for name, child in entries.items():
+        if isinstance(name, str) and name.rpartition(".")[2] != _EXTRA_STATE:
+            yield name, child
+
+
+def holds_tensors(value: object, seen: set[int] | None = None, depth: int = _DEEPEST) -> bool:
+    """Tell whether there are named tensors in a mapping or in the mappings in it."""
+    seen = set() if seen is None else seen
+    entries = mapping(value)
+    if depth == 0 or entries is None or id(value) in seen or is_optimizer(entries):
+        return False
+    seen.add(id(value))
+    return bool(tensor_count(entries)) or any(
+        holds_tensors(child, seen, depth - 1) for _, child in children(entries)
+    )
+
+
+def innermost(value: object, path: str) -> str:
+    """Return the path of the state_dict in what stands at `path` and holds tensors.
+
+    Dicts that hold nothing but another one are passed through. Where several hold
+    tensors, they are parts of one state_dict, and it is the dict around them.
+    """
+    for _ in range(_DEEPEST):
+        below = [pair for pair in children(value) if holds_tensors(pair[1])]
+        if tensor_count(value) or len(below) != 1:
+            break
+        name, value = below[0]
+        path = f"{path}.{name}" if path else name
+    return path
+
+
+def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
+    """Return a mapping with the tensors of nested ones under dotted names.
+
+    It is the same one if there are none.
+
+    Raises:
+        FormatError: The mappings hold each other.
+    """
+    if not any(holds_tensors(child) for _, child in children(entries)):
+        return entries
+    made: dict[object, object] = {}
+    left = _MOST_DICTS
+
+    def add(entries: Mapping[object, object], prefix: str, depth: int) -> None:
+        nonlocal left
+        inner = {name for name, child in children(entries) if depth and holds_tensors(child)}
+        left -= len(inner)
+        if left < 0:
+            raise FormatError("holds dicts that hold each other")
+        for name, value in entries.items():
+            if name in inner:
+                add(mapping(value) or {}, f"{prefix}{name}.", depth - 1)
+            else:
+                made[f"{prefix}{name}" if prefix else name] = value
+
+    add(entries, "", _DEEPEST)
+    return made
+
+
+def has_weights(value: object) -> bool:
+    """Tell whether a mapping holds itself a floating tensor of at least one dimension."""
+    entries = mapping(value) or {}
+    return any(
+        isinstance(item, Tensor) and item.shape and item.dtype.kind is Kind.FLOAT
+        for item in entries.values()
+    )
 
 
 def dicts_of_tensors(
     tree: object, seen: set[int] | None = None, path: str = "", depth: int = 4
 ) -> Iterator[str]:
-    """Yield the dotted paths of the dicts that hold tensors themselves, each dict once."""
+    """Yield the dotted paths of the dicts that hold tensors themselves, each dict once.
+
+    What an optimizer keeps is passed over.
+    """
     seen = set() if seen is None else seen
     entries = mapping(tree)
     if entries is None or depth == 0 or id(tree) in seen:
         return
     seen.add(id(tree))
-    if path and tensor_count(entries):
+    if path and tensor_count(entries) and not is_optimizer(entries):
         yield path
-    for name, value in entries.items():
-        if isinstance(name, str):
-            below = f"{path}.{name}" if path else name
-            yield from dicts_of_tensors(value, seen, below, depth - 1)
+    for name, value in children(tree):
+        below = f"{path}.{name}" if path else name
+        yield from dicts_of_tensors(value, seen, below, depth - 1)

@@ -1,7 +1,7 @@
 """The command line: it parses, calls the library, prints, and turns errors into exit codes."""
 
-from swa_avg.cli.command import main
+from swa_avg.cli.command import run
 
 __all__ = [
-    "main",
+    "run",
 ]

@@ -6,41 +6,43 @@ Imports nothing heavy before it must, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from swa_avg.cli import messages
+from swa_avg.cli.beside import Beside, opened_beside
 from swa_avg.cli.options import (
     GroupedCommand,
     Run,
     Search,
-    check_beside,
     check_usage,
     declared,
     run_of,
 )
 from swa_avg.cli.progress import advance, bar, move
-from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, printable
+from swa_avg.cli.streams import Streams
+from swa_avg.errors import (
+    DataError,
+    MismatchError,
+    OutputError,
+    SelectionError,
+    SwaAvgError,
+    printable,
+)
+from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
     from swa_avg.ranks import ProcessRanks
     from swa_avg.search import Found
-
-
-# Where one of these is in use, others than we may have something to do at the end.
-_WITH_OTHERS = frozenset({"swa_avg.batchnorm", "swa_avg.ranks"})
+    from swa_avg.storage import Output
 
 
 @click.command(
@@ -99,8 +101,10 @@ def _joined() -> Iterator[ProcessRanks | None]:
         except (Exception, KeyboardInterrupt) as error:
             # Told before anybody ends: torchrun then ends the others, which would tell nothing.
             joined.fail(error)
-            verbose = click.get_current_context().params["verbose"]
-            code = _told(error, everything=verbose, silent=joined.rank > 0)
+            ctx = click.get_current_context()
+            if ctx.obj.received:
+                raise
+            code = _told(error, ctx.obj, _streams(), everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
 
@@ -110,31 +114,49 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
 
     force = run.options.force or run.dry_run
     options = replace(run.options, force=force, by_sample=run.dry_run)
-    return planned(run.checkpoints, run.output, options)
+    output = click.get_current_context().params["output"]  # a slash at its end is a folder's
+    return planned(run.checkpoints, output, options)
 
 
 def _average(run: Run, ranks: ProcessRanks | None) -> None:
     """Average checkpoints, and nothing else."""
-    with _planned(run) as averaging:
-        if _leads():
-            check_beside(run, averaging)
-        with _written(averaging, run, ranks) as made:
+    with _planned(run) as averaging, opened_beside(run, averaging, leads=_leads()) as beside:
+        with _one_blas_thread(), _written(averaging, run, ranks) as made:
             if made:
                 file, report = made
-                file.commit()
+                report = replace(report, notes=(*report.notes, *_commit(file)))
             if ranks:
                 ranks.meet()
         if not made:
             return
-    content = report.to_dict() | _tensors(averaging, run)
-    _write_report(content, run)
+        content: dict[str, object] = {}
+        if run.as_json or run.report is not None:
+            content = report.to_dict() | _tensors(averaging, run)
+            _write_report(content, run, beside)
     if run.as_json:
-        click.echo(_json(content))
+        _print_json(content)
     elif not run.quiet:
         _show_average(report, averaging, run)
         if report.stale:
             _note_stale()
         _say([messages.of_output(report.output, report.bytes_written)])
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Have numpy, where it is imported now, start no threads for matrices that we do not have.
+
+    Only where none of the user's code runs in this process, and where the user has not said.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager
@@ -148,7 +170,7 @@ def _written(
     quiet = run.quiet or not _leads()
     size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
     with ExitStack() as entered:
-        with bar(size, quiet, unit="B", desc="averaging") as shown:
+        with bar(size, quiet, "B", "averaging", _streams().err) as shown:
             how = {"threads": run.threads, "progress": shown and shown.update}
             if ranks:
                 from swa_avg.averaging import joint
@@ -168,11 +190,10 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
         averaging = entered.enter_context(_planned(run)) if averages else None
         if averaging and averaging.is_folder:
             raise click.UsageError("--recompute-bn writes a file, not a folder: name one with -o.")
-        if _leads():
-            check_beside(run, averaging)
-        from swa_avg.batchnorm import Recompute, copy_of, session
-        from swa_avg.storage import path_of
+        beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
+        from swa_avg.batchnorm import Recompute, choice_of, copy_of, session
 
+        entered.enter_context(_apart(run))
         bn = entered.enter_context(session(Recompute(**bn_options), ranks))
         written = averaging and entered.enter_context(_written(averaging, run, ranks))
         if not bn.leads:
@@ -182,26 +203,27 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
         if written:
             file, report = written
             if not run.options.keep_wrapper:
-                key, ema = (), False  # our own output holds nothing but the state_dict
+                key, ema = (), None  # our own output holds nothing but the state_dict
         else:
-            file = entered.enter_context(copy_of(path_of(run.output), key))
-        with bar(bn.batches, run.quiet, unit="batch", desc="recomputing BatchNorm") as shown:
+            key, ema = choice_of(run.output, key, ema)
+            file = entered.enter_context(copy_of(run.output, key, ema))
+        with bar(bn.batches, run.quiet, "batch", "recomputing BatchNorm", _streams().err) as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
-        file.commit()
-    averaged = report.to_dict() if report else {"output": run.output}
-    made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
-    tensors = _tensors(averaging, run) if averaging else {}
-    content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
-    _write_report(content, run)
+        notes = (*notes, *_commit(file))
+        averaged = report.to_dict() if report else {"output": str(run.output)}
+        made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
+        tensors = _tensors(averaging, run) if averaging else {}
+        content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
+        _write_report(content, run, beside)
     if run.as_json:
-        click.echo(_json(content))
+        _print_json(content)
     elif not run.quiet:
         if report and averaging:
             _show_average(report, averaging, run)
         _say(messages.of_recompute(batchnorm, layers=run.verbose))
         _note(notes)
-        _say([messages.of_output(run.output, path_of(run.output).stat().st_size)])
+        _say([messages.of_output(str(run.output), run.output.stat().st_size)])
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -209,48 +231,50 @@ def _search(run: Run, wanted: Search) -> None:
     from swa_avg.batchnorm import Recompute
     from swa_avg.search import candidates, judged, plot, sweeping
 
-    suffix = plot.check_plot(Path(wanted.plot)) if wanted.plot else ""
+    suffix = plot.check_plot(wanted.plot) if wanted.plot else ""
     with ExitStack() as entered:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
             raise click.UsageError(f"{wanted.option} writes a file, no folder: name one with -o.")
-        check_beside(run, averaging)
+        beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
         bn = Recompute(**run.recompute) if run.recompute is not None else None
+        entered.enter_context(_apart(run))
         judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.told))
         search = sweeping.greedy if wanted.greedy else sweeping.swept
         steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, unit="model", desc="judging") as shown:
+        with bar(steps, run.quiet, "model", "judging", _streams().err) as shown:
             bench = candidates.Bench(*judge, shown and partial(move, shown))
             best = entered.enter_context(search(averaging, bench, run.threads))
         picture = plot.drawn(best.report, suffix) if wanted.plot else b""
-        best.file.commit()
-    if wanted.plot:
-        _write(wanted.plot, picture)
-    content = best.report.to_dict() | _tensors(best.averaging, run)
-    _write_report(content, run)
+        best = replace(best, report=best.report.noting(_commit(best.file)))
+        if wanted.plot:
+            beside.write(wanted.plot, picture)
+        content = best.report.to_dict() | _tensors(best.averaging, run)
+        _write_report(content, run, beside)
     if run.as_json:
-        click.echo(_json(content))
+        _print_json(content)
     elif not run.quiet:
         _show_search(best, run)
         if wanted.plot:
-            _say([messages.of_output(wanted.plot, len(picture))])
+            _say([messages.of_output(str(wanted.plot), len(picture))])
 
 
 def _tensors(averaging: Averaging, run: Run) -> dict[str, object]:
     return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
 
 
-def _write_report(content: object, run: Run) -> None:
+def _write_report(content: object, run: Run, beside: Beside) -> None:
     if run.report is not None:
-        _write(run.report, f"{_json(content)}\n".encode())
+        beside.write(run.report, f"{_json(content)}\n".encode())
 
 
-def _write(path: str, data: bytes) -> None:
-    from swa_avg.storage import AtomicFile
-
-    with AtomicFile(Path(path), len(data)) as file:
-        file.write(data, 0)
-        file.commit()
+def _commit(file: Output) -> tuple[str, ...]:
+    """Put the output in its place; what goes wrong from then on says that it is there."""
+    signals: Signals = click.get_current_context().obj
+    signals.check()
+    notes = file.commit()
+    signals.after = f" {click.get_current_context().params['output']} is written."
+    return notes
 
 
 def _show(path: str, as_json: bool) -> None:
@@ -259,7 +283,7 @@ def _show(path: str, as_json: bool) -> None:
 
     said = made_from(path)
     if as_json:
-        click.echo(_json(said.to_dict()))
+        _print_json(said.to_dict())
     else:
         _say(messages.of_provenance(path, said))
 
@@ -270,14 +294,45 @@ def _leads() -> bool:
     return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
 
 
+def _apart(run: Run) -> AbstractContextManager[None]:
+    """Keep our output apart from that of the user's code, which runs from here on."""
+    return _streams().apart(silent=run.quiet)
+
+
+def _streams() -> Streams:
+    """Return where results and messages go."""
+    streams: Streams = click.get_current_context().meta[Streams.__name__]
+    return streams
+
+
 def _say(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(printable(line))
+    with _printing():
+        for line in lines:
+            click.echo(printable(line), file=_streams().out)
+
+
+def _print_json(content: object) -> None:
+    with _printing():
+        click.echo(_json(content), file=_streams().out)
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Say which file it is that cannot be written: the standard output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _streams().silence()
+        raise OutputError(
+            f"cannot be written: {error.strerror or error}", file="standard output"
+        ) from error
 
 
 def _note(notes: Iterable[str]) -> None:
     for note in notes:
-        click.echo(printable(f"note: {note}"), err=True)
+        click.echo(printable(f"note: {note}"), file=_streams().err, err=True)
 
 
 def _note_stale() -> None:
@@ -289,7 +344,7 @@ def _show_plan(averaging: Averaging, run: Run) -> None:
     if run.as_json:
         searched = {"search": run.search.evaluate if run.search else None}
         planned = averaging.to_dict() | {"recompute_bn": run.recompute is not None} | searched
-        click.echo(_json(planned))
+        _print_json(planned)
         return
     if run.quiet:
         return
@@ -332,91 +387,55 @@ def _json(content: object) -> str:
     return json.dumps(content, indent=2)
 
 
-@dataclass
-class _Signals:
-    """What ends the command from outside.
-
-    Attributes:
-        received: The number of the signal that came, 0 if none did.
-    """
-
-    received: int = 0
-
-    def heed(self) -> None:
-        """Unwind as for an error when one comes, so that no temporary file remains."""
-        for name in ("SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._end)
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        raise SystemExit(128 + number)
-
-
-def main() -> None:
-    """Run the command; the entry point of `swa-avg`."""
+def run(signals: Signals) -> int:
+    """Run the command and turn whatever it raises into an exit code."""
     # torch says so at its import, and means nothing by it that matters here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    signals = _Signals()
-    signals.heed()
-    _leave(_run(signals))
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process; at once if all is done.
-
-    Python takes a quarter of a second to take torch apart, which is longer than it takes to
-    average small checkpoints. The user's code, other ranks and threads are given the time.
-    """
-    alone = _WITH_OTHERS.isdisjoint(sys.modules) and threading.active_count() == 1
-    if code == 0 and alone:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(AttributeError, OSError, ValueError):  # closed, or nobody reads it
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _run(signals: _Signals) -> int:
-    """Run the command and turn whatever it raises into an exit code."""
+    signals.silent = not _leads()
+    streams = Streams()
     ctx: click.Context | None = None
     try:
         # Not command.main: it ends the process itself when nobody reads its output.
-        with command.make_context("swa-avg", sys.argv[1:]) as ctx:
+        with command.make_context("swa-avg", sys.argv[1:], obj=signals) as ctx:
+            ctx.meta[Streams.__name__] = streams
             command.invoke(ctx)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+            with _printing():
+                if (out := streams.out or sys.stdout) is not None:
+                    out.flush()
+        if streams.watch:
+            streams.watch.begin(partial(_told, signals=signals, streams=streams, everything=False))
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        if signals.received:  # Python drops what is raised within a finalizer
-            return 128 + signals.received
-        return _told(error, everything=bool(ctx and ctx.params["verbose"]))
+        if signals.received:  # whatever came of it
+            raise
+        return _told(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
 
 
-def _told(error: BaseException, *, everything: bool, silent: bool = False) -> int:
-    """Say what went wrong, unless somebody else does; return the exit code.
+def _told(error: BaseException, signals: Signals, streams: Streams, *, everything: bool) -> int:
+    """Say what went wrong, unless another rank does; return the exit code.
 
     What is nobody's mistake but ours is raised again.
     """
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
-        # Nobody reads our output: not worth a message, and none must come at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        streams.silence()  # nobody reads it: not worth a message
         return 0
     code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
     if isinstance(error, SwaAvgError):
         code = 2 if isinstance(error, SelectionError) else 1
         all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
         lines = [f"error: {one}" for one in (all_of_it if everything and all_of_it else [error])]
+        frames = error.frames if isinstance(error, DataError) and everything else ()
+        lines = [*frames, *lines]
     elif isinstance(error, click.ClickException):
         code, lines = error.exit_code, []
-        if not silent:
-            error.show()
+        if not signals.silent:
+            error.show(streams.err)
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, lines = 130, ["interrupted"]
     elif not isinstance(error, OSError | MemoryError):
         raise error
-    for line in () if silent else lines:
-        click.echo(printable(line), err=True)
+    for line in () if signals.silent else lines:
+        click.echo(printable(line + signals.after), file=streams.err, err=True)
     return code

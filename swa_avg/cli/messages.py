@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from swa_avg.errors import counted, in_bytes
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
     from swa_avg.checkpoints import Provenance
     from swa_avg.search import SweepReport
 
-_MEANINGS = {
-    "averaged": "averaged",
-    "kept": "BatchNorm buffers kept apart",
-    "reset": "BatchNorm buffers reset",
-    "copied": "copied",
-}
+_BATCHNORM = "BatchNorm statistics"
 
 
 def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
@@ -35,7 +30,7 @@ def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
     if tensors:
         yield from of_tensors(averaging)
     plan = averaging.plan
-    yield f"would read {in_bytes(plan.bytes_to_read)}: {_treatments(plan.counts)}"
+    yield f"would read {in_bytes(plan.bytes_to_read)}: {_treatments(plan.counts, plan.families)}"
     yield f"would write {in_bytes(averaging.layout.size)} to {averaging.output}"
     yield f"would take {in_bytes(averaging.buffer_bytes)} of buffers"
 
@@ -55,7 +50,7 @@ def of_average(report: Report) -> Iterator[str]:
     of = first if len(report.inputs) == 1 else f"{first} … {last}"
     count = sum(source.count for source in report.inputs)
     yield f"averaged {counted(count, 'checkpoint')}: {of}"
-    yield f"tensors: {_treatments(report.counts)}"
+    yield f"tensors: {_treatments(report.counts, report.families)}"
 
 
 def of_distances(report: Report, distances: Distances, modules: bool) -> Iterator[str]:
@@ -96,9 +91,10 @@ def of_provenance(path: str, said: Provenance) -> Iterator[str]:
 
 def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
     """Yield what was recomputed: the layer that moved farthest, or with `layers` all of them."""
+    samples = "" if report.samples is None else f" ({report.samples:,} samples)"
     yield (
         f"recomputed {counted(len(report.layers), 'BatchNorm layer')} over "
-        f"{counted(report.batches, 'batch')} ({report.samples:,} samples)"
+        f"{counted(report.batches, 'batch')}{samples}"
     )
     farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
     for layer in report.layers if layers else farthest:
@@ -149,5 +145,15 @@ def of_output(path: str, size: int) -> str:
     return f"wrote {path} ({in_bytes(size)})"
 
 
-def _treatments(counts: dict[str, int]) -> str:
-    return ", ".join(f"{counts[name]} {words}" for name, words in _MEANINGS.items() if counts[name])
+def _treatments(counts: Mapping[str, int], families: Mapping[str, int]) -> str:
+    """Return how many tensors are treated how, in words."""
+    statistics = families.get(_BATCHNORM, 0) - counts["reset"]
+    others = [name for name in families if name != _BATCHNORM and families[name]]
+    said = {
+        "averaged": counts["averaged"],
+        "BatchNorm buffers kept apart": statistics,
+        f"kept from the last ({', '.join(others)})": counts["kept"] - statistics,
+        "BatchNorm buffers reset": counts["reset"],
+        "copied": counts["copied"],
+    }
+    return ", ".join(f"{count} {words}" for words, count in said.items() if count)

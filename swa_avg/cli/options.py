@@ -13,7 +13,6 @@ import click
 import swa_avg
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging
     from swa_avg.planning import Options
 
 _GROUPS = {
@@ -52,7 +51,7 @@ _GROUPS = {
 BATCHNORM = ("data", "model", "forward", "device", "estimator", "batches", "amp")
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
-_OF_AVERAGING = ("ema", "dtype", "max_shard_size", "threads", "dry_run", "force")
+_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run", "force")
 
 
 class GroupedCommand(click.Command):
@@ -88,8 +87,8 @@ def check_usage(ctx: click.Context) -> None:
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    if named["key"] and named["ema"]:
-        raise click.UsageError("Give --key or --ema, not both.")
+    if named["key"] and named["ema"] is not None:
+        raise click.UsageError("Give --key or --ema/--no-ema, not both.")
     if named["recompute_bn"] and not named["data"]:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if named["keep_wrapper"] and named["dtype"] != "keep":
@@ -154,7 +153,11 @@ _DECLARED = (
         "--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names."
     ),
     click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c)."),
-    click.option("--ema", is_flag=True, help="Take the EMA or SWA weights that the run kept."),
+    click.option(
+        "--ema/--no-ema",
+        default=None,
+        help="Take the EMA or SWA weights that the run kept, or the raw ones.",
+    ),
     click.option(
         "--bn-buffers",
         type=click.Choice(["last", "first", "mean", "reset"]),
@@ -265,13 +268,13 @@ class Run:
     """
 
     checkpoints: tuple[str, ...]
-    output: str
+    output: Path
     options: Options
     recompute: dict[str, Any] | None
     search: Search | None
     dry_run: bool
     as_json: bool
-    report: str | None
+    report: Path | None
     quiet: bool
     verbose: bool
     threads: int | None
@@ -295,7 +298,7 @@ class Search:
     model: str | None
     metric: str | None
     mode: str | None
-    plot: str | None
+    plot: Path | None
 
     @property
     def option(self) -> str:
@@ -311,12 +314,17 @@ class Search:
 def run_of(given: dict[str, Any]) -> Run:
     """Sort the options of the command line by what they are for."""
     from swa_avg.planning import Choice, Options
+    from swa_avg.storage import GivenPath, path_of
 
     def taken(kind: type) -> dict[str, Any]:
         """Take what a dataclass has fields for; None stands for its default."""
         names = [one.name for one in fields(kind) if one.name in given]
         return {name: value for name in names if (value := given.pop(name)) is not None}
 
+    # The user's code may change the current folder: paths keep the meaning they have now.
+    given["output"] = path_of(given["output"])
+    for name in ("report", "plot"):
+        given[name] = GivenPath.of(given[name]) if given[name] else None
     search = _search_of(given)
     try:
         choice = Choice(**taken(Choice))
@@ -338,19 +346,3 @@ def _search_of(given: dict[str, Any]) -> Search | None:
     if given["best"] is None:
         given["metric"] = given["mode"] = None
     return Search(evaluate, greedy=bool(given["greedy"]), **found)
-
-
-def check_beside(run: Run, averaging: Averaging | None) -> None:
-    """Refuse, before any work, a report or picture that would replace something else."""
-    from swa_avg.storage import check_target
-
-    states = averaging.states if averaging else ()
-    inputs = [file for state in states for file in state.checkpoint.files]
-    taken = {Path(run.output).resolve(): "--output"}
-    for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
-        if not path:
-            continue
-        check_target(Path(path), inputs, force=True)
-        other = taken.setdefault(Path(path).resolve(), option)
-        if other != option:
-            raise click.UsageError(f"{option} and {other} name the same file.")

@@ -5,21 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from swa_avg.errors import printable
 
 
 @contextmanager
-def bar(total: int | None, quiet: bool, unit: str, desc: str) -> Iterator[Any]:
-    """Show a progress bar, if somebody is there to see it; else give None."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+def bar(
+    total: int | None, quiet: bool, unit: str, desc: str, stream: TextIO | None = None
+) -> Iterator[Any]:
+    """Show a progress bar on `stream`, by default stderr, if it is a terminal; else give None."""
+    stream = stream or sys.stderr
+    if quiet or stream is None or not stream.isatty():
         yield None
         return
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread of its own: processes are not forked beside one
-    made: Any = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=desc, leave=False)
+    scaled = unit == "B"
+    made: Any = tqdm(total=total, unit=unit, unit_scale=scaled, desc=desc, leave=False, file=stream)
     with made:
         yield made
 
@@ -28,7 +32,8 @@ def advance(bar: Any, samples: int) -> None:
     """Count a batch, and show how fast samples come."""
     bar.samples = getattr(bar, "samples", 0) + samples
     elapsed = bar.format_dict["elapsed"]
-    bar.set_postfix_str(f"{bar.samples / elapsed:.0f} samples/s" if elapsed else "", refresh=False)
+    known = elapsed and bar.samples
+    bar.set_postfix_str(f"{bar.samples / elapsed:.0f} samples/s" if known else "", refresh=False)
     bar.update(1)
 
 

@@ -27,7 +27,7 @@ from swa_avg.formats.opening import (
     patch,
     with_provenance,
 )
-from swa_avg.formats.pickled import Dict, Inert, UnreadableTensor, described
+from swa_avg.formats.pickled import Dict, Inert, Stream, UnreadableTensor, described, holds_stream
 
 __all__ = [
     "PROVENANCE",
@@ -43,10 +43,12 @@ __all__ = [
     "OutputStorage",
     "OutputTensor",
     "Splice",
+    "Stream",
     "UnreadableTensor",
     "checksum_places",
     "described",
     "form_of",
+    "holds_stream",
     "is_checkpoint",
     "layout_for",
     "open_checkpoint",

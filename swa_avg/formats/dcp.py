@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from swa_avg.errors import FormatError
+from swa_avg.errors import FormatError, listed
 from swa_avg.formats import pickles, single
 from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import Checkpoint
@@ -27,13 +27,16 @@ from swa_avg.formats.pickled import Global, Inert, described
 from swa_avg.formats.references import check_shape
 from swa_avg.formats.sharded import is_inside, trainer_state
 from swa_avg.storage import InputFile, Section
-from swa_avg.tensors import Part, TensorRef, View, contiguous_stride
+from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 
 _METADATA = ".metadata"
 # accelerate and Trainer put the model's folder into their own, beside the optimizer's.
 _INNER = "pytorch_model_fsdp_0"
-_LIGHTNING = "meta.pt"
-_OPTIMIZER = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
+# What Lightning and Megatron-LM record of the run.
+_BESIDE = ("meta.pt", "common.pt")
+_CALLED = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
+# Where the model is, who flattens names himself.
+_SLOTS = {"model", "module", "state_dict", "app", "net", "ema", "model_ema", "ema_model"}
 _UNREAD = Inert(Global("torch.distributed.checkpoint", "item"))
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -64,15 +67,20 @@ def read(folder: Path) -> Checkpoint:
         source = _Source(home, opened)
         try:
             metadata = _metadata(path, source.budget)
-            tree = _tree(metadata, source)
+            tree, notes = _tree(metadata, source)
         except FormatError as error:
             error.file = error.file or str(path)
             raise
         opened.pop_all()
-    files = tuple(source.files.values())
-    beside = trainer_state(folder) or _lightning_state(home)
-    name = "torch distributed checkpoint"
-    return Checkpoint(folder, name, tree, files, beside=beside, budget=source.budget)
+    return Checkpoint(
+        folder,
+        "torch distributed checkpoint",
+        tree,
+        tuple(source.files.values()),
+        notes=tuple(notes),
+        beside=trainer_state(folder) or _state_beside(home),
+        budget=source.budget,
+    )
 
 
 def _home(folder: Path) -> Path:
@@ -80,10 +88,10 @@ def _home(folder: Path) -> Path:
     return inner if (inner / _METADATA).exists() else folder
 
 
-def _lightning_state(folder: Path) -> object:
-    """Return what Lightning records beside the tensors, or None."""
-    path = folder / _LIGHTNING
-    if not path.exists():
+def _state_beside(folder: Path) -> object:
+    """Return what a framework records in a file beside the tensors, or None."""
+    path = next((folder / name for name in _BESIDE if (folder / name).exists()), None)
+    if path is None:
         return None
     meta = single.open_file(path, Headers())
     meta.close()
@@ -110,15 +118,21 @@ def _fields(value: object) -> Mapping[str, object]:
     return state if isinstance(state, dict) else {}
 
 
-def _tree(metadata: Mapping[str, object], source: _Source) -> dict[str, object]:
-    """Put everything in its place in the nested dicts that were saved."""
+def _tree(metadata: Mapping[str, object], source: _Source) -> tuple[dict[str, object], list[str]]:
+    """Put everything in its place in the nested dicts that were saved; return notes, too."""
     entries = metadata["state_dict_metadata"]
     items = metadata["storage_data"]
     assert isinstance(entries, dict)
     assert isinstance(items, dict)
     source.take(items)
+    paths = _paths(entries, metadata.get("planner_data"))
+    groups = _optimizers(paths)
+    unread = {name for name, path in paths.items() if in_groups(".".join(path), groups)}
+    flat = all(len(path) == 1 for path in paths.values())
+    if flat and unread:
+        paths = _split({name: path for name, path in paths.items() if name not in unread})
     tree: dict[str, object] = {}
-    for name, path in _paths(entries, metadata.get("planner_data")).items():
+    for name, path in paths.items():
         *branches, leaf = path
         at = tree
         for branch in branches:
@@ -128,9 +142,8 @@ def _tree(metadata: Mapping[str, object], source: _Source) -> dict[str, object]:
             at = below
         if leaf in at:
             raise FormatError("is there twice", tensor=name)
-        unread = _is_optimizer(path)
-        at[leaf] = _UNREAD if unread else _item(name, entries[name], source)
-    return tree
+        at[leaf] = _UNREAD if name in unread else _item(name, entries[name], source)
+    return tree, [f"{listed(list(groups))}: optimizer state; not read"] if flat and groups else []
 
 
 def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
@@ -142,15 +155,34 @@ def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple
         path = mapping.get(name) if isinstance(mapping, dict) else None
         parts = path if isinstance(path, tuple) and path else (name,)
         paths[name] = tuple(described(part) for part in parts)
-    split = {name: tuple(name.split(".", 1)) for name in paths}
-    # Who flattens names himself puts model and optimizer side by side, before a dot.
-    if all(len(path) == 1 for path in paths.values()) and any(map(_is_optimizer, split.values())):
-        return split
     return paths
 
 
-def _is_optimizer(path: tuple[str, ...]) -> bool:
-    return any(_OPTIMIZER.fullmatch(branch) for branch in path[:-1])
+def _optimizers(paths: Mapping[str, tuple[str, ...]]) -> dict[str, None]:
+    """Return the dotted prefixes of what is an optimizer's, and stays unread.
+
+    A dict that is called so beside the model's is one, whatever it holds; among flat names
+    its structure must say it.
+    """
+    groups = optimizer_groups({".".join(path): None for path in paths.values()})
+    heads = {path[0].partition(".")[0] for path in paths.values()}
+    for path in paths.values():
+        named = len(path) == 1 and bool(heads & _SLOTS)
+        branches = tuple(path[0].split(".", 1)[:-1]) if named else path[:-1]
+        for count, branch in enumerate(branches, 1):
+            if _CALLED.fullmatch(branch):
+                groups[".".join(branches[:count])] = None
+    return groups
+
+
+def _split(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Take the model's place before the dot, if all names begin with one.
+
+    Who flattens names himself puts model and optimizer side by side.
+    """
+    if all("." in name and name.partition(".")[0] in _SLOTS for name in paths):
+        return {name: tuple(name.split(".", 1)) for name in paths}
+    return paths
 
 
 def _item(name: str, description: object, source: _Source) -> object:

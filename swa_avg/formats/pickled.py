@@ -50,11 +50,47 @@ class Dict(dict[Any, Any]):
     state: Any = None
 
 
+@dataclass(eq=False, repr=False)
+class Stream:
+    """An `io.BytesIO`, as modules keep extra state in one.
+
+    Attributes:
+        state: What the pickle says of it: its bytes, where it is read next, and attributes.
+    """
+
+    state: Any = None
+
+    @property
+    def content(self) -> bytes | None:
+        """Its bytes, or None where the pickle says something else of it."""
+        state = self.state
+        known = isinstance(state, tuple) and len(state) == 3 and isinstance(state[0], bytes)
+        return state[0] if known and state[2] is None else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(Stream)  # equal ones have equal hashes; as a key it is rare
+
+    def __repr__(self) -> str:
+        return f"io.BytesIO({self.content!r})"
+
+
 @dataclass(frozen=True)
 class UnreadableTensor:
     """A tensor of a kind that cannot be averaged: sparse, quantized, without data."""
 
     what: str
+
+
+def holds_stream(value: object) -> bool:
+    """Tell whether a plain value is a stream, or has one inside."""
+    if isinstance(value, dict):
+        return any(map(holds_stream, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_stream, value))
+    return isinstance(value, Stream)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ version of torch loads it, with `weights_only` too. Nothing is imported for it.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
-from swa_avg.formats.pickled import STORAGE_DTYPES, Dict
+from swa_avg.formats.pickled import STORAGE_DTYPES, Dict, Stream
 
 # Dtypes younger than torch's typed storages are pickled with an untyped one.
 _STORAGE_NAMES = {
@@ -28,7 +29,7 @@ def dump(state_dict: OutputStateDict) -> bytes:
     Its storages are referred to by their numbers.
 
     Returns:
-        A pickle that `torch.load(weights_only=True)` takes.
+        A pickle that `torch.load(weights_only=True)` takes, if there is no `io.BytesIO` in it.
     """
     parts = [pickle.PROTO, b"\x02", *_ordered_dict()]
     parts += _set_items(
@@ -57,12 +58,14 @@ def _value(value: object) -> bytes:
 
 
 def _restored(value: object) -> object:
-    """Return plain containers with the OrderedDicts of the input as such again."""
+    """Return plain containers with the OrderedDicts and streams of the input as such again."""
     if isinstance(value, dict):
         kind = OrderedDict if isinstance(value, Dict | OrderedDict) else dict
         return kind((key, _restored(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return type(value)(map(_restored, value))
+    if isinstance(value, Stream):
+        return io.BytesIO(value.content or b"")
     return value
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 
 from swa_avg.errors import FormatError
 from swa_avg.formats.budget import FREE_COPIES, MOST_OBJECTS, Budget
-from swa_avg.formats.pickled import Dict, Global, Inert, Pickled, UnreadableTensor
+from swa_avg.formats.pickled import Dict, Global, Inert, Pickled, Stream, UnreadableTensor
 from swa_avg.formats.rebuilding import REBUILD
 from swa_avg.formats.references import References
 from swa_avg.tensors import DType, View
@@ -28,7 +28,7 @@ _TENSOR = re.compile(r"torch(\.\w+)*\.(\w*Tensor|tensor|Parameter|Buffer)", re.A
 _LONGEST_INT = 1024  # bytes; Python refuses to print much longer ones
 
 
-class Stream(Protocol):
+class Readable(Protocol):
     """Bytes that are read one after the other."""
 
     def read(self, count: int, /) -> bytes:
@@ -41,7 +41,7 @@ class Stream(Protocol):
         """Return how many bytes have been read."""
 
 
-def load(data: bytes | Stream, budget: Budget) -> Pickled:
+def load(data: bytes | Readable, budget: Budget) -> Pickled:
     """Read a pickle, running nothing.
 
     Args:
@@ -64,7 +64,7 @@ def load(data: bytes | Stream, budget: Budget) -> Pickled:
         ) from error
 
 
-def load_plain(data: bytes | Stream, budget: Budget) -> object:
+def load_plain(data: bytes | Readable, budget: Budget) -> object:
     """Read a pickle that has no storages.
 
     Raises:
@@ -79,7 +79,7 @@ def load_plain(data: bytes | Stream, budget: Budget) -> object:
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, stream: Stream, budget: Budget) -> None:
+    def __init__(self, stream: Readable, budget: Budget) -> None:
         super().__init__(stream, encoding="utf-8", errors="surrogateescape")
         self.stream = stream
         self.budget = budget
@@ -178,7 +178,7 @@ class _Unpickler(pickle._Unpickler):
             )
         if isinstance(target, Dict) and isinstance(state, dict):
             target.state = {**(target.state or {}), **state}
-        elif isinstance(target, Inert | Dict):
+        elif isinstance(target, Inert | Dict | Stream):
             target.state = state
 
     def _set_items(self, target: Any, flat: list[Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.pickled import Dict, Global, Inert, UnreadableTensor, described
+from swa_avg.formats.pickled import Dict, Global, Inert, Stream, UnreadableTensor, described
 from swa_avg.tensors import DTYPES, DType, View
 
 # What sets the elements of a tensor when it is assigned to (torch 2.13).
@@ -199,6 +199,7 @@ REBUILD: Mapping[str, Callable[..., Any]] = {
     "collections.Counter": _counter,
     "collections.defaultdict": lambda machine, *factory: Dict(),
     "_codecs.encode": _rebuild_bytes,
+    "_io.BytesIO": lambda machine, *args: Stream(),
     "copyreg._reconstructor": _reconstruct,
     "copy_reg._reconstructor": _reconstruct,
     "numpy.core.multiarray.scalar": _rebuild_numpy_scalar,

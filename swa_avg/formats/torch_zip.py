@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from zlib_ng.zlib_ng import crc32
 
-from swa_avg.errors import FormatError
+from swa_avg.errors import ForeignError, FormatError
 from swa_avg.formats import pickler, pickles, zip_directory
 from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import (
@@ -55,7 +55,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     directory = zip_directory.read(file, headers.forms, budget)
     pickled = directory.record(file, "data.pkl")
     if pickled is None or not directory.root:
-        raise FormatError(
+        raise ForeignError(
             "is a zip archive without a torch pickle",
             file=file.path,
             expected="a checkpoint written by torch.save",

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import pairwise, repeat
 from typing import NamedTuple, NoReturn
 
-from swa_avg.errors import FormatError
+from swa_avg.errors import ForeignError, FormatError
 from swa_avg.formats.budget import Budget
 from swa_avg.formats.zip_end import FULL, find_directory, refuse_broken
 from swa_avg.storage import InputFile, announce, reading_ahead
@@ -219,7 +219,7 @@ def checksum_places(file: InputFile, entry: Entry, start: int) -> tuple[int, int
 
 def refuse_torchscript(file: InputFile) -> NoReturn:
     """Refuse an archive that is a program, whose sources are compressed."""
-    raise FormatError(
+    raise ForeignError(
         "is a TorchScript archive",
         file=file.path,
         expected="a checkpoint of tensors",
@@ -275,7 +275,8 @@ def _lines(file: InputFile, lines: bytes, start: int) -> Iterator[_Line]:
         if method or stored != length or flags & _ENCRYPTED:
             if b"/code/" in name:
                 refuse_torchscript(file)
-            raise FormatError(
+            kind = FormatError if b"data.pkl" in lines else ForeignError
+            raise kind(
                 f"holds a compressed record, {_decoded(name, flags)}",
                 file=file.path,
                 expected="stored records, as torch writes them",

@@ -7,7 +7,7 @@ thread, which a user's module may have changed. What is computed here does not d
 from __future__ import annotations
 
 import ctypes
-import platform
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ class RoundingDetector:
     }
 
     def __init__(self) -> None:
-        self._mask = self._INEXACT[platform.machine()]
+        self._mask = self._INEXACT[os.uname().machine]
         library = ctypes.PyDLL(None)  # PyDLL: the call is too short to give up the GIL for
         self._clear = library.feclearexcept
         self._test = library.fetestexcept

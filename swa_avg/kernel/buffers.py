@@ -134,7 +134,7 @@ class Desk:
             out[...] = rows[-1]
         else:
             cast_into(rows[-1], readers[-1].dtype, out, work.dtype)
-        return data, all(np.array_equal(row, out) for row in rows[:-1])
+        return data, all(np.array_equal(row, rows[-1]) for row in rows[:-1])
 
     def _rows(self, readers: Sequence[Reader], cell: Cell | Box) -> Rows:
         """Read a cell of all inputs."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -129,6 +128,8 @@ def exact_means(rows: Rows, weights: Sequence[int], places: Array, dtype: DType)
 
 
 def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) -> float:
+    from fractions import Fraction  # seldom needed, and slow to import
+
     if not all(map(math.isfinite, values)):
         return math.nan
     addends = (Fraction(value) * weight for value, weight in zip(values, weights, strict=True))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MOST_WEIGHT = 1 << 26
 # How many numbers of all rows are added up at once. Fewer stay in the processor's second cache;
 # but threads of Python take turns at each call of numpy, which then should be fewer and longer.
-ALONE = 80 * 1024
+ALONE = 160 * 1024
 BESIDE_THREADS = 640 * 1024
 MOST_OF_ONE = 16 * 1024  # of one input, where there is a mean of each number of inputs
 _LEAST_ROWS = 5

@@ -20,7 +20,7 @@ from swa_avg.tensors import Box, TensorRef, boxes, contiguous_stride, whole
 # tell. They are so many that threads hand the interpreter's lock to each other seldom.
 CHUNK = 256 * 1024
 _LEAST_CHUNK = 4096
-_CHUNK_BYTES = 8 * 1024 * 1024  # of all inputs of one chunk
+_CHUNK_BYTES = 2 * 1024 * 1024  # of all inputs of one chunk
 _CHUNKS_BYTES = 48 * 1024 * 1024  # of those that all threads have at once
 _LEAST_CHUNK_BYTES = 1024 * 1024
 _STRIDED = 2  # times as many where inputs lie in another order than the output

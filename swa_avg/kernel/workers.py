@@ -14,6 +14,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ Results = Iterator[tuple[int, _T]]
 # What a terminal sends to all its processes.
 _FOR_ALL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 _ENDING = [*_FOR_ALL, signal.SIGTERM]
+_FAREWELL = 0.5  # seconds for threads that must not write any more
 _IN_STORE = 2  # tasks that a process has, so that it need not wait for the next one
 
 
@@ -54,12 +56,17 @@ def in_threads(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]]:
         What gives the number of each task when it is done, and what came of it. It raises
         what the earliest of the tasks that failed has raised.
     """
-    with ThreadPoolExecutor(workers, "swa-avg") as pool:
-        try:
-            yield _done({pool.submit(do, number): number for number in range(count)})
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(workers, "swa-avg")
+    numbers = {pool.submit(do, number): number for number in range(count)}
+    try:
+        yield _done(numbers)
+    except BaseException as error:
+        # Ctrl-C does not wait for a thread that waits for a server.
+        stays = isinstance(error, Exception)
+        pool.shutdown(wait=stays, cancel_futures=True)
+        futures.wait([one for one in numbers if one.running()], None if stays else _FAREWELL)
+        raise
+    pool.shutdown()
 
 
 def _done(numbers: Mapping[Future[_T], int]) -> Results[_T]:

@@ -5,15 +5,21 @@ of how a mean is computed.
 """
 
 from swa_avg.planning import start_from
-from swa_avg.planning.plan import Plan, Rules, Treatment, Work, make_plan, ranges_of
-from swa_avg.planning.select import ALL, Choice, Selection, expand, select
+from swa_avg.planning.glance import refuse_unlike
+from swa_avg.planning.inputs import Inputs, expand, meant
+from swa_avg.planning.opening import Opened, open_all
+from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
+from swa_avg.planning.select import ALL, Choice, Selection, select
 from swa_avg.planning.settings import Options, Paths
 from swa_avg.planning.start_from import Base, base_of
+from swa_avg.planning.treatments import Rules, Treatment
 
 __all__ = [
     "ALL",
     "Base",
     "Choice",
+    "Inputs",
+    "Opened",
     "Options",
     "Paths",
     "Plan",
@@ -24,7 +30,10 @@ __all__ = [
     "base_of",
     "expand",
     "make_plan",
+    "meant",
+    "open_all",
     "ranges_of",
+    "refuse_unlike",
     "select",
     "start_from",
 ]

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
-from swa_avg.checkpoints import BN_COUNTER, StateDict, is_bn_buffer
+from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
-from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
-from swa_avg.planning.ties import families
+from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor, holds_stream
+from swa_avg.planning.ties import ties
+from swa_avg.planning.treatments import (
+    Planned,
+    Rules,
+    Treatment,
+    family_notes,
+    no_weights,
+    treatments,
+)
 from swa_avg.storage import InputFile
 from swa_avg.tensors import (
     DType,
@@ -25,37 +32,10 @@ from swa_avg.tensors import (
     is_dense,
     memory_order,
     permuted,
+    same_bytes,
 )
 
 _RESET = {"running_mean": 0.0, "running_var": 1.0, BN_COUNTER: 0.0}
-
-
-class Treatment(Enum):
-    """What is done with a tensor."""
-
-    AVERAGED = "averaged"
-    KEPT = "kept"
-    RESET = "reset"
-    COPIED = "copied"
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """One tensor of the output.
-
-    Attributes:
-        name: Its name.
-        treatment: What is done with it.
-        reason: Why.
-        dtype: Its dtype in the output.
-        shape: Its shape.
-    """
-
-    name: str
-    treatment: Treatment
-    reason: str
-    dtype: DType
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +47,7 @@ class Work:
         treatment: What is done with it.
         shape: Its sizes, the outermost dimension in memory first.
         sources: The same tensor in each checkpoint that takes part, dimensions in
-            the order of `shape`. Of a copied one the last is written, the others
+            the order of `shape`. Of a copied or kept one the last is written, the others
             are compared with it.
         dtype: Its dtype in the output.
         fill: What a reset one is filled with.
@@ -84,6 +64,21 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What is known of BatchNorm means and variances before they are read, by name of the work.
+
+    Attributes:
+        alike: Those that are the same in all inputs, as those of frozen layers are.
+        unfit: Those that are not, or do not stay what they are in the inputs.
+        compared: Those of which averaging will tell.
+    """
+
+    alike: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that will be done.
 
@@ -92,12 +87,14 @@ class Plan:
         works: What is computed: one for each storage of the output.
         state_dict: What is written.
         notes: What the user should know.
+        statistics: What is known of BatchNorm statistics.
     """
 
     tensors: tuple[Planned, ...]
     works: tuple[Work, ...]
     state_dict: OutputStateDict
     notes: tuple[str, ...]
+    statistics: Statistics
 
     @property
     def bytes_to_read(self) -> int:
@@ -116,28 +113,32 @@ class Plan:
         return {treatment.value: treated[treatment.value] for treatment in Treatment}
 
     @property
+    def families(self) -> dict[str, int]:
+        """How many tensors of each family are taken from one checkpoint, or reset."""
+        apart = (Treatment.KEPT, Treatment.RESET)
+        return dict(Counter(t.family for t in self.tensors if t.treatment in apart))
+
+    @property
     def stale(self) -> bool:
-        """Whether there are BatchNorm statistics that belong to none of the averaged weights."""
-        names = {tensor.name: None for tensor in self.tensors}
+        """Whether there may be BatchNorm statistics that fit none of the averaged weights."""
+        return self.stale_after(self.statistics.compared)
+
+    def stale_after(self, differing: Container[str]) -> bool:
+        """Tell whether there are BatchNorm statistics that fit none of the averaged weights.
+
+        Args:
+            differing: The works that are not the same in all inputs, of those compared.
+        """
         means = any(
             work.treatment is Treatment.AVERAGED and len(work.sources) > 1 for work in self.works
         )
-        return means and any(is_bn_buffer(name, names) for name in names)
+        known = self.statistics
+        return means and bool(known.unfit or [name for name in known.compared if name in differing])
 
-
-@dataclass(frozen=True)
-class Rules:
-    """How the user wants tensors treated.
-
-    Attributes:
-        bn_buffers: Where BN statistics come from: last, first, mean or reset.
-        dtype: The dtype that floating tensors are written in; None keeps theirs.
-        strides: Whether the output's format keeps strides and views.
-    """
-
-    bn_buffers: str = "last"
-    dtype: DType | None = None
-    strides: bool = True
+    def frozen_after(self, differing: Container[str]) -> list[str]:
+        """Return the BatchNorm statistics that are the same in all of several inputs."""
+        same = [name for name in self.statistics.compared if name not in differing]
+        return [*self.statistics.alike, *same]
 
 
 def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] = ()) -> Plan:
@@ -153,27 +154,68 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     """
     last = states[-1]
     counts = tuple(counts) or (1,) * len(states)
-    disagreements = [error for state in states[:-1] for error in _differences(state, last, rules)]
-    if disagreements:
-        raise MismatchError(disagreements)
-    planned = {name: _treat(name, states, rules, sum(counts)) for name in last.tensors}
-    made, untied = families(
-        states, {name: tensor.treatment for name, tensor in planned.items()}, rules.strides
+    _refuse([error for state in states for error in no_weights(state)])
+    families = members(last.tensors)
+    planned = treatments(states, rules, sum(counts), families)
+    _refuse([e for state in states[:-1] for e in _differences(state, last, rules, planned)])
+    _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
+    made, untied = ties(
+        states, {name: (p.treatment, p.of_first) for name, p in planned.items()}, rules.strides
     )
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
-    for family in made:
-        work, base = _work(family.base, states, planned[family.base], rules, counts)
-        for name in family.names:
-            views[name] = _view(last.tensors[name], last.tensors[family.base], base, len(works))
+    for tie in made:
+        work, base = _work(tie.base, states, planned[tie.base], rules, counts)
+        for name in tie.names:
+            views[name] = _view(last.tensors[name], last.tensors[tie.base], base, len(works))
         works.append(work)
     notes = list(_notes(states, rules))
+    if len(states) > 1:
+        notes += family_notes(families, last.checkpoint.path)
     if untied:
         notes.append(f"{listed(untied)}: tied in some checkpoints only; written untied")
-    return Plan(tuple(planned.values()), tuple(works), _output(last, works, views), tuple(notes))
+    return Plan(
+        tuple(planned.values()),
+        tuple(works),
+        _output(last, works, views),
+        tuple(notes),
+        _statistics(works, planned, states),
+    )
 
 
-def _differences(state: StateDict, last: StateDict, rules: Rules) -> Iterator[SwaAvgError]:
+def _refuse(disagreements: Sequence[SwaAvgError]) -> None:
+    if disagreements:
+        raise MismatchError(disagreements)
+
+
+def _unlike(planned: Planned, states: Sequence[StateDict]) -> bool:
+    """Tell whether headers say already that what must be the same is not."""
+    if not planned.must_agree:
+        return False
+    return same_bytes([state.tensors[planned.name] for state in states]) is False
+
+
+def _statistics(
+    works: Sequence[Work], planned: Mapping[str, Planned], states: Sequence[StateDict]
+) -> Statistics:
+    """Sort the BatchNorm means and variances by what is known of them."""
+    alike, unfit, compared = [], [], []
+    for work in works:
+        if not planned[work.name].statistic or work.name.rpartition(".")[2] == BN_COUNTER:
+            continue
+        known = same_bytes([state.tensors[work.name] for state in states])
+        if known and work.treatment is not Treatment.RESET:
+            alike.append(work.name)
+        elif work.treatment is Treatment.KEPT and len(work.sources) > 1:
+            compared.append(work.name)
+        else:
+            unfit.append(work.name)
+    return Statistics(tuple(alike), tuple(unfit), tuple(compared))
+
+
+def _differences(
+    state: StateDict, last: StateDict, rules: Rules, planned: Mapping[str, Planned]
+) -> Iterator[SwaAvgError]:
     """Yield each way in which a checkpoint does not agree with the last one."""
     if state.views is last.views:
         return
@@ -191,7 +233,7 @@ def _differences(state: StateDict, last: StateDict, rules: Rules) -> Iterator[Sw
             )
     for name, ref in state.tensors.items():
         wanted = last.tensors.get(name)
-        if wanted is None:
+        if wanted is None or planned[name].alone:
             continue
         if ref.shape != wanted.shape:
             yield SwaAvgError(
@@ -213,31 +255,6 @@ def _differences(state: StateDict, last: StateDict, rules: Rules) -> Iterator[Sw
                 )
 
 
-def _treat(name: str, states: Sequence[StateDict], rules: Rules, count: int) -> Planned:
-    """Decide what happens to a tensor of an average of `count` checkpoints."""
-    last = states[-1]
-    ref = last.tensors[name]
-    dtype = rules.dtype if rules.dtype and ref.dtype.kind is Kind.FLOAT else ref.dtype
-    treatment, reason = Treatment.AVERAGED, f"mean of {count}"
-    if is_bn_buffer(name, last.tensors):
-        treatment, reason = _treat_bn_buffer(name, ref, states, rules, count)
-    elif ref.dtype.kind in (Kind.EXACT, Kind.OPAQUE):
-        treatment, reason = Treatment.COPIED, f"{ref.dtype} has no mean"
-    return Planned(name, treatment, reason, dtype, ref.shape)
-
-
-def _treat_bn_buffer(
-    name: str, ref: TensorRef, states: Sequence[StateDict], rules: Rules, count: int
-) -> tuple[Treatment, str]:
-    if rules.bn_buffers == "reset":
-        return Treatment.RESET, "BatchNorm buffer"
-    counter = name.rpartition(".")[2] == BN_COUNTER
-    if rules.bn_buffers == "mean" and ref.dtype.kind is Kind.FLOAT and not counter:
-        return Treatment.AVERAGED, f"BatchNorm buffer, mean of {count}"
-    of = states[0] if rules.bn_buffers == "first" else states[-1]
-    return Treatment.KEPT, f"BatchNorm buffer of {of.checkpoint.path}"
-
-
 def _work(
     name: str, states: Sequence[StateDict], planned: Planned, rules: Rules, counts: Sequence[int]
 ) -> tuple[Work, OutputTensor]:
@@ -247,12 +264,7 @@ def _work(
     stride = ref.stride if keeps else contiguous_stride(ref.shape)
     order = memory_order(ref.shape, stride)
     shape = tuple(ref.shape[dim] for dim in order)
-    taken: Sequence[StateDict] = states
-    if planned.treatment is Treatment.KEPT:
-        taken = states[:1] if rules.bn_buffers == "first" else states[-1:]
-    elif planned.treatment is Treatment.RESET:
-        taken = ()
-    sources = tuple(state.tensors[name] for state in taken)
+    sources = _sources(planned, states)
     if order != tuple(range(len(order))):
         sources = tuple(permuted(source, order, shape) for source in sources)
     fill = _RESET.get(name.rpartition(".")[2], 0.0)
@@ -260,6 +272,20 @@ def _work(
     weights = () if equal else tuple(counts)
     work = Work(name, planned.treatment, shape, sources, planned.dtype, fill, weights)
     return work, OutputTensor(0, 0, ref.shape, stride)
+
+
+def _sources(planned: Planned, states: Sequence[StateDict]) -> tuple[TensorRef, ...]:
+    """Return what a tensor is made from; of one that is taken from one input, that is the last."""
+    every = tuple(state.tensors[planned.name] for state in states)
+    if planned.treatment is Treatment.RESET:
+        return ()
+    if planned.treatment is not Treatment.KEPT:
+        return every
+    if planned.of_first:
+        every = every[::-1]
+    counter = planned.name.rpartition(".")[2] == BN_COUNTER
+    compared = planned.statistic and not counter and same_bytes(every) is None
+    return every if compared and len({ref.dtype for ref in every}) == 1 else every[-1:]
 
 
 def _view(ref: TensorRef, base: TensorRef, written: OutputTensor, storage: int) -> OutputTensor:
@@ -286,13 +312,22 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         for note in state.checkpoint.notes:
             yield f"{state.checkpoint.path}: {note}"
     last = states[-1]
+    for note in last.notes:
+        yield f"{last.checkpoint.path}: {note}"
     if last.averages:
         where = listed(last.averages)
         yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"
-    if last.dropped:
-        yield f"{listed(last.dropped)}: no tensor and no plain value; left out"
+    if last.dropped and not rules.wrapper:
+        names = listed(last.dropped)
+        yield f"{names}: no tensor and no plain value; left out (--keep-wrapper keeps it)"
     if last.values and not rules.strides:
         yield f"{listed(list(last.values))}: no tensor; left out, for want of a place in the output"
+    streams = [name for name, value in last.values.items() if holds_stream(value)]
+    if streams and rules.strides and not rules.wrapper:
+        yield (
+            f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
+            "takes the output with weights_only=False only"
+        )
     differing = [
         name
         for name, value in last.values.items()

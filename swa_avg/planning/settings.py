@@ -23,7 +23,9 @@ class Options:
         force: Replace an output that exists.
         key: The dotted path to the state_dict in each checkpoint, where it is not found;
             or several paths, which make up one model.
-        ema: Average the averaged weights (EMA, SWA) that the run has kept instead.
+        ema: Average the averaged weights (EMA, SWA) that the run has kept instead; False
+            averages the raw weights and nothing else. None averages the raw weights, and
+            refuses where a kept wrapper makes it a question which of the two is meant.
         keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
             the averaged tensors replaced in it.
         max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
@@ -43,7 +45,7 @@ class Options:
     dtype: str = "keep"
     force: bool = False
     key: str | Sequence[str] = ()
-    ema: bool = False
+    ema: bool | None = None
     keep_wrapper: bool = False
     max_shard_size: int | None = None
     choice: Choice = ALL

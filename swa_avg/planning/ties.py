@@ -15,7 +15,7 @@ from swa_avg.tensors import TensorRef, is_dense
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Tie:
     """Names that look at one stretch of elements.
 
     Attributes:
@@ -27,10 +27,10 @@ class Family:
     names: tuple[str, ...]
 
 
-def families(
+def ties(
     states: Sequence[StateDict], treatments: Mapping[str, object], views: bool
-) -> tuple[list[Family], list[str]]:
-    """Sort the names of the last state_dict into families.
+) -> tuple[list[Tie], list[str]]:
+    """Sort the names of the last state_dict into ties.
 
     Args:
         states: The checkpoints, all with the same names.
@@ -38,22 +38,22 @@ def families(
         views: Whether the output can hold views; else only equal views stay tied.
 
     Returns:
-        The families, and the names that are tied in some of the checkpoints only.
+        The ties, and the names that are tied in some of the checkpoints only.
     """
     tensors = states[-1].tensors
-    made: list[Family] = []
+    made: list[Tie] = []
     untied: list[str] = []
     for names in _overlapping(tensors.items(), treatments):
-        family = _family(names, tensors) if views else None
-        for part in [family] if family else _equal(names, tensors):
+        tie = _tie(names, tensors) if views else None
+        for part in [tie] if tie else _equal(names, tensors):
             if all(_alike(part, state, states[-1]) for state in states[:-1]):
                 made.append(part)
             else:
-                made += [Family(name, (name,)) for name in part.names]
+                made += [Tie(name, (name,)) for name in part.names]
                 untied += part.names
     untied += (name for name in _tied_before(states) if name not in untied)
     place = {name: number for number, name in enumerate(tensors)}
-    return sorted(made, key=lambda family: place[family.names[0]]), untied
+    return sorted(made, key=lambda tie: place[tie.names[0]]), untied
 
 
 def _tied_before(states: Sequence[StateDict]) -> dict[str, None]:
@@ -95,32 +95,32 @@ def _overlapping(
         yield [member for _, member in sorted(group)]
 
 
-def _family(names: list[str], tensors: Mapping[str, TensorRef]) -> Family | None:
-    """Return a family of views, if one of the tensors covers all the others look at."""
+def _tie(names: list[str], tensors: Mapping[str, TensorRef]) -> Tie | None:
+    """Return a tie of views, if one of the tensors covers all the others look at."""
     start = min(tensors[name].offset for name in names)
     end = max(tensors[name].offset + tensors[name].extent for name in names)
     for name in names:
         ref = tensors[name]
         if (ref.offset, ref.extent) == (start, end - start) and is_dense(ref.shape, ref.stride):
-            return Family(name, tuple(names))
+            return Tie(name, tuple(names))
     return None
 
 
-def _equal(names: list[str], tensors: Mapping[str, TensorRef]) -> list[Family]:
-    """Return a family for each distinct way of looking at the storage."""
+def _equal(names: list[str], tensors: Mapping[str, TensorRef]) -> list[Tie]:
+    """Return a tie for each distinct way of looking at the storage."""
     by_view: dict[object, list[str]] = {}
     for name in names:
         ref = tensors[name]
         by_view.setdefault((ref.offset, ref.shape, ref.stride), []).append(name)
-    return [Family(equal[0], tuple(equal)) for equal in by_view.values()]
+    return [Tie(equal[0], tuple(equal)) for equal in by_view.values()]
 
 
-def _alike(family: Family, state: StateDict, last: StateDict) -> bool:
+def _alike(tie: Tie, state: StateDict, last: StateDict) -> bool:
     """Tell whether names are tied in a checkpoint just as they are in the last."""
-    if len(family.names) == 1 or state.views is last.views:
+    if len(tie.names) == 1 or state.views is last.views:
         return True
-    base, base_last = state.tensors[family.base], last.tensors[family.base]
-    for name in family.names:
+    base, base_last = state.tensors[tie.base], last.tensors[tie.base]
+    for name in tie.names:
         ref, ref_last = state.tensors[name], last.tensors[name]
         if ref.record != base.record or ref.dtype != base.dtype:
             return False

@@ -6,7 +6,7 @@ Knows how a candidate is judged, not how candidates are chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swa_avg.averaging import Averaging, Report
 from swa_avg.batchnorm import BatchNormReport, Session
@@ -58,6 +58,11 @@ class SweepReport:
     average: Report
     batchnorm: BatchNormReport | None
     notes: tuple[str, ...] = ()
+
+    def noting(self, notes: tuple[str, ...]) -> SweepReport:
+        """Return the same, with more notes about the output."""
+        average = replace(self.average, notes=(*self.average.notes, *notes))
+        return replace(self, average=average)
 
     @property
     def winner(self) -> Tried:
@@ -165,7 +170,7 @@ class Bench:
         self.begin(whose)
         options = averaging.options
         # Our own output holds nothing but the state_dict.
-        key, ema = (options.key, options.ema) if options.keep_wrapper else ((), False)
+        key, ema = (options.key, options.ema) if options.keep_wrapper else ((), None)
         batchnorm = self._bn.recompute(file, key, ema) if self._bn else None
         checkpoint = open_checkpoint(file.path)
         try:

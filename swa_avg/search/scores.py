@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import nn
 from swa_avg.batchnorm import (
     Recompute,
     Session,
-    blamed,
     found,
     importable,
     load_weights,
@@ -28,6 +28,7 @@ from swa_avg.batchnorm import (
     read_state,
     same_draws,
     session,
+    users_code,
 )
 from swa_avg.checkpoints import StateDict, mode_of
 from swa_avg.errors import DataError, SelectionError, listed
@@ -97,9 +98,10 @@ class Judge:
             SelectionError: Nothing tells which way is better.
         """
         load_weights(self.model, read_state(state))
-        self.model.eval()
         doing = f"{self._called} of {whose}: "
-        with same_draws(), blamed(None, doing):
+        with users_code(f"{type(self.model).__name__}.eval(): "):
+            self.model.eval()
+        with same_draws(), users_code(doing):
             result = self._evaluate(self.model)
         entry = self._entry(result, doing) if isinstance(result, Mapping) else None
         if self._scale is None:
@@ -158,9 +160,10 @@ def judged(
     Raises:
         DataError: Something that is named is not there, or of no use.
     """
+    folder = recompute.folder if recompute else Path.cwd()
     with ExitStack() as opened:
-        opened.enter_context(importable())
-        module, function = found(evaluate)
+        opened.enter_context(importable(folder))
+        module, function = found(evaluate, folder)
         if not callable(function):
             raise DataError(
                 f"{evaluate} is of type {type(function).__name__}",
@@ -169,10 +172,10 @@ def judged(
         called = evaluate.rpartition(":")[2].rpartition(".")[2]
         bn: Session | None = None
         if recompute:
-            if model is None and not hasattr(found(recompute.data)[0], "model"):
+            if model is None and not hasattr(found(recompute.data, folder)[0], "model"):
                 model = f"{evaluate.rpartition(':')[0]}:model"
             bn = opened.enter_context(session(replace(recompute, model=model)))
-        network = bn.model if bn else model_of(module, evaluate, model)
+        network = bn.model if bn else model_of(module, evaluate, model, folder)
         yield Judge(function, network, called, metric, mode), bn
 
 

@@ -230,5 +230,5 @@ def sweep(
             raise OutputError("would be a folder", file=output, expected="the name of a file")
         search = greedy if soup else swept
         with search(averaging, Bench(judge, bn, progress), threads) as best:
-            best.file.commit()
-    return best.report
+            notes = best.file.commit()
+    return best.report.noting(notes)

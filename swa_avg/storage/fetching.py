@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, cast
 
 from swa_avg.errors import FileError, FormatError
+from swa_avg.storage import web
 from swa_avg.storage.prefetch import ReadAhead
 from swa_avg.storage.remote import RemotePath
 
@@ -64,13 +65,18 @@ class RemoteSource:
         self._pages: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self._aheads: tuple[ReadAhead, ...] = ()
-        if path.protocol in ("http", "https"):
-            self._pages[0] = path.ask(self._first_page)
+        self._web = path.protocol in ("http", "https")
+        if self._web and self.size:
+            self._page(0)  # before more is asked for: a server may know no ranges
 
     @property
     def identity(self) -> tuple[object, object]:
         """What two URLs of one file have in common."""
         return self._path.fs, self._path.key
+
+    @property
+    def state(self) -> None:
+        """Nothing: see `check_unchanged`."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
@@ -95,12 +101,7 @@ class RemoteSource:
             FileError: The backend gives up, after as many attempts as it is set to make.
             FormatError: There are not so many bytes.
         """
-        fs = self._path.fs
-        # Of the backends that are not asynchronous one is known to bear several threads.
-        alone = not fs.async_impl and self._path.protocol != "hf"
-        exactly = {"cache_type": "none"} if self._path.protocol == "hf" else {}
-        with _turns(fs) if alone else nullcontext():
-            data = self._path.ask(fs.cat_file, self._path.key, start=start, end=end, **exactly)
+        data = self._ask(start, end)
         if len(data) != end - start:
             self.check_unchanged()
             raise FormatError(
@@ -109,17 +110,26 @@ class RemoteSource:
                 expected=f"{end - start} at {start}",
                 remedy="The file was cut short, or its server does not serve ranges",
             )
-        return cast(bytes, data)
+        return data
+
+    def _ask(self, start: int, end: int) -> bytes:
+        path, fs = self._path, self._path.fs
+        if self._web:
+            known = {**self._stamp, "size": self.size}
+            return path.ask(web.fetch, fs, path.key, start, end, known)
+        # Of the backends that are not asynchronous one is known to bear several threads.
+        alone = not fs.async_impl and path.protocol != "hf"
+        exactly = {"cache_type": "none"} if path.protocol == "hf" else {}
+        with _turns(fs) if alone else nullcontext():
+            return cast(bytes, path.ask(fs.cat_file, path.key, start=start, end=end, **exactly))
 
     def check_unchanged(self) -> None:
         """Raise `FormatError` if the file is not the one that was opened."""
         info = self._path.info(fresh=True)
-        if info is None or stamp(info) != self._stamp:
-            raise FormatError(
-                "changed while being read" if info else "was removed while being read",
-                file=str(self._path),
-                remedy="Wait until the run has finished writing it, and start again",
-            )
+        if info is None:
+            raise FormatError("was removed while being read", file=str(self._path))
+        if stamp(info) != self._stamp:
+            raise web.changed(str(self._path))
 
     @contextmanager
     def reading(self, ahead: ReadAhead) -> Iterator[None]:
@@ -148,12 +158,3 @@ class RemoteSource:
             while len(self._pages) > _MOST_PAGES:
                 self._pages.popitem(last=False)
         return data
-
-    def _first_page(self) -> bytes:
-        """Return the first page, in a way that ends when a server sends more than was asked for.
-
-        One that knows no ranges sends the whole file.
-        """
-        options = {"cache_type": "none", "size": self.size}
-        with self._path.fs.open(self._path.key, "rb", **options) as file:
-            return cast(bytes, file.read(min(_PAGE, self.size)))

@@ -2,35 +2,27 @@
 
 A file stays open from the reading of its header to the end of the averaging,
 so that a trainer that renames a new checkpoint over it changes nothing for us,
-and one that writes into it is noticed. Plain reads, never a memory map: a
-mapped file that shrinks kills the process. What a URL names is read in the
-same way, through `fetching.py`.
+and one that writes into it is noticed. What a URL names is read in the same
+way, through `fetching.py`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import repeat
 from operator import add
 from pathlib import Path
 from typing import Protocol
 
-from swa_avg.errors import FileError, FormatError
+from swa_avg.errors import FormatError
+from swa_avg.storage.disk import DiskSource
 from swa_avg.storage.fetching import RemoteSource
 from swa_avg.storage.prefetch import Range, ReadAhead
 from swa_avg.storage.remote import RemotePath
+from swa_avg.storage.request_pool import RequestPool
 
 _CHUNK = 1 << 20
 _ANNOUNCED = 1 << 30
-_TICK = 20 * 10**6  # nanoseconds: twice the longest tick of a kernel's clock
-_SLOW_TICK = 2 * 10**9  # of file systems that know whole seconds only
-_TRIES = 5
 # Of remote files: how much is read ahead, in requests of which size, how many at once.
 ROOM = 128 << 20
 _LITTLE_ROOM = 16 << 20
@@ -54,6 +46,10 @@ class Source(Protocol):
     def identity(self) -> tuple[object, object]:
         """What two names of one file have in common."""
 
+    @property
+    def state(self) -> tuple[int, int, int, int] | None:
+        """On disk its device, inode, size and last change in nanoseconds; else None."""
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
 
@@ -62,104 +58,6 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close the file."""
-
-
-class _Disk:
-    """A regular file of this machine, open for reading."""
-
-    __slots__ = ("_path", "_stat", "fd", "size")
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self.fd = _open(path)
-        except (OSError, ValueError) as error:
-            raise FileError(f"cannot be opened: {_reason(error)}", file=path) from error
-        try:
-            self._stat = _settled(self.fd, path)
-        except BaseException:
-            self.close()
-            raise
-        self.size = self._stat.st_size
-
-    @property
-    def modified(self) -> float:
-        """When it was last written, in seconds since 1970."""
-        return self._stat.st_mtime
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Its device and inode."""
-        return self._stat.st_dev, self._stat.st_ino
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
-        try:
-            return os.preadv(self.fd, [buffer], offset)
-        except OSError as error:
-            raise FileError(f"cannot be read: {_reason(error)}", file=self._path) from error
-
-    def read_scattered(self, buffers: Sequence[memoryview], offset: int) -> bool:
-        """Fill buffers one after the other from `offset` on; tell whether all are full."""
-        try:
-            return os.preadv(self.fd, buffers, offset) == sum(map(len, buffers))
-        except OSError as error:
-            raise FileError(f"cannot be read: {_reason(error)}", file=self._path) from error
-
-    def read_pieces(self, places: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-        """Return short pieces; what lies behind the end of the file is missing from them."""
-        try:
-            return list(map(os.pread, repeat(self.fd), lengths, places))
-        except OSError as error:
-            raise FileError(f"cannot be read: {_reason(error)}", file=self._path) from error
-
-    def will_read(self, offset: int, length: int) -> None:
-        """Tell the kernel, where it listens, that a range is wanted soon."""
-        if hasattr(os, "posix_fadvise") and length > 0:
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
-
-    def will_not_read(self, offset: int, length: int) -> None:
-        """Tell the kernel, where it listens, that a range need not stay in its cache."""
-        if hasattr(os, "posix_fadvise") and length > 0:
-            os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_DONTNEED)
-
-    def is_cached(self, offset: int) -> bool:
-        """Tell whether a byte is in the kernel's cache; True where it cannot be asked."""
-        try:
-            os.preadv(self.fd, [bytearray(1)], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except (AttributeError, OSError):
-            pass
-        return True
-
-    def check_unchanged(self) -> None:
-        """Raise `FormatError` if the file was written to since it was opened."""
-        now = os.fstat(self.fd)
-        before = self._stat
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise FormatError(
-                "changed while being read",
-                file=self._path,
-                remedy="Wait until the run has finished writing it, and start again",
-            )
-
-    def check_in_place(self) -> None:
-        """Raise `FormatError` if its name leads to another file by now."""
-        try:
-            now = self._path.stat()
-        except OSError:
-            return  # removed: what was opened is still what was there
-        if (now.st_dev, now.st_ino) != self.identity:
-            raise FormatError(
-                "was replaced while its folder was being read",
-                file=self._path,
-                remedy="Wait until the run has finished writing it, and start again",
-            )
-
-    def close(self) -> None:
-        """Close the file; reading from it is then an error."""
-        os.close(self.fd)
 
 
 class InputFile:
@@ -175,7 +73,9 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.source: Source = RemoteSource(path) if isinstance(path, RemotePath) else _Disk(path)
+        self.source: Source = (
+            RemoteSource(path) if isinstance(path, RemotePath) else DiskSource(path)
+        )
         self.size = self.source.size
 
     @property
@@ -221,7 +121,7 @@ class InputFile:
             FileError: The system refuses.
         """
         source = self.source
-        if isinstance(source, _Disk) and source.read_scattered(buffers, self.start + offset):
+        if isinstance(source, DiskSource) and source.read_scattered(buffers, self.start + offset):
             return
         for buffer in buffers:
             self.read_into(buffer, offset)
@@ -245,7 +145,7 @@ class InputFile:
         source = self.source
         ends = map(add, places, lengths)
         inside = min(places, default=0) >= 0 and max(ends, default=0) <= self.size
-        if isinstance(source, _Disk) and inside:
+        if isinstance(source, DiskSource) and inside:
             pieces = source.read_pieces([self.start + place for place in places], lengths)
             if list(map(len, pieces)) == list(lengths):
                 return pieces
@@ -259,17 +159,17 @@ class InputFile:
 
     def will_read(self, offset: int, length: int) -> None:
         """Tell the kernel, where it listens, that a range is wanted soon."""
-        if isinstance(self.source, _Disk):
+        if isinstance(self.source, DiskSource):
             self.source.will_read(self.start + offset, length)
 
     def will_not_read(self, offset: int, length: int) -> None:
         """Tell the kernel, where it listens, that a range need not stay in its cache."""
-        if isinstance(self.source, _Disk):
+        if isinstance(self.source, DiskSource):
             self.source.will_not_read(self.start + offset, length)
 
     def is_cached(self, offset: int) -> bool:
         """Tell whether a byte is in the kernel's cache; True where it cannot be asked."""
-        return not isinstance(self.source, _Disk) or self.source.is_cached(self.start + offset)
+        return not isinstance(self.source, DiskSource) or self.source.is_cached(self.start + offset)
 
     def check_unchanged(self) -> None:
         """Raise `FormatError` if the file was written to since it was opened."""
@@ -277,7 +177,7 @@ class InputFile:
 
     def check_in_place(self) -> None:
         """Raise `FormatError` if its name leads to another file by now."""
-        if isinstance(self.source, _Disk):
+        if isinstance(self.source, DiskSource):
             self.source.check_in_place()
 
     def close(self) -> None:
@@ -342,8 +242,7 @@ def reading_ahead(
     share = room // min(together, len(wanted))
     block = min(max(share // (2 * threads), _LEAST_BLOCK), _MOST_BLOCK)
     with ExitStack() as ended:
-        pool = ThreadPoolExecutor(_MOST_REQUESTS, "swa-avg-remote")
-        ended.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pool = ended.enter_context(RequestPool(_MOST_REQUESTS))
         for number, (source, parts) in enumerate(wanted.items()):
             ahead = ReadAhead(source.fetch, parts, block, share, pool)
             ended.callback(ahead.close)
@@ -351,31 +250,6 @@ def reading_ahead(
             if number < together:
                 ahead.start()
         yield
-
-
-def _settled(descriptor: int, path: Path) -> os.stat_result:
-    """Return a file's status, once a later write to it cannot bear the same time.
-
-    The system's clock for files ticks: what was written in this very tick may be
-    written again in it, and nobody would see.
-
-    Raises:
-        FileError: It is no regular file, or is being written to all the time.
-    """
-    for _ in range(_TRIES):
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError("is not a regular file", file=path)
-        age = time.time_ns() - status.st_mtime_ns
-        tick = _TICK if status.st_mtime_ns % 10**9 else _SLOW_TICK
-        if not 0 <= age < tick:
-            return status
-        time.sleep((tick - age) / 10**9)
-    raise FileError(
-        "is being written to",
-        file=path,
-        remedy="Wait until the run has finished writing it, and start again",
-    )
 
 
 def announce(ranges: Iterable[tuple[InputFile, int, int]]) -> None:
@@ -393,30 +267,3 @@ def announce(ranges: Iterable[tuple[InputFile, int, int]]) -> None:
             left -= _CHUNK
             if left <= 0:
                 return
-
-
-def _open(path: Path) -> int:
-    # Without O_NONBLOCK the opening of a FIFO waits for a writer for ever.
-    flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)
-    try:
-        return os.open(path, flags)
-    except OSError as error:
-        # Ten checkpoints of a hundred shards are more files than are allowed at first.
-        if error.errno != errno.EMFILE or not _allow_more_files():
-            raise
-        return os.open(path, flags)
-
-
-def _allow_more_files() -> bool:
-    """Raise this process's limit of open files as far as it may; tell whether that helped."""
-    try:
-        import resource
-    except ImportError:
-        return False
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return soft != hard
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -11,13 +11,14 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from swa_avg.errors import OutputError, listed
 from swa_avg.storage import commit, temporary
+from swa_avg.storage.commit import State
 from swa_avg.storage.files import InputFile
 from swa_avg.storage.partial import Draft, Drafts, refusal
 from swa_avg.storage.remote import is_remote
@@ -42,8 +43,8 @@ class Output(Protocol):
     def sync(self) -> None:
         """Force what is written to disk."""
 
-    def commit(self) -> None:
-        """Put it in its target's place."""
+    def commit(self) -> tuple[str, ...]:
+        """Put it in its target's place; return what the user should know about that."""
 
 
 def check_target(
@@ -97,12 +98,13 @@ def _is_beneath(path: Path, folder: Path) -> bool:
     return any(Path(os.path.realpath(folder)) in place.parents for place in places)
 
 
-def check_replaceable(target: Path, names: Iterable[str]) -> None:
+def check_replaceable(target: Path, names: Iterable[str], called: Path | None = None) -> None:
     """Refuse to replace a folder that holds more than weights and what takes its place.
 
     Args:
         target: The output, a folder that may exist.
         names: The files that the new folder will have.
+        called: What it is called, where it has been moved away.
 
     Raises:
         OutputError: Something in it would be lost.
@@ -115,7 +117,7 @@ def check_replaceable(target: Path, names: Iterable[str]) -> None:
     if lost:
         raise OutputError(
             f"holds what would be lost: {listed(lost)}",
-            file=target,
+            file=called or target,
             remedy="Choose another output with -o, or move it away first",
         )
 
@@ -125,20 +127,33 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
 
     A symbolic link stays a link: the file behind it is replaced. The mode is the
     replaced file's, or what the umask leaves of 0666. What killed runs to the same
-    target have left behind goes first.
+    target have left behind goes first. Where it is does not depend on the current
+    folder, once it is open.
 
     Attributes:
         target: The name that the user gave.
         path: Where its bytes are until it is committed.
     """
 
-    def __init__(self, target: Path, size: int) -> None:
+    def __init__(self, target: Path, size: int, *, force: bool = True, over: State = None) -> None:
+        """Make room for it beside its target.
+
+        Args:
+            target: The name that the user gives it.
+            size: How many bytes it will have.
+            force: Whether it may replace a file; checked again when it is committed.
+            over: The state of the only file that it may replace, if it may replace but one.
+
+        Raises:
+            OutputError: The system refuses.
+        """
         self.target = target
+        self._force = force
+        self._over = over
         self._final = Path(os.path.realpath(target))
         try:
             # A name too long is found here, not at the very end.
-            with suppress(FileNotFoundError):
-                self._final.lstat()
+            self._found = commit.state_of(self._final)
             temporary.remove_leftovers(self._final)
             held = False
             while not held:
@@ -173,19 +188,29 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         """
         self._draft.sync()
 
-    def commit(self) -> None:
+    def commit(self) -> tuple[str, ...]:
         """Force the file to disk and put it in the target's place.
 
+        Returns:
+            What the user should know: another file came meanwhile and was replaced.
+
         Raises:
-            OutputError: The system refuses; the target is as it was.
+            OutputError: The system refuses, or a file came meanwhile that may not be
+                replaced; the target is as it was.
         """
-        try:
+        notes: tuple[str, ...] = ()
+        with _placed(self.target):
             commit.take_mode(self.path, self._final)
             self.sync()
-            self.path.replace(self._final)
-        except OSError as error:
-            raise refusal(self.target, error) from error
+            if self._over:
+                commit.put_over(self.path, self._final, self._over)
+            elif self._force:
+                notes = _replacing(self.target, self._found, commit.state_of(self._final))
+                self.path.replace(self._final)
+            else:
+                commit.put_new(self.path, self._final)
         _sync_name(self.target, self._final)
+        return notes
 
     def _discard(self) -> None:
         self._draft.close()
@@ -207,14 +232,26 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         path: Where its files are, under their names, until it is committed.
     """
 
-    def __init__(self, target: Path, files: Mapping[str, int]) -> None:
+    def __init__(self, target: Path, files: Mapping[str, int], *, force: bool = True) -> None:
+        """Make room for it beside its target.
+
+        Args:
+            target: The name that the user gives it.
+            files: The size of each of its files, by their names.
+            force: Whether it may replace a folder, which must hold nothing but weights and
+                files of these names; checked again when it is committed.
+
+        Raises:
+            OutputError: The system refuses.
+        """
         self.target = target
+        self._names = frozenset(files)
+        self._force = force
         self._final = Path(os.path.realpath(target))
         self._opened = ExitStack()
         self._drafts = Drafts()
         try:
-            with suppress(FileNotFoundError):
-                self._final.lstat()
+            self._found = commit.state_of(self._final)
             temporary.remove_leftovers(self._final)
             held = False
             while not held:
@@ -272,19 +309,30 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         except OSError as error:
             raise refusal(self.target, error) from error
 
-    def commit(self) -> None:
+    def commit(self) -> tuple[str, ...]:
         """Force the files to disk and put the folder in the target's place.
 
+        Returns:
+            What the user should know: another folder came meanwhile and was replaced.
+
         Raises:
-            OutputError: The system refuses; the target is as it was.
+            OutputError: The system refuses, or a folder came meanwhile that may not be
+                replaced; the target is as it was.
         """
-        try:
+        notes: tuple[str, ...] = ()
+        with _placed(self.target):
             commit.take_mode(self.path, self._final)
             self.sync()
-            commit.put_folder(self.path, self._final)
-        except OSError as error:
-            raise refusal(self.target, error) from error
+            if self._force:
+                notes = _replacing(self.target, self._found, commit.state_of(self._final))
+                commit.put_folder(self.path, self._final, self._check)
+            else:
+                commit.put_new(self.path, self._final)
         _sync_name(self.target, self._final)
+        return notes
+
+    def _check(self, folder: Path) -> None:
+        check_replaceable(folder, self._names, self.target)
 
     def _discard(self) -> None:
         self._opened.close()
@@ -292,6 +340,34 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
 
     def __exit__(self, *failure: object) -> None:
         self._discard()
+
+
+@contextmanager
+def _placed(target: Path) -> Iterator[None]:
+    """Say in one line why an output cannot take its place."""
+    try:
+        yield
+    except commit.ReplacedError as error:
+        raise OutputError(
+            "was changed or replaced by another program during this run; it is left alone",
+            file=target,
+            remedy="Start again",
+        ) from error
+    except FileExistsError as error:
+        raise OutputError(
+            "was made by another program during this run; it is left alone",
+            file=target,
+            remedy="Choose another output, or replace it with --force",
+        ) from error
+    except OSError as error:
+        raise refusal(target, error) from error
+
+
+def _replacing(target: Path, before: State, now: State) -> tuple[str, ...]:
+    """Say that what will be replaced is not what was there at the start."""
+    if now is None or now == before:
+        return ()
+    return (f"{target}: another program wrote it during this run; --force has replaced that",)
 
 
 def _sync_name(target: Path, final: Path) -> None:

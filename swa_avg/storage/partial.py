@@ -75,8 +75,9 @@ class Draft:
             raise refusal(self._shown, error) from error
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file; a thread that is late writes nowhere."""
+        descriptor, self._fd = self._fd, -1
+        os.close(descriptor)
 
 
 class Drafts:
@@ -156,8 +157,9 @@ class JoinedOutput(AbstractContextManager["JoinedOutput"]):
         """Force what this process has written to disk."""
         self._drafts.sync()
 
-    def commit(self) -> None:
+    def commit(self) -> tuple[str, ...]:
         """Leave it to the process that opened it."""
+        return ()
 
     def __exit__(self, *failure: object) -> None:
         self._opened.close()

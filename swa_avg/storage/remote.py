@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
-from swa_avg.errors import FileError
+from swa_avg.errors import FileError, SwaAvgError
+from swa_avg.storage.given import GivenPath
 
 _T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -31,18 +32,19 @@ def path_of(given: str | os.PathLike[str]) -> Path:
         given: A path, or a URL: `s3://bucket/run/epoch_1.pt`.
 
     Returns:
-        A `Path`; for a URL a `RemotePath`, which has as much of its interface as is used.
+        A `GivenPath`, which keeps its meaning when the current folder changes; for a URL
+        a `RemotePath`, which has as much of its interface as is used.
 
     Raises:
         FileError: No installed package knows the protocol.
     """
-    if isinstance(given, RemotePath):
+    if isinstance(given, RemotePath | GivenPath):
         return cast(Path, given)
     text = os.fspath(given)
     if text.startswith(_LOCAL):
-        return Path(text.partition("://")[2])
+        return GivenPath.of(text.partition("://")[2])
     if not _URL.match(text):
-        return Path(text)
+        return GivenPath.of(text)
     path = RemotePath(text)
     path.fs.invalidate_cache()  # what was listed for an earlier call may be old
     return cast(Path, path)
@@ -205,6 +207,8 @@ class RemotePath:
         """
         try:
             return question(*details, **more)
+        except SwaAvgError:
+            raise
         except Exception as error:
             raise FileError(f"cannot be read: {reason(error)}", file=str(self)) from error
 

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from swa_avg.errors import FileError, OutputError, SwaAvgError
-from swa_avg.storage.files import InputFile
+from swa_avg.storage.files import InputFile, Source
 from swa_avg.storage.output import AtomicFile
 from swa_avg.storage.remote import RemotePath, is_remote, reason
 
@@ -97,9 +97,24 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
         path: Where its bytes are until it is committed.
     """
 
-    def __init__(self, target: Path, size: int) -> None:
+    def __init__(
+        self, target: Path, size: int, *, force: bool = True, over: Source | None = None
+    ) -> None:
+        """Make room for it on this machine.
+
+        Args:
+            target: The name that the user gives it.
+            size: How many bytes it will have.
+            force: Whether it may replace a file; checked again before the upload.
+            over: The only file that it may replace, if it may replace but one.
+
+        Raises:
+            OutputError: There is no room here.
+        """
         self.target = target
         self._size = size
+        self._force = force
+        self._over = over
         self._opened = ExitStack()
         try:
             folder = self._opened.enter_context(TemporaryDirectory(prefix="swa-avg-"))
@@ -122,13 +137,20 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
     def sync(self) -> None:
         """Do nothing: what is on this machine's disk does not last."""
 
-    def commit(self) -> None:
+    def commit(self) -> tuple[str, ...]:
         """Upload the file, and let it take the target's place when it is whole there.
+
+        Whether another file is there meanwhile is looked at before the upload: few stores
+        can refuse one in the same step.
+
+        Returns:
+            Nothing that the user should know.
 
         Raises:
             OutputError: The backend gives up; the target is as it was.
         """
         remote = _remote(self.target)
+        self._check_place(remote)
         fs: Any = remote.fs
         place = remote.key
         if remote.protocol not in _WHOLE_AT_ONCE:
@@ -153,6 +175,23 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
             if place != remote.key:
                 with suppress(Exception):
                     fs.rm_file(place)
+        return ()
+
+    def _check_place(self, remote: RemotePath) -> None:
+        """Refuse to replace what came meanwhile.
+
+        Raises:
+            OutputError: There is something that may not be replaced.
+            FormatError: The file that was to be replaced has changed.
+        """
+        if self._over:
+            self._over.check_unchanged()
+        elif not self._force and remote.info(fresh=True) is not None:
+            raise OutputError(
+                "was made by another program during this run; it is left alone",
+                file=self.target,
+                remedy="Choose another output, or replace it with --force",
+            )
 
     def __exit__(self, *failure: object) -> None:
         self._opened.close()

@@ -6,6 +6,7 @@ bytes. Knows nothing of file formats.
 
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps
 from swa_avg.tensors.floats import FORMATS, Format, part, value_of
+from swa_avg.tensors.optimizers import in_groups, is_optimizer, optimizer_groups
 from swa_avg.tensors.strided import (
     Box,
     boxes,
@@ -30,6 +31,7 @@ from swa_avg.tensors.tensor import (
     contiguous_stride,
     is_dense,
     memory_order,
+    same_bytes,
 )
 
 __all__ = [
@@ -52,13 +54,17 @@ __all__ = [
     "combined",
     "contiguous_stride",
     "elements",
+    "in_groups",
     "is_dense",
+    "is_optimizer",
     "memory_order",
+    "optimizer_groups",
     "part",
     "permuted",
     "read_box",
     "read_numbers",
     "read_tensor",
+    "same_bytes",
     "value_of",
     "verify",
     "whole",

@@ -7,7 +7,7 @@ classes here are that directory. Nothing here opens a file or imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -236,3 +236,16 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Tell whether a view fills its extent, each place once, in some order of its dimensions."""
     order = memory_order(shape, stride)
     return is_contiguous(tuple(shape[d] for d in order), tuple(stride[d] for d in order))
+
+
+def same_bytes(refs: Sequence[TensorRef]) -> bool | None:
+    """Tell whether tensors hold the same bytes, or None if checksums in headers do not tell."""
+    known = [ref.record.crc32 for ref in refs if _is_record(ref)]
+    if len(known) < len(refs) or None in known or len({ref.dtype for ref in refs}) > 1:
+        return None
+    return len(set(known)) == 1
+
+
+def _is_record(ref: TensorRef) -> bool:
+    """Tell whether a tensor is all of its record, in C order."""
+    return not ref.parts and ref.contiguous and ref.nbytes == ref.record.length

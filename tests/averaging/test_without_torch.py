@@ -21,7 +21,7 @@ import make
 RECORDED = json.loads(make.RECORDED.read_text(encoding="utf-8"))["3 checkpoints"]
 COUNT = 3
 _NAMES = (*(f"float8_{kind}" for kind in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")),
-          "uint16", "uint32", "uint64")  # fmt: skip
+          "uint16", "uint32", "uint64", "complex32")  # fmt: skip
 YOUNG = [getattr(torch, name) for name in _NAMES]
 half_complex = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 distributed = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from swa_avg.cli import command
+from swa_avg import __main__ as entry
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -72,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["swa-avg", *arguments])
         monkeypatch.delitem(sys.modules, "mod", raising=False)
         with pytest.raises(SystemExit) as ended:
-            command.main()
+            entry.main()
         printed = capsys.readouterr()
         return int(str(ended.value.code)), printed.out, printed.err
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from swa_avg.batchnorm.userdata import Fit, batches_of, load_weights, user_code
+from swa_avg.batchnorm.loading import batches_of
+from swa_avg.batchnorm.userdata import Fit, load_weights, user_code
 from swa_avg.errors import DataError
 
 MODULE = """
@@ -142,7 +143,7 @@ def test_defaults_and_choices_of_model_and_forward(module: str, tmp_path: Path) 
         ("{m}:broken", "{m}:broken: OSError: no such disk"),
         ("{m}:needs", "{m}:needs: TypeError: needs() missing 1 required positional argument"),
         ("{m}:number", "{m}:number is of type int, expected an iterable of batches"),
-        ("{m}:TwoLoaders", "train_dataloader() gives several loaders, expected one"),
+        ("{m}:TwoLoaders", "{m}:TwoLoaders gives several loaders, expected one"),
         ("raising.py:x", "importing raising.py: ZeroDivisionError: division by zero"),
         ("exiting:x", "importing exiting: SystemExit: 3"),
         ("wanting:x", "importing wanting: ModuleNotFoundError: No module named 'nowhere_at_all'"),

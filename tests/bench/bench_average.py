@@ -47,7 +47,7 @@ else:
     load_file, save_file = torch.load, torch.save
 
 files = sorted(glob.glob("epoch_*"))
-import swa_avg.mean
+import swa_avg.kernel.mean
 if COLD:
     for file in files:
         with open(file, "rb") as opened:

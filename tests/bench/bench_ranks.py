@@ -30,7 +30,7 @@ for number in range(int(sys.argv[1])):
 """
 ALONE = """
 import json, os, sys, time
-import swa_avg.mean
+import swa_avg.kernel.mean
 from swa_avg import average
 
 started = time.perf_counter()

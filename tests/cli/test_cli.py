@@ -123,7 +123,7 @@ def test_epochs_are_in_natural_order(tmp_path: Path) -> None:
 def test_help_needs_no_torch(tmp_path: Path) -> None:
     """--help, --version and wrong usage answer at once."""
     code = (
-        "import sys; from swa_avg.cli import main\n"
+        "import sys; from swa_avg.__main__ import main\n"
         "for word in ('--help', '--version', '--no-such'):\n"
         "    sys.argv = ['swa-avg', word]\n"
         "    try: main()\n"

@@ -31,7 +31,8 @@ import swa_avg
 from swa_avg.checkpoints.layout import find_state_dict
 from swa_avg.errors import FileError, FormatError, SwaAvgError
 from swa_avg.formats.opening import open_checkpoint
-from swa_avg.planning.select import expand, select
+from swa_avg.planning.inputs import expand
+from swa_avg.planning.select import select
 from swa_avg.storage import files
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -22,7 +22,8 @@ import swa_avg
 from swa_avg.checkpoints.layout import find_state_dict
 from swa_avg.errors import FileError, FormatError, SelectionError, SwaAvgError
 from swa_avg.formats.opening import open_checkpoint
-from swa_avg.planning.select import expand, select
+from swa_avg.planning.inputs import expand
+from swa_avg.planning.select import select
 
 
 def assert_same(found: Weights, expected: Weights) -> None:
@@ -200,11 +201,13 @@ def test_folder_of_checkpoints_is_expanded(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_a_checkpoint_is_one(tmp_path: Path) -> None:
-    """A folder with weights of its own is not looked into for more."""
+    """A folder with weights of its own is one checkpoint, unless it holds a run's checkpoints."""
     save_one(tmp_path, weights(), "model.safetensors")
-    save_one(tmp_path, weights(), "epoch_1.pt")
-    save_one(tmp_path / "checkpoint-7", weights(), "model.safetensors")
+    save_one(tmp_path, weights(), "pytorch_model_1.bin")
+    save_one(tmp_path / "2_Dense", weights(), "model.safetensors")
     assert expand([tmp_path]) == [tmp_path]
+    save_one(tmp_path / "checkpoint-7", weights(), "model.safetensors")
+    assert expand([tmp_path]) == [tmp_path / "checkpoint-7"]
 
 
 def test_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:

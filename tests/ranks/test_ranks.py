@@ -59,14 +59,14 @@ with ranks() as group:
 # One rank, told by its number, runs the command in another way than the others.
 ONE_DIFFERS = """
 import os, signal, sys
-from swa_avg import cli
+from swa_avg.__main__ import main
 
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if os.environ["RANK"] == sys.argv.pop(1):
     {}
-cli.main()
+main()
 """
 DIES = ONE_DIFFERS.format("os.pwrite = die")  # at its first write
 ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")

@@ -467,7 +467,7 @@ def test_without_matplotlib_no_work_is_done(shared: Path) -> None:
     """One line that names the extra, before a checkpoint is opened."""
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from swa_avg.cli import main\n"
+        "from swa_avg.__main__ import main\n"
         "sys.argv = ['swa-avg', 'absent.pt', '--sweep', 'mod:accuracy', '--plot', 'o.svg']\n"
         "main()\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import one_line, run
+from command import fails, fault, one_line, run
 from safetensors.torch import save_file
 
 import swa_avg
@@ -272,6 +273,12 @@ class Web:
     most: int = 0
     url: str = ""
     together: threading.Barrier | None = None
+    server: ThreadingHTTPServer | None = None
+
+    def answering(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        """Have another handler answer from now on."""
+        assert self.server is not None
+        self.server.RequestHandlerClass = handler
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -319,6 +326,7 @@ def web(tmp_path: Path) -> Iterator[Web]:
     pytest.importorskip("aiohttp")
     made = Web(run_of(tmp_path / "run"))
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (Handler,), {"web": made}))
+    made.server = server
     made.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -388,6 +396,70 @@ def test_several_requests_at_once(web: Web) -> None:
         got = file.read(0, 8 << 20)
     file.close()
     assert got == (web.folder / "big").read_bytes()
+
+
+# A server that answers something else ------------------------------------------------------------
+
+
+class Wrong(Handler):
+    """Answers each range of the data with another: what is wrong is the name of the class."""
+
+    answers = ""
+
+    def answer(self, head: bool) -> None:
+        path = self.web.folder / self.path.strip("/")
+        data = path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(asked[1]), int(asked[2])) if asked else (0, len(data) - 1)
+        wrong = self.answers if asked and last - first >= 1 << 16 else ""  # headers are right
+        shift = 64 if wrong == "another range" else 0
+        part = data[first - shift : last + 1 - shift]
+        if wrong == "a short body":
+            part = part[:-7]
+        if wrong == "more than was asked for":
+            part += b"more"
+        if wrong == "another encoding":
+            part = gzip.compress(part)
+        self.send_response(200 if wrong == "no range" or not asked else 206)
+        if wrong not in ("no Content-Range", "no range") and asked:
+            total = len(data) + (wrong == "another size")
+            said = f"bytes {first - shift}-{last - shift}/{total}"
+            self.send_header("Content-Range", said)
+        if wrong == "another encoding":
+            self.send_header("Content-Encoding", "gzip")
+        tag = "new" if wrong == "another ETag" else "old"
+        self.send_header("ETag", f'"{tag}"')
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if not head:
+            self.wfile.write(part)
+
+
+@fault(151, "a server answers with another range, length, size or ETag", "refused")
+@pytest.mark.parametrize(
+    ("answers", "says"),
+    [
+        ("another range", "is answered with another range (bytes "),
+        ("no Content-Range", "is answered with another range (without a Content-Range)"),
+        ("no range", "is on a server that does not serve ranges of it"),
+        ("another size", "changed while being read"),
+        ("another ETag", "changed while being read"),
+        ("another encoding", "is compressed by its server"),
+        ("a short body", "gave "),
+        ("more than was asked for", "sends more than the "),
+    ],
+)
+def test_server_that_answers_something_else(
+    web: Web, tmp_path: Path, answers: str, says: str
+) -> None:
+    """The command compares each answer with what it asked for, and writes nothing."""
+    for number in range(3):  # without checksums: nothing else would notice
+        save_file({"w": torch.full((99_999,), float(number))}, web.folder / f"{number}.safetensors")
+    web.answering(type("Of", (Wrong,), {"web": web, "answers": answers}))
+    given = [f"{web.url}/{number}.safetensors" for number in range(3)]
+    (tmp_path / "place").mkdir()
+    line = fails(tmp_path / "place", *given, "-o", "swa.pt")
+    assert says in line and f"{web.url}/" in line, line
 
 
 # A store that speaks S3 -------------------------------------------------------------------------

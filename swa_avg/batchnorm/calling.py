@@ -1,0 +1,254 @@
+"""How a batch becomes a call of the model, and what a batch looks like.
+
+Says in words what is in a batch, counts its samples where that is certain, and finds
+the call that works where the usual one does not. Moves nothing and computes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swa_avg.batchnorm.foreign import signal_in
+from swa_avg.errors import DataError
+
+Forward = Callable[[nn.Module, Any], object]
+_SHOWN = 8  # entries of a batch that are described
+
+
+def call(model: nn.Module, batch: Any) -> object:
+    """Call `model` on `batch` as a user would expect without saying.
+
+    A mapping becomes keyword arguments; of a list or tuple the first element is
+    the input (the rest is taken for targets); anything else is the input itself.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (list, tuple)):
+        return model(batch[0])
+    return model(batch)
+
+
+def _called(batch: Any) -> str:
+    """Return the call that `call` makes, as code."""
+    if isinstance(batch, Mapping):
+        return "model(**batch)"
+    return "model(batch[0])" if isinstance(batch, (list, tuple)) else "model(batch)"
+
+
+# --- what a batch looks like --------------------------------------------------------
+
+
+def described(value: Any, depth: int = 2) -> str:
+    """Say what a batch is: `list of (float32[8,3,32,32], int64[8])`."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    if not isinstance(value, (Mapping, list, tuple)):
+        return name
+    if not depth:
+        return f"{name} of {len(value)}"
+    if isinstance(value, Mapping):
+        entries = [f"{key}: {described(entry, depth - 1)}" for key, entry in value.items()]
+        return f"{name} with {_several(entries)}"
+    entries = [described(entry, depth - 1) for entry in value]
+    if len(entries) > 1 and len(set(entries)) == 1:
+        return f"{name} of {len(entries)} {entries[0]}"
+    return f"{name} of ({_several(entries)})"
+
+
+def _several(entries: Sequence[str]) -> str:
+    rest = len(entries) - _SHOWN
+    return ", ".join(entries[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return the number of samples in a batch, or None where that is not certain.
+
+    It is the length that all columns have in common. Several tensors of the same number
+    of dimensions in a list may be columns or samples, so they tell nothing.
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    graphs = getattr(batch, "num_graphs", None)
+    if isinstance(graphs, int):
+        return graphs
+    if isinstance(batch, Mapping):
+        return _common([*batch.values()])
+    if not isinstance(batch, (list, tuple)) or hasattr(batch, "batch_sizes"):
+        return None
+    dims = [entry.dim() for entry in batch if isinstance(entry, Tensor)]
+    if len(dims) == len(batch) > 1 and len(set(dims)) == 1 and not hasattr(batch, "_fields"):
+        return None
+    return _common(batch)
+
+
+def _common(columns: Sequence[Any]) -> int | None:
+    """Return the length that columns have in common, if that is certain.
+
+    A list alone is not: it may hold something else than samples.
+    """
+    lengths = [length for column in columns if (length := _length(column)) is not None]
+    alone = len(lengths) == 1 and not any(isinstance(c, (Tensor, Mapping)) for c in columns)
+    return lengths[0] if len(set(lengths)) == 1 and not alone else None
+
+
+def _length(column: Any) -> int | None:
+    if isinstance(column, (list, tuple)) and not hasattr(column, "_fields"):
+        return len(column) if len(set(map(type, column))) == 1 else None
+    return samples_in(column) if isinstance(column, (Tensor, Mapping)) else None
+
+
+def is_sample(item: Any) -> bool:
+    """Whether an item of a dataset is certainly one sample, not a batch.
+
+    A number, a text, bytes, or a picture that is no tensor yet stands for one sample: in
+    a batch there would be a tensor or a list of them.
+    """
+    if isinstance(item, Mapping):
+        return any(map(is_sample, item.values()))
+    if isinstance(item, (list, tuple)):
+        return any(is_sample(entry) for entry in item if not isinstance(entry, (list, tuple)))
+    if isinstance(item, Tensor):
+        return item.dim() == 0
+    if isinstance(item, (int, float, complex, str, bytes)):
+        return True
+    shape = getattr(item, "shape", None)  # a numpy scalar, or an array
+    return len(shape) == 0 if isinstance(shape, tuple) else hasattr(item, "getbands")
+
+
+def is_batch(item: Any) -> bool:
+    """Whether an item of a dataset looks like a batch: columns of one length.
+
+    A sample may look so too, such as a series with a label for each of its steps.
+    """
+    if is_sample(item) or not isinstance(item, (Mapping, list, tuple)):
+        return False
+    columns = list(item.values()) if isinstance(item, Mapping) else list(item)
+    dims = {column.dim() for column in columns if isinstance(column, Tensor)}
+    lists = any(isinstance(column, (list, tuple)) for column in columns)
+    return len(columns) > 1 and _common(columns) is not None and (len(dims) > 1 or lists)
+
+
+# --- the call that works ------------------------------------------------------------
+
+
+def explained(
+    error: DataError,
+    model: nn.Module,
+    batch: Any,
+    forward: Forward,
+    context: Callable[[], AbstractContextManager[None]],
+) -> DataError:
+    """Return an error of a forward call that also says what was called with what.
+
+    Where the usual call failed, other calls are tried on the same batch. The first that
+    runs becomes the remedy.
+
+    Args:
+        error: What happened.
+        model: Was called.
+        batch: It was called on this.
+        forward: Did the call.
+        context: Is entered for each further call.
+    """
+    usual = forward is call
+    how = _called(batch) if usual else "forward(model, batch)"
+    found, expected = error.found, error.expected
+    called = f"{how}, where batch is {described(batch)}"
+    if expected:
+        expected += f"; the call was {called}"
+    else:
+        found += f"; the call was {called}"
+    remedy = "" if not usual or _is_memory(error.__cause__) else _remedy(model, batch, context)
+    made = DataError(found, expected=expected, remedy=remedy, frames=error.frames)
+    made.batch = error.batch
+    return made
+
+
+def _is_memory(error: BaseException | None) -> bool:
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+
+
+def _remedy(
+    model: nn.Module, batch: Any, context: Callable[[], AbstractContextManager[None]]
+) -> str:
+    for code, attempt in _ways(model, batch):
+        try:
+            with context():
+                attempt()
+        except BaseException as error:
+            if from_outside := signal_in(error):
+                raise from_outside from None
+            continue
+        return (
+            "Add this function to the module of the data, or give it as forward:"
+            f" def forward(model, batch): return {code}"
+        )
+    return ""
+
+
+def _ways(model: nn.Module, batch: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield other calls than the usual one, as code and as what does it."""
+    if isinstance(batch, Mapping):
+        yield from _ways_of_mapping(model, batch)
+    elif isinstance(batch, (list, tuple)):
+        yield from _ways_of_sequence(model, batch)
+    else:
+        names = _parameters(model, required=True)
+        if names and all(hasattr(batch, name) for name in names):
+            code = ", ".join(f"batch.{name}" for name in names)
+            yield f"model({code})", lambda: model(*(getattr(batch, name) for name in names))
+
+
+def _ways_of_mapping(
+    model: nn.Module, batch: Mapping[Any, Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    known = [name for name in _parameters(model) if name in batch]
+    if known and len(known) < len(batch):
+        code = ", ".join(f"{name}=batch[{name!r}]" for name in known)
+        yield f"model({code})", lambda: model(**{name: batch[name] for name in known})
+    keys = [key for key, value in batch.items() if isinstance(value, Tensor)]
+    for key in sorted(keys, key=lambda key: not batch[key].is_floating_point()):
+        if isinstance(key, (str, int)):
+            yield f"model(batch[{key!r}])", lambda key=key: model(batch[key])  # type: ignore[misc]
+
+
+def _ways_of_sequence(
+    model: nn.Module, batch: Sequence[Any]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    needed = len(_parameters(model, required=True))
+    if 1 < needed <= len(batch):
+        code = ", ".join(f"batch[{place}]" for place in range(needed))
+        yield f"model({code})", lambda: model(*batch[:needed])
+    places = [place for place, value in enumerate(batch) if isinstance(value, Tensor) and place]
+    for place in sorted(places, key=lambda place: not batch[place].is_floating_point()):
+        yield f"model(batch[{place}])", lambda place=place: model(batch[place])  # type: ignore[misc]
+    for place, value in enumerate(batch):
+        if isinstance(value, Mapping):
+            yield f"model(**batch[{place}])", lambda value=value: model(**value)  # type: ignore[misc]
+            for code, attempt in _ways_of_mapping(model, value):
+                yield code.replace("batch[", f"batch[{place}]["), attempt
+    if len(batch) > 1:
+        yield "model(*batch)", lambda: model(*batch)
+
+
+def _parameters(model: nn.Module, *, required: bool = False) -> list[str]:
+    """Return the names of the arguments that the model's forward takes."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # forward is not a Python function
+        return []
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        one.name
+        for one in parameters
+        if one.kind in named and not (required and one.default is not inspect.Parameter.empty)
+    ]

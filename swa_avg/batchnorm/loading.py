@@ -1,0 +1,204 @@
+"""What the user gave as data becomes an iterable of batches.
+
+What it is is told by what it yields where its class does not tell; nothing is put into
+batches twice. No framework is imported to recognise its objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from swa_avg.batchnorm.batches import same_draws
+from swa_avg.batchnorm.calling import described, is_batch, is_sample
+from swa_avg.batchnorm.foreign import users_code
+from swa_avg.errors import DataError
+
+_BATCH_SIZE = 64  # for a Dataset that comes without a loader
+
+Once = Callable[[Callable[[], object]], object]
+
+
+def batches_of(
+    source: Any, name: str = "the data", once: Once = lambda job: job()
+) -> Iterable[Any]:
+    """Make an iterable of batches of what the user gave.
+
+    A class is called first. Anything with `train_dataloader()`, such as a Lightning
+    DataModule, has its `prepare_data()` and `setup("fit")` called, where it has
+    them, and gives that loader. A Dataset of samples gets a DataLoader: batches of 64, in
+    a shuffled but fixed order, without a last batch of one sample. An iterable is
+    taken as it is. A callable is called, and its result taken likewise.
+
+    Raises:
+        DataError: If it is none of these, yields single samples, or raises; or if it is
+            a Dataset of which nothing tells whether it yields samples or batches.
+    """
+    with users_code(f"{name}: "):
+        if isinstance(source, type) or (callable(source) and not _gives_batches(source)):
+            source = source()
+        if hasattr(source, "train_dataloader"):
+            source = _train_dataloader(source, once)
+        source = _only_one(source, name)
+        if _is_hugging_face(source):
+            source = _in_torch(source)
+        if isinstance(source, DataLoader):
+            source = _unbatched(source, name) if source.batch_sampler is None else source
+        elif _is_dataset(source) and not _holds_loader(source):
+            source = _of_dataset(source, name)
+    if not _gives_batches(source) or isinstance(source, (str, bytes, Tensor, Mapping)):
+        raise DataError(
+            f"{name} is of type {type(source).__name__}",
+            expected="an iterable of batches, a function that returns one, a DataLoader,"
+            " a Dataset or a DataModule",
+        )
+    batches: Iterable[Any] = source
+    return batches
+
+
+def _gives_batches(source: object) -> bool:
+    own = ("train_dataloader", "__iter__", "__getitem__")
+    return any(hasattr(source, name) for name in own)
+
+
+def _train_dataloader(module: Any, once: Once) -> Any:
+    if hasattr(module, "prepare_data"):
+        once(module.prepare_data)
+    if hasattr(module, "setup"):
+        module.setup("fit")
+    return module.train_dataloader()
+
+
+def _only_one(source: Any, name: str) -> Any:
+    """Return the loader where a list or mapping holds loaders, and it is the only one."""
+    if not isinstance(source, (list, tuple, Mapping)):
+        return source
+    parts = [*source.values()] if isinstance(source, Mapping) else [*source]
+    loaders = [part for part in parts if isinstance(part, (DataLoader, Dataset))]
+    if len(loaders) > 1:
+        raise DataError(
+            f"{name} gives several loaders",
+            expected="one",
+            remedy="Name a function that returns the one whose data the model is trained on",
+        )
+    return loaders[0] if len(parts) == len(loaders) == 1 else source
+
+
+def _is_hugging_face(source: Any) -> bool:
+    return type(source).__module__.startswith("datasets.") and hasattr(source, "with_format")
+
+
+def _in_torch(source: Any) -> Any:
+    """Return a Hugging Face dataset whose rows hold tensors, as it is if the user chose."""
+    chosen = getattr(source, "format", None) or {}
+    if isinstance(chosen, Mapping) and chosen.get("type"):
+        return source
+    if getattr(source, "_formatting", None) is not None:  # a stream keeps its choice here
+        return source
+    return source.with_format("torch")
+
+
+def _is_dataset(source: Any) -> bool:
+    return isinstance(source, Dataset) or _is_hugging_face(source)
+
+
+def _holds_loader(source: Any) -> bool:
+    """Whether a pipeline of stages begins with a DataLoader, as a `webdataset.WebLoader`."""
+    stages = getattr(source, "pipeline", None)
+    return isinstance(stages, (list, tuple)) and any(isinstance(s, DataLoader) for s in stages)
+
+
+def _unbatched(loader: DataLoader[Any], name: str) -> Iterable[Any]:
+    """Return a loader that makes no batches itself, if what it yields are batches."""
+    first, batches = _peeked(loader)
+    if is_sample(first):
+        raise DataError(
+            f"{name} yields single samples, {described(first)}",
+            expected="batches",
+            remedy="Give its DataLoader a batch_size",
+        )
+    return batches
+
+
+def _of_dataset(dataset: Any, name: str) -> Iterable[Any]:
+    """Put the samples of a dataset into batches.
+
+    Raises:
+        DataError: They may be batches already.
+    """
+    streams = isinstance(dataset, IterableDataset)
+    if streams:
+        first, again = _peeked(dataset)
+        if first is _NOTHING:
+            return again
+    else:
+        if not len(dataset):
+            return DataLoader(dataset, _BATCH_SIZE)
+        with same_draws():
+            first = dataset[0]
+    if is_batch(first) or (streams and not is_sample(first)):
+        raise DataError(
+            f"{name} is a dataset, and nothing tells whether its items are samples or batches:"
+            f" the first is {described(first)}",
+            remedy="Give DataLoader(dataset, batch_size=None) if they are batches,"
+            f" DataLoader(dataset, batch_size={_BATCH_SIZE}) if they are samples",
+        )
+    pinned = torch.cuda.is_available()
+    if streams:
+        return DataLoader(_Stream(again), _BATCH_SIZE, pin_memory=pinned)
+    return DataLoader(
+        dataset,
+        _BATCH_SIZE,
+        # Sorted by class, say, no batch would look like the data.
+        shuffle=True,
+        generator=torch.Generator(device="cpu").manual_seed(0),
+        pin_memory=pinned,
+        drop_last=len(dataset) % _BATCH_SIZE == 1 and len(dataset) > 1,
+    )
+
+
+_NOTHING = object()
+
+
+def _peeked(source: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """Return the first item, and an iterable that yields it as well.
+
+    Without random numbers drawn: what comes later is what would have come.
+    """
+    with same_draws(source):
+        items = iter(source)
+        first = next(items, _NOTHING)
+    return first, source if first is _NOTHING else _Again(source, first, items)
+
+
+class _Again:
+    """An iterable of which an item has been looked at.
+
+    The first iteration goes on where the look ended, since a stream may be read only once.
+    """
+
+    def __init__(self, source: Iterable[Any], first: Any, rest: Iterator[Any]) -> None:
+        self._source = source
+        self._begun: Iterator[Any] | None = chain([first], rest)
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return iter(self._source) if begun is None else begun
+
+    def __len__(self) -> int:
+        return len(self._source)  # type: ignore[arg-type]
+
+
+class _Stream(IterableDataset[Any]):
+    """An iterable as a dataset."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)

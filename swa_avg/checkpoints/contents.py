@@ -1,0 +1,113 @@
+"""What a file holds that holds no model: optimizer state, random number states, schedulers.
+
+Told by content alone. A model has floating tensors under names, outside of what
+belongs to an optimizer. Nothing here reads a tensor, and nothing says where in a
+file the model is: `layout` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from swa_avg.checkpoints.tree import mapping
+from swa_avg.formats import UnreadableTensor
+from swa_avg.tensors import Kind, TensorRef, View
+
+OPTIMIZER = "optimizer state"
+RANDOM = "random number states"
+SCALER = "the state of a gradient scaler"
+SCHEDULER = "the state of a scheduler"
+NO_WEIGHTS = "no weights under names"
+
+# What such a dict holds at least: torch.optim.Optimizer, torch.amp.GradScaler,
+# torch.optim.lr_scheduler (LRScheduler, ReduceLROnPlateau), SpeechBrain's NoamScheduler.
+_SIGNS = (
+    (OPTIMIZER, frozenset({"state", "param_groups"})),
+    (SCALER, frozenset({"growth_factor", "growth_interval"})),
+    (SCHEDULER, frozenset({"last_epoch", "_step_count"})),
+    (SCHEDULER, frozenset({"base_lrs", "last_epoch"})),
+    (SCHEDULER, frozenset({"num_bad_epochs", "patience"})),
+    (SCHEDULER, frozenset({"n_warmup_steps", "n_steps"})),
+)
+_WITH_MEAN = (Kind.FLOAT, Kind.COMPLEX)
+_DEPTH = 5
+_MOST_ITEMS = 100_000
+
+
+def other_than_model(tree: object) -> str | None:
+    """Return what a file holds, where that is no model; None where it may be one.
+
+    Args:
+        tree: What was saved.
+    """
+    seen = _Seen()
+    if seen.has_weights(tree, _DEPTH):
+        return None
+    kinds = (OPTIMIZER, SCALER, SCHEDULER, RANDOM)
+    return next((kind for kind in kinds if kind in seen.kinds), NO_WEIGHTS)
+
+
+class _Seen:
+    """What was seen on the way through a file."""
+
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+        self._left = _MOST_ITEMS
+        self._known: set[int] = set()
+
+    def has_weights(self, value: object, depth: int) -> bool:
+        """Tell whether there are weights under names, and note what else there is."""
+        entries = mapping(value)
+        if entries is None:
+            return isinstance(value, list | tuple) and self._in_list(value, depth)
+        if depth == 0 or id(value) in self._known:
+            return False
+        self._known.add(id(value))
+        signs = set(_signs(entries))
+        self.kinds |= signs
+        names = [name for name in entries if not self._is_of_optimizer(name, signs)]
+        # Tensors first: where there is one, nothing else need be looked at.
+        own = () if signs - {RANDOM} else self._counted(names)
+        if any(_is_weight(entries[name]) for name in own):
+            return True
+        return any(self.has_weights(entries[name], depth - 1) for name in names)
+
+    def _in_list(self, values: list[object] | tuple[object, ...], depth: int) -> bool:
+        """Look for what a list holds: several optimizers, say; tensors in it have no names."""
+        if depth:
+            for value in self._counted(values):
+                if mapping(value) is not None:
+                    self.has_weights(value, depth - 1)
+        return False
+
+    def _counted(self, items: Iterable[object]) -> Iterable[object]:
+        for item in items:
+            self._left -= 1
+            if self._left < 0:
+                return
+            yield item
+
+    def _is_of_optimizer(self, name: object, signs: set[str]) -> bool:
+        """Tell whether an entry is an optimizer's by its name: `optimizer`, `optim.state`."""
+        first = name.partition(".")[0].lower() if isinstance(name, str) else ""
+        found = first.startswith("optim") or first.endswith(("optimizer", "optimizers"))
+        if found:
+            self.kinds.add(OPTIMIZER)
+        return found or (OPTIMIZER in signs and first in ("state", "param_groups"))
+
+
+def _signs(entries: Mapping[object, object]) -> Iterator[str]:
+    """Yield what a dict is by the names in it."""
+    for kind, names in _SIGNS:
+        if all(name in entries for name in names):
+            yield kind
+    texts = [name.lower() for name in entries if isinstance(name, str)]
+    # transformers' are python, numpy, cpu; accelerate's random_state, numpy_random_seed.
+    if {"python", "numpy"} <= set(texts) or any("rng" in t or "random" in t for t in texts):
+        yield RANDOM
+
+
+def _is_weight(value: object) -> bool:
+    if isinstance(value, UnreadableTensor):
+        return True
+    return isinstance(value, View | TensorRef) and value.dtype.kind in _WITH_MEAN

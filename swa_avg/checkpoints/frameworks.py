@@ -1,0 +1,168 @@
+"""Where training frameworks put the weights of a model and the averages that a run keeps.
+
+One table: which places a framework uses, which of the two its own loader takes,
+and whether that loader needs the whole file. Each row was looked up in the
+framework's source, where it is written and where it is loaded. The table says
+nothing about names inside a state_dict: `halves` does.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Loads(Enum):
+    """Which weights a framework's own loader takes from a file that has both."""
+
+    AVERAGE = "the average"
+    WEIGHTS = "the raw weights"
+    EITHER = "either, as it is told"
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A kind of file that a framework writes.
+
+    Attributes:
+        name: The framework, or the part of it that writes such files.
+        weights: The dotted path of the raw weights; `*` is any one name.
+        average: The dotted path of the average, likewise; empty if it keeps none.
+        sign: A path that only files of this kind have; empty if the places suffice.
+        loads: Which of the two its own loader takes.
+        needs: What of the framework needs the whole file; empty if a bare state_dict will do.
+        running: Whether the average is an equal-weight mean from a fixed start on, so that
+            each contains those before it.
+    """
+
+    name: str
+    weights: str
+    average: str = ""
+    sign: str = ""
+    loads: Loads = Loads.WEIGHTS
+    needs: str = ""
+    running: bool = False
+
+
+_LIGHTNING = "LightningModule.load_from_checkpoint"
+
+# The first row that fits a file counts. Rows with an average come before those without.
+FRAMEWORKS = (
+    # lightning/pytorch/callbacks/weight_averaging.py: on_save_checkpoint exchanges the two.
+    Framework(
+        "Lightning (WeightAveraging)",
+        "current_model_state",
+        "state_dict",
+        sign="averaging_state",
+        loads=Loads.AVERAGE,
+        needs=_LIGHTNING,
+    ),
+    # lightning/pytorch/callbacks/stochastic_weight_avg.py: state_dict of the callback.
+    Framework(
+        "Lightning (StochasticWeightAveraging)",
+        "state_dict",
+        "callbacks.*.average_model_state",
+        sign="pytorch-lightning_version",
+        needs=_LIGHTNING,
+        running=True,
+    ),
+    # mmengine/hooks/ema_hook.py: before_save_checkpoint exchanges the two.
+    Framework(
+        "mmengine (EMAHook)",
+        "ema_state_dict",
+        "state_dict",
+        sign="meta.mmengine_version",
+        loads=Loads.AVERAGE,
+    ),
+    # composer/algorithms/ema/ema.py: the EMA is in the model while a checkpoint is saved.
+    Framework(
+        "Composer (EMA)",
+        "state.algorithms.*.1.training_model",
+        "state.model",
+        loads=Loads.AVERAGE,
+        needs="Composer's load_path",
+    ),
+    # ultralytics/engine/trainer.py save_model; nn/tasks.py load_checkpoint: ema, else model.
+    Framework(
+        "YOLO",
+        "model",
+        "ema",
+        sign="best_fitness",
+        loads=Loads.AVERAGE,
+        needs="YOLO(...)",
+    ),
+    # timm/models/_helpers.py load_state_dict: use_ema is true unless it is told otherwise.
+    Framework("timm", "state_dict", "state_dict_ema", loads=Loads.AVERAGE),
+    # timgaripov/swa train.py: both are resumed.
+    Framework(
+        "timgaripov/swa",
+        "state_dict",
+        "swa_state_dict",
+        loads=Loads.EITHER,
+        needs="its --resume",
+        running=True,
+    ),
+    # kekmodel/FixMatch-pytorch train.py: both are resumed, the EMA is evaluated with --use-ema.
+    Framework("FixMatch-pytorch", "state_dict", "ema_state_dict", loads=Loads.EITHER),
+    # icefall/checkpoint.py: model_avg is the mean over all batches; decode.py's
+    # --use-averaged-model, on by default, takes it.
+    Framework(
+        "icefall",
+        "model",
+        "model_avg",
+        loads=Loads.AVERAGE,
+        needs="icefall's load_checkpoint",
+        running=True,
+    ),
+    # vision/references/classification/train.py: model_ema is evaluated where it was asked for.
+    Framework("torchvision's references", "model", "model_ema", loads=Loads.EITHER),
+    # fairseq/checkpoint_utils.py load_model_ensemble_and_task takes model.
+    Framework("fairseq", "model", "extra_state.ema", needs="fairseq's loader"),
+    # microsoft/Semi-supervised-learning eval.py: ema_model, else model.
+    Framework("USB", "model", "ema_model", loads=Loads.AVERAGE),
+    # facebookresearch/DiT download.py find_model; lyuwenyu/RT-DETR: ema, else model.
+    Framework("DiT, RT-DETR and others", "model", "ema", loads=Loads.AVERAGE),
+    # basicsr/models/base_model.py load_network: param_key_g says which.
+    Framework("BasicSR", "params", "params_ema", loads=Loads.EITHER, needs="BasicSR's loader"),
+    # super_gradients/training/models/model_factory.py: ema_net where there is one.
+    Framework("SuperGradients", "net", "ema_net", loads=Loads.AVERAGE, needs="SuperGradients"),
+    # Without an average.
+    Framework("Lightning", "state_dict", sign="pytorch-lightning_version", needs=_LIGHTNING),
+    Framework("mmengine", "state_dict", sign="meta.mmengine_version"),
+    Framework("timm and others", "state_dict"),
+    Framework("YOLO", "model", sign="best_fitness", needs="YOLO(...)"),
+    Framework("fairseq", "model", sign="extra_state.train_iterator", needs="fairseq's loader"),
+    Framework("icefall", "model", sign="batch_idx_train", needs="icefall's load_checkpoint"),
+    Framework("Megatron-LM", "model", sign="checkpoint_version", needs="Megatron-LM's --load"),
+    Framework("nanoGPT", "model", sign="model_args", needs="nanoGPT's sample.py"),
+    # fvcore/common/checkpoint.py _load_file takes a bare state_dict as well.
+    Framework("torchvision's references, detectron2 and others", "model"),
+    Framework("Catalyst and others", "model_state_dict"),
+    Framework("DeepSpeed", "module", sign="dp_world_size", needs="DeepSpeed's load_checkpoint"),
+    Framework("DeepSpeed and others", "module"),
+    Framework("Composer", "state.model", needs="Composer's load_path"),
+    Framework("OLMo-core and others", "app.model"),
+)
+
+# Where raw weights are, whoever wrote the file.
+WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "state.model", "app.model")
+# What some frameworks take out of the model to save it beside the rest.
+PARTNERS = {"model": "generator"}  # OpenNMT-py
+
+# Words that say average in the name of a slot or of a submodule.
+_AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?|avg|shadow|polyak)(?:s?_|\d*$)", re.IGNORECASE)
+# One of these is in every name that says average: quickly looked for in many names.
+AVERAGE_WORDS = ("ema", "swa", "avg", "average", "shadow", "polyak")
+# What is no average of weights, whatever else its name says.
+_OTHER = re.compile(r"optim|sched|scaler|loss|metric|stats|config|args", re.IGNORECASE)
+
+
+def says_average(name: str) -> bool:
+    """Tell whether a name says that what it names is an average of weights."""
+    return bool(_AVERAGE.search(name)) and not _OTHER.search(name)
+
+
+def without_average(name: str) -> str:
+    """Return what is left of a name without the word that says average: `model` of `model_ema`."""
+    return _AVERAGE.sub("_", name).strip("_")

@@ -1,0 +1,208 @@
+"""The raw weights and an average of them within one state_dict, told by its names.
+
+A module that averages a model in it saves both: `online_model.*` and
+`ema_model.*`, or `model.*` and `model_ema.*`. A half is an average where a part
+of its names says so and every tensor of it has its counterpart, of the same
+shape, among the others. Nothing here knows where a state_dict is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, says_average, without_average
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# What torch's wrappers put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+# What keeps count beside an average: ema_pytorch, torch's AveragedModel, LitEma.
+_COUNTERS = ("initted", "step", "n_averaged", "num_updates", "decay", "updates", "steps")
+_MOST_CANDIDATES = 100
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is taken from a state_dict that holds two halves.
+
+    Attributes:
+        names: The plain model's names, each with the name that it is taken from.
+        cut: What was taken off the names of the raw weights.
+    """
+
+    names: Mapping[str, str]
+    cut: str
+
+
+@dataclass(frozen=True)
+class Half:
+    """An average within a state_dict.
+
+    Attributes:
+        prefix: What its names begin with.
+        raw: What the names of the raw weights begin with.
+        averaged: The averaged tensor's name for each name of a raw weight.
+        own: The names that belong to the averaging: both halves' own counters, say.
+    """
+
+    prefix: str
+    raw: str
+    averaged: Mapping[str, str]
+    own: frozenset[str]
+
+    def chosen(self, names: Iterable[str], ema: bool) -> Chosen:
+        """Choose one of the halves, under the plain model's names.
+
+        Weights that have no average (frozen ones, buffers) are the raw ones in any case.
+
+        Args:
+            names: All names of the state_dict, in order.
+            ema: Take the average; else the raw weights.
+        """
+        left = [name for name in names if name not in self.own and not self._is_average(name)]
+        # Counters beside the halves are those of a wrapper, whose names are not the model's.
+        wrapper = bool(self.own) and self.prefix.count(".") == 1
+        cut = self.raw if wrapper and all(name.startswith(self.raw) for name in left) else ""
+        taken = {name[len(cut) :]: self.averaged.get(name, name) if ema else name for name in left}
+        return Chosen(taken, cut)
+
+    def _is_average(self, name: str) -> bool:
+        return name.startswith(self.prefix)
+
+
+def averaged_halves(shapes: Shapes) -> list[Half]:
+    """Find the averages within a state_dict.
+
+    Args:
+        shapes: The shape of each tensor in it.
+    """
+    found: list[Half] = []
+    for prefix in _prefixes(shapes):
+        if not any(prefix.startswith(half.prefix) for half in found):
+            half = _half(shapes, prefix)
+            found += [half] if half else []
+    return found
+
+
+def lone_average(shapes: Shapes) -> Chosen | None:
+    """Take the average from a state_dict that holds it without the raw weights, or return None.
+
+    Beside it only counters may stand.
+    """
+    for prefix in _prefixes(shapes):
+        if all(name in _COUNTERS for name in shapes if not name.startswith(prefix)):
+            inside = {name[len(prefix) :]: name for name in shapes if name.startswith(prefix)}
+            weights = _unwrapped(inside, shapes)
+            return Chosen({n: of for n, of in weights.items() if n not in _COUNTERS}, prefix)
+    return None
+
+
+def _prefixes(shapes: Shapes) -> list[str]:
+    """Return what names begin with up to a part that says average, the shortest first."""
+    found: dict[str, None] = {}
+    judged: dict[str, bool] = {}
+    there = "\n".join(shapes).lower()
+    words = [word for word in AVERAGE_WORDS if word in there]
+    for name in shapes if words else ():
+        parts = name.split(".")
+        for count, part in enumerate(parts[:-1], 1):
+            if part not in judged:
+                judged[part] = says_average(part)
+            if judged[part]:
+                found[".".join(parts[:count]) + "."] = None
+    return sorted(found, key=len)
+
+
+def _half(shapes: Shapes, prefix: str) -> Half | None:
+    """Return the average that has a prefix, if it is one."""
+    inside = _unwrapped({n[len(prefix) :]: n for n in shapes if n.startswith(prefix)}, shapes)
+    outside = [name for name in shapes if not name.startswith(prefix)]
+    pairs = {raw: found for raw in _raw_prefixes(shapes, inside, outside)
+             if (found := _pairs(shapes, inside, outside, raw))}  # fmt: skip
+    around = prefix[: prefix[:-1].rfind(".") + 1]
+    # A wrapper around the average may hold the raw weights too, beside the model's own.
+    inner = [raw for raw in pairs if around and raw.startswith(around)]
+    raw = _counterpart([raw for raw in pairs if raw not in inner] or inner, prefix)
+    if raw is None:
+        return None
+    copies = tuple(other for other in inner if other != raw)
+    counters = {around + counter for counter in _COUNTERS}
+    own = {name for name in outside if name.startswith(copies) or name in counters}
+    return Half(prefix, raw, pairs[raw], frozenset(own))
+
+
+def _counterpart(candidates: list[str], prefix: str) -> str | None:
+    """Return which of the prefixes is that of the weights that were averaged."""
+    if len(candidates) > 1:
+        what = without_average(prefix[:-1].rpartition(".")[2])
+        candidates = [raw for raw in candidates if what and raw[:-1].endswith(what)]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _is_counter(shape: tuple[int, ...]) -> bool:
+    return math.prod(shape) <= 1
+
+
+def _unwrapped(inside: dict[str, str], shapes: Shapes) -> dict[str, str]:
+    """Take torch's wrappers off the names of an average; their counters have none."""
+    while True:
+        weights = [rest for rest, name in inside.items() if not _is_counter(shapes[name])]
+        for wrapper in _WRAPPERS:
+            if weights and all(rest.startswith(wrapper) for rest in weights):
+                inside = {rest.removeprefix(wrapper): name for rest, name in inside.items()}
+                break
+        else:
+            return inside
+
+
+def _raw_prefixes(shapes: Shapes, inside: Mapping[str, str], outside: Iterable[str]) -> list[str]:
+    """Return what the raw weights' names may begin with: one of them ends like an averaged one."""
+    weights = [rest for rest, name in inside.items() if not _is_counter(shapes[name])]
+    if not weights:
+        return []
+    longest = max(weights, key=len)
+    shape = shapes[inside[longest]]
+    alike = [name for name in outside if shapes[name] == shape]
+    found = {
+        name[: len(name) - len(longest)]: None
+        for name in alike
+        if name == longest or name.endswith(f".{longest}")
+    }
+    if not found:
+        for name in alike:
+            starts = (0, *(place + 1 for place, char in enumerate(name) if char == "."))
+            found.update(
+                (name[:at], None) for at in starts if name[at:].replace(".", "") == longest
+            )
+    return list(found)[:_MOST_CANDIDATES]
+
+
+def _pairs(
+    shapes: Shapes, inside: Mapping[str, str], outside: Iterable[str], raw: str
+) -> dict[str, str]:
+    """Return the averaged name for each raw one; none where the two are not alike.
+
+    CompVis's LitEma leaves the dots out of its names (ldm/modules/ema.py).
+    """
+    under = [name for name in outside if name.startswith(raw)]
+    exact = {name[len(raw) :]: name for name in under}
+    dotless = {} if inside.keys() <= exact.keys() else _dotless(exact)
+    found: dict[str, str] = {}
+    for rest, name in inside.items():
+        other = exact.get(rest) or dotless.get(rest)
+        if other and shapes[other] == shapes[name]:
+            found[other] = name
+        elif not _is_counter(shapes[name]):
+            return {}
+    return found
+
+
+def _dotless(names: Mapping[str, str]) -> dict[str, str]:
+    """Return what names stand for without their dots; those that become the same, for nothing."""
+    found: dict[str, str] = {}
+    for rest, name in names.items():
+        short = rest.replace(".", "")
+        found[short] = "" if short in found else name
+    return found

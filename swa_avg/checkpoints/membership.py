@@ -1,0 +1,135 @@
+"""Which tensors of a state_dict belong to which family of the table, told by their names.
+
+Nothing here reads a tensor, or decides on an average.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+from swa_avg.checkpoints.families import BN_COUNTER, BN_STATISTICS, FAMILIES, Family
+from swa_avg.tensors import Kind, Tensor
+
+
+def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
+    """Return of each tensor that belongs to a family what it is; not of those averaged in it.
+
+    Args:
+        tensors: The tensors of a state_dict by name.
+    """
+    found: dict[str, Family | None] = {}
+    # A name belongs to the first family in the table that claims it.
+    signs: dict[int, list[_Key]] = {}
+    for number, key in _signs(tensors):
+        signs.setdefault(number, []).append(key)
+    for family, key in ((FAMILIES[n], key) for n in sorted(signs) for key in signs[n]):
+        names = {pattern: _filled(pattern, key) for pattern in (*family.needs, *family.also)}
+        if _fits(family, names, tensors):
+            for pattern, name in names.items():
+                if name in tensors:
+                    found.setdefault(name, None if pattern in family.averaged else family)
+    return {name: family for name, family in found.items() if family}
+
+
+def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
+    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
+    layer, _, buffer = name.rpartition(".")
+    if buffer not in (*BN_STATISTICS, BN_COUNTER):
+        return False
+    before = f"{layer}." if layer else ""
+    return [before + name in tensors for name in (*BN_STATISTICS, "count")] == [True, True, False]
+
+
+def is_code(tensor: Tensor) -> bool:
+    """Tell whether a tensor may hold codes of quantised weights."""
+    dtype = tensor.dtype
+    small = dtype.itemsize == 1 or dtype.kind in (Kind.EXACT, Kind.OPAQUE)
+    return small and dtype.name != "bool" and tensor.numel > 1
+
+
+class _Key(NamedTuple):
+    """What is around the name by which a family is recognised: what its patterns stand for."""
+
+    before: str
+    part: str = "*"
+    number: str = "#"
+    rest: str = ""
+
+
+def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
+    """Yield the number of each family whose first name is there, and what is around it."""
+    for name in names:
+        numbers = _by_leaf(name[name.rfind(".") + 1 :])
+        for part in _PARTS:
+            if part in name:
+                numbers = (*numbers, *_BY_PART)
+                break
+        for number in numbers:
+            key = _key(FAMILIES[number].needs[0], name)
+            if key is not None:
+                yield number, key
+
+
+def _key(pattern: str, name: str) -> _Key | None:
+    """Return what is around a name, if it is one of a pattern."""
+    if "*" not in pattern:
+        before = name.removesuffix(pattern)
+        return _Key(before) if before != name and before[-1:] in ("", ".") else None
+    match = _expression(pattern).fullmatch(name)
+    return _Key(**match.groupdict(default="")) if match else None
+
+
+def _fits(family: Family, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether all that makes up a family is there."""
+    if any(names[pattern] not in tensors for pattern in family.needs):
+        return False
+    there = {pattern: tensors[names[pattern]] for pattern in family.needs}
+    return (
+        all(is_code(there[pattern]) for pattern in family.codes)
+        and all(there[pattern].dtype.kind is Kind.EXACT for pattern in family.integers)
+        and not (family.single and any(tensor.numel != 1 for tensor in there.values()))
+    )
+
+
+def _filled(pattern: str, key: _Key) -> str:
+    """Return the name that a pattern stands for, beside a name that has been found."""
+    if "*" not in pattern:
+        return key.before + pattern
+    name = pattern.replace("**", key.rest).replace("#", key.number)
+    return key.before + name.replace("*", key.part)
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """Return what finds the names of a pattern."""
+    text = re.escape(pattern).replace(r"\*\*", r"(?P<rest>(?:\..*)?)")
+    text = text.replace(r"\*", r"(?P<part>[^.]+)").replace(r"\#", r"(?P<number>[0-9]+)")
+    return re.compile(rf"(?P<before>(?:.*\.)?){text}", re.DOTALL)
+
+
+@lru_cache(maxsize=1024)
+def _by_leaf(leaf: str) -> tuple[int, ...]:
+    """Return the numbers of the families whose first name may end in this, after the last dot."""
+    numbers = _BY_LEAF.get(leaf, ())
+    if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
+        ends = (n for n, pattern in _LEAVES if "*" in pattern and _key(pattern, leaf))
+        numbers = (*numbers, *ends)
+    return numbers
+
+
+# How the first names are looked for, as there may be very many: by what comes after the last
+# dot, if that has no `*`; else by how it ends or begins; by a part in the middle.
+_FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
+_BY_PART = tuple(number for number, first in _FIRST if first.endswith("**"))
+_PARTS = tuple({FAMILIES[n].needs[0].strip("*_")[:4] for n in _BY_PART})
+_LEAVES = [(n, first.rpartition(".")[2]) for n, first in _FIRST if not first.endswith("**")]
+_ENDS = tuple({leaf.rpartition("*")[2] for _, leaf in _LEAVES if "*" in leaf} - {""})
+_STARTS = tuple({leaf.strip("*") for _, leaf in _LEAVES if leaf.endswith("*")})
+_BY_LEAF = {
+    leaf: tuple(number for number, other in _LEAVES if other == leaf)
+    for _, leaf in _LEAVES
+    if "*" not in leaf
+}

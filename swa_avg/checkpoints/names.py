@@ -1,0 +1,393 @@
+"""What the path of a checkpoint says: epoch, step, part, metrics, average, and its series.
+
+A name is read once, here, into data; all who want to know something of it ask that
+data. What the words mean is in `words`. Nothing here opens a file, and what files
+record inside goes before what is read here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from glob import escape
+from pathlib import Path
+
+from swa_avg.checkpoints import words
+from swa_avg.checkpoints.labels import Label
+from swa_avg.checkpoints.pieces import Tokens
+
+Number = int | float
+
+_MULTIPLES = {"k": 1_000, "K": 1_000, "m": 1_000_000, "M": 1_000_000, "B": 1_000_000_000}
+_NEGATIONS = ("no", "non", "not", "without", "wo")
+# What changes from one checkpoint of a series to the next.
+_RUNNING = ("epoch", "step", "count", "number", "time", "part", "metric", "average")
+# How much a number without a word looks like the place of a checkpoint.
+_TIME, _FREE, _SCALED, _GLUED = 4, 3, 2, 1
+
+
+@dataclass(frozen=True)
+class Name:
+    """What a path says.
+
+    Attributes:
+        path: The path.
+        series: The name without its numbers: what the checkpoints of a run have in common.
+        pattern: A pattern of `glob` for the series, beginning where `text` does.
+        part_pattern: The same for one part of the model over the whole run.
+        text: As much of the path as counts, without the folders that all inputs share.
+        shape: The series without the other numbers in it that may run.
+        whole: The series without what says which part of a model a file holds.
+        epoch: The number under a word for epoch, or None.
+        step: The number under a word for step, iteration, update or batch, or None.
+        count: The number under a word for tokens or samples, or None.
+        number: Where no word says what the numbers are: the one that tells the place.
+        version: What Lightning puts behind a name that was there already (`-v1`), else 0.
+        parts: What says which part of a model it is, and its number: rank 0, shard 1.
+        metrics: Metrics by their labels.
+        average: The word that says that it is an average; else empty.
+        role: The word that says which checkpoint it is without a number: best, last.
+    """
+
+    path: Path
+    text: str
+    series: str
+    pattern: str
+    part_pattern: str
+    shape: str
+    whole: str
+    epoch: Number | None = None
+    step: Number | None = None
+    count: Number | None = None
+    number: Number | None = None
+    version: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
+    metrics: tuple[tuple[Label, float], ...] = ()
+    average: str = ""
+    role: str = ""
+
+    @property
+    def place(self) -> tuple[Number | None, ...]:
+        """All that it says of its place in the run."""
+        return self.epoch, self.step, self.count, self.number
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it says anything of its place in the run."""
+        return any(value is not None for value in self.place)
+
+    def metric(self, name: str) -> float | None:
+        """Return the metric of a name; of several the one that is called so and no more."""
+        called = [
+            (len(label.words), value) for label, value in self.metrics if label.is_called(name)
+        ]
+        return min(called)[1] if called else None
+
+
+def read_all(paths: Sequence[Path]) -> list[Name]:
+    """Read the names of all inputs; the folders that they have in common say nothing."""
+    shared = 0
+    for level in zip(*(path.parts[:-1] for path in paths), strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += 1
+    return [read(path, len(path.parts) - shared) for path in paths]
+
+
+def read(path: Path, depth: int = 1) -> Name:
+    """Read a name.
+
+    Args:
+        path: The path of a checkpoint.
+        depth: How many of its last parts count: one for the name alone.
+    """
+    parts = path.parts[-depth:]
+    suffix = _suffix(parts[-1])
+    text = "/".join(parts).removesuffix(suffix) if parts else ""
+    return _Reading(text, suffix, path, Tokens(text)).result()
+
+
+def _suffix(name: str) -> str:
+    """Return the suffixes of a checkpoint: `.pth.tar`."""
+    suffix = ""
+    while True:
+        rest, dot, last = name.removesuffix(suffix).rpartition(".")
+        if not (rest and dot and last.lower() in words.SUFFIXES):
+            return suffix
+        suffix = f".{last}{suffix}"
+
+
+@dataclass
+class _Reading:
+    """The reading of one name, from left to right."""
+
+    text: str
+    suffix: str
+    path: Path
+    tokens: Tokens
+    parts: list[tuple[str, int]] = field(default_factory=list)
+    metrics: list[tuple[Label, float]] = field(default_factory=list)
+    found: dict[str, Number] = field(default_factory=dict)
+    of_part: set[int] = field(default_factory=set)
+
+    def result(self) -> Name:
+        """Read the name."""
+        average = self._average()
+        numbers = [at for at, token in enumerate(self.tokens) if token.kind == "number"]
+        for at in numbers:
+            if not self.tokens[at].meaning:
+                self._read_number(at, averaged=bool(average))
+        self._place(numbers)
+        series, whole = self._series()
+        roles = [token.word for token in self.tokens if token.word in words.ROLES]
+        return Name(
+            path=self.path,
+            text=self.text + self.suffix,
+            series=series,
+            pattern=self._pattern(parts=True),
+            part_pattern=self._pattern(parts=False),
+            shape=self._series(running=True)[0],
+            whole=whole,
+            epoch=self.found.get("epoch"),
+            step=self.found.get("step"),
+            count=self.found.get("count"),
+            number=self.found.get("number"),
+            version=int(self.found.get("version", 0)),
+            parts=tuple(self.parts),
+            metrics=tuple(self.metrics),
+            average=average,
+            role=roles[-1] if roles else "",
+        )
+
+    def _average(self) -> str:
+        """Return the word that says that this is an average: not `avg` in `avg_loss`."""
+        for at, token in enumerate(self.tokens):
+            if token.kind != "word" or not words.says_average(token.text):
+                continue
+            after, before = self.tokens.word_after(at), self.tokens.word_before(at)
+            of_metric = after in words.MODES or after in words.SCORES
+            if not of_metric and before not in _NEGATIONS:
+                return token.text
+        return ""
+
+    # What a number is.
+
+    def _read_number(self, at: int, averaged: bool) -> None:
+        """Find out what a number is; the rules go from the surest to the least sure."""
+        token, before = self.tokens[at], self.tokens.word_before(at)
+        glued = at > 0 and self.tokens[at - 1].kind == "word"
+        unit = self.tokens.word_at(at + 1)
+        scale = _MULTIPLES.get(self.tokens[at + 1].text, 1) if unit else 1
+        if self._is_part(at, before):
+            return
+        kind = self._kind(at, before, glued)
+        if kind and token.is_finite and (kind == "epoch" or (token.value * scale).is_integer()):
+            self._take(at, kind, scale)
+        elif before == "v" and glued and token.is_whole:
+            token.meaning = "version" if self.tokens.right(at) < 0 else "literal"
+            self.found.setdefault("version", int(token.value))
+        elif token.is_whole and self._counts_averaged(at, before, averaged):
+            token.meaning = "average"
+        elif self._is_metric(at, before, glued):
+            return
+        elif before in words.SETTINGS and self.tokens[self.tokens.left(at)].depth == token.depth:
+            token.meaning = "literal" if not (before in words.AVERAGES and token.is_whole) else ""
+        if not token.meaning and token.is_whole:
+            token.look = _TIME if token.is_time else self._look(before, glued, unit, scale)
+
+    def _is_part(self, at: int, before: str) -> bool:
+        """Read which part of a model a file holds: rank_0, 00001-of-00002."""
+        token, left, of = self.tokens[at], self.tokens.left(at), self.tokens.right(at)
+        label, span = "", range(0)
+        if self.tokens.word_at(of) == "of" and self.tokens.is_number(self.tokens.right(of)):
+            end = self.tokens.right(of)
+            self.tokens[end].meaning = "literal"
+            named = before in words.PARTS
+            label, span = before if named else "part", range(left if named else at, end + 1)
+        elif before in words.PARTS and token.is_whole:
+            label, span = before, range(left, at + 1)
+            kind = self.tokens.word_before(left)
+            if before == "rank" and kind in words.RANK_KINDS:
+                label, span = f"{kind}_rank", range(self.tokens.left(left), at + 1)
+        elif self._goes_on(at, left):
+            label, span = self.parts[-1][0], range(left, at + 1)
+        if not label or not token.is_whole:
+            return False
+        token.meaning = "part"
+        self.parts.append((label, int(token.value)))
+        self.of_part.update(span)
+        if self.tokens.is_separator(span.start - 1):
+            self.of_part.add(span.start - 1)
+        return True
+
+    def _goes_on(self, at: int, left: int) -> bool:
+        """Tell whether a number is a further rank: the pipeline's in Megatron's mp_rank_00_001."""
+        follows = left >= 0 and self.tokens[left].meaning == "part"
+        of_rank = follows and self.tokens.word_before(left) == "rank"
+        return of_rank and self.tokens.joint(at) == "_"
+
+    def _kind(self, at: int, before: str, glued: bool) -> str:
+        """Return epoch, step or count, if a word beside a number says so."""
+        after, right = self.tokens.word_at(at + 1), self.tokens.right(at)
+        if before in words.LETTERS and glued and not after:
+            apart = (
+                self.tokens.left(at) == 0
+                or self.tokens[self.tokens.left(at) - 1].kind == "separator"
+            )
+            kind = words.LETTERS[before]
+            return kind if apart and (kind == "epoch" or "epoch" in self.found) else ""
+        if before in words.KINDS:
+            return words.KINDS[before]
+        if self.tokens.is_number(self.tokens.right(right) if right >= 0 else -1):
+            return ""  # the word belongs to the next number
+        if after in words.KINDS:
+            return words.KINDS[after]
+        return "" if glued else words.KINDS.get(self.tokens.word_after(at), "")
+
+    def _counts_averaged(self, at: int, before: str, averaged: bool) -> bool:
+        """Tell whether a number says how many were averaged: avg_5, 10best, last10.avg."""
+        if before in words.COUNTED_AVERAGES or self.tokens.word_at(at + 1) == "best":
+            return True
+        return averaged and before in words.ROLES
+
+    def _is_metric(self, at: int, before: str, glued: bool) -> bool:
+        """Read a metric: `val_loss=0.12`, `acc0.93`, `02-0.12`."""
+        token, left, right = self.tokens[at], self.tokens.left(at), self.tokens.right(at)
+        if not token.is_whole and self.tokens.word_at(at + 1) not in ("", *_MULTIPLES):
+            token.meaning = "literal"  # mobilenet0.5x
+            return True
+        tail = next((piece.lower() for piece in reversed(words.in_camel_case(
+            self.tokens[left].text if before else ""))), "")  # fmt: skip
+        known = any(w in words.MODES or w in words.SCORES for w in (before, tail))
+        if known and glued and token.is_whole and self.tokens.is_number(right):
+            token.meaning = "label"  # the 1 of top1_76.3
+            return True
+        labelled = left >= 0 and self.tokens[left].meaning == "label"
+        assigned = left >= 0 and self.tokens.joint(at)[:1] in ("=", ":")
+        if before in words.SETTINGS and not known:
+            return False
+        if not (known or labelled or assigned or not token.is_whole):
+            return False
+        value, joint = token.value, self.tokens.joint(at)
+        if joint[1:] == "-" and joint[0] in "=_:":
+            self.tokens[at - 1].meaning = "unit"  # a sign
+            value = -value
+        self.metrics.append((self._label(at), value))
+        # A whole number under a word that is not known may be a setting.
+        token.meaning = "metric" if known or labelled or not token.is_whole else "literal"
+        return True
+
+    def _label(self, at: int) -> Label:
+        """Return the words before a metric, as far as they can belong to its name."""
+        pieces: list[tuple[str, str]] = []
+        here = at
+        while (left := self.tokens.near(here)) >= 0:
+            token = self.tokens[left]
+            if token.kind == "number" and token.meaning != "label":
+                break
+            pieces.append((token.text.lower(), self.tokens.near_joint(left)))
+            here = left
+        pieces.reverse()
+        return Label(tuple(word for word, _ in pieces), tuple(joint for _, joint in pieces))
+
+    def _look(self, before: str, glued: bool, unit: str, scale: int) -> int:
+        """Return how much a number looks like the place of a checkpoint."""
+        if unit:
+            return _SCALED if scale > 1 and unit != "b" else 0  # 7b is a size
+        if glued and before not in words.NOUNS and before not in words.ROLES:
+            return _GLUED
+        return _FREE
+
+    def _place(self, numbers: Sequence[int]) -> None:
+        """Take the numbers that tell the place where no word does."""
+        if not {"epoch", "step", "count"} & self.found.keys():
+            self._place_without_words(numbers)
+        for at in numbers:  # checkpoint-500/epoch_3.pt
+            noun = self.tokens.word_before(at) in words.CHECKPOINT_NOUNS
+            inner = self.tokens[at].depth == self.tokens[-1].depth
+            if noun and not inner and self.tokens[at].look and not self.tokens[at].meaning:
+                self._take(at, "number")
+            if inner and self.tokens[at].is_time and not self.tokens[at].meaning:
+                self.tokens[at].meaning = "time"
+
+    def _place_without_words(self, numbers: Sequence[int]) -> None:
+        deepest = self.tokens[-1].depth if self.tokens else 0
+        for depth in range(deepest, -1, -1):
+            there = [
+                at for at in numbers if self.tokens[at].look and self.tokens[at].depth == depth
+            ]
+            if depth < deepest:
+                there = [at for at in there if self._names_checkpoint(at)]
+            if not there:
+                continue
+            best = max(self.tokens[at].look for at in there)
+            if best == _GLUED and any(t.word in words.ROLES for t in self.tokens.part(depth)):
+                return  # resnet50_best
+            *others, last = [at for at in there if self.tokens[at].look == best]
+            if others and self._is_epoch_and_step(others[-1], last):
+                self._take(others[-1], "epoch")
+                self._take(last, "step")
+            else:
+                unit = self.tokens[last + 1].text if best == _SCALED else ""
+                self._take(last, "number", _MULTIPLES.get(unit, 1))
+            return
+        version = [at for at in numbers if self.tokens[at].meaning == "version"]
+        if version and not self.metrics and not any(t.word in words.ROLES for t in self.tokens):
+            self._take(version[0], "number")
+            self.found.pop("version")
+
+    def _take(self, at: int, meaning: str, scale: int = 1) -> None:
+        """Take a number as what it means, with the unit behind it: 100k."""
+        self.tokens[at].meaning = meaning
+        self.found[meaning] = _value(self.tokens[at].value * scale)
+        if scale > 1:
+            self.tokens[at + 1].meaning = "unit"
+
+    def _names_checkpoint(self, at: int) -> bool:
+        """Tell whether a folder's number is a checkpoint's: 1000/ or checkpoint-1000/."""
+        depth = self.tokens[at].depth
+        alone = all(t.kind == "separator" or t is self.tokens[at] for t in self.tokens.part(depth))
+        return alone or self.tokens.word_before(at) in words.CHECKPOINT_NOUNS
+
+    def _is_epoch_and_step(self, first: int, last: int) -> bool:
+        """Tell whether two numbers are fairseq's: checkpoint_EPOCH_UPDATE."""
+        return self.tokens.word_before(first) == "checkpoint" and self.tokens.left(last) == first
+
+    # What is left.
+
+    def _series(self, running: bool = False) -> tuple[str, str]:
+        """Return the series, and the series without the words for parts.
+
+        Args:
+            running: Without the numbers of the name itself that nothing accounts for, too.
+        """
+        texts, deepest = [], self.tokens[-1].depth if self.tokens else 0
+        for at, token in enumerate(self.tokens):
+            loose = running and token.look and token.depth == deepest
+            dropped = token.meaning == "unit" or self._is_of_version(at)
+            number = token.meaning in _RUNNING or (loose and not token.meaning)
+            texts.append("" if dropped else "#" if number else token.text)
+        whole = [text for at, text in enumerate(texts) if at not in self.of_part]
+        return "".join(texts), "".join(whole)
+
+    def _pattern(self, parts: bool) -> str:
+        """Return a pattern of the series; with `parts` of all parts of the model."""
+        pattern = ""
+        for at, token in enumerate(self.tokens):
+            kept = token.meaning == "part" and not parts
+            if token.meaning in ("metric", "unit", "version"):
+                pattern += "*"
+            elif token.meaning in _RUNNING and not kept:
+                pattern += "[0-9]*"
+            elif not self._is_of_version(at):
+                pattern += escape(token.text)
+        return re.sub(r"\*+", "*", pattern) + escape(self.suffix)
+
+    def _is_of_version(self, at: int) -> bool:
+        """Tell whether a piece is the `-`, the `v` or the number of a `-v1`."""
+        return any(token.meaning == "version" for token in self.tokens[at : at + 3])
+
+
+def _value(value: float) -> Number:
+    return int(value) if value == value // 1 else value

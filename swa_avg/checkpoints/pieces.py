@@ -1,0 +1,134 @@
+"""A name in pieces: words, numbers and what separates them, and what stands beside what.
+
+Nothing here knows what a word means; `names` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_TOKEN = re.compile(
+    r"(?P<time>(?<![0-9])(?:19|20)[0-9]{2}"
+    r"(?:-[0-9]{2}-[0-9]{2}(?:[T_+ -][0-9]{2}(?:[-:.]?[0-9]{2}){1,2})?|[0-9]{4}[T_-][0-9]{4,6})"
+    r"(?![0-9]))"
+    r"|(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version
+    r"|(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
+    r"|(?P<word>[^\W\d_]+)"
+    r"|(?P<separator>.)",
+    re.DOTALL,
+)
+_KINDS = {"dotted": "word", "time": "number"}
+
+
+@dataclass
+class Token:
+    """A piece of a name.
+
+    Attributes:
+        kind: word, number or separator.
+        text: What stands there.
+        depth: In which part of the path.
+        meaning: What a number, once read, is: epoch, step, count, part, metric, average,
+            version, number, label (it belongs to a metric's name) or literal.
+        look: How much a number without a meaning looks like the place of a checkpoint.
+        is_time: Whether it is a number that is a date and time.
+    """
+
+    kind: str
+    text: str
+    depth: int
+    meaning: str = ""
+    look: int = 0
+    is_time: bool = False
+
+    @property
+    def word(self) -> str:
+        """The word in lower case; empty for another kind."""
+        return self.text.lower() if self.kind == "word" else ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a number of digits alone, or a date and time."""
+        return self.kind == "number" and (self.text.isdecimal() or self.is_time)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is a number in digits: neither nan nor inf."""
+        return self.kind == "number" and self.text[0].isdecimal()
+
+    @property
+    def value(self) -> float:
+        """Its number; of a date and time all digits of it."""
+        return float(re.sub(r"[^0-9]", "", self.text) if self.is_time else self.text)
+
+
+class Tokens(list[Token]):
+    """The pieces of a name in their order."""
+
+    def __init__(self, text: str) -> None:
+        """Take a name apart; `/` separates the parts of a path."""
+        depth = 0
+        for match in _TOKEN.finditer(text):
+            depth += match[0] == "/"
+            kind = _KINDS.get(match.lastgroup or "", match.lastgroup or "")
+            self.append(Token(kind, match[0], depth, is_time=match.lastgroup == "time"))
+
+    def word_at(self, at: int) -> str:
+        """Return a word in lower case; empty where there is none."""
+        return self[at].word if 0 <= at < len(self) else ""
+
+    def is_separator(self, at: int) -> bool:
+        """Tell whether there is a separator within a part of the path."""
+        inside = 0 <= at < len(self)
+        return inside and self[at].kind == "separator" and self[at].text != "/"
+
+    def left(self, at: int) -> int:
+        """Return where the next piece to the left is that is no separator; -1 for none."""
+        at -= 1
+        while self.is_separator(at):
+            at -= 1
+        return at if at >= 0 and self[at].kind != "separator" else -1
+
+    def right(self, at: int) -> int:
+        """Return where the next piece to the right is that is no separator; -1 for none."""
+        at += 1
+        while self.is_separator(at):
+            at += 1
+        inside = at < len(self) and self[at].kind != "separator"
+        return at if inside else -1
+
+    def word_before(self, at: int) -> str:
+        """Return the word to the left of a piece, if the next piece there is one."""
+        return self.word_at(self.left(at))
+
+    def word_after(self, at: int) -> str:
+        """Return the word to the right of a piece, if the next piece there is one."""
+        return self.word_at(self.right(at))
+
+    def is_number(self, at: int) -> bool:
+        """Tell whether there is a number."""
+        return at >= 0 and self[at].kind == "number"
+
+    def joint(self, at: int) -> str:
+        """Return what stands between a piece and the one to its left."""
+        start = at
+        while self.is_separator(start - 1):
+            start -= 1
+        return "".join(token.text for token in self[start:at])
+
+    def near(self, at: int) -> int:
+        """Return the piece to the left, in the folder before too: `val/loss=0.12`."""
+        left = self.left(at)
+        slash = at - 1 >= 0 and self[at - 1].text == "/"
+        return self.left(at - 1) if left < 0 and slash else left
+
+    def near_joint(self, at: int) -> str:
+        """Return what stands between a piece and the one that `near` finds."""
+        slash = at - 1 >= 0 and self[at - 1].text == "/"
+        return "/" if slash else self.joint(at)
+
+    def part(self, depth: int) -> Iterator[Token]:
+        """Yield the pieces of one part of the path."""
+        return (token for token in self if token.depth == depth)

@@ -1,0 +1,150 @@
+"""The order of checkpoints, and the numbers by which the user tells them apart.
+
+What the files record goes before what their names say, and one source counts for all
+of them where it can: frameworks count epochs from 0 in one place and from 1 in another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swa_avg.checkpoints import Name, Number, StateDict, names, words
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A checkpoint and what its name says.
+
+    Attributes:
+        state: Its state_dict.
+        name: What its name says.
+    """
+
+    state: StateDict
+    name: Name
+
+    @property
+    def path(self) -> Path:
+        """Its path, as the user named it."""
+        return self.name.path
+
+    @property
+    def recorded(self) -> tuple[Number | None, Number | None]:
+        """The epoch and the step that it records."""
+        return self.state.epoch, self.state.step
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it or its name says anything of its place in the run."""
+        return self.name.is_placed or self.recorded != (None, None)
+
+
+def members(states: Sequence[StateDict]) -> list[Member]:
+    """Read the names of checkpoints."""
+    read = names.read_all([state.checkpoint.path for state in states])
+    return [Member(state, name) for state, name in zip(states, read, strict=True)]
+
+
+def ordered(given: Sequence[Member]) -> list[Member]:
+    """Put checkpoints into the order of the run.
+
+    Those that say nothing of their place come first, and the last one (`last.pt`,
+    `model_final.pth`) comes last.
+    """
+    natural_order = sorted(given, key=lambda member: natural(member.path))
+    placed = [member for member in natural_order if member.is_placed]
+    others = [member for member in natural_order if not member.is_placed]
+    if placed:
+        keys = list(zip(*_keys(placed), strict=True))
+        numbered = sorted(range(len(placed)), key=lambda number: keys[number])
+        placed = [placed[number] for number in numbered]
+        last = [member for member in others if member.name.role in words.LATEST]
+        first = [member for member in others if member.name.role not in words.LATEST]
+        return [*first, *placed, *last]
+    return others
+
+
+def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
+    """Return by what checkpoints are sorted: the first differing one decides."""
+    recorded = [
+        numbers
+        for numbers in (
+            [member.state.epoch for member in placed],
+            [member.state.step for member in placed],
+        )
+        if _is_complete(numbers)
+    ]
+    kinds = list(_NAMED)
+    # Where several numbers run (a date and a time), natural order alone is that of all of them.
+    if len({member.name.shape for member in placed}) < len({m.name.series for m in placed}):
+        kinds.remove("number")
+    named = [[_NAMED[kind](member) for member in placed] for kind in kinds]
+    if not recorded:
+        named = [_either(placed, kind) for kind in kinds]
+    return [
+        *recorded,
+        *(numbers for numbers in named if _is_complete(numbers)),
+        [member.name.version for member in placed],
+        [natural(member.path) for member in placed],
+    ]
+
+
+_NAMED: dict[str, Callable[[Member], Number | None]] = {
+    "epoch": lambda member: member.name.epoch,
+    "step": lambda member: member.name.step,
+    "count": lambda member: member.name.count,
+    "number": lambda member: member.name.number,
+}
+_RECORDED: dict[str, Callable[[Member], Number | None]] = {
+    "epoch": lambda member: member.state.epoch,
+    "step": lambda member: member.state.step,
+}
+
+
+def _either(given: Sequence[Member], kind: str) -> list[Number | None]:
+    """Return the number of each checkpoint: all recorded, all named, or as each has it."""
+    named = [_NAMED[kind](member) for member in given]
+    recorded = [_RECORDED[kind](member) if kind in _RECORDED else None for member in given]
+    if _is_complete(recorded) or _is_complete(named):
+        return recorded if _is_complete(recorded) else named
+    return [one if one is not None else other for one, other in zip(recorded, named, strict=True)]
+
+
+def _is_complete(numbers: Sequence[Number | None]) -> bool:
+    return all(number is not None for number in numbers)
+
+
+def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
+    """Return by which numbers the user tells checkpoints apart, and the number of each.
+
+    Epochs, if they or their names say them; else steps; else the number in the name. A
+    measure that all have goes before one that some have.
+    """
+    measures = [
+        ("epoch", _either(given, "epoch")),
+        ("step", _either(given, "step")),
+        ("number in the name", [_number(member.name) for member in given]),
+    ]
+    lacking = [sum(number is None for number in numbers) for _, numbers in measures]
+    return measures[lacking.index(min(lacking))]
+
+
+def _number(name: Name) -> Number | None:
+    return next(
+        (n for n in (name.number, name.count, name.step, name.epoch) if n is not None), None
+    )
+
+
+def natural(path: Path) -> tuple[tuple[int, int, str], ...]:
+    """Return a sorting key that puts epoch_2 before epoch_10.
+
+    Digits sort as numbers, and before letters.
+    """
+    return tuple(
+        (0, int(part), part) if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", str(path))
+        if part
+    )

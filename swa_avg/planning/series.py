@@ -1,0 +1,238 @@
+"""What a set of checkpoints is: one run, or what must not be averaged together.
+
+Parts of one model, averages that another tool made beside the checkpoints, and several
+series of names each get an answer: refused, left out, or said. Which words say so is
+in `names`; the order of the checkpoints is in `order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from glob import escape
+from itertools import combinations
+from shlex import quote
+from typing import Any, TypeVar
+
+from swa_avg.checkpoints import provenance
+from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
+from swa_avg.planning.inputs import exclusion
+from swa_avg.planning.order import Member
+from swa_avg.storage import is_remote
+
+_Key = TypeVar("_Key")
+_INDEX = "*.index.json"
+
+
+def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
+    """Leave out averages among checkpoints, and note which they are.
+
+    Ours say so themselves, torch's AveragedModel has a counter, and of those of other
+    tools the name says it. Where all inputs are such, they are the checkpoints: but for
+    ours, which weigh as much as what they were made from.
+
+    Raises:
+        SelectionError: Nothing but averages of ours was given.
+    """
+    ours = [member for member in given if provenance.of(member.state.checkpoint)]
+    if ours and len(ours) == len(given):
+        raise SelectionError(
+            "is an average already, and nothing else was given",
+            file=ours[0].path,
+            remedy="To add checkpoints to it, or to write it anew, give it with --start-from",
+        )
+    notes += [
+        f"{member.path}: is an average already; left out (--start-from takes it)" for member in ours
+    ]
+    rest = [member for member in given if member not in ours]
+    averages = [member for member in rest if _is_average(member)]
+    if averages and not _are_checkpoints(averages, rest):
+        one = len(averages) == 1
+        notes.append(
+            f"left out, as {'an average' if one else 'averages'} among checkpoints: "
+            f"{listed([str(member.path) for member in averages])}; "
+            f"to average {'it' if one else 'them'}, give nothing else"
+        )
+        rest = [member for member in rest if member not in averages]
+    return rest
+
+
+def _are_checkpoints(averages: Sequence[Member], given: Sequence[Member]) -> bool:
+    """Tell whether what says that it is an average is what was given: nothing but a best or last.
+
+    A run may be called so: swa_run_epoch_1.pt to swa_run_epoch_9.pt, and best.pt.
+    """
+    others = [member for member in given if member not in averages]
+    loose = all(member.name.role and not member.is_placed for member in others)
+    placed = [member for member in averages if member.name.is_placed]
+    return not others or (loose and len(placed) > 1 and len(placed) == len(averages))
+
+
+def _is_average(member: Member) -> bool:
+    return member.state.counter is not None or bool(member.name.average)
+
+
+def refuse_parts(given: Sequence[Member]) -> None:
+    """Refuse parts of one model: a rank has no mean with another.
+
+    Raises:
+        MismatchError: Two inputs are different parts.
+    """
+    for group in _grouped(given, lambda member: member.name.whole).values():
+        parts = _grouped(group, lambda member: member.name.parts)
+        if len(parts) < 2:
+            continue
+        (this, *_), (other, *_) = list(parts.values())[:2]
+        raise _disagreement(
+            f"holds {_of_parts(this)} of a model, and {other.path} {_of_parts(other)}",
+            file=this.path,
+            expected="whole checkpoints, or the same part of each",
+            remedy=_for_parts(parts),
+        )
+
+
+def _of_parts(member: Member) -> str:
+    parts = (f"{label} {number}" for label, number in member.name.parts)
+    return ", ".join(parts) or "no part"
+
+
+def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
+    """Say what to do about parts: give a folder, a part by itself, or merge them."""
+    every = [member for group in parts.values() for member in group]
+    folders = [] if any(is_remote(m.path) for m in every) else [m.path.parent for m in every]
+    folders = list(dict.fromkeys(folders))
+    if folders and all(any(folder.glob(_INDEX)) for folder in folders):
+        return f"Give {' '.join(quote(str(folder)) for folder in folders[:8])} instead"
+    several = [group for group in parts.values() if len(group) > 1 and group[0].name.parts]
+    if several:
+        name = several[0][0].name
+        pattern = escape(str(name.path).removesuffix(name.text)) + name.part_pattern
+        matching = [member for member in every if fnmatchcase(str(member.path), pattern)]
+        if matching == list(several[0]):
+            return f"Average each part by itself, as in {quote(pattern)}"
+    return "Merge them into one file first, with the framework that wrote them"
+
+
+def refuse_mixed(given: Sequence[Member]) -> None:
+    """Refuse series that cannot be of one run.
+
+    Two series cannot that have several places of the run in common, or whose tensors
+    have no name in common.
+
+    Raises:
+        MismatchError: There are such series.
+    """
+    series = _series(given)
+    if len(series) < 2 or all(len(group) == 1 for group in series.values()):
+        return
+    largest = max(series.values(), key=len)
+    for group in series.values():
+        if group is not largest and not (
+            group[0].state.views.keys() & largest[0].state.views.keys()
+        ):
+            raise _disagreement(
+                f"has no tensor in common with {largest[0].path}",
+                file=group[0].path,
+                expected="checkpoints of one model",
+                remedy=_leaving_out(group, given),
+            )
+    for one, other in combinations(series.values(), 2):
+        places = _places(one) & _places(other)
+        if len(places) > 1:
+            option = _leaving_out(other, given)
+            merge = "averages of several runs are merged with --start-from"
+            raise _disagreement(
+                f"has {len(places)} epochs or steps in common with {one[0].path} and those like it",
+                file=other[0].path,
+                expected="checkpoints of one run",
+                remedy=f"{option}; {merge}" if option else merge.capitalize(),
+            )
+
+
+def _disagreement(found: str, **where: Any) -> MismatchError:
+    return MismatchError([SwaAvgError(found, **where)])
+
+
+def _leaving_out(group: Sequence[Member], given: Sequence[Member]) -> str:
+    """Return a remedy that leaves out a group of checkpoints and no other, if there is one."""
+    rest = [member.path for member in given if member not in group]
+    option = exclusion([member.path for member in group], rest)
+    return f"{option} leaves {'it' if len(group) == 1 else 'them'} out" if option else ""
+
+
+def _places(group: Sequence[Member]) -> set[object]:
+    """Return the places of a series in the run: as recorded, else as its names say.
+
+    What all of a series record alike is no place: many scripts record a constant.
+    """
+    recorded = {member.recorded for member in group}
+    if len(recorded) > 1:
+        return {("recorded", place) for place in recorded - {(None, None)}}
+    return {("named", member.name.place) for member in group if member.name.is_placed}
+
+
+def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield what the user should know of the checkpoints that are averaged together."""
+    yield from _on_series(chosen)
+    yield from _on_places(chosen)
+    placed = [member for member in chosen if member.is_placed]
+    if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
+        yield (
+            "neither the checkpoints nor their names tell the order of the run; "
+            f"{chosen[-1].path} counts as the last"
+        )
+
+
+def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
+    series = _series(chosen)
+    if len(series) < 2 or not any(
+        len(group) > 1 or group[0].is_placed for group in series.values()
+    ):
+        return
+    said = [_described(group) for group in series.values()]
+    smallest = min(series.values(), key=len)
+    option = _leaving_out(smallest, chosen)
+    yield f"averaged together: {listed(said, 5)}" + (f"; {option}" if option else "")
+
+
+def _described(group: Sequence[Member]) -> str:
+    if len(group) == 1:
+        return str(group[0].path)
+    return f"{group[0].path} and {len(group) - 1} more like it"
+
+
+def _on_places(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield which checkpoints record the same step, or have the same place in their names."""
+    for (_, said, _), group in _grouped(chosen, _own_place).items():
+        if said and len(group) > 1:
+            *paths, last = [str(member.path) for member in group]
+            yield f"{listed(paths)} and {last} {said}, with different weights"
+
+
+def _own_place(member: Member) -> tuple[object, str, object]:
+    """Return what no two checkpoints of a run have in common, and how to say that two have."""
+    epoch, step = member.recorded
+    if step is not None:
+        return "step", f"record the same step, {step}", step
+    if epoch is not None and member.name.step is None:
+        return "epoch", f"record the same epoch, {epoch}", epoch
+    if epoch is None and member.name.is_placed:
+        return member.name.series, "have the same numbers in their names", member.name.place
+    return id(member), "", None
+
+
+def _series(given: Sequence[Member]) -> Mapping[str, list[Member]]:
+    """Group checkpoints by their series; names in which several numbers run are one."""
+    series = _grouped(given, lambda member: member.name.series)
+    alone = all(len(group) == 1 for group in series.values())
+    places = {member.name.place for member in given}
+    if alone and len(places) == len(given) and len({member.name.shape for member in given}) == 1:
+        return {"": list(given)}
+    return series
+
+
+def _grouped(given: Sequence[Member], key: Callable[[Member], _Key]) -> dict[_Key, list[Member]]:
+    groups: dict[_Key, list[Member]] = {}
+    for member in given:
+        groups.setdefault(key(member), []).append(member)
+    return groups

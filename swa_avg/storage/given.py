@@ -1,0 +1,103 @@
+"""Paths as the user wrote them, which keep their meaning when the current folder changes.
+
+`str()` of one is what was written, for messages and reports; `os.fspath()`, which every
+system call asks, is absolute.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_Plain: Any = type(Path())
+
+
+class GivenPath(_Plain):  # type: ignore[misc]
+    """A path that means what it meant when it was made.
+
+    What is derived from it (its parent, a file in it, a match of a pattern) means the
+    same folder too.
+    """
+
+    _folder: str = ""
+
+    @classmethod
+    def of(cls, text: str | os.PathLike[str], folder: str | None = None) -> Path:
+        """Return a path as it is written; a relative one begins in `folder`.
+
+        Args:
+            text: The path.
+            folder: By default the current folder.
+        """
+        made = cls(text)
+        made._folder = _current() if folder is None else folder
+        return made
+
+    def _like(self, path: Any) -> Any:
+        return GivenPath.of(str(path), self._folder)
+
+    def __fspath__(self) -> str:
+        return os.path.join(self._folder, str(self))  # noqa: PTH118 - a Path has no folder
+
+    def __truediv__(self, key: Any) -> Any:
+        return self._like(_Plain(str(self)) / key)
+
+    def __rtruediv__(self, key: Any) -> Any:
+        return self._like(_Plain(key) / str(self))
+
+    def __reduce__(self) -> Any:
+        return _restored, (str(self), self._folder)
+
+    @property
+    def parent(self) -> Any:
+        """The folder that it is in."""
+        return self._like(_Plain(str(self)).parent)
+
+    def joinpath(self, *others: Any) -> Any:
+        """Return a path below this one."""
+        return self._like(_Plain(str(self)).joinpath(*others))
+
+    def with_name(self, name: str) -> Any:
+        """Return it with another name."""
+        return self._like(_Plain(str(self)).with_name(name))
+
+    def with_suffix(self, suffix: str) -> Any:
+        """Return it with another suffix."""
+        return self._like(_Plain(str(self)).with_suffix(suffix))
+
+    def absolute(self) -> Any:
+        """Return it without relation to a current folder."""
+        return _Plain(os.fspath(self))
+
+    def resolve(self, strict: bool = False) -> Any:
+        """Return it without links and relation to a current folder."""
+        return _Plain(os.path.realpath(self, strict=strict))
+
+    def iterdir(self) -> Iterator[Any]:
+        """Yield what is in the folder."""
+        return (self / name for name in os.listdir(self))  # noqa: PTH208 - Path's own needs this
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+        """Yield what matches in the folder."""
+        return self._found(self.absolute().glob(pattern))
+
+    def rglob(self, pattern: str) -> Iterator[Any]:
+        """Yield what matches in the folder, however deep."""
+        return self._found(self.absolute().rglob(pattern))
+
+    def _found(self, paths: Iterator[Any]) -> Iterator[Any]:
+        whole = self.absolute()
+        return (self / path.relative_to(whole) for path in paths)
+
+
+def _current() -> str:
+    try:
+        return os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:  # the current folder was deleted
+        return ""
+
+
+def _restored(text: str, folder: str) -> Path:
+    return GivenPath.of(text, folder)

@@ -1,0 +1,362 @@
+"""The table of `swa_avg/guide/frameworks.md`: each command is run, and its output loaded.
+
+Where a framework is installed, it writes the files and loads the output; else both are done
+as its source does them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from command import run
+from torch import nn
+
+import swa_avg
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the frameworks, not ours
+    pytest.mark.frameworks,
+]
+State = dict[str, torch.Tensor]
+# Writes checkpoints, and returns what the loader takes from the output and the states averaged.
+Row = Callable[[Path], Callable[[], tuple[State, list[State]]]]
+GUIDE = Path(swa_avg.__file__).parent / "guide" / "frameworks.md"
+COMMANDS = {
+    cells[1].strip(): cells[3].strip().strip("`")
+    for line in GUIDE.read_text(encoding="utf-8").splitlines()
+    if len(cells := line.split("|")) == 6 and "`swa-avg" in cells[3]
+}
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str) -> Callable[[Row], Row]:
+    return lambda function: ROWS.setdefault(name, function)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+RAW = [dict(network(n).state_dict()) for n in range(3)]
+EMA = [dict(network(n + 10).state_dict()) for n in range(3)]
+
+
+def under(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_of_the_table(name: str, tmp_path: Path) -> None:
+    """The command of the table writes what the framework's loader takes for the mean."""
+    loaded = ROWS[name](tmp_path)
+    ended = run(tmp_path, *shlex.split(COMMANDS[name])[1:])
+    assert ended.returncode == 0, ended.stderr
+    found, states = loaded()
+    assert len(states) > 1
+    for key in states[0]:
+        if states[0][key].is_floating_point():
+            expected = torch.stack([state[key].double() for state in states]).mean(0)
+            torch.testing.assert_close(found[key].double(), expected, rtol=1e-3, atol=1e-6)
+    assert any(not torch.equal(found[key], states[-1][key]) for key in states[0])
+
+
+def test_each_row_has_its_test() -> None:
+    """No command stands in the table that is not run, and none is run that does not."""
+    assert set(ROWS) == set(COMMANDS)
+    assert len(COMMANDS) >= 12
+
+
+# By the frameworks themselves -----------------------------------------------------------------
+
+
+def train_with_lightning(folder: Path, *callbacks: Any) -> tuple[Any, list[Path]]:
+    lightning = pytest.importorskip("lightning")
+
+    class Net(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, width: int = 2) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Linear(3, width)
+
+        def training_step(self, batch: Any, number: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(batch).square().mean()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.3)
+
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    lightning.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+        callbacks=[ModelCheckpoint(folder / "ckpts", save_top_k=-1), *callbacks],
+    ).fit(Net(width=5), torch.utils.data.DataLoader(torch.rand(8, 3), batch_size=4))  # fmt: skip
+    return Net, sorted((folder / "ckpts").glob("*.ckpt"))
+
+
+def of_lightning(folder: Path, *callbacks: Any) -> Callable[[], tuple[State, list[State]]]:
+    net, files = train_with_lightning(folder, *callbacks)
+
+    def loaded() -> tuple[State, list[State]]:
+        made = net.load_from_checkpoint(folder / "swa.ckpt", weights_only=False)
+        assert made.hparams["width"] == 5
+        return made.state_dict(), [load(file)["state_dict"] for file in files]
+
+    return loaded
+
+
+@row("Lightning ✓")
+def _(folder: Path) -> Any:
+    return of_lightning(folder)
+
+
+@row("Lightning, `WeightAveraging` or `EMAWeightAveraging` ✓")
+def _(folder: Path) -> Any:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    return of_lightning(folder, callbacks.EMAWeightAveraging(decay=0.5))
+
+
+def of_mmengine(folder: Path, hooks: list[Any]) -> Any:
+    pytest.importorskip("mmengine")
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner, load_checkpoint
+
+    class Small(BaseModel):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, batch: torch.Tensor, mode: str = "loss") -> Any:
+            return {"loss": self.net(batch).square().mean()}
+
+        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
+            loss = self(torch.stack(list(data)))["loss"]
+            optim_wrapper.update_params(loss)
+            return {"loss": loss.detach()}
+
+    work_dir = folder / "work_dir"
+    Runner(
+        model=Small(),
+        work_dir=str(work_dir),
+        train_dataloader={
+            "dataset": list(torch.rand(8, 3)),
+            "batch_size": 4,
+            "num_workers": 0,
+            "sampler": {"type": "DefaultSampler", "shuffle": False},
+        },
+        train_cfg={"by_epoch": True, "max_epochs": 3},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.3}},
+        custom_hooks=hooks,
+        default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+        experiment_name=f"guide{len(hooks)}",
+    ).train()
+
+    def loaded() -> tuple[State, list[State]]:
+        model = Small()
+        load_checkpoint(model, str(folder / "swa.pth"))
+        states = [load(work_dir / f"epoch_{n}.pth")["state_dict"] for n in (1, 2, 3)]
+        return model.state_dict(), states
+
+    return loaded
+
+
+@row("mmengine ✓")
+def _(folder: Path) -> Any:
+    return of_mmengine(folder, [])
+
+
+@row("mmengine, `EMAHook` ✓")
+def _(folder: Path) -> Any:
+    return of_mmengine(folder, [{"type": "EMAHook", "momentum": 0.5}])
+
+
+def gpt(seed: int) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=32, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
+@row("transformers ✓")
+def _(folder: Path) -> Any:
+    models = [gpt(n) for n in range(3)]
+    for n, model in enumerate(models):
+        model.save_pretrained(folder / f"run/checkpoint-{n}")
+    kind, states = type(models[0]), [model.state_dict() for model in models]
+    return lambda: (kind.from_pretrained(folder / "swa").state_dict(), states)
+
+
+@row("PEFT ✓")
+def _(folder: Path) -> Any:
+    peft = pytest.importorskip("peft")
+    states = []
+    for n in range(3):
+        torch.manual_seed(n)
+        config = peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+        adapted = peft.get_peft_model(gpt(n), config)
+        adapted.save_pretrained(folder / f"run/checkpoint-{n}")
+        states.append(peft.get_peft_model_state_dict(adapted))
+
+    def loaded() -> tuple[State, list[State]]:
+        made = peft.PeftModel.from_pretrained(gpt(0), folder / "swa")
+        return peft.get_peft_model_state_dict(made), states
+
+    return loaded
+
+
+@row("accelerate ✓")
+def _(folder: Path) -> Any:
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    for n in range(3):
+        model = network(n)
+        accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.save_state(str(folder / f"run/checkpoint_{n}"))
+        accelerator._models.clear()
+        accelerator._optimizers.clear()
+
+    def loaded() -> tuple[State, list[State]]:
+        fresh = network(9)
+        fresh, _ = accelerator.prepare(fresh, torch.optim.SGD(fresh.parameters(), lr=0.1))
+        accelerator.load_state(str(folder / "swa"))
+        return fresh.state_dict(), RAW
+
+    return loaded
+
+
+@row("Ignite ✓")
+def _(folder: Path) -> Any:
+    handlers = pytest.importorskip("ignite.handlers")
+    from ignite.engine import Engine
+
+    engine = Engine(lambda engine, batch: None)
+    for n in range(3):
+        engine.state.epoch, engine.state.iteration = n, n
+        objects = {"model": network(n), "trainer": engine}
+        saver = handlers.DiskSaver(folder / "run", require_empty=False)
+        handlers.Checkpoint(objects, saver, n_saved=None)(engine)
+
+    def loaded() -> tuple[State, list[State]]:
+        model = network(9)
+        handlers.Checkpoint.load_objects({"model": model}, load(folder / "swa.pt"))
+        return dict(model.state_dict()), RAW
+
+    return loaded
+
+
+def of_dcp(folder: Path, pattern: str, where: str, beside: Callable[[State], State]) -> Any:
+    for n, state in enumerate(RAW):
+        saved = {where: dict(state)} if where else dict(state)
+        dcp.save(saved | beside(state), checkpoint_id=folder / "run" / pattern.format(n))
+
+    def loaded() -> tuple[State, list[State]]:
+        inner = {name: torch.empty_like(value) for name, value in RAW[0].items()}
+        target: Any = {where: inner} if where else inner
+        dcp.load(target, checkpoint_id=folder / "swa")
+        return inner, RAW
+
+    return loaded
+
+
+@row("`torch.distributed.checkpoint` (torchtitan, OLMo-core) ✓")
+def _(folder: Path) -> Any:
+    return of_dcp(folder, "step-{}", "model", lambda state: {"optim": under("exp_avg.", state)})
+
+
+@row("Megatron-core")
+def _(folder: Path) -> Any:
+    prefix = "chained_0.optimizer.state.exp_avg."
+    return of_dcp(folder, "iter_000{}", "", lambda state: under(prefix, state))
+
+
+@row("ema_pytorch ✓")
+def _(folder: Path) -> Any:
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    (folder / "run").mkdir()
+    for n in range(3):
+        ema = ema_pytorch.EMA(network(n))
+        ema.ema_model.load_state_dict(EMA[n])
+        torch.save(ema.state_dict(), folder / f"run/step-{n}.pt")
+
+    def loaded() -> tuple[State, list[State]]:
+        model = network(9)
+        model.load_state_dict(load(folder / "swa.pt"), strict=True)
+        return dict(model.state_dict()), EMA
+
+    return loaded
+
+
+# By hand --------------------------------------------------------------------------------------
+
+
+def by_hand(
+    name: str, make: Callable[[int], Any], take: Callable[[Any], State], states: list[State]
+) -> None:
+    """A row whose files are written as the framework does, and whose output is read so."""
+
+    def write(folder: Path) -> Any:
+        words = shlex.split(COMMANDS[name])
+        pattern, output = words[1], words[words.index("-o") + 1]
+        for n in range(3):
+            path = folder / pattern.replace("*", str(n))
+            path.parent.mkdir(exist_ok=True)
+            torch.save(make(n), path)
+        return lambda: (take(load(folder / output)), states)
+
+    ROWS[name] = write
+
+
+by_hand(
+    "timm",
+    lambda n: {"epoch": n, "state_dict": RAW[n], "state_dict_ema": EMA[n], "metric": 1.0},
+    # timm/models/_helpers.py load_state_dict, use_ema=True
+    lambda file: file.get("state_dict_ema") or file["state_dict"],
+    EMA,
+)
+by_hand(
+    "torchvision's references",
+    lambda n: {"model": RAW[n], "epoch": n, "optimizer": {}, "lr_scheduler": {},
+               "model_ema": under("module.", EMA[n]) | {"n_averaged": torch.tensor(4)}},
+    lambda file: file["model"],  # references/classification/train.py
+    RAW,
+)  # fmt: skip
+by_hand(
+    "YOLO",
+    lambda n: {"epoch": n, "best_fitness": 0.1, "model": None,
+               "ema": nn.Sequential(*network(n + 10)).half(), "updates": 9, "train_args": {}},
+    # ultralytics/nn/tasks.py load_checkpoint
+    lambda file: dict((file.get("ema") or file["model"]).float().state_dict()),
+    [dict(network(n + 10).half().state_dict()) for n in range(3)],
+)  # fmt: skip
+by_hand(
+    "fairseq",
+    lambda n: {"cfg": {}, "model": RAW[n], "extra_state": {"train_iterator": {"epoch": n}},
+               "last_optimizer_state": {"state": {}, "param_groups": []}},
+    lambda file: file["model"],  # fairseq/checkpoint_utils.py load_model_ensemble_and_task
+    RAW,
+)  # fmt: skip
+by_hand(
+    "icefall",
+    lambda n: {"model": RAW[n], "model_avg": EMA[n], "batch_idx_train": 100 * (n + 1)},
+    lambda file: file["model"],  # icefall/checkpoint.py load_checkpoint
+    RAW,
+)
+by_hand(
+    "Stable Diffusion (ldm)",
+    lambda n: {"pytorch-lightning_version": "1.4", "epoch": n, "state_dict":
+               under("model.net.", RAW[n]) | {"model_ema.decay": torch.tensor(0.9)}
+               | {f"model_ema.net{k.replace('.', '')}": v for k, v in EMA[n].items()}},
+    lambda file: {name.removeprefix("model.net."): value for name, value in file.items()},
+    EMA,
+)  # fmt: skip

@@ -1,0 +1,571 @@
+"""CASES.md part B: which files are checkpoints of this run. Each test runs the command.
+
+Every remedy that a line prints is followed by the test that asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import averaged, fails, run
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+# The numbers in names that are not literally in a pattern for them.
+NUMBERS = re.compile(r"(?<=[_f])[0-9]+(?!_model)")
+ADAM = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
+def weights(value: float) -> dict[str, torch.Tensor]:
+    return {"a.weight": torch.full((2, 3), float(value)), "a.bias": torch.tensor([float(value)])}
+
+
+def save(folder: Path, files: Mapping[str, Any]) -> None:
+    """Save weights of a value, or a tree, under each name."""
+    for name, what in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(what if isinstance(what, dict | list | nn.Module) else weights(what), path)
+
+
+def save_model(folder: Path, value: float, name: str = "model.safetensors") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights(value), folder / name, {"format": "pt"})
+
+
+def mean(folder: Path, *arguments: str) -> tuple[float, tuple[str, ...]]:
+    """Average, and return the mean of the weights and the notes."""
+    done = averaged(folder, *arguments, "--force")
+    return done.tensors["a.weight"][0, 0].item(), done.notes
+
+
+def order(folder: Path, *arguments: str) -> list[str]:
+    """Return the checkpoints that would be averaged, in their order."""
+    ended = run(folder, *arguments, "--dry-run", "--json")
+    assert ended.returncode == 0, ended.stderr
+    return [source["path"] for source in json.loads(ended.stdout)["inputs"]]
+
+
+def options(line: str) -> list[str]:
+    """Return the `--exclude` options that a line tells to add."""
+    found = re.findall(r"--exclude ('[^']*'|[^\s';]+)", line)
+    assert found, line
+    return [word for pattern in found for word in ("--exclude", *shlex.split(pattern))]
+
+
+def saying(notes: Sequence[str], *parts: str) -> str:
+    """Return the one note that says all this."""
+    found = [note for note in notes if all(part in note for part in parts)]
+    assert len(found) == 1, (parts, notes)
+    return found[0]
+
+
+# Parts of one model -----------------------------------------------------------------------------
+
+# Of each: the parts of one step, and the name of a part at another step.
+PARTS = {
+    "FSDP scripts": ("model.rank_{part}.pth", "step_{step}"),
+    "verl": ("model_world_size_2_rank_{part}.pt", "global_step_{step}"),
+    "fairseq": ("checkpoint_last-shard{part}.pt", "{step}"),
+    "metaseq": ("checkpoint_1_50-model_part-{part}-shard0.pt", "checkpoint-{step}"),
+    "Llama": ("consolidated.0{part}.pth", "step-{step}"),
+    "Megatron": ("mp_rank_0{part}/model_optim_rng.pt", "iter_000{step}"),
+    "Megatron, pipeline": ("mp_rank_00_00{part}/model_rng.pt", "iter_000{step}"),
+    "NeMo": ("tp_rank_0{part}_pp_rank_000/model_weights.ckpt", "epoch={step}"),
+    "DeepSpeed": ("mp_rank_0{part}_model_states.pt", "global_step{step}"),
+    "DeepSpeed, experts": ("layer_0_expert_{part}_mp_rank_00_model_states.pt", "global_step{step}"),
+    "Megatron-DeepSpeed": ("layer_0{part}-model_00-model_states.pt", "global_step{step}"),
+    "Composer": ("ep1-ba{step}-rank{part}.pt", ""),
+    "accelerators": ("gpu{part}/epoch_{step}.pt", ""),
+    "N of M": ("model-0000{part}-of-00002.bin", "checkpoint-{step}"),
+}
+
+
+@pytest.mark.parametrize("layout", PARTS.values(), ids=PARTS)
+def test_b_parts_of_one_model(layout: tuple[str, str], tmp_path: Path) -> None:
+    """Two parts are never averaged; one part by itself over several steps is, as the line says."""
+    file, folder = layout
+    names = {
+        (step, part): Path(folder.format(step=step), file.format(part=part, step=step)).as_posix()
+        for step in (1, 2)
+        for part in (1, 2)
+    }
+    save(tmp_path, {name: 10 * step + part for (step, part), name in names.items()})
+    line = fails(tmp_path, *names.values())
+    assert " of a model, and " in line, line
+    pattern = re.search(r"as in (.*?)\.$", line)
+    assert pattern, line
+    assert mean(tmp_path, *shlex.split(pattern[1]))[0] == 16
+
+
+def test_b_parts_of_one_step(tmp_path: Path) -> None:
+    """All parts of one step, parts of different steps, a part and the whole: no pair of them."""
+    save(tmp_path / "run", {"model.pt": 1, "model_rank1.pt": 2})
+    save(tmp_path, {"step_1/rank_0.pt": 1, "step_1/rank_1.pt": 2, "step_2/rank_1.pt": 3})
+    assert "Merge them into one file" in fails(tmp_path, "step_1/rank_0.pt", "step_1/rank_1.pt")
+    assert "Merge them into one file" in fails(tmp_path, "step_1/rank_0.pt", "step_2/rank_1.pt")
+    assert "Merge them into one file" in fails(tmp_path, "run")
+    assert mean(tmp_path, "step_1/rank_1.pt", "step_2/rank_1.pt")[0] == 2.5
+
+
+def test_b_parts_with_an_index(tmp_path: Path) -> None:
+    """Shards that an index names are given as their folder, as the line says."""
+    for step in (1, 2):
+        home = tmp_path / f"checkpoint-{step}"
+        for part, name in enumerate(weights(0), 1):
+            save_file({name: weights(step)[name]}, _made(home) / f"model-{part}-of-2.safetensors")
+        index = {
+            "weight_map": {n: f"model-{p}-of-2.safetensors" for p, n in enumerate(weights(0), 1)}
+        }
+        (home / "model.safetensors.index.json").write_text(json.dumps(index))
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors"))
+    line = fails(tmp_path, *files)
+    told = re.search(r"Give (.*?) instead\.$", line)
+    assert told, line
+    assert mean(tmp_path, *shlex.split(told[1]))[0] == 1.5
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+# Averages of other tools ------------------------------------------------------------------------
+
+AVERAGES = (
+    "valid.acc.ave_2best.pth",
+    "valid.loss.ave.pth",
+    "avg_2.pt",
+    "avg5.pt",
+    "swa_model_3.pth",
+    "checkpoint.avg3.pt",
+    "epoch-2-avg-1.pt",
+    "epoch_2_ema.pt",
+    "modelEMA.pt",
+    "ema/epoch_2.pt",
+    "averaged_model.pt",
+    "model.last10.avg.best",
+    "greedy_soup.pt",
+)
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_b_average_among_checkpoints(average: str, tmp_path: Path) -> None:
+    """It is left out and said, and so not among the last."""
+    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, average: 50})
+    value, notes = mean(tmp_path, "epoch_1.pt", "epoch_2.pt", average, "--last", "2")
+    assert value == 1.5
+    assert "give nothing else" in saying(notes, average, "average among checkpoints")
+
+
+def test_b_averages_alone(tmp_path: Path) -> None:
+    """Where all names say that they are averages, these are the checkpoints, as the line says."""
+    save(tmp_path, {f"{run}/{name}": run for name in AVERAGES for run in (50, 70)})
+    for name in AVERAGES[::4]:
+        value, notes = mean(tmp_path, f"50/{name}", f"70/{name}")
+        assert value == 60 and not any("among checkpoints" in note for note in notes)
+    save(tmp_path / "ema", {f"model_ema_{step}.pt": step for step in (1000, 2000)})
+    assert mean(tmp_path, "ema") == (1500, ())
+    # A run that is called so: its last one does not make averages of all others.
+    save(tmp_path / "run", {"swa_run_epoch_1.pt": 1, "swa_run_epoch_2.pt": 2, "last.pt": 6})
+    value, notes = mean(tmp_path, "run")
+    assert value == 3
+    saying(notes, "averaged together", "run/last.pt")
+
+
+def test_b_average_by_its_counter(tmp_path: Path) -> None:
+    """An AveragedModel is one whatever it is called; what says `avg_loss` is none."""
+    model = nn.Module()
+    model.a = nn.Linear(3, 2)
+    kept = AveragedModel(model)
+    kept.update_parameters(model)
+    files = {"avg_loss_0.5_epoch_1.pt": 1, "avgLoss0.4_epoch_2.pt": 2}
+    save(tmp_path, files)
+    torch.save(
+        {k: v if "bias" not in k else v[:1] for k, v in kept.state_dict().items()},
+        tmp_path / "epoch_3.pt",
+    )
+    value, notes = mean(tmp_path, *files, "epoch_3.pt")
+    assert value == 1.5
+    saying(notes, "epoch_3.pt", "an average among checkpoints")
+
+
+# Names ------------------------------------------------------------------------------------------
+
+ORDERS = {
+    "Lightning": ("gpt--val_loss=1.30-step=100.pt", "gpt--val_loss=1.10-step=200.pt"),
+    "Lightning, plain": ("val_loss_0.9-02.ckpt", "val_loss_0.5-10.ckpt"),
+    "unet": ("unet_dice0.95_epoch2.pth", "unet_dice0.91_epoch10.pth"),
+    "letters": ("net-acc0.93-e9-it9000.pt", "net-acc0.83-e10-it5000.pt"),
+    "Keras": ("weights.02-1.23.hdf5", "weights.10-0.93.hdf5"),
+    "Ignite": ("model_9_acc=0.93.pt", "model_10_acc=0.91.pt"),
+    "ESPnet": ("9epoch.pth", "10epoch.pth"),
+    "fairseq": ("checkpoint_1_9000.pt", "checkpoint_2_1000.pt", "checkpoint_2_10000.pt"),
+    "Composer": ("ep0-ba100-rank0.pt", "ep1-ba90-rank0.pt"),
+    "a step in thousands": ("ckpt_900k.pt", "ckpt_1M.pt"),
+    "versions": ("epoch=1.ckpt", "epoch=1-v1.ckpt", "epoch=2.ckpt"),
+    "folders": ("9/model.pt", "10/model.pt"),
+    "best, last": ("best.pt", "iter_9.pth", "iter_10.pth", "last.pt"),
+    "detectron2": ("model_0004999.pth", "model_0009999.pth", "model_final.pth"),
+}
+
+
+@pytest.mark.parametrize("names", ORDERS.values(), ids=ORDERS)
+def test_b_order_by_epoch_and_step_not_by_metric(names: Sequence[str], tmp_path: Path) -> None:
+    """Nothing is recorded inside: the words in the names tell the order, the metric never."""
+    save(tmp_path, {name: number for number, name in enumerate(names)})
+    assert order(tmp_path, *reversed(names)) == list(names)
+    assert order(tmp_path, *names, "--last", "1") == [names[-1]]
+
+
+def test_b_metric_from_names(tmp_path: Path) -> None:
+    """The metric that stands before the position is found by its own name."""
+    names = ["unet_dice0.95_epoch2.pth", "unet_dice0.91_epoch3.pth", "unet_dice0.93_epoch4.pth"]
+    save(tmp_path, {name: number for number, name in enumerate(names)})
+    assert order(tmp_path, *names, "--best", "2", "--metric", "dice") == [names[0], names[2]]
+
+
+def test_b_no_order_is_said(tmp_path: Path) -> None:
+    """Where names bear a metric and nothing else, the order is not known, and that is said."""
+    save(tmp_path, {"acc_0.91.pt": 1, "acc_0.95.pt": 2})
+    _, notes = mean(tmp_path, "acc_0.91.pt", "acc_0.95.pt")
+    saying(notes, "tell the order", "acc_0.95.pt counts as the last")
+
+
+# --epochs ---------------------------------------------------------------------------------------
+
+
+def test_b_epochs_are_what_the_name_calls_so(tmp_path: Path) -> None:
+    """Files record steps, names say epoch: the user means what is called so."""
+    files = {f"epoch_{n}.pt": {"model": weights(n), "global_step": 100 * n} for n in range(1, 11)}
+    save(tmp_path, files)
+    assert order(tmp_path, *files, "--epochs", "7:8") == ["epoch_7.pt", "epoch_8.pt"]
+    # What the file itself calls an epoch goes before its name.
+    for n in range(1, 11):
+        save(tmp_path, {f"epoch_{n}.pt": {"model": weights(n), "epoch": n - 1}})
+    assert order(tmp_path, *files, "--epochs", "7:8") == ["epoch_8.pt", "epoch_9.pt"]
+
+
+def test_b_epochs_by_step_is_said(tmp_path: Path) -> None:
+    """Where nothing says an epoch, steps count, and the user is told."""
+    save(tmp_path, {f"ckpt{n}.pt": {"model": weights(n), "step": 100 * n} for n in (1, 2, 3)})
+    value, notes = mean(tmp_path, "ckpt1.pt", "ckpt2.pt", "ckpt3.pt", "--epochs", "200:")
+    assert value == 2.5
+    saying(notes, "--epochs 200: is by step")
+
+
+# The same step ----------------------------------------------------------------------------------
+
+
+def test_b_same_step_is_said(tmp_path: Path) -> None:
+    """Two inputs that record one step and differ are named; equal ones are counted once."""
+    save(
+        tmp_path,
+        {
+            "a_1.pt": {"model": weights(1), "global_step": 10},
+            "b_1.pt": {"model": weights(2), "global_step": 10},
+            "a_2.pt": {"model": weights(3), "global_step": 20},
+            "copy_2.pt": {"model": weights(3), "global_step": 20},
+        },
+    )
+    _, notes = mean(tmp_path, "a_1.pt", "b_1.pt", "a_2.pt", "copy_2.pt")
+    saying(notes, "a_1.pt and b_1.pt record the same step, 10, with different weights")
+    saying(notes, "copy_2.pt", "counted once")
+
+
+def test_b_same_place_by_name_is_said(tmp_path: Path) -> None:
+    """Lightning's `-v1` is another file of the same epoch."""
+    save(tmp_path, {"epoch=1.ckpt": 1, "epoch=1-v1.ckpt": 2})
+    _, notes = mean(tmp_path, "epoch=1.ckpt", "epoch=1-v1.ckpt")
+    saying(notes, "epoch=1.ckpt and epoch=1-v1.ckpt have the same numbers in their names")
+
+
+# Series -----------------------------------------------------------------------------------------
+
+
+def test_b_two_series_of_one_run_are_refused(tmp_path: Path) -> None:
+    """CycleGAN's two generators fit together and are two models; each by itself is right."""
+    for n in (1, 2, 3):
+        save(tmp_path / "run", {f"netG_A_{n}.pth": n, f"netG_B_{n}.pth": 10 * n})
+    line = fails(tmp_path, "run")
+    assert "has 3 epochs or steps in common with run/netG_A_1.pth" in line
+    assert mean(tmp_path, "run", *options(line))[0] == 2
+    for n in (1, 2, 3):
+        save(tmp_path, {f"seed_1/epoch_{n}.pt": n, f"seed_2/epoch_{n}.pt": 10 * n})
+    line = fails(tmp_path, "seed_1", "seed_2")
+    assert mean(tmp_path, "seed_1", "seed_2", *options(line))[0] == 2
+    # Averages of several runs are merged, as the line says.
+    averaged(tmp_path, "seed_1", out="one.pt")
+    averaged(tmp_path, "seed_2", out="two.pt")
+    assert "--start-from" in line
+    assert mean(tmp_path, "--start-from", "one.pt", "--start-from", "two.pt")[0] == 11
+
+
+def test_b_recorded_steps_tell_runs_apart(tmp_path: Path) -> None:
+    """Names that begin anew after a restart are one run where the recorded steps go on."""
+    for n in (1, 2, 3):
+        for part, steps in (("first", n), ("second", 3 + n)):
+            tree = {"model": weights(steps), "global_step": steps}
+            save(tmp_path, {f"{part}/epoch_{n}.pt": tree})
+            save(tmp_path, {f"{part}/constant_{n}.pt": tree | {"global_step": 0}})
+    files = [f"{part}/epoch_{n}.pt" for part in ("first", "second") for n in (1, 2, 3)]
+    assert order(tmp_path, *reversed(files)) == files
+    constant = [file.replace("epoch", "constant") for file in files]
+    assert "has 3 epochs or steps in common" in fails(tmp_path, *constant)
+
+
+def test_b_two_series_are_said(tmp_path: Path) -> None:
+    """What is called otherwise and is no copy is averaged and said; the option leaves it out."""
+    save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2, "epoch_3.pt": 3, "best.pt": 10})
+    value, notes = mean(tmp_path, "run")
+    assert value == 4
+    note = saying(notes, "averaged together", "run/best.pt")
+    assert mean(tmp_path, "run", *options(note)) == (2, ())
+    # A soup of one checkpoint of each run is one too.
+    save(tmp_path, {"a/epoch_9.pt": 1, "b/epoch_9.pt": 2})
+    value, notes = mean(tmp_path, "a/epoch_9.pt", "b/epoch_9.pt")
+    saying(notes, "averaged together: a/epoch_9.pt, b/epoch_9.pt")
+
+
+def test_b_other_model_in_a_folder(tmp_path: Path) -> None:
+    """SpeechBrain's normalizer beside the models has other tensors: left out as the line says."""
+    for n in (1, 2):
+        save(
+            tmp_path / "run",
+            {f"model_{n}.ckpt": n, f"normalizer_{n}.ckpt": {"mean": torch.ones(3)}},
+        )
+    line = fails(tmp_path, "run")
+    assert "has no tensor in common with" in line
+    assert mean(tmp_path, "run", *options(line))[0] == 1.5
+
+
+def test_b_names_without_numbers_are_quiet(tmp_path: Path) -> None:
+    """Files that the user names and that bear no numbers are what the user means."""
+    save(tmp_path, {"warm.pt": 1, "cold.pt": 2, "model_2024-01-15_12-30-00.pt": 3})
+    assert mean(tmp_path, "warm.pt", "cold.pt") == (1.5, ())
+    save(tmp_path, {"model_2024-01-15_11-00-30.pt": 1})
+    found = ["model_2024-01-15_11-00-30.pt", "model_2024-01-15_12-30-00.pt"]
+    assert mean(tmp_path, *found) == (2, ())
+    assert order(tmp_path, *reversed(found)) == found
+
+
+# A run's folder ---------------------------------------------------------------------------------
+
+
+def test_b_model_at_the_top_of_a_run(tmp_path: Path) -> None:
+    """Trainer's save_model(): the checkpoints in the folder are the run's, the copy is left out."""
+    for n in (2, 4, 10):
+        save_model(tmp_path / "run" / f"checkpoint-{n}", n)
+    save_model(tmp_path / "run", 50)
+    save(tmp_path / "run", {"training_args.bin": {"lr": 0.1}, "rng_state.pth": {"python": 1}})
+    assert order(tmp_path, "run") == [f"run/checkpoint-{n}" for n in (2, 4, 10)]
+    value, notes = mean(tmp_path, "run", "--last", "2")
+    assert value == 7
+    note = saying(notes, "run: the model at its top is left out")
+    assert mean(tmp_path, "run", *options(note))[0] == 50
+    # Several models are a soup of them; their runs' checkpoints are not.
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    save_model(tmp_path / "other", 70)
+    value, notes = mean(tmp_path, "run", "other")
+    assert value == 60
+    saying(notes, "other: the model at its top is taken, not the 3 checkpoints in it")
+
+
+def test_b_adapter_at_the_top_of_a_run(tmp_path: Path) -> None:
+    """PEFT's, and a file for each epoch beside the model."""
+    for n in (1, 2):
+        save_model(tmp_path / "peft" / f"checkpoint-{n}", n, "adapter_model.safetensors")
+        save(tmp_path / "bert", {f"epoch_{n}.pt": n})
+    save_model(tmp_path / "peft", 9, "adapter_model.safetensors")
+    save_model(tmp_path / "bert", 9)
+    assert mean(tmp_path, "peft")[0] == 1.5
+    assert mean(tmp_path, "bert")[0] == 1.5
+
+
+def test_b_folders_further_down(tmp_path: Path) -> None:
+    """A folder of folders holds none itself; the line says where they are."""
+    for n in (1, 2):
+        save(tmp_path / "run" / f"global_step{n}", {"mp_rank_00_model_states.pt": n})
+    told = re.search(r"give (.*?)\.$", fails(tmp_path, "run", code=2))
+    assert told
+    assert mean(tmp_path, *shlex.split(told[1]))[0] == 1.5
+
+
+# One checkpoint ---------------------------------------------------------------------------------
+
+
+def test_b_one_checkpoint_is_said(tmp_path: Path) -> None:
+    """Nothing is averaged, and the user is told; not where it joins an average."""
+    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2})
+    value, notes = mean(tmp_path, "epoch_1.pt")
+    assert value == 1
+    saying(notes, "only one checkpoint", "nothing is averaged")
+    saying(mean(tmp_path, "epoch_1.pt", "epoch_2.pt", "--last", "1")[1], "nothing is averaged")
+    averaged(tmp_path, "epoch_1.pt", out="one.pt")
+    value, notes = mean(tmp_path, "epoch_2.pt", "--start-from", "one.pt")
+    assert (value, notes) == (1.5, ())
+    assert "give it with --start-from" in fails(tmp_path, "one.pt", code=2)
+    assert mean(tmp_path, "--start-from", "one.pt") == (1, ())
+
+
+# What is no model -------------------------------------------------------------------------------
+
+STRANGERS: dict[str, Any] = {
+    "optimizer.pt": ADAM,
+    "optimizer.bin": {"state": {"a.weight": {"exp_avg": torch.ones(2, 3)}}, "param_groups": []},
+    "optimizers.pth": [ADAM, ADAM],
+    "both.pt": {"gen": ADAM, "disc": ADAM},
+    "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt": {
+        "optimizer_state_dict": {
+            "base_optimizer_state": [{"exp_avg": torch.ones(6)}],
+            "single_partition_of_fp32_groups": [torch.ones(6)],
+        },
+        "ds_version": "0.14",
+    },
+    "rng_state_0.pth": {
+        "python": (3, (1, 2), None),
+        "numpy": ("MT19937", [1], 3),
+        "cpu": torch.get_rng_state(),
+        "cuda": [torch.get_rng_state()],
+    },
+    "random_states_0.pkl": {
+        "step": 3,
+        "random_state": (3,),
+        "torch_manual_seed": torch.get_rng_state(),
+    },
+    "scheduler.pt": {"base_lrs": [0.1], "last_epoch": 3, "_step_count": 4, "_last_lr": [0.1]},
+    "plateau.pt": {"best": torch.tensor(0.3), "num_bad_epochs": 1, "patience": 10},
+    "noam_scheduler.ckpt": {"losses": [], "n_steps": 10, "n_warmup_steps": 5},
+    "scaler.pt": {"scale": torch.tensor(65536.0), "growth_factor": 2.0, "growth_interval": 2000},
+    "training_args.bin": {"output_dir": "run", "learning_rate": 0.1},
+    "dl_state_dict.bin": {"_iterator_finished": False, "order": torch.arange(5)},
+    "shadow.pt": {"decay": 0.999, "shadow_params": [torch.ones(2, 3)]},
+    "loss.pt": {"train": [0.3, 0.2]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+def test_b_mixed_folder(tmp_path: Path) -> None:
+    """All that is no model is left out in one note; the models are averaged."""
+    save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2, **STRANGERS})
+    torch.save(torch.ones(3), tmp_path / "run" / "embedding.pt")
+    with zipfile.ZipFile(tmp_path / "run" / "code.zip", "w", zipfile.ZIP_DEFLATED) as code:
+        code.writestr("train.py", "import torch\n" * 50)
+    torch.jit.script(nn.Linear(3, 2)).save(tmp_path / "run" / "best.torchscript")
+    value, notes = mean(tmp_path, "run")
+    assert value == 1.5
+    (note,) = notes
+    assert note.startswith("left out, as they hold no model: ")
+    assert f"and {len(STRANGERS) + 3 - 3} more" in note
+    assert mean(tmp_path, "run", "--epochs", "2:")[0] == 2
+
+
+def test_b_no_model_by_name(tmp_path: Path) -> None:
+    """A file that was named is refused; the option in the line leaves it out."""
+    save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, **STRANGERS})
+    for name in STRANGERS:
+        line = fails(tmp_path, "epoch_1.pt", "epoch_2.pt", name)
+        assert line.startswith(f"error: {name}: holds ") and "no model" in line, line
+        assert options(line) == ["--exclude", NUMBERS.sub("[0-9]*", name)]
+    assert mean(tmp_path, "epoch_1.pt", "epoch_2.pt", name, *options(line)) == (1.5, ())
+    # Alone it is refused without the option, which would leave nothing.
+    assert "--exclude" not in fails(tmp_path, "optimizer.pt")
+
+
+def test_b_several_that_are_no_model_by_name(tmp_path: Path) -> None:
+    """One line leaves out all of them: `run/*` as the shell writes it."""
+    save(
+        tmp_path,
+        {
+            "epoch_1.pt": 1,
+            "epoch_2.pt": 2,
+            **STRANGERS,
+            "rng_state_1.pth": STRANGERS["rng_state_0.pth"],
+        },
+    )
+    few = ("epoch_1.pt", "epoch_2.pt", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth")
+    assert mean(tmp_path, *few, *options(fails(tmp_path, *few)))[0] == 1.5
+
+
+def test_b_folder_without_a_model(tmp_path: Path) -> None:
+    """A folder that holds nothing else is refused, saying what it holds."""
+    save(tmp_path / "run", {"optimizer.pt": ADAM, "scheduler.pt": STRANGERS["scheduler.pt"]})
+    line = fails(tmp_path, "run")
+    assert "run/optimizer.pt: holds optimizer state, no model" in line
+
+
+def test_b_models_are_not_left_out(tmp_path: Path) -> None:
+    """Weights are a model whatever lies beside them, or what their names are like."""
+    for n in (1, 2):
+        save(
+            tmp_path / "run",
+            {
+                f"epoch_{n}.pt": {
+                    "model": {**weights(n), "rng_proj.weight": torch.ones(2)},
+                    "optimizer": ADAM,
+                    "rng_state": torch.get_rng_state(),
+                    "n_steps": 3,
+                    "n_warmup_steps": 5,
+                    "last_epoch": 3,
+                    "_step_count": 3,
+                }
+            },
+        )
+    assert mean(tmp_path, "run") == (1.5, ())
+    whole = {f"whole_{n}.pt": nn.Sequential(nn.Linear(3, 2)) for n in (1, 2)}
+    save(tmp_path / "modules", whole)
+    expected = (whole["whole_1.pt"][0].bias + whole["whole_2.pt"][0].bias) / 2
+    done = averaged(tmp_path, "modules", out="modules.pt")
+    torch.testing.assert_close(done.tensors["0.bias"], expected.detach())
+
+
+# --ema on files some of which have none ---------------------------------------------------------
+
+
+def test_b_yolo_stripped_files_under_ema(tmp_path: Path) -> None:
+    """`best.pt` and `last.pt` are stripped of their EMA: left out in a folder, else as said."""
+    for n in (1, 2):
+        tree = {"epoch": n, "model": weights(n), "ema": weights(10 * n), "updates": n}
+        save(tmp_path / "weights", {f"epoch{n}.pt": tree})
+    stripped = {"epoch": -1, "model": weights(99), "ema": None, "updates": None}
+    save(tmp_path / "weights", {"best.pt": stripped, "last.pt": stripped | {"model": weights(98)}})
+    value, notes = mean(tmp_path, "weights", "--ema")
+    assert value == 15
+    saying(notes, "no averaged weights", "weights/best.pt", "weights/last.pt")
+    files = [f"weights/{name}.pt" for name in ("best", "epoch1", "epoch2", "last")]
+    line = fails(tmp_path, *files, "--ema")
+    assert "--key" not in line
+    assert mean(tmp_path, *files, "--ema", *options(line)) == (15, ())
+    # An epoch of -1 is no place in the run.
+    assert order(tmp_path, *files) == [files[0], files[1], files[2], files[3]]
+
+
+# Best -------------------------------------------------------------------------------------------
+
+
+def test_b_best_without_a_metric_in_some(tmp_path: Path) -> None:
+    """The option in the line leaves out those that record none."""
+    save(tmp_path, {f"epoch_{n}.pt": {"model": weights(n), "loss": 1 / n} for n in (1, 2, 3)})
+    save(tmp_path, {"last.pt": 9})
+    inputs = (
+        "epoch_1.pt",
+        "epoch_2.pt",
+        "epoch_3.pt",
+        "last.pt",
+        "--best",
+        "2",
+        "--metric",
+        "loss",
+    )
+    line = fails(tmp_path, *inputs, code=2)
+    assert mean(tmp_path, *inputs, *options(line))[0] == 2.5
