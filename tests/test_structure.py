@@ -21,9 +21,9 @@ WINGS = {
     "storage": "prefetch given request_pool remote web fetching limits disk files temporary "
     "commit writeback partial output upload",
     "tensors": "tensor optimizers floats strided checksums",
-    "formats": "checkpoint pickled rebuilding pickles pickler zip_directory headers "
-    "torch_zip torch_legacy safetensors single components sharded sharded_layout "
-    "dcp_metadata dcp_layout dcp opening",
+    "formats": "budget checkpoint pickled references rebuilding pickles pickler zip_end "
+    "zip_directory headers torch_zip torch_legacy safetensors single components sharded "
+    "sharded_layout dcp_metadata dcp_layout dcp opening",
     "checkpoints": "modules tree words pieces labels names recorded families membership "
     "frameworks places halves entries layout contents metrics provenance reader",
     "planning": "copies inputs opening order series select ties treatments plan glance "

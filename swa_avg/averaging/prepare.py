@@ -104,7 +104,9 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     inputs = meant(given, options.choice.exclude) if given or not bases else Inputs()
     found = _opened(inputs, options, opened)
     candidates = _without(found.states, bases)
-    selection = select(candidates, options.choice) if candidates else Selection(())
+    selection = Selection(())
+    if candidates:
+        selection = select(candidates, options.choice, by_sample=options.by_sample)
     alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
     selection = replace(selection, notes=(*found.notes, *selection.notes, *alone))
     states = [*(base.state for base in bases), *selection.chosen]

@@ -206,11 +206,15 @@ class Plain:
 
     def __init__(self) -> None:
         self.left = _MOST_PLAIN_VALUES
+        self.bytes = 0
 
     def __call__(self, value: object, depth: int = 8) -> bool:
         """Tell whether a value is plain, with all that is in it."""
         if isinstance(value, Stream):
+            self.bytes += len(value.content or b"")
             return value.content is not None
+        if isinstance(value, str | bytes):
+            self.bytes += len(value)
         if not isinstance(value, dict | list | tuple):
             return value is None or isinstance(value, bool | int | float | complex | str | bytes)
         self.left -= 1 + len(value)

@@ -7,7 +7,7 @@ reads a tensor or compares checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from swa_avg.checkpoints.places import (
     places,
 )
 from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
-from swa_avg.errors import LayoutError, listed
+from swa_avg.errors import FormatError, LayoutError, listed
 from swa_avg.formats import Checkpoint, Components, averages
 from swa_avg.tensors import TensorRef, View, is_optimizer
 
@@ -104,7 +104,15 @@ def find_state_dict(
     Raises:
         LayoutError: There is none, there are several, or it holds what cannot be averaged.
     """
-    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    try:
+        return _found(checkpoint, (keys,) if isinstance(keys, str) else tuple(keys), ema)
+    except FormatError as error:
+        error.file = error.file or str(checkpoint.path)
+        raise
+
+
+def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> StateDict:
+    """Do what `find_state_dict` does."""
     tree = checkpoint.tree
     found = _pairs(tree) if isinstance(tree, Components) else places(tree)
     taken, notes = (keys, []) if keys else _locate(checkpoint, found, ema)
@@ -127,6 +135,7 @@ def find_state_dict(
     views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
     plain = Plain()
     values = {name: value for name, value in entries.items() if name not in views and plain(value)}
+    _check_budget(checkpoint, views.values(), plain.bytes)
     return StateDict(
         checkpoint=checkpoint,
         where=" + ".join(taken),
@@ -141,6 +150,22 @@ def find_state_dict(
         places=found,
         notes=tuple(notes),
     )
+
+
+def _check_budget(
+    checkpoint: Checkpoint, views: Collection[View | TensorRef], value_bytes: int
+) -> None:
+    """Refuse a small file of which a large output would be made."""
+    budget, given = checkpoint.budget, sum(file.size for file in checkpoint.files)
+    budget.check_tensors(len(views))
+    budget.write("plain values", value_bytes, budget.header_bytes)
+    wanted = sum(view.nbytes for view in views)
+    if wanted > given:  # what is tied is written once
+        where = [(v.record if isinstance(v, TensorRef) else v.stored, v.offset) for v in views]
+        each = zip(where, views, strict=True)
+        distinct = {(place, v.shape, v.stride): v.nbytes for place, v in each}
+        wanted = sum(distinct.values())
+    budget.write("tensors", wanted, given)
 
 
 def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> None:

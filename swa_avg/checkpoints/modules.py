@@ -7,13 +7,9 @@ parameters, buffers and children is torch's own and the same for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
-from swa_avg.errors import FormatError
-from swa_avg.formats import Inert
-
-# Modules that hold each other can make a small file name endlessly many paths.
-_MOST_MODULES = 100_000
+from swa_avg.formats import Budget, Inert
 
 
 def state_dict_of(value: Inert) -> dict[object, object] | None:
@@ -25,46 +21,67 @@ def state_dict_of(value: Inert) -> dict[object, object] | None:
     if _parts(value) is None:
         return None
     made: dict[object, object] = {}
-    for prefix, parts in _modules(value):
-        made.update((f"{prefix}{name}", tensor) for name, tensor in _own(parts))
+    budget = Budget()
+    for prefix, parts in _modules(value, budget):
+        for name, tensor in _own(parts, budget):
+            budget.hold(1)
+            budget.name(len(prefix), 0)
+            made[f"{prefix}{name}"] = tensor
     return made
 
 
 def buffers_of(value: Inert) -> set[str]:
     """Return which names of a pickled module's `state_dict()` are buffers, not parameters."""
     found: set[str] = set()
-    for prefix, parts in _modules(value):
-        left_out = parts.get("_non_persistent_buffers_set", ())
+    budget = Budget()
+    for prefix, parts in _modules(value, budget):
+        left_out = _left_out(parts, budget)
+        budget.hold(len(parts["_buffers"]))
+        budget.name(len(prefix) * len(parts["_buffers"]), 0)
         found.update(f"{prefix}{name}" for name in parts["_buffers"] if name not in left_out)
     return found
 
 
-def _modules(value: Inert) -> Iterator[tuple[str, Mapping[str, dict[object, object]]]]:
-    """Yield the `__dict__` of a module and of all below it, in order, each with its prefix."""
-    waiting: list[tuple[str, object]] = [("", value)]
-    left = _MOST_MODULES
+def _modules(
+    value: Inert, budget: Budget
+) -> Iterator[tuple[str, Mapping[str, dict[object, object]]]]:
+    """Yield the `__dict__` of a module and of all below it, in order, each with its prefix.
+
+    Modules that hold each other can make a small file name endlessly many tensors.
+    """
+    waiting: list[tuple[str, object, int]] = [("", value, 0)]
     while waiting:
-        prefix, module = waiting.pop()
+        prefix, module, depth = waiting.pop()
         parts = _parts(module)
+        budget.name(len(prefix), depth)
         if parts is None:
             continue
         yield prefix, parts
+        budget.hold(len(parts["_modules"]))
         children = reversed(parts["_modules"].items())
-        left -= len(parts["_modules"])
-        if left < 0:
-            raise FormatError("holds modules that hold each other")
-        waiting += [(f"{prefix}{name}.", child) for name, child in children]
+        waiting += [(f"{prefix}{name}.", child, depth + 1) for name, child in children]
 
 
-def _own(parts: Mapping[str, dict[object, object]]) -> Iterator[tuple[object, object]]:
+def _own(
+    parts: Mapping[str, dict[object, object]], budget: Budget
+) -> Iterator[tuple[object, object]]:
     """Yield the parameters and persistent buffers that a module holds itself."""
-    left_out = parts.get("_non_persistent_buffers_set", ())
+    left_out = _left_out(parts, budget)
     for name, tensor in parts["_parameters"].items():
         if tensor is not None:
             yield name, tensor
     for name, tensor in parts["_buffers"].items():
         if tensor is not None and name not in left_out:
             yield name, tensor
+
+
+def _left_out(parts: Mapping[str, dict[object, object]], budget: Budget) -> Set[object]:
+    """Return which buffers of a module are not persistent: a set, or a list in old files."""
+    names: object = parts.get("_non_persistent_buffers_set")
+    if isinstance(names, list | tuple):
+        budget.make(len(names))
+        return {name for name in names if isinstance(name, str)}
+    return names if isinstance(names, set | frozenset) else set()
 
 
 def _parts(module: object) -> Mapping[str, dict[object, object]] | None:

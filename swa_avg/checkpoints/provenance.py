@@ -18,12 +18,15 @@ from itertools import chain
 from swa_avg.checkpoints.layout import StateDict
 from swa_avg.checkpoints.membership import is_bn_buffer
 from swa_avg.errors import ProvenanceError
-from swa_avg.formats import Checkpoint, open_checkpoint
+from swa_avg.formats import PROVENANCE, Checkpoint, open_checkpoint
 from swa_avg.tensors import Kind, Record, TensorRef, View
 
 # A fingerprint that is known only when the tensors have been read; as long as any other.
 UNKNOWN = "0" * 16
 _WITH_MEAN = (Kind.FLOAT, Kind.COMPLEX)
+# The most that the mean weighs exactly (kernel): a checkpoint each second for two years.
+MOST_COUNT = 1 << 26
+_MOST = (1 << 63) - 1  # of sizes, epochs and steps: what a file system and torch can hold
 # Room for what a later recompute of BatchNorm has to say, so that no other byte moves.
 _ROOM = 256
 
@@ -127,23 +130,40 @@ def made_from(path: str | os.PathLike[str]) -> Provenance:
 
 
 def of(checkpoint: Checkpoint) -> Provenance | None:
-    """Return what a checkpoint says of how it was made; None if it is no average of ours."""
+    """Return what a checkpoint says of how it was made; None if it is no average of ours.
+
+    Raises:
+        ProvenanceError: It claims to be one, and what it says cannot be.
+    """
     try:
         found = json.loads(checkpoint.provenance)
-        version, options = found["swa_avg"], found["options"]
-        _check_kinds({str: (version,), dict: (options,)})
-        sources = tuple(_source(entry) for entry in found["checkpoints"])
-        return Provenance(version, sources, options, found["batchnorm"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
+    if not (isinstance(found, dict) and isinstance(found.get("swa_avg"), str)):
+        return None
+    try:
+        _check_kinds({dict: (found["options"],), list: (found["checkpoints"],)})
+        sources = tuple(_source(entry) for entry in found["checkpoints"])
+        _check_range("count", sum(source.count for source in sources), 1, MOST_COUNT)
+        return Provenance(found["swa_avg"], sources, found["options"], found["batchnorm"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ProvenanceError(
+            f"has an unsound record of how it was made ({error})",
+            file=checkpoint.path,
+            expected=f"what swa-avg writes in {PROVENANCE}",
+            remedy="The record is damaged, forged or of a newer version",
+        ) from error
 
 
-def _source(entry: Mapping[str, object]) -> Source:
+def _source(entry: object) -> Source:
+    _check_kinds({dict: (entry,)})
     source = Source(**entry)  # type: ignore[arg-type]
-    numbers = (source.size, source.count, source.epoch or 0, source.step or 0)
-    _check_kinds({str: (source.name, source.fingerprint), int: numbers})
-    if source.count < 1:
-        raise ValueError("a checkpoint that counts for none")
+    _check_kinds({str: (source.name, source.fingerprint)})
+    _check_range("count", source.count, 1, MOST_COUNT)
+    _check_range("size", source.size, 0, _MOST)
+    for name, value in (("epoch", source.epoch), ("step", source.step)):
+        if value is not None:
+            _check_range(name, value, -_MOST, _MOST)
     return source
 
 
@@ -151,8 +171,14 @@ def _check_kinds(expected: Mapping[type, Iterable[object]]) -> None:
     """Raise `TypeError` where a value is not of the kind that belongs there."""
     for kind, values in expected.items():
         for value in values:
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{value!r} where a {kind.__name__} belongs")
+            if not isinstance(value, kind):
+                raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+
+
+def _check_range(name: str, value: object, least: int, most: int) -> None:
+    """Raise `ValueError` where a number is no whole one, or lies outside of its range."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"its {name} is no whole number from {least} to {most}")
 
 
 def sources_of(states: Sequence[StateDict], found: Iterable[str]) -> list[Source]:

@@ -112,7 +112,8 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     """Open the checkpoints and plan their average."""
     from swa_avg.averaging import planned
 
-    options = replace(run.options, force=run.options.force or run.dry_run)
+    force = run.options.force or run.dry_run
+    options = replace(run.options, force=force, by_sample=run.dry_run)
     output = click.get_current_context().params["output"]  # a slash at its end is a folder's
     return planned(run.checkpoints, output, options)
 

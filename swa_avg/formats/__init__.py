@@ -5,6 +5,7 @@ an output. The content decides which format a file has, never its suffix. Knows 
 of what the tensors are for.
 """
 
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import (
     PROVENANCE,
     Checkpoint,
@@ -34,6 +35,7 @@ from swa_avg.formats.sharded_layout import FolderLayout, leaves, links_note
 __all__ = [
     "PROVENANCE",
     "ROOT",
+    "Budget",
     "Checkpoint",
     "Components",
     "DcpLayout",

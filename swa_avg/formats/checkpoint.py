@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from swa_avg.formats.budget import Budget
 from swa_avg.storage import InputFile
 from swa_avg.tensors import DType, Record, Stored, TensorRef, View
 
@@ -35,6 +36,7 @@ class Checkpoint:
         provenance: What an average of ours says of how it was made; else empty.
         provenance_record: The record that says it, where that is one of its own.
         records: Where the storages are that the views in `tree` look at.
+        budget: What its headers have made, and what may still be made of them.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Checkpoint:
     provenance: str = ""
     provenance_record: Record | None = None
     records: Mapping[Stored, Record] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
 
     def located(self, tensor: View | TensorRef) -> TensorRef:
         """Return where a tensor of `tree` is.

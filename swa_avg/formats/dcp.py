@@ -9,18 +9,23 @@ pickles too; they stay unread, as does the state of the optimizer.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
 from swa_avg.formats import pickles, single
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.components import is_inside, trainer_state
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.pickled import Global, Inert, described
+from swa_avg.formats.references import check_shape
 from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 
@@ -29,7 +34,6 @@ _METADATA = ".metadata"
 _INNER = "pytorch_model_fsdp_0"
 # What Lightning and Megatron-LM record of the run.
 _BESIDE = ("meta.pt", "common.pt")
-_MOST_METADATA_BYTES = 1 << 30
 _CALLED = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
 # Where the model is, who flattens names himself.
 _SLOTS = {"model", "module", "state_dict", "app", "net", "ema", "model_ema", "ema_model"}
@@ -62,16 +66,21 @@ def read(folder: Path) -> Checkpoint:
     with ExitStack() as opened:
         source = _Source(home, opened)
         try:
-            metadata = _metadata(path)
+            metadata = _metadata(path, source.budget)
             tree, notes = _tree(metadata, source)
         except FormatError as error:
             error.file = error.file or str(path)
             raise
         opened.pop_all()
-    files = tuple(source.files.values())
-    beside = trainer_state(folder) or _state_beside(home)
-    kind = "torch distributed checkpoint"
-    return Checkpoint(folder, kind, tree, files, notes=tuple(notes), beside=beside)
+    return Checkpoint(
+        folder,
+        "torch distributed checkpoint",
+        tree,
+        tuple(source.files.values()),
+        notes=tuple(notes),
+        beside=trainer_state(folder) or _state_beside(home),
+        budget=source.budget,
+    )
 
 
 def _home(folder: Path) -> Path:
@@ -89,13 +98,12 @@ def _state_beside(folder: Path) -> object:
     return meta.tree
 
 
-def _metadata(path: Path) -> Mapping[str, object]:
+def _metadata(path: Path, budget: Budget) -> Mapping[str, object]:
     """Return the fields of the metadata, whatever class they were pickled as."""
     file = InputFile(path)
     try:
-        if file.size > _MOST_METADATA_BYTES:
-            raise FormatError(f"is {file.size} bytes long", expected="metadata")
-        found = _fields(pickles.load_plain(file.read(0, file.size)))
+        budget.read(file.size)
+        found = _fields(pickles.load_plain(file.read(0, file.size), budget))
     finally:
         file.close()
     for name in ("state_dict_metadata", "storage_data"):
@@ -187,7 +195,8 @@ def _item(name: str, description: object, source: _Source) -> object:
         chunks = fields.get("chunks")
         boxes = [_box(chunk) for chunk in chunks] if isinstance(chunks, list) else []
         filled = [box for box in boxes if 0 not in box[1]] or boxes[:1]
-        _check_cover(shape, filled)
+        check_shape(shape)
+        _check_cover(shape, filled, source.budget)
         parts = tuple(Part(start, source.chunk(name, start, size)) for start, size in filled)
     except FormatError as error:
         error.tensor = error.tensor or name
@@ -212,7 +221,7 @@ def _box(chunk: object) -> Box:
     return _sizes(fields.get("offsets")), _sizes(fields.get("sizes"))
 
 
-def _check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
+def _check_cover(shape: tuple[int, ...], boxes: Sequence[Box], budget: Budget) -> None:
     """Refuse boxes that leave a hole in a tensor, overlap or lie outside it."""
     covered = 0
     for start, size in boxes:
@@ -221,34 +230,37 @@ def _check_cover(shape: tuple[int, ...], boxes: Sequence[Box]) -> None:
         )
         if not inside:
             raise FormatError("has a chunk outside of it")
-        covered += _numel(size)
-    if covered < _numel(shape) or not boxes:
+        covered += math.prod(size)
+    if covered < math.prod(shape) or not boxes:
         raise FormatError("has a hole: not all of its chunks are there")
-    if covered > _numel(shape) or any(_overlaps(shape, boxes)):
+    if covered > math.prod(shape) or not _tiled(shape, boxes, budget):
         raise FormatError("has chunks that overlap")
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    made = 1
-    for size in shape:
-        made *= size
-    return made
+def _tiled(shape: tuple[int, ...], boxes: Sequence[Box], budget: Budget) -> bool:
+    """Tell whether boxes fill a tensor, each place once.
+
+    A function that counts how many boxes cover a place is determined by its jumps, which are
+    at the corners of the boxes, with alternating signs. The boxes fill the tensor if all
+    their jumps cancel but those at its own corners.
+    """
+    cut = [d for d, whole in enumerate(shape) if any(size[d] != whole for _, size in boxes)]
+    budget.make(len(boxes) << len(cut))
+    jumps = Counter(_jumps((0,) * len(shape), shape, cut))
+    for start, size in boxes:
+        jumps.subtract(_jumps(start, size, cut))
+    return not any(jumps.values())
 
 
-def _overlaps(shape: tuple[int, ...], boxes: Sequence[Box]) -> Iterator[bool]:
-    """Compare boxes that may overlap: those that do along the dimension cut into most."""
-    if len(boxes) < 2:
-        return
-    dim = max(range(len(shape)), key=lambda d: len({start[d] for start, _ in boxes}))
-    near: list[Box] = []
-    for start, size in sorted(boxes, key=lambda box: box[0][dim]):
-        near = [box for box in near if box[0][dim] + box[1][dim] > start[dim]]
-        for other, extent in near:
-            yield all(
-                a < b + m and b < a + n
-                for a, n, b, m in zip(start, size, other, extent, strict=True)
-            )
-        near.append((start, size))
+def _jumps(
+    start: tuple[int, ...], size: tuple[int, ...], cut: Sequence[int]
+) -> dict[tuple[int, ...], int]:
+    """Return the corners of a box in some dimensions, with their signs."""
+    edges = [((start[d], 1), (start[d] + size[d], -1)) for d in cut]
+    return {
+        tuple(at for at, _ in corner): math.prod(sign for _, sign in corner)
+        for corner in product(*edges)
+    }
 
 
 @dataclass(frozen=True)
@@ -265,11 +277,14 @@ class _Source:
 
     Attributes:
         files: What was opened, by name.
+        budget: What all headers may ask for.
     """
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
         self.files: dict[str, InputFile] = {}
+        self.budget = Budget()
         self._headers = Headers()
+        self._items: dict[_Place, Checkpoint] = {}
         self._folder = folder
         self._opened = opened
         self._places: dict[tuple[str, tuple[int, ...] | None], object] = {}
@@ -293,7 +308,10 @@ class _Source:
             self.files[place.file] = InputFile(self._folder / place.file)
             self._opened.callback(self.files[place.file].close)
         file = self.files[place.file]
-        item = single.read(Section(file, place.start, place.length), self._headers)
+        if place not in self._items:
+            section = Section(file, place.start, place.length)
+            self._items[place] = single.read(section, self._headers, self.budget)
+        item = self._items[place]
         found = item.tree
         if not isinstance(found, View) or found.shape != shape:
             what = list(found.shape) if isinstance(found, View) else described(found)

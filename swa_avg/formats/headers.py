@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.zip_directory import Form
 
 _T = TypeVar("_T")
@@ -27,16 +28,19 @@ class Headers:
 
     def __init__(self) -> None:
         self.forms: dict[int, Form] = {}
-        self._read: dict[tuple[Callable[[bytes], Any], bytes], Any] = {}
+        self._read: dict[tuple[Callable[[bytes, Budget], Any], bytes], Any] = {}
         self._kept = 0
         self._lock = threading.Lock()
 
-    def once(self, read: Callable[[bytes], _T], data: bytes) -> _T:
-        """Return `read(data)`, which depends on nothing else, of equal bytes the same object."""
+    def once(self, read: Callable[[bytes, Budget], _T], data: bytes, budget: Budget) -> _T:
+        """Return `read(data, budget)`, which depends on the bytes only.
+
+        Of equal bytes it is the same object, and then nothing is drawn on the budget.
+        """
         if (read, data) in self._read:
             made: _T = self._read[read, data]
             return made
-        made = read(data)
+        made = read(data, budget)
         with self._lock:
             self._read[read, data] = made
             self._kept += len(data)

@@ -13,8 +13,6 @@ from typing import Any
 from swa_avg.errors import FormatError
 from swa_avg.tensors import DTYPES, DType, Record, Stored
 
-_MOST_KEY_NODES = 1000
-
 
 @dataclass(frozen=True)
 class Global:
@@ -101,13 +99,17 @@ class Storage:
 
     Attributes:
         stored: Its name and its size.
-        dtype: Its element type; None for an untyped one.
-        start: The element at which it begins to count, if it is a part of that storage.
+        kind: The class that the pickle gives it.
+        dtype: The element type of that class; None for an untyped one.
+        start: The element at which it begins, if it is a part of that storage.
+        numel: How many elements it has.
     """
 
     stored: Stored
+    kind: str
     dtype: DType | None
-    start: int = 0
+    start: int
+    numel: int
 
 
 @dataclass(frozen=True)
@@ -146,19 +148,6 @@ class Pickled:
                 )
             found[stored] = there
         return found
-
-
-def checked_key(key: Any) -> Any:
-    """Return `key` if hashing it is cheap; nested tuples can take for ever."""
-    nodes, left = [key], _MOST_KEY_NODES
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, tuple | frozenset):
-            left -= 1 + len(node)
-            if left < 0:
-                raise FormatError("holds a dictionary key of unreasonable size")
-            nodes.extend(node)
-    return key
 
 
 def storage_dtype(kind: object) -> DType | None:

@@ -13,35 +13,19 @@ import io
 import pickle
 import re
 import struct
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sized
 from typing import Any, ClassVar, Protocol
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.pickled import (
-    Dict,
-    Global,
-    Inert,
-    Pickled,
-    Storage,
-    Stream,
-    UnreadableTensor,
-    checked_key,
-    described,
-    storage_dtype,
-)
+from swa_avg.formats.budget import FREE_COPIES, MOST_OBJECTS, Budget
+from swa_avg.formats.pickled import Dict, Global, Inert, Pickled, Stream, UnreadableTensor
 from swa_avg.formats.rebuilding import REBUILD
-from swa_avg.tensors import DType, Stored, View
+from swa_avg.formats.references import References
+from swa_avg.tensors import DType, View
 
-# An expanded (stride 0) view is written out in full. Small ones are honest
-# buffers; past this a small file would ask for a huge output.
-_MOST_EXPANDED_BYTES = 1 << 20
-_TEXT_REFERENCE = re.compile(
-    r"\('storage', <class '(torch[\w.]*)\.(\w+)'>, '(\w+)', '([^']*)', (\d{1,18})(?:, None)?\)",
-    re.ASCII,
-)
+# torch's own classes of tensors, which a pickle may call: torch.Tensor, torch.cuda.FloatTensor.
+_TENSOR = re.compile(r"torch(\.\w+)*\.(\w*Tensor|tensor|Parameter|Buffer)", re.ASCII)
 _LONGEST_INT = 1024  # bytes; Python refuses to print much longer ones
-# A pickle has what it holds once or twice copied, by its constructors; no honest one more often.
-_MOST_COPIES = 64
 
 
 class Readable(Protocol):
@@ -57,18 +41,19 @@ class Readable(Protocol):
         """Return how many bytes have been read."""
 
 
-def load(data: bytes | Readable) -> Pickled:
+def load(data: bytes | Readable, budget: Budget) -> Pickled:
     """Read a pickle, running nothing.
 
     Args:
         data: The pickle, protocol 0 to 5; of a stream it is what comes next.
+        budget: What it may still make.
 
     Raises:
         FormatError: Anything about the pickle that is not sound.
     """
     try:
-        machine = _Unpickler(io.BytesIO(data) if isinstance(data, bytes) else data)
-        return Pickled(machine.load(), machine.storages)
+        machine = _Unpickler(io.BytesIO(data) if isinstance(data, bytes) else data, budget)
+        return Pickled(machine.load(), machine.references.storages)
     except FormatError:
         raise
     except (Exception, RecursionError) as error:
@@ -79,13 +64,13 @@ def load(data: bytes | Readable) -> Pickled:
         ) from error
 
 
-def load_plain(data: bytes | Readable) -> object:
+def load_plain(data: bytes | Readable, budget: Budget) -> object:
     """Read a pickle that has no storages.
 
     Raises:
         FormatError: It has, or is not sound.
     """
-    pickled = load(data)
+    pickled = load(data, budget)
     if pickled.storages:
         raise FormatError("refers to a storage where none belongs")
     return pickled.tree
@@ -94,41 +79,47 @@ def load_plain(data: bytes | Readable) -> object:
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, stream: Readable) -> None:
+    def __init__(self, stream: Readable, budget: Budget) -> None:
         super().__init__(stream, encoding="utf-8", errors="surrogateescape")
         self.stream = stream
-        self.storages: dict[str, Stored] = {}
-        self.copied = 0
-        self.stack: list[Any]
-        self.append: Callable[[Any], None]
-        self.read: Callable[[int], bytes]
-        self.readline: Callable[[], bytes]
+        self.budget = budget
+        self.references = References()
+        self.key = budget.key
+        self.steps = 0
+        self.copied = self.copied_bytes = 0
+        self.read = stream.read
+        self.readline = stream.readline
+        self.metastack: list[Any] = []
+        self.stack: list[Any] = []
+        self.append: Callable[[Any], None] = self.stack.append
+        self.proto = 0
         self.pop_mark: Callable[[], list[Any]]
+
+    def load(self) -> object:
+        """Run the pickle to its end, by as many opcodes as the budget allows."""
+        read, dispatch = self.stream.read, self.dispatch
+        left = MOST_OBJECTS - self.budget.objects
+        try:
+            for self.steps in range(left + 1):
+                code = read(1)
+                if not code:
+                    raise EOFError("it has no end")
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            self.budget.make(self.steps)
+            made: object = stop.value
+            return made
+        self.budget.make(left + 1)
+        raise AssertionError("a budget that is not kept")
+
+    def load_frame(self) -> None:
+        self.read(8)  # what is in a frame follows at once; nothing is to be gained by its length
 
     def find_class(self, module: str, name: str) -> Any:
         return Global(module, name)
 
     def persistent_load(self, pid: Any) -> object:
-        if isinstance(pid, str):
-            pid = _spelled_out(pid)
-        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-            return pid[1]  # of a module that is saved whole torch once kept the source, too
-        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
-            raise FormatError("holds a reference that is no storage")
-        _, kind, key, _, numel, *view = pid
-        if not (isinstance(key, str) and isinstance(numel, int) and numel >= 0):
-            raise FormatError(f"storage {described(key)} has {described(numel)} elements")
-        start = _view_start(view[0], numel) if view and view[0] is not None else 0
-        dtype = storage_dtype(kind)
-        nbytes = numel * (dtype.itemsize if dtype else 1)
-        stored = self.storages.setdefault(key, Stored(key, numel, nbytes))
-        if stored.nbytes != nbytes:
-            raise FormatError(
-                f"storage {key} has {stored.nbytes} bytes",
-                expected=f"{nbytes}",
-                remedy="The file is damaged",
-            )
-        return Storage(stored, dtype, start)
+        return self.references.resolve(pid)
 
     def get_extension(self, code: int) -> None:
         raise FormatError("holds a pickle extension code")
@@ -139,10 +130,19 @@ class _Unpickler(pickle._Unpickler):
         rebuild = REBUILD.get(str(function)) if isinstance(function, Global) else None
         if rebuild is None:
             return _unless_tensor(function, args)
-        self.copied += sum(len(arg) for arg in args if isinstance(arg, Sized))
-        if self.copied > _MOST_COPIES * self.stream.tell():
-            raise FormatError("holds a few values that it copies without end")
+        self._draw_copies(args)
         return rebuild(self, *args)
+
+    def _draw_copies(self, args: tuple[Any, ...]) -> None:
+        """Draw what a function may copy: honest pickles copy what they hold once."""
+        for arg in args:
+            if isinstance(arg, str | bytes | bytearray):
+                self.copied_bytes += len(arg)
+            elif isinstance(arg, Sized):
+                self.copied += len(arg)
+        many = self.copied > self.steps + FREE_COPIES
+        if many or self.copied_bytes > self.stream.tell() + FREE_COPIES:
+            raise FormatError("holds a few values that it copies without end")
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -171,7 +171,14 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if isinstance(target, Inert | Dict | Stream):
+        if isinstance(target, View):
+            raise FormatError(
+                "holds a tensor that is given another content after it was made",
+                remedy="Save it again with torch.save",
+            )
+        if isinstance(target, Dict) and isinstance(state, dict):
+            target.state = {**(target.state or {}), **state}
+        elif isinstance(target, Inert | Dict | Stream):
             target.state = state
 
     def _set_items(self, target: Any, flat: list[Any]) -> None:
@@ -180,7 +187,7 @@ class _Unpickler(pickle._Unpickler):
         if not isinstance(target, dict):
             raise FormatError(f"sets items on a {type(target).__name__}")
         for key, value in zip(flat[::2], flat[1::2], strict=True):
-            target[checked_key(key)] = value
+            target[key if type(key) is str else self.key(key)] = value
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -214,11 +221,11 @@ class _Unpickler(pickle._Unpickler):
         values = self.pop_mark()
         if not isinstance(self.stack[-1], set):
             raise FormatError("adds elements to what is no set")
-        self.stack[-1].update(checked_key(value) for value in values)
+        self.stack[-1].update(map(self.key, values))
 
     def load_frozenset(self) -> None:
         values = self.pop_mark()
-        self.append(frozenset(map(checked_key, values)))
+        self.append(frozenset(map(self.key, values)))
 
     def load_long4(self) -> None:
         (length,) = struct.unpack("<i", self.read(4))
@@ -237,24 +244,16 @@ class _Unpickler(pickle._Unpickler):
     def tensor(
         self,
         storage: object,
-        offset: int,
-        shape: Sequence[int],
-        stride: Sequence[int],
+        offset: object,
+        shape: object,
+        stride: object,
         dtype: DType | None = None,
     ) -> View | UnreadableTensor:
-        if not isinstance(storage, Storage):
-            return UnreadableTensor("tensor whose storage is of an unknown kind")
-        dtype = dtype or storage.dtype
-        if dtype is None:
-            return UnreadableTensor("tensor of an unknown dtype")
-        if type(offset) is int:
-            offset += storage.start
-        view = View(dtype, tuple(shape), tuple(stride), storage.stored, offset)
-        _check_geometry(view)
-        return view
+        return self.references.tensor(storage, offset, shape, stride, dtype)
 
 
 for _code, _load in (
+    (pickle.FRAME, _Unpickler.load_frame),
     (pickle.REDUCE, _Unpickler.load_reduce),
     (pickle.NEWOBJ, _Unpickler.load_newobj),
     (pickle.NEWOBJ_EX, _Unpickler.load_newobj_ex),
@@ -274,45 +273,9 @@ for _code, _load in (
     _Unpickler.dispatch[_code[0]] = _load
 
 
-def _check_geometry(view: View) -> None:
-    """Refuse a tensor that looks outside its storage, or is larger than it."""
-    for number in (view.offset, *view.shape, *view.stride):
-        if type(number) is not int or not 0 <= number < 1 << 62:
-            raise FormatError("holds a tensor with an impossible shape, stride or offset")
-    if len(view.shape) != len(view.stride):
-        raise FormatError(f"holds a tensor of {len(view.shape)} sizes, {len(view.stride)} strides")
-    room = view.stored.nbytes
-    itemsize, numel = view.dtype.itemsize, view.numel
-    end = (view.offset + view.extent) * itemsize
-    if numel and end > room:
-        raise FormatError(f"holds a tensor that ends {end} bytes into storage {view.stored.name}")
-    if numel * itemsize > max(room, _MOST_EXPANDED_BYTES):
-        raise FormatError(
-            f"holds a tensor of {numel * itemsize} bytes, expanded from {room} bytes",
-            remedy="Save it contiguous",
-        )
-
-
 def _unless_tensor(function: object, args: tuple[Any, ...]) -> object:
     """An unknown object does no harm, but a tensor of an unknown kind must not get lost."""
-    if isinstance(function, Global) and str(function).startswith("torch._utils._rebuild_"):
-        return UnreadableTensor(f"tensor of an unknown kind ({function})")
+    name = str(function) if isinstance(function, Global) else ""
+    if name.startswith(("torch._utils._rebuild_", "torch._tensor.")) or _TENSOR.fullmatch(name):
+        return UnreadableTensor(f"tensor of an unknown kind ({name})")
     return Inert(function, args)
-
-
-def _view_start(view: object, numel: int) -> int:
-    """Return where a storage that is part of another begins in it, in elements."""
-    if isinstance(view, tuple) and len(view) == 3:
-        _, start, size = view
-        if type(start) is type(size) is int and 0 <= start <= start + size <= numel:
-            return start
-    raise FormatError("holds a storage that is an impossible part of another")
-
-
-def _spelled_out(pid: str) -> tuple[Any, ...]:
-    """Return a reference to a storage as protocol 0 has it: the text of what others hold."""
-    found = _TEXT_REFERENCE.fullmatch(pid)
-    if not found:
-        raise FormatError(f"holds a reference that is no storage, {described(pid)}")
-    module, name, key, location, numel = found.groups()
-    return "storage", Global(module, name), key, location, int(numel)

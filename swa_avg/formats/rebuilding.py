@@ -7,19 +7,15 @@ calls gives an inert object.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from swa_avg.formats.pickled import (
-    Dict,
-    Global,
-    Inert,
-    Stream,
-    UnreadableTensor,
-    checked_key,
-    described,
-)
+from swa_avg.errors import FormatError
+from swa_avg.formats.pickled import Dict, Global, Inert, Stream, UnreadableTensor, described
 from swa_avg.tensors import DTYPES, DType, View
+
+# What sets the elements of a tensor when it is assigned to (torch 2.13).
+_CONTENTS = frozenset(("data", "real", "imag"))
 
 
 class Machine(Protocol):
@@ -28,12 +24,15 @@ class Machine(Protocol):
     def call(self, function: object, args: Any) -> Any:
         """Return what calling a name gives."""
 
+    def key(self, key: Any) -> Any:
+        """Return a key of a dict or an element of a set, if it is cheap to hash."""
+
     def tensor(
         self,
         storage: object,
-        offset: int,
-        shape: Sequence[int],
-        stride: Sequence[int],
+        offset: object,
+        shape: object,
+        stride: object,
         dtype: DType | None = None,
     ) -> View | UnreadableTensor:
         """Return a tensor of a storage, having checked that it lies inside."""
@@ -42,9 +41,9 @@ class Machine(Protocol):
 def _rebuild_tensor_v2(
     machine: Machine,
     storage: object,
-    offset: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
+    offset: object,
+    shape: object,
+    stride: object,
     requires_grad: object = False,
     hooks: object = None,
     metadata: object = None,
@@ -55,9 +54,9 @@ def _rebuild_tensor_v2(
 def _rebuild_tensor_v3(
     machine: Machine,
     storage: object,
-    offset: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
+    offset: object,
+    shape: object,
+    stride: object,
     requires_grad: object,
     hooks: object,
     dtype: object,
@@ -71,19 +70,40 @@ def _rebuild_tensor_v3(
 
 def _unless_lazy(metadata: object, tensor: object) -> object:
     """A conjugate or negative view stores the bytes of another tensor than it means."""
-    if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
+    if metadata:
         return UnreadableTensor("lazily conjugated or negated tensor (save its resolve_conj())")
     return tensor
 
 
 def _rebuild_from_type(
-    machine: Machine, function: object, cls: object, args: Any, state: object
+    machine: Machine, function: object, cls: object, args: Any, state: object = None
 ) -> object:
+    _check_state(state)
     return machine.call(function, args)
 
 
-def _rebuild_parameter(machine: Machine, data: object, *rest: object) -> object:
-    return data
+def _rebuild_parameter(
+    machine: Machine,
+    data: object = None,
+    requires_grad: object = True,
+    hooks: object = None,
+    state: object = None,
+) -> object:
+    _check_state(state)
+    known = isinstance(data, View | UnreadableTensor)
+    return data if known else UnreadableTensor("parameter without a tensor")
+
+
+def _check_state(state: object) -> None:
+    """Refuse attributes of a tensor that torch would set, and its elements with them."""
+    parts = state if isinstance(state, tuple) else (state,)
+    for part in parts:
+        setting = _CONTENTS.intersection(part) if isinstance(part, dict) else ()
+        if setting:
+            raise FormatError(
+                "holds a tensor that is given another content after it was made",
+                remedy="Save it again with torch.save",
+            )
 
 
 def _unreadable(what: str) -> Callable[..., UnreadableTensor]:
@@ -127,29 +147,34 @@ def _reconstruct(machine: Machine, cls: object, base: object, state: Any = None)
     return made
 
 
-def _ordered(pairs: Any) -> Dict:
+def _ordered(machine: Machine, pairs: Any) -> Dict:
     made = Dict()
     for key, value in pairs.items() if isinstance(pairs, dict) else pairs:
-        made[checked_key(key)] = value
+        made[machine.key(key)] = value
     return made
 
 
-def _container(make: Callable[[Any], Any]) -> Callable[..., Any]:
+def _counter(machine: Machine, counts: Any = None) -> object:
+    known = counts is None or isinstance(counts, dict)
+    return _ordered(machine, counts or {}) if known else Inert(None, (counts,))
+
+
+def _container(make: Callable[[Machine, Any], Any]) -> Callable[..., Any]:
     """A container of the values of another; of what is none, an object."""
 
     def rebuild(machine: Machine, values: object = ()) -> Any:
         if not isinstance(values, dict | list | tuple | set | frozenset):
             return Inert(None, (values,))
-        return make(values)
+        return make(machine, values)
 
     return rebuild
 
 
 _BUILTINS: Mapping[str, Callable[..., Any]] = {
-    "set": _container(lambda values: set(map(checked_key, values))),
-    "frozenset": _container(lambda values: frozenset(map(checked_key, values))),
-    "list": _container(list),
-    "tuple": _container(tuple),
+    "set": _container(lambda machine, values: set(map(machine.key, values))),
+    "frozenset": _container(lambda machine, values: frozenset(map(machine.key, values))),
+    "list": _container(lambda machine, values: list(values)),
+    "tuple": _container(lambda machine, values: tuple(values)),
     "dict": _container(_ordered),
     "complex": _rebuild_complex,
 }
@@ -157,20 +182,21 @@ REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._tensor._rebuild_from_type": lambda machine, function, cls, args, state: machine.call(
-        function, args
-    ),
+    "torch._tensor._rebuild_from_type": _rebuild_from_type,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch.nn.parameter.Parameter": _rebuild_parameter,
+    "torch.nn.parameter.Buffer": _rebuild_parameter,
     "torch._utils._rebuild_sparse_tensor": _unreadable("sparse tensor"),
     "torch._utils._rebuild_qtensor": _unreadable("quantized tensor"),
     "torch._utils._rebuild_nested_tensor": _unreadable("nested tensor"),
     "torch._utils._rebuild_meta_tensor_no_storage": _unreadable("meta tensor, which has no data"),
     "torch._utils._rebuild_wrapper_subclass": _unreadable("tensor subclass without a storage"),
     "torch._utils._rebuild_device_tensor_from_numpy": _unreadable("tensor of a foreign device"),
-    "torch.Size": _container(tuple),
+    "torch.Size": _container(lambda machine, values: tuple(values)),
     "collections.OrderedDict": _container(_ordered),
+    "collections.Counter": _counter,
     "collections.defaultdict": lambda machine, *factory: Dict(),
     "_codecs.encode": _rebuild_bytes,
     "_io.BytesIO": lambda machine, *args: Stream(),

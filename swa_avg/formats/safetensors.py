@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.errors import FormatError, OutputError
+from swa_avg.formats.budget import MOST_SAFETENSORS_HEADER, Budget
 from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, OutputStateDict, Splice
 from swa_avg.formats.headers import Headers
+from swa_avg.formats.references import check_shape
 from swa_avg.storage import InputFile
 from swa_avg.tensors import SAFETENSORS_DTYPES, Record, Stored, View, contiguous_stride
 
-_MOST_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
 # The order in which safetensors lays out dtypes: the most aligned first.
 _ORDER = (
@@ -31,19 +32,24 @@ _ORDER = (
 _RANK = {name: rank for rank, name in enumerate(_ORDER.split())}
 
 
-def read(file: InputFile, headers: Headers) -> Checkpoint:
+def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     """Read the header of a safetensors file.
 
     Args:
         file: The file.
         headers: What was read of other files.
+        budget: What the header may ask for.
 
     Raises:
         FormatError: The header is not sound, or does not fit the file.
     """
     try:
         data, start = _raw_header(file)
-        header = headers.once(_parsed, data)
+        budget.read(len(data))
+        header = headers.once(_parsed, data, budget)
+    except FormatError as error:
+        error.file = error.file or str(file.path)
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(
             f"has a header that cannot be read ({error})",
@@ -69,6 +75,7 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
             stored: Record(file, start + place, stored.nbytes)
             for stored, place in header.places.items()
         },
+        budget=budget,
     )
 
 
@@ -94,7 +101,7 @@ class _Header:
 def _raw_header(file: InputFile) -> tuple[bytes, int]:
     """Return the header's bytes, and where the tensors begin."""
     (length,) = struct.unpack("<Q", file.read(0, 8))
-    if length > min(_MOST_HEADER_BYTES, file.size - 8):
+    if length > min(MOST_SAFETENSORS_HEADER, file.size - 8):
         raise ValueError(f"{length} bytes long")
     return file.read(8, length), 8 + length
 
@@ -107,10 +114,13 @@ def _entries(data: bytes) -> dict[str, Any]:
     return header
 
 
-def _parsed(data: bytes) -> _Header:
+def _parsed(data: bytes, budget: Budget) -> _Header:
     """Read a header, and check that its tensors leave no hole and do not overlap."""
+    budget.json(data)
     header = _entries(data)
-    metadata = header.pop(_METADATA, {})
+    budget.hold(len(header))
+    metadata = header.pop(_METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{_METADATA} is no map of text to text")
     tree = {name: _tensor(name, entry) for name, entry in header.items()}
@@ -138,6 +148,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Mapping[str, Any]) -> View:
+    name.encode()  # half a surrogate pair is no text, as safetensors has it
     dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ValueError(f"dtype {entry['dtype']}")
@@ -146,6 +157,7 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> View:
     numbers = (*shape, begin, end)
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise ValueError("an impossible shape or offset")
+    check_shape(shape)
     stored = Stored(name, math.prod(shape), end - begin)
     if stored.numel * dtype.itemsize != stored.nbytes:
         raise ValueError(f"{stored.nbytes} bytes for shape {shape} of {dtype}")

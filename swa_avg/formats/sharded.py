@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import Checkpoint, Components
 from swa_avg.formats.components import (
     ROOT,
@@ -48,11 +49,12 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
     names = components(folder)
     beside = trainer_state(folder)
     if names == (ROOT,):
-        return replace(_read_model(folder, headers), beside=beside)
+        return replace(_read_model(folder, headers, Budget()), beside=beside)
     with ExitStack() as opened:
-        models = {}
+        models, budget = {}, Budget()
         for name in names:
-            models[name] = _read_model(folder if name == ROOT else folder / name, headers)
+            place = folder if name == ROOT else folder / name
+            models[name] = _read_model(place, headers, budget)
             opened.callback(models[name].close)
         opened.pop_all()
     texts = [model.metadata for model in models.values()]
@@ -64,6 +66,7 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
         texts[0] if all(text == texts[0] for text in texts) else {},
         tuple(f"{name}: {note}" for name, model in models.items() for note in model.notes),
         beside,
+        budget=budget,
     )
 
 
@@ -77,7 +80,7 @@ def _located(model: Checkpoint) -> object:
     }
 
 
-def _read_model(folder: Path, headers: Headers) -> Checkpoint:
+def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
     """Read the headers of the one model whose weights lie in a folder itself."""
     first, *more = candidates(folder)
     others = [one for one in more if (one.stem, one.variant) != (first.stem, first.variant)]
@@ -89,8 +92,8 @@ def _read_model(folder: Path, headers: Headers) -> Checkpoint:
             remedy="Give the one folder or file that is meant",
         )
     if first.is_index:
-        return _read_shards(folder, first.path, headers)
-    whole = open_file(first.path, headers)
+        return _read_shards(folder, first.path, headers, budget)
+    whole = open_file(first.path, headers, budget)
     return replace(
         whole,
         path=folder,
@@ -99,12 +102,12 @@ def _read_model(folder: Path, headers: Headers) -> Checkpoint:
     )
 
 
-def _read_shards(folder: Path, path: Path, headers: Headers) -> Checkpoint:
+def _read_shards(folder: Path, path: Path, headers: Headers, budget: Budget) -> Checkpoint:
     with ExitStack() as opened:
         shards: dict[str, Checkpoint] = {}
         weight_map = _weight_map(path)
         for name in dict.fromkeys(weight_map.values()):
-            shards[name] = open_file(folder / name, headers)
+            shards[name] = open_file(folder / name, headers, budget)
             opened.callback(shards[name].close)
         weight_map |= _aliases(shards, weight_map)
         tree = {name: _tensor(shards[shard], name) for name, shard in weight_map.items()}
@@ -116,6 +119,7 @@ def _read_shards(folder: Path, path: Path, headers: Headers) -> Checkpoint:
         tuple(file for shard in shards.values() for file in shard.files),
         next((shard.metadata for shard in shards.values()), {}),
         tuple(_notes(shards, weight_map)),
+        budget=budget,
     )
 
 

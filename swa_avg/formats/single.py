@@ -6,6 +6,7 @@ from pathlib import Path
 
 from swa_avg.errors import FormatError
 from swa_avg.formats import safetensors, torch_legacy, torch_zip, zip_directory
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.headers import Headers
 from swa_avg.storage import InputFile
@@ -22,12 +23,13 @@ _STRANGERS = (
 )
 
 
-def open_file(path: Path, headers: Headers) -> Checkpoint:
+def open_file(path: Path, headers: Headers, budget: Budget | None = None) -> Checkpoint:
     """Open a file and read its headers.
 
     Args:
         path: The file.
         headers: What was read of other files.
+        budget: What its headers may ask for, where it is a part of a larger checkpoint.
 
     Raises:
         FileError: It cannot be opened.
@@ -35,7 +37,7 @@ def open_file(path: Path, headers: Headers) -> Checkpoint:
     """
     file = InputFile(path)
     try:
-        return read(file, headers)
+        return read(file, headers, budget or Budget())
     except BaseException:
         file.close()
         raise
@@ -53,12 +55,13 @@ def is_checkpoint(path: Path) -> bool:
         file.close()
 
 
-def read(file: InputFile, headers: Headers) -> Checkpoint:
+def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     """Read the headers of a file.
 
     Args:
         file: The file.
         headers: What was read of other files.
+        budget: What its headers may ask for.
 
     Raises:
         FormatError: It is no checkpoint, or not a sound one.
@@ -67,13 +70,14 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
         raise FormatError("is empty", file=file.path, expected="a checkpoint")
     start = file.read(0, min(512, file.size))
     if start.startswith(zip_directory.MAGIC):
-        return torch_zip.read(file, headers)
-    if torch_legacy.is_legacy(start):
-        return torch_legacy.read(file)
+        return torch_zip.read(file, headers, budget)
+    # torch takes what is both for a tar archive, which may hold other tensors.
+    if torch_legacy.is_legacy(start) and not _is_tar(start):
+        return torch_legacy.read(file, budget)
     if start[8:9] == b"{":
-        return safetensors.read(file, headers)
+        return safetensors.read(file, headers, budget)
     looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
-    if looks is None and start[257:262] == b"ustar":
+    if looks is None and _is_tar(start):
         looks = "a tar archive, as torch wrote them before 0.1.10"
     if looks is None and start[:1] == b"\x80":
         looks = "a bare pickle"
@@ -84,3 +88,16 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
         file=file.path,
         expected="a checkpoint written by torch.save or by safetensors",
     )
+
+
+def _is_tar(start: bytes) -> bool:
+    """Tell whether a file that begins so is a tar archive, of whatever age."""
+    import tarfile
+
+    if start[257:262] == b"ustar":
+        return True
+    try:
+        tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True

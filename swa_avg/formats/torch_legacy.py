@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from swa_avg.errors import FormatError
 from swa_avg.formats import pickles
+from swa_avg.formats.budget import MOST_STRING_BYTES, Budget
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.pickled import Pickled, described
 from swa_avg.storage import InputFile
@@ -22,8 +23,6 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _COUNT = struct.Struct("<q")
 _WINDOW = 1 << 16
-_MOST_AT_ONCE = 1 << 28  # of a pickle: one string or one line
-_MOST_PICKLED = 1 << 30
 
 
 def is_legacy(start: bytes) -> bool:
@@ -32,14 +31,18 @@ def is_legacy(start: bytes) -> bool:
     return binary in start[:32] or start.startswith(b"L%d" % _MAGIC)
 
 
-def read(file: InputFile) -> Checkpoint:
+def read(file: InputFile, budget: Budget) -> Checkpoint:
     """Read the pickles of a legacy torch file, and where its storages lie.
+
+    Args:
+        file: The file.
+        budget: What its pickles may ask for.
 
     Raises:
         FormatError: The file is not sound.
     """
     try:
-        pickled, records, end = _read(file)
+        pickled, records, end = _read(file, budget)
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise
@@ -49,22 +52,30 @@ def read(file: InputFile) -> Checkpoint:
     if more:
         notes.append(f"{more} bytes follow the checkpoint; not read")
     name = "torch before 1.6"
-    return Checkpoint(file.path, name, pickled.tree, (file,), notes=tuple(notes), records=located)
+    return Checkpoint(
+        file.path,
+        name,
+        pickled.tree,
+        (file,),
+        notes=tuple(notes),
+        records=located,
+        budget=budget,
+    )
 
 
-def _read(file: InputFile) -> tuple[Pickled, dict[str, Record], int]:
+def _read(file: InputFile, budget: Budget) -> tuple[Pickled, dict[str, Record], int]:
     """Return what was saved, where its storages are, and where the last one ends."""
-    stream = _Stream(file)
-    if pickles.load_plain(stream) != _MAGIC:
+    stream = _Stream(file, budget)
+    if pickles.load_plain(stream, budget) != _MAGIC:
         raise FormatError("has another magic number than torch's")
-    version = pickles.load_plain(stream)
+    version = pickles.load_plain(stream, budget)
     if version != _VERSION:
         raise FormatError(f"has version {described(version)}", expected=f"{_VERSION}")
-    system = pickles.load_plain(stream)
+    system = pickles.load_plain(stream, budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise FormatError("was not written by a little-endian machine")
-    pickled = pickles.load(stream)
-    keys = pickles.load_plain(stream)
+    pickled = pickles.load(stream, budget)
+    keys = pickles.load_plain(stream, budget)
     records, end = _storages(file, stream.tell(), keys, pickled.storages)
     return pickled, records, end
 
@@ -100,8 +111,9 @@ def _storages(
 class _Stream:
     """The pickles at the start of a file, read ahead window by window."""
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: InputFile, budget: Budget) -> None:
         self._file = file
+        self._budget = budget
         self._place = 0
         self._window = b""
         self._start = 0
@@ -119,7 +131,7 @@ class _Stream:
         return data
 
     def readline(self) -> bytes:
-        for most in (_WINDOW, _MOST_AT_ONCE, 0):
+        for most in (_WINDOW, MOST_STRING_BYTES, 0):
             at = self._place - self._start
             end = self._window.find(b"\n", at)
             if end >= 0:
@@ -130,7 +142,8 @@ class _Stream:
 
     def _look_ahead(self, count: int) -> None:
         """Begin the window here, with the next `count` bytes as far as the file has them."""
-        if count > _MOST_AT_ONCE or self._place > _MOST_PICKLED:
+        if count > MOST_STRING_BYTES:
             raise FormatError("holds a pickle of unreasonable size")
         length = min(max(count, _WINDOW), self._file.size - self._place)
+        self._budget.read(length)
         self._window, self._start = self._file.read(self._place, length), self._place

@@ -14,6 +14,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import ForeignError, FormatError
 from swa_avg.formats import pickler, pickles, zip_directory
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
     PROVENANCE,
@@ -24,7 +25,8 @@ from swa_avg.formats.checkpoint import (
     Splice,
 )
 from swa_avg.formats.headers import Headers
-from swa_avg.formats.zip_directory import FULL, MAGIC, UTF8
+from swa_avg.formats.zip_directory import MAGIC, UTF8
+from swa_avg.formats.zip_end import FULL
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Record, contiguous_stride
 
@@ -39,17 +41,18 @@ _UNCHECKED = "carries no checksums: damage to it cannot be found"
 _PROVENANCE = f"/{PROVENANCE}".encode()  # torch.load looks at no record that it does not know
 
 
-def read(file: InputFile, headers: Headers) -> Checkpoint:
+def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     """Read the headers of a torch zip.
 
     Args:
         file: The archive.
         headers: What was read of other files.
+        budget: What the headers may ask for.
 
     Raises:
         FormatError: The archive or its pickle is not sound, or is TorchScript.
     """
-    directory = zip_directory.read(file, headers.forms)
+    directory = zip_directory.read(file, headers.forms, budget)
     pickled = directory.record(file, "data.pkl")
     if pickled is None or not directory.root:
         raise ForeignError(
@@ -63,7 +66,8 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
     if order != "little":
         raise FormatError(f"has byte order {order}", file=file.path, expected="little")
     try:
-        found = headers.once(pickles.load, _checked(pickled))
+        budget.read(pickled.length)
+        found = headers.once(pickles.load, _checked(pickled), budget)
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise
@@ -78,6 +82,7 @@ def read(file: InputFile, headers: Headers) -> Checkpoint:
         provenance=_provenance(said),
         provenance_record=said,
         records=records,
+        budget=budget,
     )
 
 
@@ -112,7 +117,7 @@ def checksum_places(file: InputFile) -> dict[int, tuple[int, ...]]:
         For the place of each record's first byte, the places of its CRC-32: beside the
         data and in the directory. Records without a checksum are left out.
     """
-    directory = zip_directory.read(file, {})
+    directory = zip_directory.read(file, {}, Budget())
     return {
         start: zip_directory.checksum_places(file, entry, start)
         for entry, start, checksum in zip(
@@ -223,7 +228,7 @@ def _end(count: int, size: int, start: int) -> bytes:
 
 def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
     """Return what to change in an archive for a last record to say how it was made."""
-    directory = zip_directory.read(file, {})
+    directory = zip_directory.read(file, {}, Budget())
     first, end = directory.start, directory.end
     name = f"{directory.root}{PROVENANCE}".encode()
     data = provenance.encode()

@@ -16,11 +16,12 @@ from itertools import pairwise, repeat
 from typing import NamedTuple, NoReturn
 
 from swa_avg.errors import ForeignError, FormatError
+from swa_avg.formats.budget import Budget
+from swa_avg.formats.zip_end import FULL, find_directory, refuse_broken
 from swa_avg.storage import InputFile, announce, reading_ahead
 from swa_avg.tensors import Record
 
 MAGIC = b"PK\x03\x04"
-FULL = 0xFFFFFFFF  # in a field of 32 bits: the number is in the ZIP64 field
 UTF8 = 0x800
 _ENCRYPTED = 0x1
 _DESCRIPTOR = 0x8  # the checksum stands behind the data
@@ -31,13 +32,9 @@ _LOCAL = struct.Struct("<4s2xH18xHH")
 # and comment, place of the local header.
 _LINE = struct.Struct("<4s4xHH4xIIIHHH8xI")
 _EXTRA = struct.Struct("<HH")
-# Magic, disks, records on this disk and on all, the directory's size and start, the comment.
-_END = struct.Struct("<4sHHHHIIH")
-_ZIP64_END = struct.Struct("<4s12xIIQQQQ")
-_ZIP64_LOCATOR = struct.Struct("<4sIQI")
-_LONGEST_COMMENT = 0xFFFF
 _ALIGNMENT = 64  # of records, by which the extra fields of local headers are long
 _DENSE = 1 << 17  # bytes from one local header to the next: what a read from disk takes along
+_OBJECTS = 8  # that are made of a record
 # Where a local header and a line have their checksum.
 _LOCAL_CHECKSUM, _LINE_CHECKSUM = 14, 16
 
@@ -67,7 +64,8 @@ class Directory:
     Attributes:
         root: The folder that all records are in, with its slash; empty if there is none.
         entries: The records, in the order of the directory.
-        numbers: Which of them has which name.
+        numbers: Which of them has which name, in small letters: torch's reader of archives
+            takes large and small ones for the same.
         starts: The place of each one's first byte.
         checksums: The CRC-32 of each; 0 if none was computed.
         start: The place of the directory, behind all records.
@@ -83,7 +81,12 @@ class Directory:
     end: int
 
     def record(self, file: InputFile, name: str) -> Record | None:
-        """Return where a record is in a file that has this directory, if it is there."""
+        """Return where a record is in a file that has this directory, if it is there.
+
+        Args:
+            file: The file.
+            name: Its name, in small letters.
+        """
         number = self.numbers.get(name)
         if number is None:
             return None
@@ -111,18 +114,21 @@ def _record(file: InputFile, entry: Entry, start: int, checksum: int) -> Record:
     return Record(file, start, entry.length, known)
 
 
-def read(file: InputFile, forms: dict[int, Form]) -> Directory:
+def read(file: InputFile, forms: dict[int, Form], budget: Budget) -> Directory:
     """Read the directory of an archive, and the local headers of all records.
 
     Args:
         file: The archive.
         forms: What was learned of earlier ones, by the size of their directories.
+        budget: What it may ask for.
 
     Raises:
         FormatError: It is not whole, or says what is not so.
     """
     try:
-        start, size, count = _find(file)
+        start, size, count = find_directory(file)
+        budget.read(size + count * (_LOCAL.size + _ALIGNMENT))
+        budget.make(count * _OBJECTS)
         lines = file.read(start, size)
         form = forms.get(size)
         found = form.fitted(file, lines, start) if form else None
@@ -130,7 +136,7 @@ def read(file: InputFile, forms: dict[int, Form]) -> Directory:
             forms[size] = form = _form(file, lines, start, count)
             found = form.directory
     except (struct.error, UnicodeDecodeError) as error:
-        _refuse(file, str(error))
+        refuse_broken(file, str(error))
     return found
 
 
@@ -221,78 +227,20 @@ def refuse_torchscript(file: InputFile) -> NoReturn:
     )
 
 
-def _refuse(file: InputFile, why: str) -> NoReturn:
-    raise FormatError(
-        f"is not a whole zip archive ({why})",
-        file=file.path,
-        expected="a checkpoint written by torch.save",
-        remedy="The file is cut short or damaged",
-    )
-
-
-def _find(file: InputFile) -> tuple[int, int, int]:
-    """Return the place and size of the directory, and how many records it lists."""
-    first = max(0, file.size - _END.size - _LONGEST_COMMENT)
-    tail = file.read(max(first, file.size - _END.size), min(file.size, _END.size))
-    if not tail.startswith(b"PK\x05\x06"):  # a comment is the exception
-        tail = file.read(first, file.size - first)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0:
-        _refuse(file, "it has no end")
-    _, disk, other, here, count, size, start, comment = _END.unpack_from(tail, at)
-    end = file.size - len(tail) + at
-    behind = file.size - end - _END.size - comment
-    if behind > 0:
-        raise FormatError(
-            f"has {behind} bytes behind its end",
-            file=file.path,
-            expected="a checkpoint written by torch.save",
-            remedy="Something was appended to it",
-        )
-    numbers = _zip64(file, end)
-    if numbers:
-        # torch writes them always, not only where 32 bits do not do.
-        short = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, FULL, FULL)
-        if (disk, other, here, count, size, start) != tuple(map(min, numbers[1:], short)):
-            _refuse(file, "it has two ends that differ")
-        end, disk, other, here, count, size, start = numbers
-    if disk or other or here != count or behind < 0:
-        _refuse(file, "it has further parts")
-    if start + size != end:
-        _refuse(file, "its directory is elsewhere")
-    return start, size, count
-
-
-def _zip64(file: InputFile, end: int) -> tuple[int, ...]:
-    """Return the place of the ZIP64 end and its numbers; nothing if the archive has none."""
-    place = end - _ZIP64_LOCATOR.size
-    if place < 0:
-        return ()
-    magic, _, found, _ = _ZIP64_LOCATOR.unpack(file.read(place, _ZIP64_LOCATOR.size))
-    if magic != b"PK\x06\x07":
-        return ()
-    if found + _ZIP64_END.size > place:
-        _refuse(file, "its ZIP64 end is elsewhere")
-    magic, *numbers = _ZIP64_END.unpack(file.read(found, _ZIP64_END.size))
-    if magic != b"PK\x06\x06":
-        _refuse(file, "its ZIP64 end is elsewhere")
-    return found, *numbers
-
-
 def _form(file: InputFile, lines: bytes, start: int, count: int) -> Form:
     """Read a directory, line by line, and check all that it says."""
     read = list(_lines(file, lines, start))
     if len(read) != count:
-        _refuse(file, f"{len(read)} records where there are to be {count}")
+        refuse_broken(file, f"{len(read)} records where there are to be {count}")
     roots = {raw.partition(b"/")[0] for raw, *_ in read}
     root = next(iter(roots)) + b"/" if len(roots) == 1 else b""
     entries = [
         Entry(_decoded(raw.removeprefix(root), flags), flags, length, header, line)
         for raw, flags, length, _, header, line in read
     ]
-    numbers = {entry.name: number for number, entry in enumerate(entries)}
+    numbers = {entry.name.lower(): number for number, entry in enumerate(entries)}
     for number, entry in enumerate(entries):
-        if numbers[entry.name] != number:
+        if numbers[entry.name.lower()] != number:
             raise FormatError(f"holds two records named {entry.name}", file=file.path)
     heads = _heads(file, entries, [raw for raw, *_ in read], start)
     starts = [entry.header + len(head) for entry, head in zip(entries, heads, strict=True)]
@@ -320,7 +268,7 @@ def _lines(file: InputFile, lines: bytes, start: int) -> Iterator[_Line]:
         behind = place + _LINE.size + named
         name = lines[place + _LINE.size : behind]
         if magic != b"PK\x01\x02" or behind + extra + comment > len(lines):
-            _refuse(file, "its directory is damaged")
+            refuse_broken(file, "its directory is damaged")
         if FULL in (stored, length, header):
             fields = lines[behind : behind + extra]
             length, stored, header = _wide(file, fields, (length, stored, header))
@@ -349,7 +297,7 @@ def _wide(file: InputFile, extra: bytes, numbers: tuple[int, ...]) -> Iterator[i
             for number in numbers:
                 found = next(wide, None) if number == FULL else (number,)
                 if found is None:
-                    _refuse(file, "its directory is damaged")
+                    refuse_broken(file, "its directory is damaged")
                 yield found[0]
             return
         place += length
@@ -363,7 +311,7 @@ def _heads(
     places = [entry.header for entry in entries]
     least = [_LOCAL.size + len(name) for name in names]
     if any(place + length > end for place, length in zip(places, least, strict=True)):
-        _refuse(file, "its directory is damaged")
+        refuse_broken(file, "its directory is damaged")
     likely = [
         min(length + _ALIGNMENT, end - place) for place, length in zip(places, least, strict=True)
     ]

@@ -1,40 +1,77 @@
 """Which of several checkpoints are one and the same, under two names.
 
-`last.ckpt` and `model_best.pth.tar` are links to an epoch's file, or copies of
-it; counted twice, they would weigh twice. Links are told by the file system,
-copies by the checksums in their headers; only where some have none, a few bytes
-are read, and all of them where those agree.
+`last.ckpt` and `model_best.pth.tar` are links to an epoch's file, or copies of it; counted
+twice, they would weigh twice. Links are told by the file system, copies by the checksums in
+their headers. Where some have none, a few bytes of each tensor are read, and the rest only of
+those that still look alike: no byte is read twice, however many checkpoints there are.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from zlib_ng.zlib_ng import crc32
 
 from swa_avg.checkpoints import StateDict
-from swa_avg.tensors import Record, TensorRef
+from swa_avg.storage import is_remote
+from swa_avg.tensors import Piece, Record, TensorRef, combined, with_gaps
 
-_SAMPLES = 8
-_SAMPLE_BYTES = 4096
+# The first look, by which most differ; and the second, into the middle of each tensor, since
+# those of a frozen backbone are the same. Behind a URL each of them would be a request.
+_FEW, _FEW_BYTES = 8, 4096
+_MANY, _MANY_BYTES = 4096, 256
 
 
-def copies(states: Sequence[StateDict]) -> Iterator[tuple[StateDict, StateDict, str]]:
-    """Yield each checkpoint that is the same as an earlier one, that one, and why they are."""
-    checked = all(map(_has_checksums, states))
+def copies(
+    states: Sequence[StateDict], by_sample: bool = False
+) -> Iterator[tuple[StateDict, StateDict, str]]:
+    """Yield each checkpoint that is the same as an earlier one, that one, and why they are.
+
+    Args:
+        states: The state_dicts of the checkpoints.
+        by_sample: Read no more than a sample of any, and say that it is no more.
+    """
     links: dict[object, StateDict] = {}
-    alike: dict[object, list[StateDict]] = {}
     for state in states:
         files = tuple(file.identity for file in state.checkpoint.files)
         if files in links:
             yield state, links[files], "is the same file as"
-            continue
-        links[files] = state
-        like = alike.setdefault(_glance(state) if checked else _contents(state, checked), [])
-        same = next((other for other in like if _same(state, other, checked)), None)
-        if same:
-            yield state, same, "holds the same weights as"
         else:
-            like.append(state)
+            links[files] = state
+    apart = list(links.values())
+    if all(map(_has_checksums, apart)):
+        yield from _alike(_split(_split([apart], _glance), _headers_and_checksums))
+        return
+    looks = {id(state): _Look(state) for state in apart}
+    groups = _split([apart], _headers)
+    groups = _split(groups, lambda state: looks[id(state)].few())
+    groups = _split(groups, lambda state: looks[id(state)].many())
+    told = [group for group in groups if not by_sample or all(map(_has_checksums, group))]
+    presumed = [group for group in groups if group not in told]
+    yield from _alike(_split(told, lambda state: looks[id(state)].whole()))
+    yield from _alike(presumed, "in a sample of its bytes ")
+
+
+def _alike(
+    groups: Iterable[Sequence[StateDict]], how: str = ""
+) -> Iterator[tuple[StateDict, StateDict, str]]:
+    for first, *others in groups:
+        for other in others:
+            yield other, first, f"holds {how}the same weights as"
+
+
+def _split(
+    groups: Iterable[Sequence[StateDict]], key: Callable[[StateDict], object]
+) -> list[list[StateDict]]:
+    """Split groups by what copies have in common; who is alone in a group drops out."""
+    made = []
+    for group in groups:
+        parts: defaultdict[object, list[StateDict]] = defaultdict(list)
+        for state in group if len(group) > 1 else ():
+            parts[key(state)].append(state)
+        made += [part for part in parts.values() if len(part) > 1]
+    return made
 
 
 def _glance(state: StateDict) -> object:
@@ -42,61 +79,77 @@ def _glance(state: StateDict) -> object:
     return tuple(sorted(ref.record.crc32 or 0 for ref in state.tensors.values()))
 
 
-def _same(state: StateDict, other: StateDict, checked: bool) -> bool:
-    """Tell whether one checkpoint is a copy of another that looks like it."""
-    if checked:
-        return _contents(state, checked) == _contents(other, checked)
-    return _same_bytes(state, other)
+def _headers(state: StateDict) -> object:
+    """Return what the headers of copies have in common, but for checksums."""
+    described = tuple((*_described(name, ref), _lengths(ref)) for name, ref in _sorted(state))
+    return described, len(_records(state))  # of two, one may be tied
 
 
-def _contents(state: StateDict, checked: bool) -> object:
-    """Return what copies have in common: with checksums all, else a few of their bytes."""
-    described = tuple(
-        (name, ref.dtype, ref.shape, ref.stride, ref.offset, _lengths(ref, checked))
-        for name, ref in sorted(state.tensors.items())
+def _headers_and_checksums(state: StateDict) -> object:
+    return tuple(
+        (*_described(name, ref), _lengths(ref), tuple(record.crc32 for record in ref.records))
+        for name, ref in _sorted(state)
     )
-    return described, None if checked else _sample(state)
 
 
-def _lengths(ref: TensorRef, checked: bool) -> tuple[tuple[int, int | None], ...]:
-    return tuple((record.length, record.crc32 if checked else None) for record in ref.records)
+def _described(name: str, ref: TensorRef) -> tuple[object, ...]:
+    return name, ref.dtype, ref.shape, ref.stride, ref.offset
+
+
+def _lengths(ref: TensorRef) -> tuple[int, ...]:
+    return tuple(record.length for record in ref.records)
+
+
+def _sorted(state: StateDict) -> list[tuple[str, TensorRef]]:
+    return sorted(state.tensors.items())
 
 
 def _has_checksums(state: StateDict) -> bool:
-    return all(
-        record.crc32 is not None
-        for ref in state.tensors.values()
-        for record in ref.records
-        if record.length
-    )
+    return all(record.crc32 is not None for record in _records(state))
 
 
 def _records(state: StateDict) -> list[Record]:
     """Return the stretches of bytes that a state_dict's tensors lie in, by their names."""
-    found = (record for _, ref in sorted(state.tensors.items()) for record in ref.records)
+    found = (record for _, ref in _sorted(state) for record in ref.records)
     return [record for record in dict.fromkeys(found) if record.length]
 
 
-def _sample(state: StateDict) -> str:
-    """Return a digest of the first bytes of a few tensors."""
-    records = _records(state)
-    digest = hashlib.sha256()
-    for record in records[:: max(1, len(records) // _SAMPLES)]:
-        digest.update(record.file.read(record.offset, min(_SAMPLE_BYTES, record.length)))
-    return digest.hexdigest()
+class _Look:
+    """What was read of a checkpoint so far: pieces of its records, each byte once."""
+
+    def __init__(self, state: StateDict) -> None:
+        self._records = _records(state)
+        self._remote = is_remote(state.checkpoint.path)
+        self._pieces: defaultdict[Record, list[Piece]] = defaultdict(list)
+
+    def few(self) -> object:
+        """Return checksums of the first bytes of a few records."""
+        return tuple(self._read(one, 0, _FEW_BYTES) for one in _spread(self._records, _FEW))
+
+    def many(self) -> object:
+        """Return checksums of bytes within many records."""
+        some = [] if self._remote else _spread(self._records, _MANY)
+        return tuple(self._read(one, one.length // 2, _MANY_BYTES) for one in some)
+
+    def whole(self) -> object:
+        """Return the checksums of all records: those that are recorded, else of all bytes."""
+        return tuple(
+            combined(with_gaps(record, self._pieces[record]))
+            if record.crc32 is None
+            else record.crc32
+            for record in self._records
+        )
+
+    def _read(self, record: Record, start: int, length: int) -> int:
+        """Return the checksum of a piece; of what was read before only the rest is read."""
+        pieces = self._pieces[record]
+        start = max([start, *(piece.start + piece.length for piece in pieces)])
+        length = min(length, record.length - start)
+        crc = crc32(record.file.read(record.offset + start, length))
+        pieces.append(Piece(start, length, crc))
+        return crc
 
 
-def _same_bytes(state: StateDict, other: StateDict) -> bool:
-    """Tell whether two checkpoints whose headers and samples are alike are copies."""
-    mine, theirs = _records(state), _records(other)
-    if len(mine) != len(theirs):  # tied in one of them only
-        return False
-    return all(
-        here == there
-        for one, another in zip(mine, theirs, strict=True)
-        for here, there in zip(_chunks(one), _chunks(another), strict=True)
-    )
-
-
-def _chunks(record: Record) -> Iterator[bytes]:
-    return record.file.chunks(record.offset, record.length)
+def _spread(records: Sequence[Record], most: int) -> Sequence[Record]:
+    """Return some of many records, evenly from all."""
+    return records[:: -(-len(records) // most) or 1]

@@ -102,10 +102,17 @@ class Selection:
     notes: tuple[str, ...] = ()
 
 
-def select(candidates: Sequence[StateDict], choice: Choice = ALL) -> Selection:
+def select(
+    candidates: Sequence[StateDict], choice: Choice = ALL, by_sample: bool = False
+) -> Selection:
     """Put checkpoints into order, count none of them twice, and take those that are wanted.
 
     What is no checkpoint of the run is left out and said, or refused: see `series`.
+
+    Args:
+        candidates: The checkpoints.
+        choice: Which of them are wanted.
+        by_sample: Tell copies without checksums by a sample of their bytes.
 
     Raises:
         SelectionError: That leaves none, or a checkpoint lacks what it is chosen by.
@@ -114,7 +121,7 @@ def select(candidates: Sequence[StateDict], choice: Choice = ALL) -> Selection:
     notes: list[str] = []
     given = series.without_averages(members(candidates), notes)
     series.refuse_parts(given)
-    chosen = _distinct(ordered(given), notes)
+    chosen = _distinct(ordered(given), notes, by_sample)
     series.refuse_mixed(chosen)
     scores: dict[Path, Score] = {}
     if choice.epochs is not None:
@@ -132,7 +139,7 @@ def select(candidates: Sequence[StateDict], choice: Choice = ALL) -> Selection:
     )
 
 
-def _distinct(ordered: Sequence[Member], notes: list[str]) -> list[Member]:
+def _distinct(ordered: Sequence[Member], notes: list[str], by_sample: bool) -> list[Member]:
     """Return each checkpoint once, and note which were there twice.
 
     Of several that one counts whose name tells its place as the others' names do: of
@@ -145,7 +152,7 @@ def _distinct(ordered: Sequence[Member], notes: list[str]) -> list[Member]:
     )
     repeats = {
         id(state): f"{state.checkpoint.path}: {why} {counted.checkpoint.path}; counted once"
-        for state, counted, why in copies([member.state for member in preferred])
+        for state, counted, why in copies([member.state for member in preferred], by_sample)
     }
     notes += [repeats[id(m.state)] for m in ordered if id(m.state) in repeats]
     return [member for member in ordered if id(member.state) not in repeats]

@@ -35,6 +35,7 @@ class Options:
         distances: Report how far the checkpoints lie from their mean.
         verify: Read all of the output again before it takes its place, and average a
             sample of its elements anew.
+        by_sample: Tell copies without checksums by a sample of their bytes, as a dry run does.
 
     Raises:
         ValueError: There is no such option, or two do not go together.
@@ -51,6 +52,7 @@ class Options:
     start_from: Paths = ()
     distances: bool = False
     verify: bool = False
+    by_sample: bool = False
 
     def __post_init__(self) -> None:
         if self.bn_buffers not in BN_BUFFERS or self.dtype not in OUTPUT_DTYPES:

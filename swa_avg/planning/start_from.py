@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from swa_avg.checkpoints import Source, StateDict, fingerprints, provenance, sources_of
 from swa_avg.errors import ProvenanceError
-from swa_avg.tensors import Kind, read_numbers, verify
+from swa_avg.tensors import Kind, TensorRef, read_numbers, verify
 
-_REAL = (Kind.FLOAT, Kind.EXACT)
+_COUNTER = "n_averaged"
+_NUMBERS = (Kind.FLOAT, Kind.EXACT)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def base_of(state: StateDict) -> Base:
     known = provenance.of(state.checkpoint)
     if known:
         return Base(state, known.sources, known.batchnorm)
-    count = _n_averaged(state)
-    if count < 1:
+    count, why = _count(state.n_averaged)
+    if not count:
         raise ProvenanceError(
-            "does not say how many checkpoints it is the average of",
+            f"does not say how many checkpoints it is the average of{why}",
             file=state.checkpoint.path,
             expected="an average that swa-avg wrote, or an AveragedModel's state_dict",
             remedy="Average all of the checkpoints anew",
@@ -56,13 +56,17 @@ def base_of(state: StateDict) -> Base:
     return Base(state, (replace(source, count=count),))
 
 
-def _n_averaged(state: StateDict) -> int:
-    counter = state.n_averaged
-    if counter is None or counter.numel != 1 or counter.dtype.kind not in _REAL:
-        return 0
-    verify((record, "n_averaged") for record in counter.records)
-    (count,) = read_numbers(counter)
-    return int(count) if math.isfinite(count) and count == int(count) else 0
+def _count(counter: TensorRef | None) -> tuple[int, str]:
+    """Return the number that an AveragedModel's counter holds, or why it is no such number."""
+    if counter is None:
+        return 0, ""
+    if counter.numel != 1 or counter.dtype.kind not in _NUMBERS or counter.dtype.name == "bool":
+        return 0, f": {_COUNTER} is of shape {list(counter.shape)} and dtype {counter.dtype}"
+    verify((record, _COUNTER) for record in counter.records)
+    (value,) = read_numbers(counter)
+    if 1 <= value <= provenance.MOST_COUNT and value == int(value):
+        return int(value), ""
+    return 0, f": {_COUNTER} is {value}"
 
 
 def refuse_repeats(bases: Sequence[Base]) -> None:

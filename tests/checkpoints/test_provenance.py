@@ -25,6 +25,7 @@ from stored import records
 
 import swa_avg
 from swa_avg.checkpoints import provenance
+from swa_avg.errors import ProvenanceError
 from swa_avg.formats.opening import Checkpoint
 
 MODULE = """
@@ -246,8 +247,12 @@ texts = st.one_of(
 
 @given(texts)
 def test_what_others_write_there_is_no_provenance(text: str) -> None:
-    """Whatever stands in its place: ours, and then it can be written again, or nothing."""
-    found = provenance.of(Checkpoint(Path("x.pt"), "torch zip", {}, (), provenance=text))
+    """Whatever stands in its place: ours, and then it can be written again, nothing, or refused."""
+    try:
+        found = provenance.of(Checkpoint(Path("x.pt"), "torch zip", {}, (), provenance=text))
+    except ProvenanceError as error:
+        assert "unsound record" in str(error)
+        return
     if found is not None:
         assert json.loads(found.text())["count"] == found.count >= len(found.sources)
 
@@ -274,9 +279,19 @@ def test_options_that_matter_are_shown(tmp_path: Path) -> None:
     assert said == ["option bn_buffers: reset", "option dtype: float16"]
 
 
-@pytest.mark.parametrize("field, value", [("count", 0), ("count", "1"), ("size", None)])
-def test_history_that_cannot_be_is_none(tmp_path: Path, field: str, value: object) -> None:
-    """A checkpoint that stands for none, or a field of another kind: not taken for an average."""
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("count", value) for value in (0, -1, "1", True, 2.0, 10**400, 1 << 27, None)),
+        *(("size", value) for value in (None, -1, 10**309, 1e309)),
+        *(("epoch", value) for value in (1.5, 10**20, "1")),
+        ("name", None),
+        ("fingerprint", 3),
+        ("another", 1),
+    ],
+)
+def test_history_that_cannot_be_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    """A record that claims to be ours and cannot be: it is neither used nor passed over."""
     save_run(tmp_path)
     swa_avg.average(tmp_path, tmp_path / "swa.pt")
     said = provenance.made_from(tmp_path / "swa.pt").to_dict()
@@ -284,4 +299,5 @@ def test_history_that_cannot_be_is_none(tmp_path: Path, field: str, value: objec
     assert provenance.of(Checkpoint(tmp_path, "", {}, (), provenance=text)) is not None
     said["checkpoints"][0][field] = value  # type: ignore[index]
     changed = Checkpoint(tmp_path, "", {}, (), provenance=json.dumps(said))
-    assert provenance.of(changed) is None
+    with pytest.raises(ProvenanceError, match="has an unsound record of how it was made"):
+        provenance.of(changed)

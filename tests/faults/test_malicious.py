@@ -1,4 +1,4 @@
-"""The catalogue of faults, 1 to 31: files that mean harm. Nothing in them is ever executed."""
+"""The catalogue of faults, 1 to 31 but 18: files that mean harm. Nothing in them ever runs."""
 
 from __future__ import annotations
 
@@ -203,26 +203,6 @@ def test_geometry_that_lies_is_refused(tmp_path: Path) -> None:
     assert "holds a tensor of 4398046511104 bytes, expanded from 16 bytes" in bomb
     assert "holds a tensor that ends 20 bytes into storage 0" in wide
     assert "storage 0 has 16 bytes, expected 20" in large
-
-
-@fault(18, "one storage under two dtypes", "averaged, each with its own values")
-def test_storage_of_two_dtypes(tmp_path: Path) -> None:
-    """The same bytes as floats and as integers: a mean of the ones, a copy of the others."""
-    inputs = [torch.randn(4) for _ in range(2)]
-    for number, values in enumerate(inputs):
-        pickled = hostile.pickled(
-            {
-                "floats": hostile.Rebuilt(hostile.Stored("0", 4), 0, (4,), (1,)),
-                "ints": hostile.Rebuilt(
-                    hostile.Stored("0", 4, kind=torch.IntStorage), 0, (4,), (1,)
-                ),
-            }
-        )
-        hostile.pack(tmp_path / f"{number}.pt", pickled, d0=values.numpy().tobytes())
-    done = averaged(tmp_path, "0.pt", "1.pt")
-    assert oracle.same_bits(done.tensors["floats"], oracle.mean(inputs))
-    assert oracle.same_bits(done.tensors["ints"], inputs[1].view(torch.int32))
-    assert any(note.startswith("ints: differs between checkpoints") for note in done.notes)
 
 
 @fault(19, "a deflated record, a zip bomb", "refused")

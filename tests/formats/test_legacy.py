@@ -42,7 +42,9 @@ import swa_avg
 from swa_avg.checkpoints.layout import find_state_dict
 from swa_avg.errors import FormatError, SwaAvgError
 from swa_avg.formats import pickles
+from swa_avg.formats.budget import Budget
 from swa_avg.formats.opening import open_checkpoint
+from swa_avg.storage import InputFile
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -109,9 +111,9 @@ def test_legacy_tensors_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Opening reads the pickles and eight bytes for each storage, none of the elements."""
     path = save({"state_dict": {str(n): torch.rand(50_000) for n in range(20)}}, tmp_path / "c.pt")
     read = []
-    plain = swa_avg.files.InputFile.read_into
+    plain = InputFile.read_into
     monkeypatch.setattr(
-        swa_avg.files.InputFile,
+        InputFile,
         "read_into",
         lambda file, buffer, offset: (read.append(len(buffer)), plain(file, buffer, offset))[1],
     )
@@ -259,7 +261,7 @@ def test_protocol_0_is_read(zipped: bool, tmp_path: Path) -> None:
 def test_text_that_is_no_reference(text: str) -> None:
     """A protocol-0 reference of any other form is refused, whatever it says."""
     with pytest.raises(FormatError, match="no storage"):
-        pickles.load(b"P" + text.encode() + b"\n.")
+        pickles.load(b"P" + text.encode() + b"\n.", Budget())
 
 
 # Nothing runs -------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Damaged and invented files: an error of ours or sound tensors, in bounded memory and time.
 
-Here for some seconds; `fuzz/fuzz_readers.py` and `fuzz/bit_flips.py` run for as long as
-one likes, the former guided by coverage where atheris is installed.
+Here for some seconds; `fuzz/fuzz_readers.py`, `fuzz/bit_flips.py` and `fuzz/differential.py`
+run for as long as one likes, the former guided by coverage where atheris is installed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz import bit_flips, fuzz_readers
+from fuzz import bit_flips, differential, fuzz_readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 RUNS = 1500
 FLIPS = 2000
+COMPARED = 400
 
 
 def test_changed_files(tmp_path: Path) -> None:
@@ -51,6 +52,16 @@ def test_flipped_bits() -> None:
     assert found.keys() == {"refused", "right"}, found  # padding, dates and the like are not read
     assert found.total() == FLIPS
     print(f"{FLIPS} flips: {found['refused']} refused, {found['right']} right")
+
+
+@pytest.mark.parametrize("name", differential.TARGETS)
+def test_torch_is_the_measure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of crafted and changed files each gives what torch or safetensors reads, or is refused."""
+    monkeypatch.chdir(tmp_path)  # where files that differ are saved
+    found = differential.run(name, COMPARED, seed=1)
+    assert found["different"] == 0, sorted(tmp_path.iterdir())
+    assert found["equal"] > COMPARED // 20 and found["refused"] > COMPARED // 5
+    print(name, dict(found))
 
 
 def argument(opcode: str) -> st.SearchStrategy[bytes]:
