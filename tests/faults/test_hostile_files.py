@@ -367,7 +367,7 @@ def sparse_zip(file: Any, length: int) -> bytes:
 
 COUNTED = """
 import os, sys
-from swa_avg.cli import main
+from swa_avg.__main__ import main
 exit = os._exit
 def counted(code):
     print(open("/proc/self/io").read().split()[1], file=sys.stderr)
