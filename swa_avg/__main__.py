@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 # Where one of these is in use, others may have something to do at the end.
-_WITH_OTHERS = frozenset({"swa_avg.batchnorm", "swa_avg.ranks"})
+_WITH_OTHERS = frozenset({"swa_avg.batchnorm", "swa_avg.averaging.torchrun"})
 
 
 def main() -> NoReturn:

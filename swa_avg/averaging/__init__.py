@@ -1,7 +1,8 @@
 """From checkpoints to a committed output and a report.
 
 In: paths and `Options`. Out: the averaged file or folder, verified, and a `Report`. Knows
-nothing of screens.
+nothing of screens. `joint` and `torchrun` (several ranks) import torch, so they are imported
+where they are used.
 """
 
 from swa_avg.averaging.distances import Distances
@@ -16,4 +17,5 @@ __all__ = [
     "average",
     "joint",
     "planned",
+    "torchrun",
 ]

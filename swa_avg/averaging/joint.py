@@ -25,11 +25,11 @@ from typing import Any
 import swa_avg
 from swa_avg.averaging.execution import Averaging, usable_cores
 from swa_avg.averaging.report import Report
+from swa_avg.averaging.torchrun import ProcessRanks
 from swa_avg.checkpoints import StateDict
 from swa_avg.errors import SwaAvgError
 from swa_avg.kernel import Findings, Kernel, Records, compute, settle, share, works_in
 from swa_avg.planning import ranges_of
-from swa_avg.ranks import ProcessRanks
 from swa_avg.storage import (
     ROOM,
     AtomicFile,

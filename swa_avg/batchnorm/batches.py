@@ -23,7 +23,7 @@ _END = object()
 
 
 class Ranks(Protocol):
-    """Processes that share the batches; `swa_avg.ranks` has the real ones."""
+    """Processes that share the batches; `swa_avg.averaging.torchrun` has the real ones."""
 
     @property
     def rank(self) -> int:

@@ -130,7 +130,7 @@ def recompute_batchnorm(
             in float32 or more all the same.
         max_batches: Stop after so many batches, of all ranks together.
         progress: Called after every batch with its number of samples, 0 if that is unknown.
-        ranks: The processes that share the batches (`swa_avg.ranks.ranks`).
+        ranks: The processes that share the batches (`swa_avg.averaging.torchrun`).
 
     Returns:
         Which layers changed and how far, and which did not.

@@ -22,7 +22,6 @@ from swa_avg.checkpoints.layout import (
 )
 from swa_avg.checkpoints.membership import is_bn_buffer, members
 from swa_avg.checkpoints.metrics import Score, mode_of
-from swa_avg.checkpoints.modules import buffers_of
 from swa_avg.checkpoints.names import Name, Number
 from swa_avg.checkpoints.provenance import (
     UNKNOWN,
@@ -53,7 +52,6 @@ __all__ = [
     "StateDict",
     "Way",
     "at",
-    "buffers_of",
     "check_choice",
     "check_running",
     "find_state_dict",

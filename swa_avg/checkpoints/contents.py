@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from swa_avg.checkpoints.tree import mapping
-from swa_avg.formats import UnreadableTensor
+from swa_avg.pickles import UnreadableTensor
 from swa_avg.tensors import Kind, TensorRef, View
 
 OPTIMIZER = "optimizer state"

@@ -16,15 +16,8 @@ from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_avera
 from swa_avg.checkpoints.places import Places, no_average, no_state_dict, only_of
 from swa_avg.checkpoints.tree import at, flattened, mapping, split_prefix, tensor_count
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import (
-    ROOT,
-    Checkpoint,
-    Components,
-    Dict,
-    Stream,
-    UnreadableTensor,
-    described,
-)
+from swa_avg.formats import ROOT, Checkpoint, Components
+from swa_avg.pickles import Dict, Stream, UnreadableTensor, described
 from swa_avg.tensors import Tensor, TensorRef, View, in_groups, is_optimizer, optimizer_groups
 
 # What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.

@@ -16,7 +16,8 @@ from pathlib import Path
 from swa_avg.checkpoints import names
 from swa_avg.checkpoints.tree import at, mapping
 from swa_avg.checkpoints.words import MODES as MODE_OF
-from swa_avg.formats import Checkpoint, Inert
+from swa_avg.formats import Checkpoint
+from swa_avg.pickles import Inert
 from swa_avg.tensors import Kind, TensorRef, View, read_numbers
 
 MODES = ("min", "max")

@@ -14,8 +14,8 @@ from glob import escape
 from pathlib import Path
 
 from swa_avg.checkpoints import words
-from swa_avg.checkpoints.labels import Label
 from swa_avg.checkpoints.pieces import Tokens
+from swa_avg.checkpoints.words import Label
 
 Number = int | float
 

@@ -22,7 +22,8 @@ from swa_avg.checkpoints.tree import (
     matching,
 )
 from swa_avg.errors import LayoutError, listed
-from swa_avg.formats import Checkpoint, Inert
+from swa_avg.formats import Checkpoint
+from swa_avg.pickles import Inert
 from swa_avg.tensors import Tensor, is_optimizer
 
 # What stands beside a model and holds tensors, but is none.

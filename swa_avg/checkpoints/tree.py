@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from swa_avg.checkpoints.modules import state_dict_of
 from swa_avg.errors import FormatError
-from swa_avg.formats import Inert, UnreadableTensor
+from swa_avg.pickles import Inert, UnreadableTensor, state_dict_of
 from swa_avg.tensors import Kind, Tensor, is_optimizer
 
 # How deep dicts are looked into; a pickle can nest them without end, or in a circle.

@@ -7,6 +7,7 @@ frameworks' own templates of names.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 _CAMEL = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
@@ -99,3 +100,30 @@ def says_average(word: str) -> bool:
         piece in AVERAGES and "".join(pieces[at + 1 :]) not in MODES
         for at, piece in enumerate(pieces)
     )
+
+
+@dataclass(frozen=True)
+class Label:
+    """The name of a metric, as far as a path shows where it begins.
+
+    Attributes:
+        words: Its words and the numbers in it, in lower case, with what may stand before it.
+        joints: What stands before each of them.
+    """
+
+    words: tuple[str, ...]
+    joints: tuple[str, ...]
+
+    def is_called(self, name: str) -> bool:
+        """Tell whether a metric is meant: `loss` by `best_loss`, but not by `val_loss`."""
+        wanted = tuple(
+            token[0].lower() for token in re.findall(r"([^\W\d_]+|[0-9]+(\.\d+)?)", name)
+        )
+        start = len(self.words) - len(wanted)
+        if not wanted or start < 0 or self.words[start:] != wanted:
+            return False
+        if start == 0 or self.joints[start] not in ("_", ".", "/"):
+            return True
+        before = self.words[start - 1]
+        known = before in NOUNS or before in ROLES
+        return known or (start == 1 and before not in QUALIFIERS)

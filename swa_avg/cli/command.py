@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,11 +27,23 @@ from swa_avg.cli.options import (
     run_of,
 )
 from swa_avg.cli.progress import advance, bar, move
+from swa_avg.cli.show import (
+    current_streams,
+    json_text,
+    note,
+    note_stale,
+    print_json,
+    printing,
+    say,
+    show_average,
+    show_plan,
+    show_search,
+    tensors_of,
+)
 from swa_avg.cli.streams import Streams
 from swa_avg.errors import (
     DataError,
     MismatchError,
-    OutputError,
     SelectionError,
     SwaAvgError,
     printable,
@@ -39,9 +51,7 @@ from swa_avg.errors import (
 from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging, Report
-    from swa_avg.ranks import ProcessRanks
-    from swa_avg.search import Found
+    from swa_avg.averaging import Averaging, Report, torchrun
     from swa_avg.storage import Output
 
 
@@ -75,7 +85,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     if run.dry_run:
         if _leads():
             with _planned(run) as averaging:
-                _show_plan(averaging, run)
+                show_plan(averaging, run)
         return
     with _joined() as ranks:
         if run.search:
@@ -87,15 +97,15 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 
 @contextmanager
-def _joined() -> Iterator[ProcessRanks | None]:
+def _joined() -> Iterator[torchrun.ProcessRanks | None]:
     """Join the other ranks, if torchrun has started several; the first of them speaks for all."""
     world = os.environ.get("WORLD_SIZE", "")
     if not (world.isdecimal() and int(world) > 1):
         yield None
         return
-    from swa_avg.ranks import ranks
+    from swa_avg.averaging import torchrun
 
-    with ranks() as joined:
+    with torchrun.ranks() as joined:
         try:
             yield joined
         except (Exception, KeyboardInterrupt) as error:
@@ -104,7 +114,7 @@ def _joined() -> Iterator[ProcessRanks | None]:
             ctx = click.get_current_context()
             if ctx.obj.received:
                 raise
-            code = _told(error, ctx.obj, _streams(), everything=ctx.params["verbose"])
+            code = _told(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
 
@@ -118,7 +128,7 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
     return planned(run.checkpoints, output, options)
 
 
-def _average(run: Run, ranks: ProcessRanks | None) -> None:
+def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints, and nothing else."""
     with _planned(run) as averaging, opened_beside(run, averaging, leads=_leads()) as beside:
         with _one_blas_thread(), _written(averaging, run, ranks) as made:
@@ -131,15 +141,15 @@ def _average(run: Run, ranks: ProcessRanks | None) -> None:
             return
         content: dict[str, object] = {}
         if run.as_json or run.report is not None:
-            content = report.to_dict() | _tensors(averaging, run)
+            content = report.to_dict() | tensors_of(averaging, run)
             _write_report(content, run, beside)
     if run.as_json:
-        _print_json(content)
+        print_json(content)
     elif not run.quiet:
-        _show_average(report, averaging, run)
+        show_average(report, averaging, run)
         if report.stale:
-            _note_stale()
-        _say([messages.of_output(report.output, report.bytes_written)])
+            note_stale()
+        say([messages.of_output(report.output, report.bytes_written)])
 
 
 @contextmanager
@@ -161,7 +171,7 @@ def _one_blas_thread() -> Iterator[None]:
 
 @contextmanager
 def _written(
-    averaging: Averaging, run: Run, ranks: ProcessRanks | None
+    averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None
 ) -> Iterator[tuple[Any, Report] | None]:
     """Average into a file or folder; it becomes the output when it is committed.
 
@@ -170,7 +180,7 @@ def _written(
     quiet = run.quiet or not _leads()
     size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
     with ExitStack() as entered:
-        with bar(size, quiet, "B", "averaging", _streams().err) as shown:
+        with bar(size, quiet, "B", "averaging", current_streams().err) as shown:
             how = {"threads": run.threads, "progress": shown and shown.update}
             if ranks:
                 from swa_avg.averaging import joint
@@ -182,7 +192,7 @@ def _written(
         yield made
 
 
-def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None) -> None:
+def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRanks | None) -> None:
     """Recompute BatchNorm: of the average of checkpoints, or of the output that is there."""
     averages = run.checkpoints or run.options.start_from
     with ExitStack() as entered:
@@ -207,24 +217,26 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: ProcessRanks | None)
             file, report = written
             if not run.options.keep_wrapper:
                 key, ema = (), None  # our own output holds nothing but the state_dict
-        with bar(bn.batches, run.quiet, "batch", "recomputing BatchNorm", _streams().err) as shown:
+        with bar(
+            bn.batches, run.quiet, "batch", "recomputing BatchNorm", current_streams().err
+        ) as shown:
             progress = shown and partial(advance, shown)
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
         size = file.size
         notes = (*notes, *_commit(file))
         averaged = report.to_dict() if report else {"output": str(run.output)}
         made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
-        tensors = _tensors(averaging, run) if averaging else {}
+        tensors = tensors_of(averaging, run) if averaging else {}
         content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
         _write_report(content, run, beside)
     if run.as_json:
-        _print_json(content)
+        print_json(content)
     elif not run.quiet:
         if report and averaging:
-            _show_average(report, averaging, run)
-        _say(messages.of_recompute(batchnorm, layers=run.verbose))
-        _note(notes)
-        _say([messages.of_output(str(run.output), size)])
+            show_average(report, averaging, run)
+        say(messages.of_recompute(batchnorm, layers=run.verbose))
+        note(notes)
+        say([messages.of_output(str(run.output), size)])
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -243,30 +255,26 @@ def _search(run: Run, wanted: Search) -> None:
         judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.told))
         search = sweeping.greedy if wanted.greedy else sweeping.swept
         steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, "model", "judging", _streams().err) as shown:
+        with bar(steps, run.quiet, "model", "judging", current_streams().err) as shown:
             bench = candidates.Bench(*judge, shown and partial(move, shown))
             best = entered.enter_context(search(averaging, bench, run.threads))
         picture = plot.drawn(best.report, suffix) if wanted.plot else b""
         best = replace(best, report=best.report.noting(_commit(best.file)))
         if wanted.plot:
             beside.write(wanted.plot, picture)
-        content = best.report.to_dict() | _tensors(best.averaging, run)
+        content = best.report.to_dict() | tensors_of(best.averaging, run)
         _write_report(content, run, beside)
     if run.as_json:
-        _print_json(content)
+        print_json(content)
     elif not run.quiet:
-        _show_search(best, run)
+        show_search(best, run)
         if wanted.plot:
-            _say([messages.of_output(str(wanted.plot), len(picture))])
-
-
-def _tensors(averaging: Averaging, run: Run) -> dict[str, object]:
-    return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
+            say([messages.of_output(str(wanted.plot), len(picture))])
 
 
 def _write_report(content: object, run: Run, beside: Beside) -> None:
     if run.report is not None:
-        beside.write(run.report, f"{_json(content)}\n".encode())
+        beside.write(run.report, f"{json_text(content)}\n".encode())
 
 
 def _commit(file: Output) -> tuple[str, ...]:
@@ -284,9 +292,9 @@ def _show(path: str, as_json: bool) -> None:
 
     said = made_from(path)
     if as_json:
-        _print_json(said.to_dict())
+        print_json(said.to_dict())
     else:
-        _say(messages.of_provenance(path, said))
+        say(messages.of_provenance(path, said))
 
 
 def _leads() -> bool:
@@ -297,95 +305,7 @@ def _leads() -> bool:
 
 def _apart(run: Run) -> AbstractContextManager[None]:
     """Keep our output apart from that of the user's code, which runs from here on."""
-    return _streams().apart(silent=run.quiet)
-
-
-def _streams() -> Streams:
-    """Return where results and messages go."""
-    streams: Streams = click.get_current_context().meta[Streams.__name__]
-    return streams
-
-
-def _say(lines: Iterable[str]) -> None:
-    with _printing():
-        for line in lines:
-            click.echo(printable(line), file=_streams().out)
-
-
-def _print_json(content: object) -> None:
-    with _printing():
-        click.echo(_json(content), file=_streams().out)
-
-
-@contextmanager
-def _printing() -> Iterator[None]:
-    """Say which file it is that cannot be written: the standard output."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _streams().silence()
-        raise OutputError(
-            f"cannot be written: {error.strerror or error}", file="standard output"
-        ) from error
-
-
-def _note(notes: Iterable[str]) -> None:
-    for note in notes:
-        click.echo(printable(f"note: {note}"), file=_streams().err, err=True)
-
-
-def _note_stale() -> None:
-    _note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
-
-
-def _show_plan(averaging: Averaging, run: Run) -> None:
-    """Print what would be done."""
-    if run.as_json:
-        searched = {"search": run.search.evaluate if run.search else None}
-        planned = averaging.to_dict() | {"recompute_bn": run.recompute is not None} | searched
-        _print_json(planned)
-        return
-    if run.quiet:
-        return
-    _say(messages.of_plan(averaging, tensors=run.verbose or len(averaging.inputs) == 1))
-    if run.recompute is not None:
-        _say([f"would recompute BatchNorm over {run.recompute['data']}"])
-    if run.search:
-        _say(messages.of_search_plan(averaging, run.search.evaluate, run.search.greedy))
-    _note(averaging.notes)
-
-
-def _show_search(best: Found, run: Run) -> None:
-    """Print which averages were tried, and what became the output."""
-    report = best.report
-    _say(messages.of_search(report))
-    _show_average(report.average, best.averaging, run)
-    if report.batchnorm:
-        _say(messages.of_recompute(report.batchnorm, layers=run.verbose))
-        _note(report.notes)
-    elif report.average.stale:
-        _note_stale()
-    _say([messages.of_output(report.average.output, report.average.bytes_written)])
-
-
-def _show_average(report: Report, averaging: Averaging, run: Run) -> None:
-    """Print what was averaged."""
-    if run.verbose:
-        _say(messages.of_tensors(averaging))
-    _say(messages.of_average(report))
-    if report.distances:
-        _say(messages.of_distances(report, report.distances, modules=run.verbose))
-    if averaging.options.verify:
-        _say(["verified: all of it read again, and a sample averaged anew"])
-    _note(report.notes)
-
-
-def _json(content: object) -> str:
-    import json
-
-    return json.dumps(content, indent=2)
+    return current_streams().apart(silent=run.quiet)
 
 
 def run(signals: Signals) -> int:
@@ -400,7 +320,7 @@ def run(signals: Signals) -> int:
         with command.make_context("swa-avg", sys.argv[1:], obj=signals) as ctx:
             ctx.meta[Streams.__name__] = streams
             command.invoke(ctx)
-            with _printing():
+            with printing():
                 if (out := streams.out or sys.stdout) is not None:
                     out.flush()
         if streams.watch:

@@ -5,7 +5,6 @@ an output. The content decides which format a file has, never its suffix. Knows 
 of what the tensors are for.
 """
 
-from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import (
     PROVENANCE,
     Checkpoint,
@@ -29,33 +28,25 @@ from swa_avg.formats.opening import (
     patch,
     with_provenance,
 )
-from swa_avg.formats.pickled import Dict, Inert, Stream, UnreadableTensor, described, holds_stream
 from swa_avg.formats.sharded_layout import FolderLayout, leaves, links_note
 
 __all__ = [
     "PROVENANCE",
     "ROOT",
-    "Budget",
     "Checkpoint",
     "Components",
     "DcpLayout",
-    "Dict",
     "FolderLayout",
     "Form",
     "Headers",
-    "Inert",
     "Layout",
     "OutputStateDict",
     "OutputStorage",
     "OutputTensor",
     "Splice",
-    "Stream",
-    "UnreadableTensor",
     "averages",
     "checksum_places",
-    "described",
     "form_of",
-    "holds_stream",
     "is_checkpoint",
     "layout_for",
     "leaves",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from swa_avg.formats.budget import Budget
+from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 from swa_avg.tensors import DType, Record, Stored, TensorRef, View
 

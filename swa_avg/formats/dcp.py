@@ -19,13 +19,11 @@ from itertools import product
 from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
-from swa_avg.formats import pickles, single
-from swa_avg.formats.budget import Budget
+from swa_avg.formats import single
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.components import is_inside, trainer_state
 from swa_avg.formats.headers import Headers
-from swa_avg.formats.pickled import Global, Inert, described
-from swa_avg.formats.references import check_shape
+from swa_avg.pickles import Budget, Global, Inert, check_shape, described, unpickler
 from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 
@@ -103,7 +101,7 @@ def _metadata(path: Path, budget: Budget) -> Mapping[str, object]:
     file = InputFile(path)
     try:
         budget.read(file.size)
-        found = _fields(pickles.load_plain(file.read(0, file.size), budget))
+        found = _fields(unpickler.load_plain(file.read(0, file.size), budget))
     finally:
         file.close()
     for name in ("state_dict_metadata", "storage_data"):

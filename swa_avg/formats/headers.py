@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from swa_avg.formats.budget import Budget
 from swa_avg.formats.zip_directory import Form
+from swa_avg.pickles import Budget
 
 _T = TypeVar("_T")
 _MOST_BYTES = 16 << 20

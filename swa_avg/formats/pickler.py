@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
-from swa_avg.formats.pickled import STORAGE_DTYPES, Dict, Stream
+from swa_avg.pickles import STORAGE_DTYPES, Dict, Stream
 
 # Dtypes younger than torch's typed storages are pickled with an untyped one.
 _STORAGE_NAMES = {

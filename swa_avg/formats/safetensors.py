@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.errors import FormatError, OutputError
-from swa_avg.formats.budget import MOST_SAFETENSORS_HEADER, Budget
 from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, OutputStateDict, Splice
 from swa_avg.formats.headers import Headers
-from swa_avg.formats.references import check_shape
+from swa_avg.pickles import MOST_SAFETENSORS_HEADER, Budget, check_shape
 from swa_avg.storage import InputFile
 from swa_avg.tensors import SAFETENSORS_DTYPES, Record, Stored, View, contiguous_stride
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
-from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import Checkpoint, Components
 from swa_avg.formats.components import (
     ROOT,
@@ -27,6 +26,7 @@ from swa_avg.formats.components import (
 )
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.single import open_file
+from swa_avg.pickles import Budget
 from swa_avg.tensors import View
 
 

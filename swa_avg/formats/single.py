@@ -6,9 +6,9 @@ from pathlib import Path
 
 from swa_avg.errors import FormatError
 from swa_avg.formats import safetensors, torch_legacy, torch_zip, zip_directory
-from swa_avg.formats.budget import Budget
 from swa_avg.formats.checkpoint import Checkpoint
 from swa_avg.formats.headers import Headers
+from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 
 # What people name .pt by mistake: the first bytes, and what they are.

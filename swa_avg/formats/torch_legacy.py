@@ -12,10 +12,8 @@ import struct
 from collections.abc import Mapping
 
 from swa_avg.errors import FormatError
-from swa_avg.formats import pickles
-from swa_avg.formats.budget import MOST_STRING_BYTES, Budget
 from swa_avg.formats.checkpoint import Checkpoint
-from swa_avg.formats.pickled import Pickled, described
+from swa_avg.pickles import MOST_STRING_BYTES, Budget, Pickled, described, unpickler
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Record, Stored
 
@@ -66,16 +64,16 @@ def read(file: InputFile, budget: Budget) -> Checkpoint:
 def _read(file: InputFile, budget: Budget) -> tuple[Pickled, dict[str, Record], int]:
     """Return what was saved, where its storages are, and where the last one ends."""
     stream = _Stream(file, budget)
-    if pickles.load_plain(stream, budget) != _MAGIC:
+    if unpickler.load_plain(stream, budget) != _MAGIC:
         raise FormatError("has another magic number than torch's")
-    version = pickles.load_plain(stream, budget)
+    version = unpickler.load_plain(stream, budget)
     if version != _VERSION:
         raise FormatError(f"has version {described(version)}", expected=f"{_VERSION}")
-    system = pickles.load_plain(stream, budget)
+    system = unpickler.load_plain(stream, budget)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise FormatError("was not written by a little-endian machine")
-    pickled = pickles.load(stream, budget)
-    keys = pickles.load_plain(stream, budget)
+    pickled = unpickler.load(stream, budget)
+    keys = unpickler.load_plain(stream, budget)
     records, end = _storages(file, stream.tell(), keys, pickled.storages)
     return pickled, records, end
 

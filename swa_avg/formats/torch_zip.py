@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import ForeignError, FormatError
-from swa_avg.formats import pickler, pickles, zip_directory
-from swa_avg.formats.budget import Budget
+from swa_avg.formats import pickler, zip_directory
 from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
     PROVENANCE,
@@ -27,6 +26,7 @@ from swa_avg.formats.checkpoint import (
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.zip_directory import MAGIC, UTF8
 from swa_avg.formats.zip_end import FULL
+from swa_avg.pickles import Budget, unpickler
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Record, contiguous_stride
 
@@ -67,7 +67,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
         raise FormatError(f"has byte order {order}", file=file.path, expected="little")
     try:
         budget.read(pickled.length)
-        found = headers.once(pickles.load, _checked(pickled), budget)
+        found = headers.once(unpickler.load, _checked(pickled), budget)
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise

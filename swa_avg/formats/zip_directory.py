@@ -16,8 +16,8 @@ from itertools import pairwise, repeat
 from typing import NamedTuple, NoReturn
 
 from swa_avg.errors import ForeignError, FormatError
-from swa_avg.formats.budget import Budget
 from swa_avg.formats.zip_end import FULL, find_directory, refuse_broken
+from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile, announce, reading_ahead
 from swa_avg.tensors import Record
 

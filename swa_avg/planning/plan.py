@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
-from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor, holds_stream
+from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
+from swa_avg.pickles import holds_stream
 from swa_avg.planning.ties import ties
 from swa_avg.planning.treatments import (
     Planned,

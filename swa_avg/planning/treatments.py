@@ -14,10 +14,9 @@ from swa_avg.checkpoints import (
     StateDict,
     Way,
     at,
-    buffers_of,
 )
 from swa_avg.errors import LayoutError, SwaAvgError, listed
-from swa_avg.formats import Inert
+from swa_avg.pickles import Inert, buffers_of
 from swa_avg.tensors import DType, Kind, TensorRef
 
 # In which names of tensors there are scales of others.

@@ -7,10 +7,11 @@ objects to write (`Output`). Knows nothing of tensors.
 from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead
 from swa_avg.storage.given import GivenPath
 from swa_avg.storage.limits import allow_files
-from swa_avg.storage.output import AtomicFile, AtomicFolder, Output, check_replaceable, check_target
+from swa_avg.storage.output import AtomicFile, AtomicFolder, Output
 from swa_avg.storage.partial import JoinedOutput
 from swa_avg.storage.remote import is_remote, path_of, remote_matches
 from swa_avg.storage.request_pool import RequestPool
+from swa_avg.storage.targets import check_replaceable, check_target
 from swa_avg.storage.upload import RemoteFile, check_remote_target
 
 __all__ = [

@@ -37,7 +37,7 @@ from torch import Tensor
 import swa_avg
 from swa_avg.errors import FormatError, LayoutError, SwaAvgError
 from swa_avg.formats.opening import open_checkpoint
-from swa_avg.formats.pickled import Dict
+from swa_avg.pickles.pickled import Dict
 
 
 def averaged(path: Path) -> dict[str, Any]:

@@ -41,9 +41,9 @@ from torch import nn
 import swa_avg
 from swa_avg.checkpoints.layout import find_state_dict
 from swa_avg.errors import FormatError, SwaAvgError
-from swa_avg.formats import pickles
-from swa_avg.formats.budget import Budget
 from swa_avg.formats.opening import open_checkpoint
+from swa_avg.pickles import unpickler
+from swa_avg.pickles.budget import Budget
 from swa_avg.storage import InputFile
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -261,7 +261,7 @@ def test_protocol_0_is_read(zipped: bool, tmp_path: Path) -> None:
 def test_text_that_is_no_reference(text: str) -> None:
     """A protocol-0 reference of any other form is refused, whatever it says."""
     with pytest.raises(FormatError, match="no storage"):
-        pickles.load(b"P" + text.encode() + b"\n.", Budget())
+        unpickler.load(b"P" + text.encode() + b"\n.", Budget())
 
 
 # Nothing runs -------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 
 from swa_avg.errors import SwaAvgError
 from swa_avg.formats.opening import open_checkpoint
-from swa_avg.formats.pickled import Global, Inert, Storage, UnreadableTensor
+from swa_avg.pickles.pickled import Global, Inert, Storage, UnreadableTensor
 from swa_avg.tensors import View, verify
 
 Draw = random.Random

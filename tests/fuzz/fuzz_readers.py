@@ -39,9 +39,9 @@ _READERS = ["swa_avg", "pickle", "json"]
 with atheris.instrument_imports(include=_READERS) if atheris else nullcontext():
     from swa_avg.checkpoints.layout import find_state_dict
     from swa_avg.errors import SwaAvgError
-    from swa_avg.formats import pickles
-    from swa_avg.formats.budget import Budget
     from swa_avg.formats.opening import open_checkpoint
+    from swa_avg.pickles import unpickler
+    from swa_avg.pickles.budget import Budget
     from swa_avg.tensors.strided import read_tensor
     from swa_avg.tensors.tensor import TensorRef
 
@@ -188,7 +188,7 @@ def _into_dcp(place: Path, data: bytes) -> Path:
 
 def _unpickle(place: Path, data: bytes) -> bool:
     try:
-        pickles.load(data, Budget())
+        unpickler.load(data, Budget())
     except SwaAvgError as error:
         assert "\n" not in str(error)
         return False

@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.budget import MOST_DIMENSIONS, MOST_ELEMENTS, MOST_EXPANDED_BYTES
-from swa_avg.formats.pickled import Global, Storage, UnreadableTensor, described, storage_dtype
+from swa_avg.pickles.budget import MOST_DIMENSIONS, MOST_ELEMENTS, MOST_EXPANDED_BYTES
+from swa_avg.pickles.pickled import Global, Storage, UnreadableTensor, described, storage_dtype
 from swa_avg.tensors import DType, Stored, View
 
 _TEXT_REFERENCE = re.compile(

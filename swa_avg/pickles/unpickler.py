@@ -17,10 +17,10 @@ from collections.abc import Callable, Sized
 from typing import Any, ClassVar, Protocol
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.budget import FREE_COPIES, MOST_OBJECTS, Budget
-from swa_avg.formats.pickled import Dict, Global, Inert, Pickled, Stream, UnreadableTensor
-from swa_avg.formats.rebuilding import REBUILD
-from swa_avg.formats.references import References
+from swa_avg.pickles.budget import FREE_COPIES, MOST_OBJECTS, Budget
+from swa_avg.pickles.pickled import Dict, Global, Inert, Pickled, Stream, UnreadableTensor
+from swa_avg.pickles.rebuilding import REBUILD
+from swa_avg.pickles.references import References
 from swa_avg.tensors import DType, View
 
 # torch's own classes of tensors, which a pickle may call: torch.Tensor, torch.cuda.FloatTensor.

@@ -26,9 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from swa_avg.averaging.heartbeat import Pulse
 from swa_avg.batchnorm import theirs
 from swa_avg.errors import SwaAvgError, printable
-from swa_avg.ranks.heartbeat import Pulse
 
 _FAILED = "failed"
 _LEFT = "left"

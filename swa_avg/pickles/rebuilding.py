@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from swa_avg.errors import FormatError
-from swa_avg.formats.pickled import Dict, Global, Inert, Stream, UnreadableTensor, described
+from swa_avg.pickles.pickled import Dict, Global, Inert, Stream, UnreadableTensor, described
 from swa_avg.tensors import DTYPES, DType, View
 
 # What sets the elements of a tensor when it is assigned to (torch 2.13).

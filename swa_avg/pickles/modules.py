@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 
-from swa_avg.formats import Budget, Inert
+from swa_avg.pickles.budget import Budget
+from swa_avg.pickles.pickled import Inert
 
 
 def state_dict_of(value: Inert) -> dict[object, object] | None:

@@ -1,0 +1,119 @@
+"""What a run says: results on stdout, notes on stderr, or one JSON document.
+
+Prints what the library found; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from swa_avg.cli import messages
+from swa_avg.cli.options import Run
+from swa_avg.cli.streams import Streams
+from swa_avg.errors import OutputError, printable
+
+if TYPE_CHECKING:
+    from swa_avg.averaging import Averaging, Report
+    from swa_avg.search import Found
+
+
+def current_streams() -> Streams:
+    """Return where results and messages go."""
+    streams: Streams = click.get_current_context().meta[Streams.__name__]
+    return streams
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines of results."""
+    with printing():
+        for line in lines:
+            click.echo(printable(line), file=current_streams().out)
+
+
+def print_json(content: object) -> None:
+    """Print the one JSON document of a run."""
+    with printing():
+        click.echo(json_text(content), file=current_streams().out)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Say which file it is that cannot be written: the standard output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        current_streams().silence()
+        raise OutputError(
+            f"cannot be written: {error.strerror or error}", file="standard output"
+        ) from error
+
+
+def note(notes: Iterable[str]) -> None:
+    """Print notes on stderr."""
+    for text in notes:
+        click.echo(printable(f"note: {text}"), file=current_streams().err, err=True)
+
+
+def note_stale() -> None:
+    """Print that the BatchNorm statistics do not belong to the average."""
+    note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
+
+
+def tensors_of(averaging: Averaging, run: Run) -> dict[str, object]:
+    """Return what happens to each tensor, with `-v`, for the JSON document."""
+    return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
+
+
+def show_plan(averaging: Averaging, run: Run) -> None:
+    """Print what would be done."""
+    if run.as_json:
+        searched = {"search": run.search.evaluate if run.search else None}
+        planned = averaging.to_dict() | {"recompute_bn": run.recompute is not None} | searched
+        print_json(planned)
+        return
+    if run.quiet:
+        return
+    say(messages.of_plan(averaging, tensors=run.verbose or len(averaging.inputs) == 1))
+    if run.recompute is not None:
+        say([f"would recompute BatchNorm over {run.recompute['data']}"])
+    if run.search:
+        say(messages.of_search_plan(averaging, run.search.evaluate, run.search.greedy))
+    note(averaging.notes)
+
+
+def show_search(best: Found, run: Run) -> None:
+    """Print which averages were tried, and what became the output."""
+    report = best.report
+    say(messages.of_search(report))
+    show_average(report.average, best.averaging, run)
+    if report.batchnorm:
+        say(messages.of_recompute(report.batchnorm, layers=run.verbose))
+        note(report.notes)
+    elif report.average.stale:
+        note_stale()
+    say([messages.of_output(report.average.output, report.average.bytes_written)])
+
+
+def show_average(report: Report, averaging: Averaging, run: Run) -> None:
+    """Print what was averaged."""
+    if run.verbose:
+        say(messages.of_tensors(averaging))
+    say(messages.of_average(report))
+    if report.distances:
+        say(messages.of_distances(report, report.distances, modules=run.verbose))
+    if averaging.options.verify:
+        say(["verified: all of it read again, and a sample averaged anew"])
+    note(report.notes)
+
+
+def json_text(content: object) -> str:
+    """Return the text of a JSON document."""
+    import json
+
+    return json.dumps(content, indent=2)
