@@ -7,7 +7,8 @@ an error into a line and an exit code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def printable(text: object) -> str:
@@ -79,6 +80,16 @@ class SwaAvgError(Exception):
         if self.remedy:
             line += f". {self.remedy}"
         return printable(line if line.endswith("?") else line.removesuffix(".") + ".")
+
+
+@contextmanager
+def naming(file: object) -> Iterator[None]:
+    """Have errors that name no file name this one."""
+    try:
+        yield
+    except SwaAvgError as error:
+        error.file = error.file or str(file)
+        raise
 
 
 class FileError(SwaAvgError):

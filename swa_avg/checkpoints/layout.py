@@ -24,7 +24,7 @@ from swa_avg.checkpoints.places import (
     places,
 )
 from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
-from swa_avg.errors import FormatError, LayoutError, listed
+from swa_avg.errors import LayoutError, listed, naming
 from swa_avg.formats import Checkpoint, Components, averages
 from swa_avg.tensors import TensorRef, View, is_optimizer
 
@@ -104,11 +104,8 @@ def find_state_dict(
     Raises:
         LayoutError: There is none, there are several, or it holds what cannot be averaged.
     """
-    try:
+    with naming(checkpoint.path):
         return _found(checkpoint, (keys,) if isinstance(keys, str) else tuple(keys), ema)
-    except FormatError as error:
-        error.file = error.file or str(checkpoint.path)
-        raise
 
 
 def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> StateDict:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
-from swa_avg.errors import ForeignError, LayoutError, listed
+from swa_avg.errors import ForeignError, LayoutError, listed, naming
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
 from swa_avg.planning.inputs import Inputs, exclusion
 from swa_avg.storage import RequestPool, allow_files, is_remote
@@ -56,7 +56,8 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
             others[path] = checkpoint.found.removeprefix("is ")
             continue
         whole.append(checkpoint)
-        other = None if keys else other_than_model(checkpoint.tree)
+        with naming(path):
+            other = None if keys else other_than_model(checkpoint.tree)
         if other:
             others[path] = other
             continue
