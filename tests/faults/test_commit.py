@@ -95,7 +95,9 @@ def test_target_that_appears_during_the_run(
         with Stopped(commands, place, *INPUTS[name], "-o", name, **at) as run:
             make(target)
         line = refusal(run.ended)
-        assert line.startswith(f"error: {name}: was created by another program during this run"), line
+        assert line.startswith(f"error: {name}: was created by another program during this run"), (
+            line
+        )
         assert is_precious(target)
         assert [path.name for path in place.iterdir()] == [name]
         (target if target.suffix else target / "notes.txt").unlink()
