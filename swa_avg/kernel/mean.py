@@ -127,7 +127,7 @@ def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outco
 @default_arithmetic()
 def compute(
     kernel: Kernel,
-    dealt: Sequence[Sequence[Item]],
+    task_list: Sequence[Sequence[Item]],
     workers: int,
     progress: Progress | None = None,
 ) -> Findings:
@@ -135,7 +135,7 @@ def compute(
 
     Args:
         kernel: The kernel of the tasks.
-        dealt: The tasks.
+        task_list: The tasks.
         workers: The number of processes or threads.
         progress: Is called in the calling thread with the bytes read since the last call.
 
@@ -145,14 +145,14 @@ def compute(
     Raises:
         SwaAvgError: The error of the first task, in their order, that failed.
     """
-    job = _Job(kernel, dealt)
+    job = _Job(kernel, task_list)
     findings = Findings(len(kernel.outputs))
-    with ExitStack() as ended:
-        total = bytes_read(dealt, kernel.works)
-        results = _start(job, workers, total, ended)
-        ended.callback(job.stop.set)
+    with ExitStack() as stack:
+        total = bytes_read(task_list, kernel.works)
+        results = _start(job, workers, total, stack)
+        stack.callback(job.stop.set)
         # Started after the fork: a process must not be forked while other threads run.
-        ahead = ended.enter_context(LookAhead(dealt, kernel.works, workers, total))
+        ahead = stack.enter_context(LookAhead(task_list, kernel.works, workers, total))
         ahead.start()
         for number, found in results:
             findings.merge(found, job.records(number))
@@ -162,14 +162,14 @@ def compute(
     return findings
 
 
-def _start(job: _Job, workers: int, total: int, ended: ExitStack) -> Results[Plain]:
+def _start(job: _Job, workers: int, total: int, stack: ExitStack) -> Results[Plain]:
     """Start the tasks: in processes if that is possible and worthwhile, else in threads."""
-    count = len(job.dealt)
+    count = len(job.task_list)
     if workers > 1 and total >= _WORTH_FORKING and can_fork():
         with suppress(OSError):
-            return ended.enter_context(in_processes(job.run, count, workers))
+            return stack.enter_context(in_processes(job.run, count, workers))
     job.at_once = BESIDE_THREADS if workers > 1 else ALONE
-    return ended.enter_context(in_threads(job.run, count, workers))
+    return stack.enter_context(in_threads(job.run, count, workers))
 
 
 @default_arithmetic()
@@ -214,14 +214,14 @@ class _Job:
 
     Attributes:
         kernel: The kernel of the tasks.
-        dealt: The tasks.
+        task_list: The tasks.
         at_once: How many numbers a worker holds in float64 at once.
         stop: Is set when the remaining work is no longer needed.
     """
 
-    def __init__(self, kernel: Kernel, dealt: Sequence[Sequence[Item]]) -> None:
+    def __init__(self, kernel: Kernel, task_list: Sequence[Sequence[Item]]) -> None:
         self.kernel = kernel
-        self.dealt = dealt
+        self.task_list = task_list
         self.at_once = ALONE
         self.stop = threading.Event()
         self._shared = shared(kernel.works)
@@ -231,7 +231,7 @@ class _Job:
     def records(self, number: int) -> Records:
         """Return the input records of one task."""
         works = self.kernel.works
-        return Records([works[n] for n in works_in([self.dealt[number]])])
+        return Records([works[n] for n in works_in([self.task_list[number]])])
 
     def run(self, number: int) -> Plain:
         """Run one task and return its findings."""
@@ -242,7 +242,7 @@ class _Job:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffers(self.at_once)
         findings = Findings(len(self._outputs), self._shared)
-        for item in self.dealt[number]:
+        for item in self.task_list[number]:
             self._run_item(item, self._local.buffers, findings)
         return findings.plain(self.records(number))
 

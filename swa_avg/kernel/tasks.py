@@ -172,34 +172,34 @@ def tasks(
 
 
 def share(
-    dealt: Sequence[Sequence[Item]], works: Sequence[Work], number: int, count: int
+    task_list: Sequence[Sequence[Item]], works: Sequence[Work], number: int, count: int
 ) -> list[Sequence[Item]]:
     """Return one rank's share of the tasks: consecutive tasks, about equal in bytes.
 
     Args:
-        dealt: All tasks, the same for every rank.
+        task_list: All tasks, the same for every rank.
         works: The works of the tasks.
         number: The number of the rank, counted from 0.
         count: The number of ranks.
     """
-    costs = [sum(_cost(item, works) for item in task) for task in dealt]
+    costs = [sum(_cost(item, works) for item in task) for task in task_list]
     total = sum(costs) or 1
     # A task belongs to the rank whose share contains the middle of the task.
     owners = (
         (2 * end - cost) * count // (2 * total)
         for end, cost in zip(accumulate(costs), costs, strict=True)
     )
-    return [task for task, owner in zip(dealt, owners, strict=True) if owner == number]
+    return [task for task, owner in zip(task_list, owners, strict=True) if owner == number]
 
 
-def bytes_read(dealt: Iterable[Sequence[Item]], works: Sequence[Work]) -> int:
+def bytes_read(task_list: Iterable[Sequence[Item]], works: Sequence[Work]) -> int:
     """Return how many bytes tasks read."""
-    return sum(_cost(item, works) for task in dealt for item in task)
+    return sum(_cost(item, works) for task in task_list for item in task)
 
 
-def works_in(dealt: Iterable[Sequence[Item]]) -> list[int]:
+def works_in(task_list: Iterable[Sequence[Item]]) -> list[int]:
     """Return the numbers of the works in some tasks, in order."""
-    items = (item for task in dealt for item in task)
+    items = (item for task in task_list for item in task)
     each = (item.numbers if isinstance(item, Bundle) else (item.number,) for item in items)
     return list(dict.fromkeys(chain.from_iterable(each)))
 

@@ -28,8 +28,8 @@ class Choice:
             numbers in the names.
         best: The number of best checkpoints by `metric` to take.
         metric: The name of the metric.
-        mode: min if lower values of the metric are better, max if higher ones are. It is
-            needed if the name does not show that, as those of losses and accuracies do.
+        mode: min if lower values of the metric are better, max if higher ones are. It can be
+            left out if the name shows that, for example loss or accuracy.
         exclude: Patterns of paths or names to leave out; these files are not opened.
 
     Raises:

@@ -28,7 +28,7 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
     """Leave out averages among checkpoints, and note which ones.
 
     Averages of swa-avg are recognised by their metadata, those of torch's AveragedModel by
-    their counter, and those of other tools by their names. If all inputs are averages of
+    their counter, and averages of other tools by their names. If all inputs are averages of
     other tools, they are the checkpoints. Averages of swa-avg never are, because each
     weighs as much as the checkpoints that it was made from.
 

@@ -30,7 +30,7 @@ class Tie:
 def ties(
     states: Sequence[StateDict], treatments: Mapping[str, object], views: bool
 ) -> tuple[list[Tie], list[str]]:
-    """Sort the names of the last state_dict into ties.
+    """Group the names of the last state_dict into ties.
 
     Args:
         states: The checkpoints, all with the same names.

@@ -244,12 +244,12 @@ def reading_ahead(
         return
     share = room // min(together, len(wanted))
     block = min(max(share // (2 * threads), _LEAST_BLOCK), _MOST_BLOCK)
-    with ExitStack() as ended:
-        pool = ended.enter_context(RequestPool(_MOST_REQUESTS))
+    with ExitStack() as stack:
+        pool = stack.enter_context(RequestPool(_MOST_REQUESTS))
         for number, (source, parts) in enumerate(wanted.items()):
             ahead = ReadAhead(source.fetch, parts, block, share, pool)
-            ended.callback(ahead.close)
-            ended.enter_context(source.reading(ahead))
+            stack.callback(ahead.close)
+            stack.enter_context(source.reading(ahead))
             if number < together:
                 ahead.start()
         yield

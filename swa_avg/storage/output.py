@@ -41,8 +41,8 @@ class Output(Protocol):
 class AtomicFile(AbstractContextManager["AtomicFile"]):
     """A file that appears complete, by `commit`, or not at all.
 
-    A symbolic link stays a link: the file behind it is replaced. The mode is that of the
-    replaced file, or 0666 minus the umask. Temporary files that killed runs left for the
+    A symbolic link stays a link: the file behind it is replaced. The output gets the mode
+    of the replaced file, or 0666 minus the umask. Temporary files that killed runs left for the
     same target are removed first. After the file is open, a change of the current folder
     has no effect on it.
 
