@@ -49,8 +49,10 @@ class Choice:
                 raise ValueError(f"{name} must be at least 1, not {count}")
         if self.epochs is not None:
             _Span.parse(self.epochs)
-        if (self.best is None) != (self.metric is None) or (self.mode and not self.metric):
-            raise ValueError("best and metric need each other, and mode needs both")
+        if self.best is not None and not self.metric:
+            raise ValueError("best needs a metric, for example val_loss")
+        if self.best is None and (self.metric is not None or self.mode):
+            raise ValueError("metric and mode need best: how many of the best checkpoints to take")
         if self.mode not in (None, *metrics.MODES):
             raise ValueError(f"mode must be min or max, not {self.mode}")
         if self.metric is not None and self.better is None:
