@@ -27,8 +27,8 @@ from swa_avg.planning import (
     Selection,
     base_of,
     expand,
+    find_inputs,
     make_plan,
-    meant,
     open_all,
     refuse_unlike,
     select,
@@ -101,7 +101,7 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     bases = tuple(map(base_of, _opened(Inputs(averages), options, opened).states))
     start_from.refuse_repeats(bases)
     given = _listed(checkpoints)
-    inputs = meant(given, options.choice.exclude) if given or not bases else Inputs()
+    inputs = find_inputs(given, options.choice.exclude) if given or not bases else Inputs()
     found = _opened(inputs, options, opened)
     candidates = _without(found.states, bases)
     selection = Selection(())

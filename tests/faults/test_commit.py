@@ -95,7 +95,9 @@ def test_target_that_appears_during_the_run(
         with Stopped(commands, place, *INPUTS[name], "-o", name, **at) as run:
             make(target)
         line = refusal(run.ended)
-        assert line.startswith(f"error: {name}: was made by another program during this run"), line
+        assert line.startswith(f"error: {name}: was created by another program during this run"), (
+            line
+        )
         assert is_precious(target)
         assert [path.name for path in place.iterdir()] == [name]
         (target if target.suffix else target / "notes.txt").unlink()
@@ -132,7 +134,7 @@ def test_folder_that_gets_foreign_files_during_the_run(
         with Stopped(commands, place, *arguments, **at) as run:
             (place / "swa" / "notes.txt").write_text("precious")
         line = refusal(run.ended)
-        assert line.startswith("error: swa: holds what would be lost: notes.txt"), line
+        assert line.startswith("error: swa: contains files that would be lost: notes.txt"), line
         assert (place / "swa" / "notes.txt").read_text() == "precious"
         assert [path.name for path in place.iterdir()] == ["swa"]
         (place / "swa" / "notes.txt").unlink()
@@ -240,7 +242,7 @@ def test_more_checkpoints_than_open_files(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "swa.pt")["w"], torch.full((2,), 549.5))
     few, limits = [f"many/{number}.pt" for number in range(60)], "ulimit -n 80"
     line = one_line(run(tmp_path, *few, "-o", "few.pt", limits=limits))
-    assert "60 files would be open at once, and the system allows 80. Average some of" in line
+    assert "60 files would be open at once, but the system allows only 80. Average some of" in line
     parts = [run(tmp_path, *few[:30], "-o", "part.pt", limits=limits)]
     parts += [run(tmp_path, *few[30:], "--start-from", "part.pt", "-o", "few.pt", limits=limits)]
     assert [part.returncode for part in parts] == [0, 0], parts

@@ -291,7 +291,8 @@ def test_endless_values_beside_weights_are_left_out(tmp_path: Path) -> None:
     assert set(done.tensors) == {"w", "v", "u"}
     assert done.tensors["w"].tolist() == [0, 1, 2]
     assert any(
-        note.startswith("me, laughs, huge: no tensor and no plain value") for note in done.notes
+        note.startswith("me, laughs, huge: neither a tensor nor a plain value")
+        for note in done.notes
     )
 
 

@@ -104,7 +104,7 @@ def test_ties_that_differ(tmp_path: Path) -> None:
     done = averaged(tmp_path, "?.pt")
     assert_same(done.tensors, mean(*states[::-1]))
     assert done.tensors["b"].data_ptr() != done.tensors["b2"].data_ptr()
-    assert any("tied in some checkpoints only; written untied" in note for note in done.notes)
+    assert any("tied only in some checkpoints; written untied" in note for note in done.notes)
 
 
 @fault(55, "a prefix on the names of some inputs only", "averaged under the plain names")
@@ -148,7 +148,9 @@ def test_only_the_chosen_dict_is_read(tmp_path: Path) -> None:
     assert_same(done.tensors, mean(*states))
     report = json.loads(done.stdout)
     assert report["bytes_read"] == sum(v.nbytes for state in states for v in state.values())
-    assert any("has averages too, at ema; not used" in note for note in report["notes"])
+    assert any(
+        "also contains averaged weights, at ema; not used" in note for note in report["notes"]
+    )
 
 
 @fault(58, "a whole pickled module", "averaged from its inert state")

@@ -252,7 +252,7 @@ def test_damage_is_found_by_whoever_reads_it(
     ("seeds", "says"),
     [
         ((0, 7, 2), "rank 1 has planned something else than rank 0: the headers"),
-        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, and is not to be found here"),
+        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, but this rank does not find it"),
         ((0, 1), "rank 1 has planned something else than rank 0: it averages 2 checkpoints, not 3"),
     ],
 )
