@@ -244,7 +244,7 @@ def test_archives_that_lie_are_refused(tmp_path: Path) -> None:
         "big/in.pt": "has byte order big, expected little",
         "overlapping/in.pt": "overlap",
         "same/in.pt": "",
-        "renamed/in.pt": "has another local header than its directory says",
+        "renamed/in.pt": "has a local header that does not match the directory",
     }
     each_refused(tmp_path, cases, **LITTLE_MEMORY)
 

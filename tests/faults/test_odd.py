@@ -247,7 +247,7 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
     boxes = {name: [((0,), (2,))] for name in state}
     folders.save_chunks(tmp_path / "twice", state, boxes, change=same_place)
     folders.save_chunks(tmp_path / "within", state, boxes, change=within)
-    cases = {"twice": "model.b: is there twice", "within": "model.b: is within another item"}
+    cases = {"twice": "model.b: occurs twice", "within": "model.b: lies inside another item"}
     each_refused(tmp_path, cases)
     torch.save({"model": {"net.a": torch.ones(1)}, "net": {"a": torch.ones(1)}}, tmp_path / "0.pt")
     refused(tmp_path, "0.pt", "--key", "model", "--key", "net", says="0.pt: has net.a at net and")
