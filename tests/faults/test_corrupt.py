@@ -290,7 +290,10 @@ def test_chunks_that_do_not_cover_are_refused(tmp_path: Path) -> None:
         "larger": (folders.set_size(4, 7), "has a hole"),
         "twice": (folders.set_chunks(left, right, left), "has chunks that overlap"),
         "overlap": (folders.set_chunks(left, ((0, 2), (4, 3))), "has chunks that overlap"),
-        "outside": (folders.set_chunks(left, ((0, 3), (4, 4))), "has a chunk that lies outside the tensor"),
+        "outside": (
+            folders.set_chunks(left, ((0, 3), (4, 4))),
+            "has a chunk that lies outside the tensor",
+        ),
     }
     for name, (change, _) in changes.items():
         folders.save_chunks(tmp_path / name, folders.WHOLE, {"w": folders.HALVES}, change=change)

@@ -77,10 +77,10 @@ def test_forged_records_are_refused(tmp_path: Path) -> None:
         said = {"swa_avg": "1", "count": 1, "checkpoints": sources, "options": {}}
         text = json.dumps(said | {"batchnorm": None})
         save_file({"w": torch.ones(3)}, tmp_path / f"{name}.safetensors", {"swa_avg.json": text})
-    cases = {f"{name}.safetensors": "has an unsound record of how it was made" for name in FORGED}
+    cases = {f"{name}.safetensors": "has an invalid record of how it was made" for name in FORGED}
     each_refused(tmp_path, cases)
     each_refused(tmp_path, {"none.safetensors": "unsound"}, "--start-from", "none.safetensors")
-    assert "unsound record" in fails(tmp_path, "--show", "size.safetensors")
+    assert "invalid record" in fails(tmp_path, "--show", "size.safetensors")
 
 
 @fault(109, "`n_averaged` of an AveragedModel is NaN, infinite, 0, 2.7, complex, 10^12", "refused")

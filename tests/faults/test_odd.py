@@ -195,7 +195,7 @@ def test_what_is_not_dense_is_refused_by_name(tmp_path: Path) -> None:
         cases[f"{name}.pt"] = f"{name}.pt: {name}: is a {what}"
     for number, key in enumerate((3, (1, 2), None, 10**5000)):
         torch.save({key: torch.ones(1), "a": torch.ones(1)}, tmp_path / f"key{number}.pt")
-        cases[f"key{number}.pt"] = "has a key that is no text"
+        cases[f"key{number}.pt"] = "has a key that is not a string"
     for number, content in enumerate(({}, {"epoch": 3}, [1, 2], {"state_dict": {}}, None)):
         torch.save(content, tmp_path / f"none{number}.pt")
         cases[f"none{number}.pt"] = "has no state_dict"

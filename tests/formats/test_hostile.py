@@ -344,7 +344,7 @@ def test_key_that_is_no_text_is_refused_in_a_short_line(tmp_path: Path, key: obj
         key.value = nested(lambda value: [value] * 2, 60)
     path = tmp_path / "in.pt"
     torch.save({key: torch.ones(1), "a": torch.ones(1)}, path)
-    refused(path, "a key that is no text", LayoutError)
+    refused(path, "a key that is not a string", LayoutError)
 
 
 # Damage.
