@@ -163,7 +163,8 @@ def test_kept_wrappers_say_it_where_they_can(tmp_path: Path) -> None:
     ended = run(tmp_path, "--show old.bin")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == (
-        "error: old.bin: has no record of how it was made, expected an average that swa-avg wrote.\n"
+        "error: old.bin: has no record of how it was made,"
+        " expected an average that swa-avg wrote.\n"
     )
 
 
