@@ -1,7 +1,7 @@
-"""BatchNorm statistics of a model over the user's batches.
+"""Recomputes the BatchNorm statistics of a model over the user's batches.
 
-In: a model and batches, or a file and the user's module. Out: new running statistics, in
-the model or in the file. Knows nothing of averaging.
+In: a model and batches, or a file and the user's module. Out: new running statistics in the
+model or in the file. Does not average.
 """
 
 from swa_avg.batchnorm.batches import Alone, same_draws

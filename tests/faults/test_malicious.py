@@ -152,7 +152,7 @@ def test_indices_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
         folder = folders.save_shards(tmp_path / f"{number}", state)
         (folder / "model.safetensors.index.json").write_text(text)
         last = number == len(shards)
-        cases[folder.name] = "a name occurs twice" if last else "layers.0.weight: names the file"
+        cases[folder.name] = "a name occurs twice" if last else "layers.0.weight: lists the file"
     each_refused(tmp_path, cases)
 
 

@@ -107,7 +107,7 @@ def test_index_leads_nowhere_else(shard: Any, tmp_path: Path) -> None:
     save_file(weights(), tmp_path / "x")
     name = folder / "model.safetensors.index.json"
     name.write_text(index({"layers.0.weight": shard}))
-    with pytest.raises(FormatError, match=r"names the file .*expected a file in the same folder"):
+    with pytest.raises(FormatError, match=r"lists the file .*expected a file in the same folder"):
         open_checkpoint(folder)
 
 
