@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from swa_avg.batchnorm.foreign import theirs, users_code
+from swa_avg.batchnorm.isolation import error_line, users_code
 from swa_avg.errors import SwaAvgError
 
 _END = object()
@@ -168,7 +168,7 @@ def chosen_device(name: str, index: int = 0) -> torch.device:
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SwaAvgError(
-            f"device {name} is not available ({theirs(error)})",
+            f"device {name} is not available ({error_line(error)})",
             remedy="Choose auto, cpu, cuda, cuda:0 or mps",
         ) from error
     return device

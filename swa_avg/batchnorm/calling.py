@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swa_avg.batchnorm.foreign import signal_in
+from swa_avg.batchnorm.isolation import signal_in
 from swa_avg.errors import DataError
 
 Forward = Callable[[nn.Module, Any], object]

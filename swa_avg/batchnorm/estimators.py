@@ -175,7 +175,7 @@ class Statistics(ABC):
                 expected="2 or more",
                 remedy="Use larger batches, or drop the last one (drop_last=True)",
             )
-        self.sees(layer, x, values)
+        self.observe(layer, x, values)
 
     def check_mode(self, layer: Layer) -> None:
         """Check that the model has not changed the mode or the momentum of a layer.
@@ -218,7 +218,7 @@ class Statistics(ABC):
                     " not its forward(), and must not change its buffers",
                 )
 
-    def sees(self, layer: Layer, x: Tensor, values: int) -> None:
+    def observe(self, layer: Layer, x: Tensor, values: int) -> None:
         """Record that `layer` is about to run on `x`, with `values` values per channel."""
         layer.values = values
 
@@ -307,14 +307,14 @@ class _Population(Statistics):
                 # Each layer increments its counter: on the CPU this needs no kernel launch.
                 layer.module.num_batches_tracked = torch.tensor(0, device="cpu")
 
-    def sees(self, layer: Layer, x: Tensor, values: int) -> None:
+    def observe(self, layer: Layer, x: Tensor, values: int) -> None:
         with ExitStack() as ours:
             if layer.values or not layer.trusted:  # otherwise the buffers are enough
                 ours.enter_context(torch.no_grad())
                 ours.enter_context(default_arithmetic())
             if layer.values:  # the layer was called before in this forward: all calls are merged
                 self._take([layer], layer.span)
-            super().sees(layer, x, values)
+            super().observe(layer, x, values)
             if not layer.trusted:
                 layer.exact = two_pass(x.to(self._home), values)
 
@@ -332,9 +332,9 @@ class _Population(Statistics):
         channels = moments.count.numel()
         total = Moments.none(channels, torch.device("cpu"))
         batches = torch.zeros_like(reached)
-        for theirs in ranks.gather(torch.cat(mine)):
-            total.add(Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
-            batches += theirs[3 * channels :]
+        for received in ranks.gather(torch.cat(mine)):
+            total.add(Moments(*received[: 3 * channels].view(3, channels).unbind()))
+            batches += received[3 * channels :]
         var = total.m2 / total.count.clamp(min=1)
         return [
             Outcome(layer, total.mean[layer.span], var[layer.span], int(n), int(n))

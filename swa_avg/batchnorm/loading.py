@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from swa_avg.batchnorm.batches import same_draws
 from swa_avg.batchnorm.calling import described, is_batch, is_sample
-from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.errors import DataError
 
 _BATCH_SIZE = 64  # for a Dataset that comes without a loader

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.errors import DataError
 
 
-def found(spec: str, folder: Path) -> tuple[ModuleType, Any]:
+def load_attribute(spec: str, folder: Path) -> tuple[ModuleType, Any]:
     """Return the module and the attribute that `MOD:ATTR` names.
 
     Args:

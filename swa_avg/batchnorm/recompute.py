@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
-from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.in_place import File
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,

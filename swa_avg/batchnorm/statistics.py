@@ -29,8 +29,8 @@ from swa_avg.batchnorm.batches import (
 )
 from swa_avg.batchnorm.calling import Forward, call, explained, samples_in
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
-from swa_avg.batchnorm.foreign import users_code
-from swa_avg.batchnorm.lending import lent
+from swa_avg.batchnorm.isolation import users_code
+from swa_avg.batchnorm.on_device import on_device
 from swa_avg.errors import DataError, SwaAvgError
 from swa_avg.kernel import default_arithmetic
 
@@ -148,7 +148,7 @@ def recompute_batchnorm(
     statistics = ESTIMATORS[estimator](layers, there)
     run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
     seen: list[int | None] = []
-    with lent(model, there, statistics) as check, statistics.watching():
+    with on_device(model, there, statistics) as check, statistics.watching():
         mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
         for samples in run(mine, statistics):
             if not seen:  # also at the end: most changes occur in the first batch

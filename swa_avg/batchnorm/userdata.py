@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.foreign import importable, users_code
+from swa_avg.batchnorm.isolation import importable, users_code
 from swa_avg.batchnorm.loading import batches_of
-from swa_avg.batchnorm.named import found
+from swa_avg.batchnorm.named import load_attribute
 from swa_avg.errors import DataError, listed
 from swa_avg.kernel import default_arithmetic
 
@@ -70,7 +70,7 @@ def user_code(
     """
     folder = folder or Path.cwd()
     with importable(folder):
-        module, source = found(data, folder)
+        module, source = load_attribute(data, folder)
         yield UserCode(
             model=model_of(module, data, model, folder),
             forward=_forward(module, forward, folder),
@@ -95,7 +95,7 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
             remedy="Add it, or give the model with --model MOD:ATTR",
         )
     name = spec or data.rpartition(":")[0] + ":model"
-    made = module.model if spec is None else found(spec, folder)[1]
+    made = module.model if spec is None else load_attribute(spec, folder)[1]
     if not isinstance(made, nn.Module) and callable(made):
         with users_code(f"{name}: "):
             made = made()
@@ -111,7 +111,7 @@ def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | No
     if spec is None:
         default = getattr(module, "forward", None)
         return default if callable(default) else None
-    function: Forward = found(spec, folder)[1]
+    function: Forward = load_attribute(spec, folder)[1]
     if not callable(function):
         raise DataError(
             f"{spec} is of type {type(function).__name__}",

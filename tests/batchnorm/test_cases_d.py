@@ -131,14 +131,14 @@ def test_d_suggested_names_are_never_dunder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, wanted: str, says: str
 ) -> None:
     """A loader for training comes first; modules, imported classes and dunders never."""
-    from swa_avg.batchnorm.foreign import importable
-    from swa_avg.batchnorm.named import found
+    from swa_avg.batchnorm.isolation import importable
+    from swa_avg.batchnorm.named import load_attribute
     from swa_avg.errors import DataError
 
     made(tmp_path, module)
     monkeypatch.delitem(sys.modules, "mod", raising=False)
     with importable(tmp_path), pytest.raises(DataError) as caught:
-        found(f"mod:{wanted}", tmp_path)
+        load_attribute(f"mod:{wanted}", tmp_path)
     assert str(caught.value).endswith(says)
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swa_avg.batchnorm.estimators import Statistics
-from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.errors import DataError
 
 
 @contextmanager
-def lent(
+def on_device(
     model: nn.Module, device: torch.device, statistics: Statistics
 ) -> Iterator[Callable[[], None]]:
     """Put the model on `device`, in the modes of the estimator, with copies of its tensors.

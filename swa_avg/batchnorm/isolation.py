@@ -32,7 +32,7 @@ _SIGNALS = [
 _LONGEST = 500  # characters of a message that are shown in a line
 
 
-def theirs(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Return an exception as one line: `ExceptionType: message`.
 
     An exception from a DataLoader worker has the whole traceback as its message, of which the
@@ -148,7 +148,7 @@ class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loa
         if from_outside is not None:  # the user's code raised another exception instead
             raise from_outside
         raise DataError(
-            self._doing + theirs(error), batch=self._batch, frames=frames_of(error)
+            self._doing + error_line(error), batch=self._batch, frames=frames_of(error)
         ) from error
 
 
