@@ -90,9 +90,9 @@ def _meant(
 
     The provenance of a bare average may name a path that exists only in its inputs.
     """
-    said = provenance.of(checkpoint)
-    if said and not key and ema is None:
-        there, half = said.options.get("key", ()), said.options.get("ema")
+    record = provenance.of(checkpoint)
+    if record and not key and ema is None:
+        there, half = record.options.get("key", ()), record.options.get("ema")
         keys = (there,) if isinstance(there, str) else there
         if isinstance(keys, list | tuple) and half in (None, True, False):
             keys, half = tuple(map(str, keys)), None if half is None else bool(half)

@@ -59,9 +59,9 @@ def _shortened(text: str) -> str:
 
 def frames_of(error: BaseException) -> tuple[str, ...]:
     """Return the lines of a traceback, without the frames of this package."""
-    told = traceback.TracebackException.from_exception(error)
+    report = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
-    waiting: list[traceback.TracebackException | None] = [told]
+    waiting: list[traceback.TracebackException | None] = [report]
     while waiting:
         one = waiting.pop()
         if one is None or id(one) in seen:
@@ -69,7 +69,7 @@ def frames_of(error: BaseException) -> tuple[str, ...]:
         seen.add(id(one))
         one.stack[:] = [frame for frame in one.stack if not _is_ours(frame.filename)]
         waiting += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
-    return tuple(line for part in told.format() for line in part.splitlines())
+    return tuple(line for part in report.format() for line in part.splitlines())
 
 
 def _is_ours(filename: str) -> bool:

@@ -57,11 +57,11 @@ def read_part(
     Raises:
         LayoutError: There is no state_dict, or it does not have the requested weights.
     """
-    there, asked = _named(checkpoint, place)
+    there, selected = _named(checkpoint, place)
     _check_entries(checkpoint, there)
-    names = [str(name) for name in there if str(name).startswith(asked)]
-    inner = [name.removeprefix(asked) for name in names]
-    prefix = asked + _common_prefix(inner, _COUNTERS.get(place, _COUNTER))
+    names = [str(name) for name in there if str(name).startswith(selected)]
+    inner = [name.removeprefix(selected) for name in names]
+    prefix = selected + _common_prefix(inner, _COUNTERS.get(place, _COUNTER))
     entries = {name.removeprefix(prefix): there[name] for name in names if name.startswith(prefix)}
     entries, notes = _without_optimizer(entries)
     chosen, half_notes = _half_of(checkpoint, entries, ema, place in found.averages)
@@ -89,17 +89,17 @@ def _added(checkpoint: Checkpoint, place: str) -> str:
 
 def _named(checkpoint: Checkpoint, place: str) -> tuple[Mapping[object, object], str]:
     """Return the dict at a place, and the prefix of names that the place selects in it."""
-    found, asked = mapping(at(checkpoint.tree, place)), ""
+    found, selected = mapping(at(checkpoint.tree, place)), ""
     if found is None and place:
         inside = split_prefix(checkpoint.tree, place)
         if inside:
-            found, asked = mapping(at(checkpoint.tree, inside[0])), inside[1]
+            found, selected = mapping(at(checkpoint.tree, inside[0])), inside[1]
     found = None if found is None else flattened(found)
     if found is None or not tensor_count(found):
         if place:
             raise no_state_dict(checkpoint, f"has no state_dict at {place!r}")
         raise no_state_dict(checkpoint, "has no state_dict")
-    return found, asked
+    return found, selected
 
 
 def _without_optimizer(entries: dict[str, object]) -> tuple[dict[str, object], list[str]]:

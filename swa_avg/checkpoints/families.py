@@ -18,7 +18,7 @@ BN_STATISTICS = ("running_mean", "running_var")
 class Way(Enum):
     """The treatment of the members of a family."""
 
-    BATCHNORM = "kept as --bn-buffers says"
+    BATCHNORM = "set by --bn-buffers"
     KEPT = "kept from the last checkpoint"
     SAME = "copied if all checkpoints have the same, else refused"
     AVERAGED = "averaged"

@@ -158,7 +158,7 @@ AVERAGE_WORDS = ("ema", "swa", "avg", "average", "shadow", "polyak")
 _OTHER = re.compile(r"optim|sched|scaler|loss|metric|stats|config|args", re.IGNORECASE)
 
 
-def says_average(name: str) -> bool:
+def marks_average(name: str) -> bool:
     """Return whether a name marks an average of weights."""
     return bool(_AVERAGE.search(name)) and not _OTHER.search(name)
 

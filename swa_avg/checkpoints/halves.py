@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, says_average, without_average
+from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, marks_average, without_average
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -109,7 +109,7 @@ def _prefixes(shapes: Shapes) -> list[str]:
         parts = name.split(".")
         for count, part in enumerate(parts[:-1], 1):
             if part not in judged:
-                judged[part] = says_average(part)
+                judged[part] = marks_average(part)
             if judged[part]:
                 found[".".join(parts[:count]) + "."] = None
     return sorted(found, key=len)

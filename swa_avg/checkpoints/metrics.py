@@ -114,7 +114,7 @@ def _in_callbacks(tree: object, name: str, file: str) -> Iterator[tuple[str, obj
     """Yield the score of a checkpoint from the state of Lightning's ModelCheckpoint.
 
     `current_score` is the score of the last file that was saved because of its score, and
-    later files (`last.ckpt`, files of other callbacks) repeat it. The list `best_k_models`
+    later files (`last.ckpt`, files of other callbacks) repeat it. The dict `best_k_models`
     is used instead if there is one.
     """
     for callback in (mapping(at(tree, "callbacks")) or {}).values():

@@ -162,7 +162,7 @@ class _Reading:
     def _average(self) -> str:
         """Return the word that marks an average; `avg` in `avg_loss` does not."""
         for at, token in enumerate(self.tokens):
-            if token.kind != "word" or not words.says_average(token.text):
+            if token.kind != "word" or not words.marks_average(token.text):
                 continue
             after, before = self.tokens.word_after(at), self.tokens.word_before(at)
             of_metric = after in words.MODES or after in words.SCORES

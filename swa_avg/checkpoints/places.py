@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, says_average
+from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, marks_average
 from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
@@ -67,16 +67,16 @@ def places(tree: object) -> Places:
     patterns = [row.weights] if row and exchanged else [*WEIGHTS, *([row.weights] if row else [])]
     weights = _holding(tree, patterns)
     root = mapping(tree) or {}
-    said = [n for n, v in root.items() if _is_dict(v) and isinstance(n, str) and says_average(n)]
+    marked = [n for n, v in root.items() if _is_dict(v) and isinstance(n, str) and marks_average(n)]
     first = [row.average] if row and exchanged else []
-    averages = _holding(tree, [*first, *_AVERAGES, *said])
+    averages = _holding(tree, [*first, *_AVERAGES, *marked])
     # mmengine saves the raw weights under a name that marks an average.
     averages = tuple(path for path in averages if path not in weights)
     chunks: tuple[str, ...] = ()
     if not weights:
         numbered = [name for name in root if isinstance(name, str) and _CHUNK.fullmatch(name)]
         chunks = _holding(tree, numbered)
-    unnamed = [path for path in dict.fromkeys(_slots(row, said)) if _is_list(at(tree, path))]
+    unnamed = [path for path in dict.fromkeys(_slots(row, marked)) if _is_list(at(tree, path))]
     return Places(row, weights, chunks, averages, tuple(unnamed))
 
 
@@ -96,10 +96,10 @@ def _row(tree: object) -> Framework | None:
     return None
 
 
-def _slots(row: Framework | None, said: list[str]) -> Iterator[str]:
+def _slots(row: Framework | None, marked: list[str]) -> Iterator[str]:
     if row and row.average:
         yield row.average
-    yield from said
+    yield from marked
 
 
 def _holding(tree: object, patterns: list[str]) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def only_candidate(tree: object) -> str:
     found: list[str] = []
     for path in dicts_of_tensors(tree):
         parts = path.split(".")
-        if any(_NO_MODEL.search(part) or says_average(part) for part in parts):
+        if any(_NO_MODEL.search(part) or marks_average(part) for part in parts):
             continue
         # A dict inside a candidate belongs to the candidate.
         if has_weights(at(tree, path)) and not any(path.startswith(f"{one}.") for one in found):

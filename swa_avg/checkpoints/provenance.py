@@ -121,12 +121,12 @@ def made_from(path: str | os.PathLike[str]) -> Provenance:
     """
     checkpoint = open_checkpoint(path)
     checkpoint.close()
-    said = of(checkpoint)
-    if said is None:
+    found = of(checkpoint)
+    if found is None:
         raise ProvenanceError(
             "has no record of how it was made", file=path, expected="an average that swa-avg wrote"
         )
-    return said
+    return found
 
 
 def of(checkpoint: Checkpoint) -> Provenance | None:
@@ -230,8 +230,8 @@ def _described(state: StateDict) -> tuple[bytes, list[View | TensorRef]]:
         if tensors[name].dtype.kind in _WITH_MEAN and not is_bn_buffer(name, tensors)
     ]
     refs = [(name, tensors[name]) for name in names]
-    said = [(name, ref.dtype.name, ref.shape, _view(ref)) for name, ref in refs]
-    return repr(said).encode("utf-8", "surrogatepass"), [state.views[name] for name in names]
+    described = [(name, ref.dtype.name, ref.shape, _view(ref)) for name, ref in refs]
+    return repr(described).encode("utf-8", "surrogatepass"), [state.views[name] for name in names]
 
 
 def _view(ref: TensorRef) -> object:

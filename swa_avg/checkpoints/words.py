@@ -91,7 +91,7 @@ def in_camel_case(word: str) -> list[str]:
     return _CAMEL.findall(word)
 
 
-def says_average(word: str) -> bool:
+def marks_average(word: str) -> bool:
     """Return whether a word or a part of it marks an average: modelEMA, but not avgLoss."""
     if word.lower() in AVERAGES:
         return True

@@ -56,10 +56,10 @@ class DcpLayout:
         for at, item, checksum in zip(starts, self.items, checksums, strict=True):
             for place, data in item.headers([checksum]):
                 yield at + place, data
-        behind = sum(item.size for item in self.items)
-        yield behind, self.metadata
+        after = sum(item.size for item in self.items)
+        yield after, self.metadata
         if self.provenance:
-            yield behind + len(self.metadata), provenance.encode()
+            yield after + len(self.metadata), provenance.encode()
 
 
 def layout(state_dict: OutputStateDict, where: str) -> DcpLayout:

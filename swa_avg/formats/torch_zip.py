@@ -71,7 +71,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise
-    said = directory.record(file, PROVENANCE)
+    record = directory.record(file, PROVENANCE)
     records = found.located(directory.records(file, "data/"), file.path)
     return Checkpoint(
         file.path,
@@ -79,8 +79,8 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
         found.tree,
         (file,),
         notes=() if any(directory.checksums) else (_UNCHECKED,),
-        provenance=_provenance(said),
-        provenance_record=said,
+        provenance=_provenance(record),
+        provenance_record=record,
         records=records,
         budget=budget,
     )
@@ -236,8 +236,8 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
     put_in = entry.local(crc32(data)) + data
     line = entry.central(crc32(data))
     size = end - first + len(line)
-    behind = line + _end(len(directory.entries) + 1, size, first + len(put_in))
-    return Splice(first, 0, put_in), Splice(end, file.size - end, behind)
+    tail = line + _end(len(directory.entries) + 1, size, first + len(put_in))
+    return Splice(first, 0, put_in), Splice(end, file.size - end, tail)
 
 
 def layout(state_dict: OutputStateDict) -> ZipLayout:
@@ -246,8 +246,8 @@ def layout(state_dict: OutputStateDict) -> ZipLayout:
     Records are named and aligned to 64 bytes as in torch. The folder is always `archive`, so
     that the bytes of an output do not depend on its file name.
     """
-    said = state_dict.provenance.encode()
-    return _layout(pickler.dump(state_dict), state_dict.storages, said)
+    provenance = state_dict.provenance.encode()
+    return _layout(pickler.dump(state_dict), state_dict.storages, provenance)
 
 
 def layout_tensor(storage: OutputStorage, shape: tuple[int, ...]) -> ZipLayout:

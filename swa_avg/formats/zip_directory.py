@@ -193,8 +193,8 @@ class _Mask:
     def __init__(
         self, headers: bytes, lengths: Sequence[int], checksum: int, name: int, root: int
     ) -> None:
-        before, between, behind = checksum, name - checksum - 4, name + root
-        fields = (f"{before}sI{between}s{root}s{length - behind}s" for length in lengths)
+        before, between, after = checksum, name - checksum - 4, name + root
+        fields = (f"{before}sI{between}s{root}s{length - after}s" for length in lengths)
         self._struct = struct.Struct("<" + "".join(fields))
         self._same = self._parts(headers)[0]
 
@@ -265,12 +265,12 @@ def _lines(file: InputFile, lines: bytes, start: int) -> Iterator[_Line]:
         magic, flags, method, checksum, stored, length, named, extra, comment, header = (
             _LINE.unpack_from(lines, place)
         )
-        behind = place + _LINE.size + named
-        name = lines[place + _LINE.size : behind]
-        if magic != b"PK\x01\x02" or behind + extra + comment > len(lines):
+        after = place + _LINE.size + named
+        name = lines[place + _LINE.size : after]
+        if magic != b"PK\x01\x02" or after + extra + comment > len(lines):
             refuse_broken(file, "its directory is damaged")
         if FULL in (stored, length, header):
-            fields = lines[behind : behind + extra]
+            fields = lines[after : after + extra]
             length, stored, header = _wide(file, fields, (length, stored, header))
         if method or stored != length or flags & _ENCRYPTED:
             if b"/code/" in name:
@@ -283,7 +283,7 @@ def _lines(file: InputFile, lines: bytes, start: int) -> Iterator[_Line]:
                 remedy="Save it again with torch.save",
             )
         yield name, flags, length, checksum, header, start + place
-        place = behind + extra + comment
+        place = after + extra + comment
 
 
 def _wide(file: InputFile, extra: bytes, numbers: tuple[int, ...]) -> Iterator[int]:

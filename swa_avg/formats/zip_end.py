@@ -40,10 +40,10 @@ def find_directory(file: InputFile) -> tuple[int, int, int]:
         refuse_broken(file, "its end record is missing")
     _, disk, other, here, count, size, start, comment = _END.unpack_from(tail, at)
     end = file.size - len(tail) + at
-    behind = file.size - end - _END.size - comment
-    if behind > 0:
+    appended = file.size - end - _END.size - comment
+    if appended > 0:
         raise FormatError(
-            f"has {behind} bytes after its end",
+            f"has {appended} bytes after its end",
             file=file.path,
             expected="a checkpoint written by torch.save",
             remedy="Something was appended to it",
@@ -55,7 +55,7 @@ def find_directory(file: InputFile) -> tuple[int, int, int]:
         if (disk, other, here, count, size, start) != tuple(map(min, numbers[1:], short)):
             refuse_broken(file, "its two end records differ")
         end, disk, other, here, count, size, start = numbers
-    if disk or other or here != count or behind < 0:
+    if disk or other or here != count or appended < 0:
         refuse_broken(file, "it is split into several files")
     if start + size != end:
         refuse_broken(file, "its directory is not where its end record says")
