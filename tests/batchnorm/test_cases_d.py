@@ -194,7 +194,7 @@ def test_d_stream_of_batches_is_refused_and_both_remedies_work(tmp_path: Path, p
     for attribute, item in (("loader", "tuple of (float32[8,3,8,8], float32[8])"),
                             ("images", "float32[3,8,8]")):  # fmt: skip
         line = failed(tmp_path, *data(f"mod:{attribute}"))
-        assert f"the first is {item}. Give DataLoader(dataset, batch_size=None)" in line
+        assert f"the first is {item}. Use DataLoader(dataset, batch_size=None)" in line
     line = failed(tmp_path, *data("mod:unbatched"))
     assert "yields single samples, list of (float32[3,8,8], int), expected batches" in line
     for attribute, batches in (("as_batches", 4), ("as_samples", 4), ("labelled", 1)):

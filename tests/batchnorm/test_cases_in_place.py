@@ -155,7 +155,7 @@ def test_bn_of_a_users_own_checkpoint_needs_force(folder: Path, run: Run) -> Non
     (folder / "checkpoint-0/optimizer.pt").write_bytes(b"state of the optimizer")
     for name in ("epoch=2.ckpt", "plain.safetensors", "old.pt", "checkpoint-0"):
         before = contents(folder)
-        line = refused(run, "-o", name, *BN, says=f"{name}: is no average")
+        line = refused(run, "-o", name, *BN, says=f"{name}: is not an average")
         assert "add --force" in line
         assert contents(folder) == before
         code, _, err = run("-o", name, *BN, "--force")

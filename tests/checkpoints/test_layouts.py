@@ -313,7 +313,7 @@ def test_no_averaged_weights_is_said(layout: Layout, tmp_path: Path) -> None:
         ({"model": RAW, "generator": {"0.weight": torch.ones(2)}}, "--key model --key generator"),
         ({"ema": EMA, "epoch": 1}, "only averaged weights, at ema.*--ema"),
         ({"discriminator": RAW, "generator": EMA}, "discriminator, generator"),
-        ({"model": None, "optimizer": None}, "no tensors by name"),
+        ({"model": None, "optimizer": None}, "no named tensors"),
         ([1, 2, 3], "no named tensors"),
         ({"state_dict": {3: torch.ones(2)}}, "key that is not a string"),
         ({"model": RAW, "model_ema": EMA, "state_dict_ema": EMA}, None),

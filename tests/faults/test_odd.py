@@ -225,8 +225,8 @@ def test_what_safetensors_cannot_hold_is_refused_by_name(tmp_path: Path) -> None
     """Refused before a tensor is read; a `.pt` file holds them all."""
     cases = {
         "complex.pt": ({"w": torch.ones(1, dtype=torch.complex128)}, "w: has dtype complex128"),
-        "lone.pt": ({"lone \ud800": torch.ones(1)}, "lone \\ud800: is a name that safetensors"),
-        "meta.pt": ({"__metadata__": torch.ones(1)}, "__metadata__: is a name that safetensors"),
+        "lone.pt": ({"lone \ud800": torch.ones(1)}, "lone \\ud800: has a name that safetensors"),
+        "meta.pt": ({"__metadata__": torch.ones(1)}, "__metadata__: has a name that safetensors"),
     }
     for name, (state, says) in cases.items():
         torch.save(state, tmp_path / name)

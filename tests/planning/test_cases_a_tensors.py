@@ -482,7 +482,7 @@ def test_lora_factors_are_averaged_and_said(tmp_path: Path) -> None:
     done = averaged(tmp_path, *saved(tmp_path, states), "-v")
     assert_last_and_mean(done.tensors, states)
     (note,) = done.notes
-    assert "mean of the products B·A is not the product of the means" in note
+    assert "the product of the means is not the mean of the products B·A" in note
     assert f" and {len(names) - 1} more (low-rank adapter)" in note
     assert done.stdout.count("each factor separately") == len(names)
     assert not noted(averaged(tmp_path, "0.pt"), "low-rank")
