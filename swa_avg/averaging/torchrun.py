@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from swa_avg.averaging.heartbeat import Pulse
-from swa_avg.batchnorm import theirs
+from swa_avg.batchnorm import error_line
 from swa_avg.errors import SwaAvgError, printable
 
 _FAILED = "failed"
@@ -150,7 +150,7 @@ class ProcessRanks:
             failed = self.store.check([_FAILED])
             message = self.store.get(_FAILED).decode() if failed else ""
         except RuntimeError as error:
-            raise SwaAvgError(f"rank 0 has gone away ({theirs(error)})") from error
+            raise SwaAvgError(f"rank 0 has gone away ({error_line(error)})") from error
         if message:
             raise SwaAvgError(message)
 
@@ -159,7 +159,7 @@ class ProcessRanks:
         if isinstance(error, SwaAvgError):
             said = str(error)
         else:
-            said = theirs(error) if isinstance(error, Exception) else "it was told to end"
+            said = error_line(error) if isinstance(error, Exception) else "it was told to end"
         with suppress(RuntimeError):  # the store has gone: there is nobody to tell
             self.store.compare_set(_FAILED, "", f"rank {self.rank} failed: {printable(said)}")
 
@@ -221,7 +221,7 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise SwaAvgError(f"another rank has gone away ({theirs(error)})") from error
+        raise SwaAvgError(f"another rank has gone away ({error_line(error)})") from error
 
 
 @contextmanager
@@ -255,7 +255,7 @@ def ranks(
         )
     except (RuntimeError, ValueError) as error:
         raise SwaAvgError(
-            f"the ranks do not find each other ({theirs(error)})",
+            f"the ranks do not find each other ({error_line(error)})",
             remedy="Start them with torchrun, or unset WORLD_SIZE",
         ) from error
     local = int(os.environ.get("LOCAL_RANK", rank))

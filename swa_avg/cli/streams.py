@@ -36,7 +36,7 @@ class ExitWatch:
         Args:
             tell: Is called with the first error.
         """
-        from swa_avg.batchnorm import frames_of, theirs
+        from swa_avg.batchnorm import error_line, frames_of
 
         before = sys.unraisablehook
 
@@ -45,7 +45,7 @@ class ExitWatch:
             if "atexit" not in (failed.err_msg or "") or error is None:
                 before(failed)
                 return
-            found = f"a function that runs at exit: {theirs(error)}"
+            found = f"a function that runs at exit: {error_line(error)}"
             self._failures.append(DataError(found, frames=frames_of(error)))
 
         self._tell = tell

@@ -21,8 +21,8 @@ from torch import nn
 from swa_avg.batchnorm import (
     Recompute,
     Session,
-    found,
     importable,
+    load_attribute,
     load_weights,
     model_of,
     read_state,
@@ -163,7 +163,7 @@ def judged(
     folder = recompute.folder if recompute else Path.cwd()
     with ExitStack() as opened:
         opened.enter_context(importable(folder))
-        module, function = found(evaluate, folder)
+        module, function = load_attribute(evaluate, folder)
         if not callable(function):
             raise DataError(
                 f"{evaluate} is of type {type(function).__name__}",
@@ -172,7 +172,7 @@ def judged(
         called = evaluate.rpartition(":")[2].rpartition(".")[2]
         bn: Session | None = None
         if recompute:
-            if model is None and not hasattr(found(recompute.data, folder)[0], "model"):
+            if model is None and not hasattr(load_attribute(recompute.data, folder)[0], "model"):
                 model = f"{evaluate.rpartition(':')[0]}:model"
             bn = opened.enter_context(session(replace(recompute, model=model)))
         network = bn.model if bn else model_of(module, evaluate, model, folder)

@@ -233,7 +233,7 @@ def test_reading_back_finds_another_file(tmp_path: Path) -> None:
             with pytest.raises(OutputError, match=what.strip()):
                 verification.read_back(other)
         (tmp_path / "other.pt").write_bytes(b"PK\x03\x04")
-        with pytest.raises(OutputError, match=r"target\.pt: is not what .* is not a whole zip"):
+        with pytest.raises(OutputError, match=r"target\.pt: is not what .* is not a complete zip"):
             verification.read_back(other)
 
 

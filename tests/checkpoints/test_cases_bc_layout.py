@@ -209,7 +209,7 @@ def test_only_candidate_is_taken_and_said(wrap: Any, place: str, tmp_path: Path)
     save(tmp_path, lambda n: wrap(RAW[n]))
     made = averaged(tmp_path, *FILES)
     assert oracle.same_bits(made.tensors["0.weight"], mean(RAW))
-    assert any(f"the state_dict is at {place}, the only place" in note for note in made.notes)
+    assert any(f"the state_dict is at {place}, the only candidate" in note for note in made.notes)
 
 
 def test_two_candidates_are_refused_and_key_takes_one(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_in_place_batchnorm_of_a_file_that_has_the_average_alone(tmp_path: Path)
     (tmp_path / "mod.py").write_text(MODULE)
     save(tmp_path, lambda n: {"model": None, "ema": EMA[n], "best_fitness": 0.1, "epoch": n})
     line = fails(tmp_path, *FILES, "-o", "out.pt")
-    assert "averaged weights only, at ema. Take them with --ema" in line
+    assert "only averaged weights, at ema. Use them with --ema" in line
     averaged(tmp_path, *FILES, "--keep-wrapper", "--ema")
     for more in ([], ["--ema"]):
         ended = run(tmp_path, *BN, *more, "-o", "out.pt")

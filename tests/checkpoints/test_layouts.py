@@ -312,11 +312,11 @@ def test_no_averaged_weights_is_said(layout: Layout, tmp_path: Path) -> None:
     [
         ({"model": RAW, "state_dict": EMA}, r"several state_dicts \(state_dict, model\)"),
         ({"model": RAW, "generator": {"0.weight": torch.ones(2)}}, "--key model --key generator"),
-        ({"ema": EMA, "epoch": 1}, "averaged weights only, at ema.*--ema"),
+        ({"ema": EMA, "epoch": 1}, "only averaged weights, at ema.*--ema"),
         ({"discriminator": RAW, "generator": EMA}, "discriminator, generator"),
-        ({"model": None, "optimizer": None}, "no tensors by name"),
-        ([1, 2, 3], "no tensors by name"),
-        ({"state_dict": {3: torch.ones(2)}}, "key that is no text"),
+        ({"model": None, "optimizer": None}, "no named tensors"),
+        ([1, 2, 3], "no named tensors"),
+        ({"state_dict": {3: torch.ones(2)}}, "key that is not a string"),
         ({"model": RAW, "model_ema": EMA, "state_dict_ema": EMA}, None),
     ],
 )

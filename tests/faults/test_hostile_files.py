@@ -77,10 +77,10 @@ def test_forged_records_are_refused(tmp_path: Path) -> None:
         said = {"swa_avg": "1", "count": 1, "checkpoints": sources, "options": {}}
         text = json.dumps(said | {"batchnorm": None})
         save_file({"w": torch.ones(3)}, tmp_path / f"{name}.safetensors", {"swa_avg.json": text})
-    cases = {f"{name}.safetensors": "has an unsound record of how it was made" for name in FORGED}
+    cases = {f"{name}.safetensors": "has an invalid record of how it was made" for name in FORGED}
     each_refused(tmp_path, cases)
     each_refused(tmp_path, {"none.safetensors": "unsound"}, "--start-from", "none.safetensors")
-    assert "unsound record" in fails(tmp_path, "--show", "size.safetensors")
+    assert "invalid record" in fails(tmp_path, "--show", "size.safetensors")
 
 
 @fault(109, "`n_averaged` of an AveragedModel is NaN, infinite, 0, 2.7, complex, 10^12", "refused")
@@ -119,7 +119,7 @@ def test_tensors_with_another_content_are_refused(tmp_path: Path) -> None:
     for name, value in crafted.items():
         pickled = hostile.pickled({"w": tensor(), "v": value, "u": tensor(OTHER)})
         hostile.pack(tmp_path / f"{name}.pt", pickled, **ONES)
-        content = "holds a tensor that is given another content"
+        content = "holds a tensor whose content is replaced"
         cases[f"{name}.pt"] = "storage 0 is a FloatStorage" if name == "dtypes" else content
     each_refused(tmp_path, cases, **LITTLE_MEMORY)
     harmless = Call(of_type, rebuild, torch.Tensor, args, {"tag": 1})
@@ -250,8 +250,8 @@ def test_pickles_that_grow_are_refused(tmp_path: Path) -> None:
         "own child.pt": "holds modules within modules, 201 deep, expected 200 at most",
         "long names.pt": "holds modules whose names have",
         "texts.pt": "holds plain values of 1,000,000,000 bytes",
-        "copies.pt": "holds a few values that it copies without end",
-        "bytes.pt": "holds a few values that it copies without end",
+        "copies.pt": "copies its values too many times",
+        "bytes.pt": "copies its values too many times",
         "tuples.pt": "holds 17 different keys of one hash, expected 16 at most",
         "dimensions.pt": "holds a tensor of 300000 dimensions, expected 64 at most",
     }

@@ -152,7 +152,7 @@ def test_indices_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
         folder = folders.save_shards(tmp_path / f"{number}", state)
         (folder / "model.safetensors.index.json").write_text(text)
         last = number == len(shards)
-        cases[folder.name] = "a name occurs twice" if last else "layers.0.weight: names the file"
+        cases[folder.name] = "a name occurs twice" if last else "layers.0.weight: lists the file"
     each_refused(tmp_path, cases)
 
 
@@ -244,7 +244,7 @@ def test_archives_that_lie_are_refused(tmp_path: Path) -> None:
         "big/in.pt": "has byte order big, expected little",
         "overlapping/in.pt": "overlap",
         "same/in.pt": "",
-        "renamed/in.pt": "has another local header than its directory says",
+        "renamed/in.pt": "has a local header that does not match the directory",
     }
     each_refused(tmp_path, cases, **LITTLE_MEMORY)
 

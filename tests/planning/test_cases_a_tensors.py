@@ -197,7 +197,7 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
     assert_last_and_mean(done.tensors, states, *kept)
     assert all(" kept: " in line for line in done.stdout.splitlines() if "_avg " in line)
     (note,) = noted(done, "EMA codebook")
-    assert "taken from 2.pt; they fit the encoder" in note
+    assert "taken from 2.pt; they match the encoder" in note
     assert len(noted(done, "running statistics")) == len(noted(done, "quantisation range")) == 1
     assert not noted(done, "differs between")
 
@@ -482,9 +482,9 @@ def test_lora_factors_are_averaged_and_said(tmp_path: Path) -> None:
     done = averaged(tmp_path, *saved(tmp_path, states), "-v")
     assert_last_and_mean(done.tensors, states)
     (note,) = done.notes
-    assert "mean of the products B·A is not the product of the means" in note
+    assert "the product of the means is not the mean of the products B·A" in note
     assert f" and {len(names) - 1} more (low-rank adapter)" in note
-    assert done.stdout.count("each factor by itself") == len(names)
+    assert done.stdout.count("each factor separately") == len(names)
     assert not noted(averaged(tmp_path, "0.pt"), "low-rank")
 
 
