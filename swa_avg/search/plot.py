@@ -119,8 +119,8 @@ def _places(report: SweepReport) -> tuple[list[int], tuple[str, str, str]]:
         )
     return places, (
         f"average of the last n{recomputed}",
-        "the n-th from the end alone",
-        "number n of checkpoints averaged, counted from the end of the run",
+        "the n-th last checkpoint alone",
+        "number n of averaged checkpoints, counted from the end of the run",
     )
 
 
