@@ -195,7 +195,7 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
     if not kept:
         if row and row.needs and not folder and last.where:
             yield (
-                f"the output is a plain state_dict; {row.needs} needs the framework's whole "
+                f"the output is a bare state_dict; {row.needs} needs the framework's whole "
                 "file, which --keep-wrapper writes"
             )
         return

@@ -177,7 +177,7 @@ _DECLARED = (
         type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
         default="keep",
         metavar="NAME",
-        help="keep, float32, bfloat16 or float16.  [default: keep]",
+        help="Output dtype: keep, float32, bfloat16 or float16.  [default: keep]",
     ),
     click.option(
         "--start-from", metavar="AVERAGE", multiple=True, help="Continue from this average."
@@ -187,7 +187,7 @@ _DECLARED = (
         "--output",
         metavar="PATH",
         default="swa.pt",
-        help="File or folder to write.  [default: swa.pt]",
+        help="Output: .pt, .safetensors or a folder.  [default: swa.pt]",
     ),
     click.option("-f", "--force", is_flag=True, help="Replace the output if it exists."),
     click.option(
@@ -217,7 +217,7 @@ _DECLARED = (
         "estimator",
         type=click.Choice(["population", "torch"]),
         metavar="NAME",
-        help="population, torch (update_bn).  [default: population]",
+        help="population, or torch (like update_bn).  [default: population]",
     ),
     click.option(
         "--bn-batches",

@@ -114,13 +114,13 @@ def _places(report: SweepReport) -> tuple[list[int], tuple[str, str, str]]:
     if report.greedy:
         return places, (
             f"best soup so far{recomputed}",
-            "the checkpoint alone",
+            "checkpoint alone",
             "checkpoints tried, best first",
         )
     return places, (
         f"average of the last n{recomputed}",
-        "the n-th last checkpoint alone",
-        "number n of averaged checkpoints, counted from the end of the run",
+        "n-th checkpoint from the end, alone",
+        "number n of checkpoints averaged, counted from the end of the run",
     )
 
 

@@ -112,9 +112,9 @@ def test_command_tells_them(tmp_path: Path) -> None:
         [*command, "--distances", "-o", "a.pt"], cwd=tmp_path, capture_output=True, text=True
     )
     lines = shown.stdout.splitlines()
-    start = lines.index("distance from the mean, over its norm:") + 1
+    start = lines.index("distance from the mean, relative to the norm of the mean:") + 1
     assert [line.split()[1] for line in lines[start : start + 3]] == command[3:]
-    assert "cosine of the steps to it and from it -0." in lines[start + 1]
+    assert "cosine of the steps before and after -0." in lines[start + 1]
     told = subprocess.run(
         [*command, "--distances", "-o", "b.pt", "--json"],
         cwd=tmp_path,

@@ -251,9 +251,9 @@ def test_damage_is_found_by_whoever_reads_it(
 @pytest.mark.parametrize(
     ("seeds", "says"),
     [
-        ((0, 7, 2), "rank 1 has planned something else than rank 0: the headers"),
+        ((0, 7, 2), "rank 1 has another plan than rank 0: the headers"),
         ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, and is not to be found here"),
-        ((0, 1), "rank 1 has planned something else than rank 0: it averages 2 checkpoints, not 3"),
+        ((0, 1), "rank 1 has another plan than rank 0: it averages 2 checkpoints, not 3"),
     ],
 )
 def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], says: str) -> None:
@@ -291,8 +291,8 @@ def test_killed_rank_leaves_no_output(folder: Path, victim: int) -> None:
 @pytest.mark.parametrize(
     ("victim", "how", "says"),
     [
-        (1, signal.SIGSTOP, "rank 1 has not been heard of for 2 s"),
-        (0, signal.SIGKILL, "gone away"),
+        (1, signal.SIGSTOP, "rank 1 has not responded for 2 s"),
+        (0, signal.SIGKILL, "the connection to rank 0 is lost"),
     ],
 )
 def test_rank_that_is_gone_is_noticed(
