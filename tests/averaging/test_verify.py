@@ -206,7 +206,7 @@ def test_sample_finds_another_average(tmp_path: Path) -> None:
             verification.verify(proof(averaging, tmp_path / "wrong.pt"))
         works = tuple(replace(work, weights=(1, 1, 2)) for work in averaging.plan.works)
         plan = replace(averaging.plan, works=works)
-        with pytest.raises(OutputError, match="its value at .* is wrong"):
+        with pytest.raises(OutputError, match=r"its value at .* is wrong"):
             verification.verify(proof(averaging, tmp_path / "right.pt", plan))
 
 
