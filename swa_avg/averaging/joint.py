@@ -42,7 +42,7 @@ from swa_avg.storage import (
 
 Progress = Callable[[int], None]
 File = AtomicFile | AtomicFolder | RemoteFile
-_LOOK_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
 
 
 @contextmanager
@@ -136,15 +136,15 @@ class _Together:
 
     def _watch(self) -> Progress:
         """Return a progress function that also raises if another rank has failed."""
-        next_look = 0.0
+        next_check = 0.0
 
         def watched(count: int) -> None:
-            nonlocal next_look
+            nonlocal next_check
             if self.progress:
                 self.progress(count)
-            if time.monotonic() >= next_look:
+            if time.monotonic() >= next_check:
                 self.ranks.check()
-                next_look = time.monotonic() + _LOOK_SECONDS
+                next_check = time.monotonic() + _CHECK_SECONDS
 
         return watched
 

@@ -33,7 +33,7 @@ _FAILED = "failed"
 _LEFT = "left"
 _REPORTED = "reported"
 _POLL_SECONDS = 0.02
-_FAREWELL_SECONDS = 10
+_LEAVE_SECONDS = 10
 _PATIENCE = timedelta(minutes=2)
 
 
@@ -282,7 +282,7 @@ def _leave(ours: ProcessRanks, *, at_once: bool) -> None:
     left. After an error the others wait until rank 0 has printed it, because torchrun ends
     all ranks as soon as one has ended.
     """
-    deadline = time.monotonic() + _FAREWELL_SECONDS
+    deadline = time.monotonic() + _LEAVE_SECONDS
     try:
         ours.store.add(_LEFT, 1)
         if ours.rank == 0:
