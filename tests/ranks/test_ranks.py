@@ -40,10 +40,9 @@ OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TOGETHER = f"""
 import sys
-from swa_avg import joint
-from swa_avg.distributed import ranks
-from swa_avg.planning import planned
-from swa_avg.settings import Options
+from swa_avg.averaging import joint, planned
+from swa_avg.averaging.torchrun import ranks
+from swa_avg.planning import Options
 
 with ranks() as group:
     for name, (inputs, options) in {OUTPUTS!r}.items():
@@ -74,10 +73,9 @@ ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")
 LEFT_ALONE = """
 import os, signal, sys
 from datetime import timedelta
-from swa_avg import joint
-from swa_avg.distributed import ranks
+from swa_avg.averaging import joint, planned
+from swa_avg.averaging.torchrun import ranks
 from swa_avg.errors import SwaAvgError
-from swa_avg.planning import planned
 
 def die(*arguments):
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
