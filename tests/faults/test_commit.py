@@ -105,7 +105,9 @@ def test_target_that_appears_during_the_run(
             target.rmdir()
 
 
-@fault(146, "with --force another output comes meanwhile", "replaced and said; foreign files stay")
+@fault(
+    146, "with --force another output comes meanwhile", "replaced with a note; foreign files stay"
+)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("old", [True, False])
 def test_newer_output_under_force(commands: Commands, place: Path, name: str, old: bool) -> None:
@@ -162,7 +164,7 @@ def network(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@fault(147, "in place: the output is averaged anew, or written to, meanwhile", "refused; it stays")
+@fault(147, "in place: the output is rewritten or modified meanwhile", "refused; it stays")
 @pytest.mark.parametrize("without", ["", "exchange"])
 def test_in_place_only_over_the_file_that_was_read(
     commands: Commands, network: Path, without: str

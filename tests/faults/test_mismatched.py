@@ -57,12 +57,12 @@ MANY = {f"layer{number}": torch.ones(1) for number in range(5)}
         pytest.param(
             MANY,
             "0.pt: has 5 tensors that 1.pt lacks: layer0, layer1, layer2 and 2 more",
-            marks=fault(50, "a key more in one", "as 49"),
+            marks=fault(50, "an extra key in one", "as 49"),
         ),
         pytest.param(
             {"b": torch.ones(6)},
             "0.pt: b: has shape [6], expected [5] as in 1.pt",
-            marks=fault(51, "another shape", "refused with both"),
+            marks=fault(51, "another shape", "refused, naming both"),
         ),
         pytest.param(
             {"b": torch.ones(5).half()},
@@ -94,7 +94,7 @@ def test_dtypes_are_made_one_on_demand(tmp_path: Path) -> None:
     assert_same(done.tensors, expected)
 
 
-@fault(53, "weights tied in some inputs only", "averaged, untied, and said")
+@fault(53, "weights tied in some inputs only", "averaged, untied, with a note")
 def test_ties_that_differ(tmp_path: Path) -> None:
     """Two tensors in one checkpoint, one in the other: two in the output, both right."""
     tied = torch.randn(5)

@@ -650,7 +650,7 @@ def batchnorm(frozen: Sequence[str], number: int) -> State:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_frozen_batchnorm_has_no_note(tmp_path: Path, suffix: str) -> None:
     """--recompute-bn would ruin what is frozen; where only some is, that is said."""
-    stale = "BatchNorm statistics do not fit the average; --recompute-bn makes them fit"
+    stale = "BatchNorm statistics do not fit the average; recompute them with --recompute-bn"
     for choice in ("last", "first"):
         states = [batchnorm(("backbone", "head"), number) for number in range(3)]
         done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", choice)
