@@ -165,7 +165,7 @@ def test_b_average_among_checkpoints(average: str, tmp_path: Path) -> None:
     save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, average: 50})
     value, notes = mean(tmp_path, "epoch_1.pt", "epoch_2.pt", average, "--last", "2")
     assert value == 1.5
-    assert "give nothing else" in saying(notes, average, "average among checkpoints")
+    assert "give no other checkpoints" in saying(notes, average, "because it is an average")
 
 
 def test_b_averages_alone(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_b_averages_alone(tmp_path: Path) -> None:
     save(tmp_path, {f"{run}/{name}": run for name in AVERAGES for run in (50, 70)})
     for name in AVERAGES[::4]:
         value, notes = mean(tmp_path, f"50/{name}", f"70/{name}")
-        assert value == 60 and not any("among checkpoints" in note for note in notes)
+        assert value == 60 and not any("left out" in note for note in notes)
     save(tmp_path / "ema", {f"model_ema_{step}.pt": step for step in (1000, 2000)})
     assert mean(tmp_path, "ema") == (1500, ())
     # A run that is called so: its last one does not make averages of all others.
@@ -197,7 +197,7 @@ def test_b_average_by_its_counter(tmp_path: Path) -> None:
     )
     value, notes = mean(tmp_path, *files, "epoch_3.pt")
     assert value == 1.5
-    saying(notes, "epoch_3.pt", "an average among checkpoints")
+    saying(notes, "epoch_3.pt", "because it is an average")
 
 
 # Names ------------------------------------------------------------------------------------------
