@@ -80,7 +80,7 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
 
 
 # The note on files in a folder, and the error for a file that the user named.
-_OTHERS = ("left out, because they contain no model: {}", "contains {} and no model")
+_OTHERS = ("left out, because they contain no model: {}", "is not a model: it contains {}")
 _WITHOUT_EMA = (
     "left out, because they contain no averaged weights: {}",
     "has no averaged weights, unlike the others",
@@ -121,7 +121,7 @@ def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
     """Raise the error for inputs that all contain something other than a model."""
     for path, other in others.items():
         if other != NO_WEIGHTS or path in inputs.found:
-            raise LayoutError(f"contains {other} and no model", file=path)
+            raise LayoutError(f"is not a model: it contains {other}", file=path)
 
 
 def _leave_out(

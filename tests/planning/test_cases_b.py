@@ -475,7 +475,7 @@ def test_b_no_model_by_name(tmp_path: Path) -> None:
     save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2, **STRANGERS})
     for name in STRANGERS:
         line = fails(tmp_path, "epoch_1.pt", "epoch_2.pt", name)
-        assert line.startswith(f"error: {name}: holds ") and "no model" in line, line
+        assert line.startswith(f"error: {name}: is not a model: it contains "), line
         assert options(line) == ["--exclude", NUMBERS.sub("[0-9]*", name)]
     assert mean(tmp_path, "epoch_1.pt", "epoch_2.pt", name, *options(line)) == (1.5, ())
     # Alone it is refused without the option, which would leave nothing.
@@ -501,7 +501,7 @@ def test_b_folder_without_a_model(tmp_path: Path) -> None:
     """A folder that holds nothing else is refused, saying what it holds."""
     save(tmp_path / "run", {"optimizer.pt": ADAM, "scheduler.pt": STRANGERS["scheduler.pt"]})
     line = fails(tmp_path, "run")
-    assert "run/optimizer.pt: contains optimizer state and no model" in line
+    assert "run/optimizer.pt: is not a model: it contains optimizer state" in line
 
 
 def test_b_models_are_not_left_out(tmp_path: Path) -> None:
