@@ -19,6 +19,7 @@ from kernel.test_memory import write_sparse
 
 from swa_avg.errors import FormatError, SwaAvgError
 from swa_avg.kernel import workers
+from swa_avg.kernel.workers import in_threads
 
 WAYS = [workers.in_threads, workers.in_processes]
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -38,7 +39,7 @@ def test_every_task_is_done_once(way: Any, count: int, workers: int) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_earliest_failure_is_raised(way: Any, workers: int) -> None:
     """Though a later task has failed before it: which error is shown is not chance."""
-    event: Any = (threading if way is workers.in_threads else multiprocessing).Event()
+    event: Any = (threading if way is in_threads else multiprocessing).Event()
 
     def do(number: int) -> None:
         if number == 2:
@@ -106,13 +107,13 @@ def test_no_forks_beside_a_thread() -> None:
 SAME = """
 import os, sys, torch
 import swa_avg
-from swa_avg import cutting, mean
-from swa_avg.planning import planned
-from swa_avg.output import AtomicFile
+from swa_avg.averaging.prepare import planned
+from swa_avg.kernel import mean, tasks
+from swa_avg.storage import AtomicFile
 from pathlib import Path
 
 forks = []
-cutting._LEAST_TASK_BYTES = 1000
+tasks._LEAST_TASK_BYTES = 1000
 os.register_at_fork(after_in_parent=lambda: forks.append(1))
 sys.path.insert(0, sys.argv[1])
 from kernel.test_mean import model, saved
