@@ -358,7 +358,7 @@ def test_parts_that_are_no_whole_model_bear_their_place(tmp_path: Path) -> None:
     state = found_in(tree, tmp_path, keys=("nets.encoder", "nets.decoder"))
     assert same(read(state), under("encoder.", RAW) | under("decoder.", EMA))
     tree = {"model": {"a.b": torch.ones(2)}, "a": {"b": torch.ones(2)}}
-    with pytest.raises(LayoutError, match=r"has a\.b at a and before"):
+    with pytest.raises(LayoutError, match=r"has a\.b both at a and"):
         found_in(tree, tmp_path, keys=("model", "a"))
 
 
@@ -420,7 +420,7 @@ def test_modules_that_hold_each_other_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(1, 1))
     for _ in range(40):  # 2^40 paths
         model = nn.Sequential(model, model)
-    with pytest.raises(swa_avg.SwaAvgError, match="contain each other"):
+    with pytest.raises(swa_avg.SwaAvgError, match=r"tensors, expected [\d,]+ at most"):
         found_in(model, tmp_path)
 
 
@@ -592,5 +592,5 @@ def test_module_that_is_all_its_own_children(tmp_path: Path) -> None:
     module = nn.Module()
     module._modules.update({str(number): module for number in range(1000)})
     torch.save(module, tmp_path / "m.pt")
-    with pytest.raises(swa_avg.SwaAvgError, match="contain each other"):
+    with pytest.raises(swa_avg.SwaAvgError, match="modules within modules, 201 deep"):
         swa_avg.open_checkpoint(tmp_path / "m.pt")
