@@ -48,7 +48,7 @@ from network import network, samples
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from swa_avg.batchnorm import recompute_batchnorm
-from swa_avg.distributed import ranks
+from swa_avg.averaging.torchrun import ranks
 from swa_avg.errors import DataError
 
 

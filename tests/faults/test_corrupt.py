@@ -169,7 +169,7 @@ def test_page_of_zeros_in_a_tensor_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "in.pt", says="error: in.pt: a.weight: is damaged")
 
 
-@fault(38, "a zip without checksums", "averaged, and said")
+@fault(38, "a zip without checksums", "averaged, with a note")
 def test_zip_without_checksums(tmp_path: Path) -> None:
     """torch can be told to compute none: that damage cannot be found is said."""
     before = torch.serialization.get_crc32_options()
@@ -240,7 +240,7 @@ def test_missing_storages_are_refused(tmp_path: Path) -> None:
     each_refused(tmp_path, cases | {"in.pt": "has no record for storage 1"})
 
 
-@fault(43, "junk behind the end", "refused; before torch 1.6 averaged, and said")
+@fault(43, "junk after the end", "refused; before torch 1.6 averaged, with a note")
 def test_trailing_junk(tmp_path: Path) -> None:
     """Bytes that belong to nothing are refused, or said to be there."""
     cases = {"zip.pt": "", "safe.safetensors": "something was appended to it", "hub": "appended"}
@@ -254,7 +254,7 @@ def test_trailing_junk(tmp_path: Path) -> None:
 
 
 @fault(44, "a shard that is missing", "refused before averaging starts")
-@fault(45, "a tensor that the index promises and the shard lacks", "refused")
+@fault(45, "a tensor in the index that the shard lacks", "refused")
 @fault(46, "a DCP folder without `.metadata`", "refused")
 def test_missing_parts_of_folders_are_refused(tmp_path: Path) -> None:
     """What an index or a folder's items promise must be there before a tensor is read."""

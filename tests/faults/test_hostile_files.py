@@ -92,7 +92,7 @@ def test_counters_that_count_nothing_are_refused(tmp_path: Path) -> None:
         state = {"module.w": torch.ones(3), "n_averaged": torch.tensor(value)}
         torch.save(state, tmp_path / f"base{number}.pt")
         line = fails(tmp_path, "next.pt", "--start-from", f"base{number}.pt", "-o", "out.pt")
-        assert f"base{number}.pt: does not say how many checkpoints" in line
+        assert f"base{number}.pt: does not record how many checkpoints" in line
         assert "n_averaged is " in line
 
 
@@ -399,10 +399,10 @@ def test_copies_are_told_in_linear_time(tmp_path: Path) -> None:
     alone, _ = read("--dry-run", paths[0])
     planned, said = read("--dry-run", *paths)
     assert planned - alone < 40 * 40_000 < size * 2
-    alike = f"{paths[39]}: holds in a sample of its bytes the same weights as {paths[0]}"
+    alike = f"{paths[39]}: has, in a sample of its bytes, the same weights as {paths[0]}"
     assert alike in said
     one, _ = read(paths[0], "-o", "one.pt", "--threads", "1")
     ran, said = read(*paths, "-o", "out.pt", "--threads", "1")
-    assert f"{paths[39]}: holds the same weights as {paths[0]}; counted once" in said
+    assert f"{paths[39]}: has the same weights as {paths[0]}; counted once" in said
     # 39 are averaged, and of two each byte was read to tell that they are copies.
     assert ran - one < (38 + 2) * size + 40 * 40_000

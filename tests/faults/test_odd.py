@@ -173,7 +173,7 @@ def test_differing_bits_are_refused(tmp_path: Path) -> None:
 @fault(70, "meta tensors", "refused by name: no data")
 @fault(75, "lazily conjugated or negated tensors", "refused by name")
 @fault(77)
-@fault(78, "keys that are no text", "refused")
+@fault(78, "keys that are not strings", "refused")
 @fault(84, "no tensor at all", "refused")
 @QUIET
 def test_what_is_not_dense_is_refused_by_name(tmp_path: Path) -> None:
