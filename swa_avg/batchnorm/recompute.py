@@ -284,7 +284,7 @@ def _read_back(
 def _check_own_place(
     name: str, ref: TensorRef, taken: dict[tuple[Record, int], tuple[TensorRef, str]]
 ) -> None:
-    """Refuse a buffer that shares its elements with another tensor.
+    """Refuse a buffer whose elements are shared, in an expanded view or with another tensor.
 
     Several names of the same buffer of one layer are allowed.
     """
@@ -293,7 +293,7 @@ def _check_own_place(
     shared = any(taken.get(place, own) != own for place in places)
     if shared or not is_dense(ref.shape, ref.stride):
         raise OutputError(
-            "shares its elements with another tensor, so its statistics cannot be replaced",
+            "has shared elements in its storage, so its statistics cannot be replaced",
             tensor=name,
             remedy="Average it to a new file with -o, or save it contiguous",
         )

@@ -359,7 +359,7 @@ def test_parts_that_are_no_whole_model_bear_their_place(tmp_path: Path) -> None:
     state = found_in(tree, tmp_path, keys=("nets.encoder", "nets.decoder"))
     assert same(read(state), under("encoder.", RAW) | under("decoder.", EMA))
     tree = {"model": {"a.b": torch.ones(2)}, "a": {"b": torch.ones(2)}}
-    with pytest.raises(LayoutError, match=r"has a\.b at a and before"):
+    with pytest.raises(LayoutError, match=r"has a\.b both at a and"):
         found_in(tree, tmp_path, keys=("model", "a"))
 
 
