@@ -119,8 +119,8 @@ def _is_list(value: object) -> bool:
     return isinstance(listed, list | tuple) and any(isinstance(one, Tensor) for one in listed)
 
 
-def only_candidate(tree: object) -> str:
-    """Return the path of the only dict that may be a model, or nothing."""
+def candidates(tree: object) -> list[str]:
+    """Return the paths of the dicts that may be a model."""
     found: list[str] = []
     for path in dicts_of_tensors(tree):
         parts = path.split(".")
@@ -129,7 +129,7 @@ def only_candidate(tree: object) -> str:
         # What is inside of one that was found belongs to it.
         if has_weights(at(tree, path)) and not any(path.startswith(f"{one}.") for one in found):
             found.append(path)
-    return found[0] if len(found) == 1 else ""
+    return found
 
 
 def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:

@@ -14,6 +14,8 @@ _DEEPEST = 8
 _MOST_DICTS = 10_000
 # Layers of Transformer Engine keep a state here that is theirs to understand.
 _EXTRA_STATE = "_extra_state"
+# How parameters of a module by itself are called.
+_PARAMETERS = ("weight", "bias")
 
 
 def mapping(value: object) -> Mapping[object, object] | None:
@@ -148,11 +150,19 @@ def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
 
 def has_weights(value: object) -> bool:
     """Tell whether a mapping holds itself a floating tensor of at least one dimension."""
-    entries = mapping(value) or {}
+    return any(map(_is_weight, (mapping(value) or {}).values()))
+
+
+def has_parameters(entries: Mapping[object, object]) -> bool:
+    """Tell whether a mapping holds itself such a tensor under the name of a parameter."""
     return any(
-        isinstance(item, Tensor) and item.shape and item.dtype.kind is Kind.FLOAT
-        for item in entries.values()
+        isinstance(name, str) and ("." in name or name in _PARAMETERS) and _is_weight(value)
+        for name, value in entries.items()
     )
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and bool(value.shape) and value.dtype.kind is Kind.FLOAT
 
 
 def dicts_of_tensors(

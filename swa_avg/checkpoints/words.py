@@ -41,6 +41,8 @@ PARTS = _set(
 )
 # What stands before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
+# What stands before a stage that is a part of a model; others are stages of a training.
+PIPES = _set("pipeline pipe pp")
 # These name an average of weights. What a metric is the average of stands behind them.
 AVERAGES = _set(
     "avg ave avrg average averaged averages averaging swa swag swad ema lawa polyak soup souped "
@@ -89,6 +91,18 @@ SUFFIXES = _set(
 def in_camel_case(word: str) -> list[str]:
     """Return the words in a word: `model` and `EMA` in `modelEMA`."""
     return _CAMEL.findall(word)
+
+
+def said(word: str) -> str:
+    """Return a word in lower case; of `modelRank` what stands at its end, if that is known."""
+    pieces = in_camel_case(word)
+    last = pieces[-1].lower() if len(pieces) > 1 else ""
+    return last if last in KINDS or last in PARTS else word.lower()
+
+
+def is_metric(word: str) -> bool:
+    """Tell whether a word is the name of a metric."""
+    return word in MODES or word in SCORES
 
 
 def says_average(word: str) -> bool:
