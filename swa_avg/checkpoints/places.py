@@ -153,8 +153,7 @@ def no_average(checkpoint: Checkpoint) -> LayoutError:
     return LayoutError(
         "has no averaged weights",
         file=checkpoint.path,
-        remedy="Average the raw weights without --ema, or leave this one out with "
-        f"--exclude {checkpoint.path.name}",
+        remedy="Average the raw weights without --ema",
     )
 
 
