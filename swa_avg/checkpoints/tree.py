@@ -174,11 +174,12 @@ def dicts_of_tensors(
     """
     seen = set() if seen is None else seen
     entries = mapping(tree)
-    if entries is None or depth == 0 or id(tree) in seen:
+    listed = enumerate(tree) if isinstance(tree, list | tuple) and not path else ()
+    if depth == 0 or id(tree) in seen:
         return
     seen.add(id(tree))
-    if path and tensor_count(entries) and not is_optimizer(entries):
+    if path and entries and tensor_count(entries) and not is_optimizer(entries):
         yield path
-    for name, value in children(tree):
-        below = f"{path}.{name}" if path else name
+    for name, value in (*listed, *children(tree)):
+        below = f"{path}.{name}" if path else str(name)
         yield from dicts_of_tensors(value, seen, below, depth - 1)
