@@ -435,7 +435,7 @@ def test_b_models_of_a_checkpoint_by_name(names: Sequence[str], tmp_path: Path) 
     averages = [f"checkpoint-{step}/{ema}" for step in (1, 3)]
     value, notes = mean(tmp_path, every[0], every[2], *averages)
     assert value == 2
-    saying(notes, "averages among checkpoints", averages[0])
+    saying(notes, "they are averages", averages[0])
     # Neither holds an average inside, and no option could make it so.
     line = fails(tmp_path, every[0], every[2], *averages, "--ema")
     assert line.endswith("has no averaged weights. Average the raw weights without --ema.")
