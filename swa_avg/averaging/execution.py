@@ -240,7 +240,11 @@ class Averaging:
         same = self.plan.frozen_after(differing)
         if not same or not self.plan.stale_after(differing):
             return []
+        moved = {name.rpartition(".")[0] for name in (*self.plan.statistics.unfit, *differing)}
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in same))
+        layers = [layer for layer in layers if layer not in moved]
+        if not layers:
+            return []
         return [
             f"{listed(layers)}: BatchNorm statistics are the same in all checkpoints, so the "
             "layers may be frozen; --recompute-bn recomputes them too"

@@ -73,12 +73,13 @@ class _Seen:
         return any(self.has_weights(entries[name], depth - 1) for name in names)
 
     def _in_list(self, values: list[object] | tuple[object, ...], depth: int) -> bool:
-        """Search the dicts in a list, such as several optimizers; tensors in it have no names."""
-        if depth:
-            for value in self._counted(values):
-                if mapping(value) is not None:
-                    self.has_weights(value, depth - 1)
-        return False
+        """Look into what was saved as a list: several optimizers, a model and its epoch."""
+        found = [
+            self.has_weights(value, depth - 1)
+            for value in (self._counted(values) if depth == _DEPTH else ())
+            if mapping(value) is not None
+        ]
+        return any(found)
 
     def _counted(self, items: Iterable[object]) -> Iterable[object]:
         for item in items:

@@ -207,9 +207,7 @@ FAMILIES: tuple[Family, ...] = (
     _spectral(
         "torch.nn.utils.parametrizations.spectral_norm",
         "parametrizations.*.#._u",
-        "parametrizations.*.original",
-        also=("parametrizations.*.#._v",),
-        averaged="parametrizations.*.original",
+        "parametrizations.*.#._v",
     ),
     _spectral("SpectralNorm of SAGAN", "*_u", "*_bar", also=("*_v",), averaged="*_bar"),
     _spectral("BigGAN layers.SN", "sv0", "u0", "weight",

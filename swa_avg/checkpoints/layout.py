@@ -17,13 +17,19 @@ from swa_avg.checkpoints.frameworks import PARTNERS, Framework, Loads
 from swa_avg.checkpoints.places import (
     NOWHERE,
     Places,
+    candidates,
     no_average,
     no_state_dict,
-    only_candidate,
     only_of,
     places,
 )
-from swa_avg.checkpoints.tree import at, dicts_of_tensors, mapping, tensor_count
+from swa_avg.checkpoints.tree import (
+    at,
+    dicts_of_tensors,
+    has_parameters,
+    mapping,
+    tensor_count,
+)
 from swa_avg.errors import LayoutError, listed, naming
 from swa_avg.formats import Checkpoint, Components, averages
 from swa_avg.tensors import TensorRef, View, is_optimizer
@@ -299,18 +305,11 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
         return (place,), []
     if found.chunks:
         return found.chunks, []
-    root = mapping(tree)
-    tensors = tensor_count(tree)
-    if (
-        root is not None
-        and tensors
-        and not is_optimizer(root)
-        and (2 * tensors > len(root) or not any(dicts_of_tensors(tree)))
-    ):
+    inner = candidates(tree)
+    if _is_state_dict(tree, bool(inner)):
         return ("",), []
-    candidate = only_candidate(tree)
-    if candidate:
-        return (candidate,), [f"the state_dict is at {candidate}, the only candidate"]
+    if len(inner) == 1:
+        return tuple(inner), [f"the state_dict is at {inner[0]}, the only candidate"]
     if found.averages:
         raise LayoutError(
             f"has only averaged weights, at {', '.join(found.averages)}",
@@ -318,3 +317,20 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
             remedy="Use them with --ema",
         )
     raise no_state_dict(checkpoint, "has no state_dict in any known place")
+
+
+def _is_state_dict(tree: object, holds_others: bool) -> bool:
+    """Tell whether the tensors of a dict are those of a model.
+
+    A script may save an accuracy or a mask as a tensor beside its state_dict. Only the
+    names of parameters say that both make up one model.
+
+    Args:
+        tree: What was saved.
+        holds_others: Whether dicts in it may be a state_dict.
+    """
+    root, tensors = mapping(tree) or {}, tensor_count(tree)
+    if not tensors or is_optimizer(root):
+        return False
+    few = 2 * tensors <= len(root) and any(dicts_of_tensors(tree))
+    return has_parameters(root) or not (holds_others or few)

@@ -165,7 +165,9 @@ class _Reading:
             if token.kind != "word" or not words.marks_average(token.text):
                 continue
             after, before = self.tokens.word_after(at), self.tokens.word_before(at)
-            of_metric = after in words.MODES or after in words.SCORES
+            number = self.tokens.right(at)  # loss_avg_0.3, but acc.ave_2best
+            valued = self.tokens.is_number(number) and not self.tokens[number].is_whole
+            of_metric = words.is_metric(after) or (valued and words.is_metric(before))
             if not of_metric and before not in _NEGATIONS:
                 return token.text
         return ""
@@ -174,7 +176,8 @@ class _Reading:
 
     def _read_number(self, at: int, averaged: bool) -> None:
         """Determine the meaning of a number; the most certain rules come first."""
-        token, before = self.tokens[at], self.tokens.word_before(at)
+        token, left = self.tokens[at], self.tokens.left(at)
+        before = words.said(self.tokens[left].text) if self.tokens.word_before(at) else ""
         glued = at > 0 and self.tokens[at - 1].kind == "word"
         unit = self.tokens.word_at(at + 1)
         scale = _MULTIPLES.get(self.tokens[at + 1].text, 1) if unit else 1
@@ -198,17 +201,19 @@ class _Reading:
     def _is_part(self, at: int, before: str) -> bool:
         """Parse the part of a model that a file holds: rank_0, 00001-of-00002."""
         token, left, of = self.tokens[at], self.tokens.left(at), self.tokens.right(at)
-        label, span = "", range(0)
+        label, span, kind = "", range(0), self.tokens.word_before(left)
+        of_pipe = before == "stage" and kind in words.PIPES
         if self.tokens.word_at(of) == "of" and self.tokens.is_number(self.tokens.right(of)):
             end = self.tokens.right(of)
             self.tokens[end].meaning = "literal"
+            if before in words.KINDS:
+                return False  # epoch_9_of_10
             named = before in words.PARTS
             label, span = before if named else "part", range(left if named else at, end + 1)
-        elif before in words.PARTS and token.is_whole:
+        elif token.is_whole and (before in words.PARTS or of_pipe):
             label, span = before, range(left, at + 1)
-            kind = self.tokens.word_before(left)
-            if before == "rank" and kind in words.RANK_KINDS:
-                label, span = f"{kind}_rank", range(self.tokens.left(left), at + 1)
+            if (before == "rank" and kind in words.RANK_KINDS) or of_pipe:
+                label, span = f"{kind}_{before}", range(self.tokens.left(left), at + 1)
         elif self._goes_on(at, left):
             label, span = self.parts[-1][0], range(left, at + 1)
         if not label or not token.is_whole:
@@ -258,7 +263,7 @@ class _Reading:
             return True
         tail = next((piece.lower() for piece in reversed(words.in_camel_case(
             self.tokens[left].text if before else ""))), "")  # fmt: skip
-        known = any(w in words.MODES or w in words.SCORES for w in (before, tail))
+        known = words.is_metric(before) or words.is_metric(tail)
         if known and glued and token.is_whole and self.tokens.is_number(right):
             token.meaning = "label"  # the 1 of top1_76.3
             return True

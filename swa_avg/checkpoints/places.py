@@ -119,8 +119,8 @@ def _is_list(value: object) -> bool:
     return isinstance(listed, list | tuple) and any(isinstance(one, Tensor) for one in listed)
 
 
-def only_candidate(tree: object) -> str:
-    """Return the path of the only dict that may be a model, or empty."""
+def candidates(tree: object) -> list[str]:
+    """Return the paths of the dicts that may be a model."""
     found: list[str] = []
     for path in dicts_of_tensors(tree):
         parts = path.split(".")
@@ -129,7 +129,7 @@ def only_candidate(tree: object) -> str:
         # A dict inside a candidate belongs to the candidate.
         if has_weights(at(tree, path)) and not any(path.startswith(f"{one}.") for one in found):
             found.append(path)
-    return found[0] if len(found) == 1 else ""
+    return found
 
 
 def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:
@@ -153,8 +153,7 @@ def no_average(checkpoint: Checkpoint) -> LayoutError:
     return LayoutError(
         "has no averaged weights",
         file=checkpoint.path,
-        remedy="Average the raw weights without --ema, or leave this file out with "
-        f"--exclude {checkpoint.path.name}",
+        remedy="Average the raw weights without --ema",
     )
 
 

@@ -14,6 +14,8 @@ _DEEPEST = 8
 _MOST_DICTS = 10_000
 # The key of the extra state of Transformer Engine layers, which only they can interpret.
 _EXTRA_STATE = "_extra_state"
+# How parameters of a module by itself are called.
+_PARAMETERS = ("weight", "bias")
 
 
 def mapping(value: object) -> Mapping[object, object] | None:
@@ -148,11 +150,19 @@ def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
 
 def has_weights(value: object) -> bool:
     """Return whether a mapping directly holds a floating tensor of at least one dimension."""
-    entries = mapping(value) or {}
+    return any(map(_is_weight, (mapping(value) or {}).values()))
+
+
+def has_parameters(entries: Mapping[object, object]) -> bool:
+    """Return whether a mapping directly holds such a tensor under the name of a parameter."""
     return any(
-        isinstance(item, Tensor) and item.shape and item.dtype.kind is Kind.FLOAT
-        for item in entries.values()
+        isinstance(name, str) and ("." in name or name in _PARAMETERS) and _is_weight(value)
+        for name, value in entries.items()
     )
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Tensor) and bool(value.shape) and value.dtype.kind is Kind.FLOAT
 
 
 def dicts_of_tensors(
@@ -164,11 +174,12 @@ def dicts_of_tensors(
     """
     seen = set() if seen is None else seen
     entries = mapping(tree)
-    if entries is None or depth == 0 or id(tree) in seen:
+    listed = enumerate(tree) if isinstance(tree, list | tuple) and not path else ()
+    if depth == 0 or id(tree) in seen:
         return
     seen.add(id(tree))
-    if path and tensor_count(entries) and not is_optimizer(entries):
+    if path and entries and tensor_count(entries) and not is_optimizer(entries):
         yield path
-    for name, value in children(tree):
-        below = f"{path}.{name}" if path else name
+    for name, value in (*listed, *children(tree)):
+        below = f"{path}.{name}" if path else str(name)
         yield from dicts_of_tensors(value, seen, below, depth - 1)

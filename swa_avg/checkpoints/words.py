@@ -41,6 +41,8 @@ PARTS = _set(
 )
 # Words before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
+# Words before a stage that is a part of a model; others are stages of a training.
+PIPES = _set("pipeline pipe pp")
 # These mark an average of weights, unless a metric follows (avg_loss).
 AVERAGES = _set(
     "avg ave avrg average averaged averages averaging swa swag swad ema lawa polyak soup souped "
@@ -89,6 +91,18 @@ SUFFIXES = _set(
 def in_camel_case(word: str) -> list[str]:
     """Return the parts of a word in camel case: `model` and `EMA` for `modelEMA`."""
     return _CAMEL.findall(word)
+
+
+def said(word: str) -> str:
+    """Return a word in lower case, or the known word at its end: `rank` of `modelRank`."""
+    pieces = in_camel_case(word)
+    last = pieces[-1].lower() if len(pieces) > 1 else ""
+    return last if last in KINDS or last in PARTS else word.lower()
+
+
+def is_metric(word: str) -> bool:
+    """Return whether a word is the name of a metric."""
+    return word in MODES or word in SCORES
 
 
 def marks_average(word: str) -> bool:

@@ -15,7 +15,7 @@ from swa_avg.formats.checkpoint import (
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.components import ROOT, averages
+from swa_avg.formats.components import ROOT, averages, component_of
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.headers import Headers
 from swa_avg.formats.opening import (
@@ -46,6 +46,7 @@ __all__ = [
     "Splice",
     "averages",
     "checksum_places",
+    "component_of",
     "form_of",
     "is_checkpoint",
     "layout_for",

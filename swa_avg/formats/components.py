@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from swa_avg.errors import FormatError
+from swa_avg.errors import FormatError, SwaAvgError
 from swa_avg.formats.checkpoint import PROVENANCE
 from swa_avg.formats.safetensors import unique
 from swa_avg.storage import InputFile
@@ -60,6 +60,8 @@ _RUN_STATE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|rng_state)(_\d+)*\.(bin|pt|pth|pkl|safetensors)"
     rf"|trainer_state\.json|{re.escape(PROVENANCE)}"
 )
+# accelerate's files of several models in one checkpoint.
+_SEVERAL = re.compile(r"(?:pytorch_)?model(?P<number>_\d+)?\.(?:safetensors|bin)")
 # The names of models in diffusers pipelines, and of the folders of its training scripts.
 _MODELS = re.compile(
     r"(unet|transformer|controlnet|text_encoder|image_encoder|vae|prior|decoder|vqvae|vqgan"
@@ -154,6 +156,25 @@ def components(folder: Path) -> tuple[str, ...]:
     if not named and (not found or (folder / _ADAPTER).exists()):
         found += _saved_apart(folder, adapters=bool(found))
     return tuple(dict.fromkeys(found))
+
+
+def component_of(path: Path) -> str:
+    """Return which model of the checkpoint around it a file or folder is; empty for none.
+
+    An adapter is a checkpoint by itself, whatever is around it.
+    """
+    try:
+        folder = path if path.is_dir() else path.parent
+        if folder is path or is_weights_name(path.name):
+            inner = folder.name in components(folder.parent)
+            if inner and not (folder / _ADAPTER).exists():
+                return folder.name
+        several = None if folder is path else _SEVERAL.fullmatch(path.name)
+        if several and any(_RUN_STATE.fullmatch(entry.name) for entry in folder.iterdir()):
+            return f"model{several['number'] or ''}"
+    except (OSError, SwaAvgError):
+        pass  # what is around a checkpoint need not be sound
+    return ""
 
 
 def has_weights(folder: Path) -> bool:

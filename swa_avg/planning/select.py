@@ -128,6 +128,7 @@ def select(
     notes: list[str] = []
     given = series.without_averages(members(candidates), notes)
     series.refuse_parts(given)
+    series.refuse_components(given)
     chosen = _distinct(ordered(given), notes, by_sample)
     series.refuse_mixed(chosen)
     scores: dict[Path, Score] = {}

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from swa_avg.checkpoints import provenance
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
+from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member
 from swa_avg.storage import is_remote
@@ -91,6 +92,26 @@ def refuse_parts(given: Sequence[Member]) -> None:
             file=this.path,
             expected="whole checkpoints, or the same part of each",
             remedy=_for_parts(parts),
+        )
+
+
+def refuse_components(given: Sequence[Member]) -> None:
+    """Refuse different models of a checkpoint: a unet has no mean with a text encoder.
+
+    Raises:
+        MismatchError: Two inputs are different models.
+    """
+    local = [member for member in given if not is_remote(member.path)]
+    models = _grouped(local, lambda member: component_of(member.path))
+    models.pop("", None)
+    if len(models) > 1:
+        (name, first), *rest = models.items()
+        (other, others), *_ = rest
+        raise _disagreement(
+            f"is {name} of a checkpoint, and {others[0].path} is {other}",
+            file=first[0].path,
+            expected="the same model of each checkpoint",
+            remedy=_leaving_out([member for _, group in rest for member in group], given),
         )
 
 

@@ -201,8 +201,12 @@ def test_table_is_sound() -> None:
         (lambda state: {"run": {"policy": state}, "metrics": {"acc": torch.tensor(0.5)},
                         "optim": {"state": {"0.weight": {"exp_avg": torch.ones(4, 3)}}}},
          "run.policy"),
+        (lambda state: {"net": state, "best_acc": torch.tensor(0.5), "loss": torch.tensor(0.3),
+                        "mean": torch.ones(3), "rng": torch.zeros(8, dtype=torch.uint8)}, "net"),
+        (lambda state: [state, {"epoch": 3}], "0"),
+        (lambda state: (3, state), "1"),
     ],
-    ids=["kuangliu", "RVC", "OpenPCDet", "nested"],
+    ids=["kuangliu", "RVC", "OpenPCDet", "nested", "tensors beside it", "list", "tuple"],
 )  # fmt: skip
 def test_only_candidate_is_taken_and_said(wrap: Any, place: str, tmp_path: Path) -> None:
     """The only place where a state_dict can be is taken; a note names it."""
@@ -219,6 +223,18 @@ def test_two_candidates_are_refused_and_key_takes_one(tmp_path: Path) -> None:
     assert "--key; tensors are at: generator, discriminator" in line
     made = averaged(tmp_path, *FILES, "--key", "generator")
     assert oracle.same_bits(made.tensors["0.weight"], mean(RAW))
+
+
+def test_parameters_beside_nested_ones_are_one_model(tmp_path: Path) -> None:
+    """The backbone as a dict and the head by its names: neither is left out."""
+    save(tmp_path, lambda n: {"backbone": RAW[n], "head.weight": EMA[n]["0.weight"], "epoch": n})
+    made = averaged(tmp_path, *FILES)
+    assert oracle.same_bits(made.tensors["backbone.0.weight"], mean(RAW))
+    assert oracle.same_bits(made.tensors["head.weight"], mean(EMA))
+    # Two models and a tensor that is none of theirs: which is meant must be said.
+    save(tmp_path, lambda n: {"G": RAW[n], "D": EMA[n], "z": torch.ones(3), "x": torch.ones(3),
+                              "loss": torch.tensor(0.5)})  # fmt: skip
+    assert "--key; tensors are at: G, D." in fails(tmp_path, *FILES, "-o", "two.pt")
 
 
 def test_yolo_files_stripped_of_their_ema(tmp_path: Path) -> None:

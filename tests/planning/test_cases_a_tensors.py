@@ -114,6 +114,17 @@ def test_spectral_norm_as_hook_and_as_parametrization(tmp_path: Path) -> None:
     assert torch.allclose(network.parametrized.weight, mean / torch.dot(u, mean @ v))
 
 
+def test_spectral_norm_over_another_parametrization(tmp_path: Path) -> None:
+    """The vectors are the last one's, whatever the weight is made of before."""
+    layers = nn.Sequential(
+        parametrizations.spectral_norm(parametrizations.weight_norm(nn.Linear(4, 4)))
+    )
+    states = trained(layers)
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    at = "0.parametrizations.weight.1."
+    assert_last_and_mean(done.tensors, states, f"{at}_u", f"{at}_v")
+
+
 def test_spectral_norm_of_other_authors(tmp_path: Path) -> None:
     """SAGAN's `_u`, `_v`, `_bar`, BigGAN's `u0`, `sv0`, and torch's of before v was kept."""
     names = (

@@ -87,6 +87,8 @@ PARTS = {
     "Megatron-DeepSpeed": ("layer_0{part}-model_00-model_states.pt", "global_step{step}"),
     "Composer": ("ep1-ba{step}-rank{part}.pt", ""),
     "accelerators": ("gpu{part}/epoch_{step}.pt", ""),
+    "camel case": ("modelRank{part}.pt", "step_{step}"),
+    "stages of a pipeline": ("pipeline_stage_{part}.pt", "step_{step}"),
     "N of M": ("model-0000{part}-of-00002.bin", "checkpoint-{step}"),
 }
 
@@ -189,14 +191,14 @@ def test_b_average_by_its_counter(tmp_path: Path) -> None:
     model.a = nn.Linear(3, 2)
     kept = AveragedModel(model)
     kept.update_parameters(model)
-    files = {"avg_loss_0.5_epoch_1.pt": 1, "avgLoss0.4_epoch_2.pt": 2}
+    files = {"avg_loss_0.5_epoch_1.pt": 1, "loss_avg_0.4_epoch_2.pt": 2, "avgLoss0.3_epoch_4.pt": 3}
     save(tmp_path, files)
     torch.save(
         {k: v if "bias" not in k else v[:1] for k, v in kept.state_dict().items()},
         tmp_path / "epoch_3.pt",
     )
     value, notes = mean(tmp_path, *files, "epoch_3.pt")
-    assert value == 1.5
+    assert value == 2
     saying(notes, "epoch_3.pt", "because it is an average")
 
 
@@ -213,6 +215,9 @@ ORDERS = {
     "fairseq": ("checkpoint_1_9000.pt", "checkpoint_2_1000.pt", "checkpoint_2_10000.pt"),
     "Composer": ("ep0-ba100-rank0.pt", "ep1-ba90-rank0.pt"),
     "a step in thousands": ("ckpt_900k.pt", "ckpt_1M.pt"),
+    "of how many": ("epoch_9_of_10.pt", "epoch_10_of_10.pt"),
+    "camel case": ("modelEpoch9-acc95.pt", "modelEpoch10-acc91.pt"),
+    "stages of a training": ("stage1.pt", "stage2.pt"),
     "versions": ("epoch=1.ckpt", "epoch=1-v1.ckpt", "epoch=2.ckpt"),
     "folders": ("9/model.pt", "10/model.pt"),
     "best, last": ("best.pt", "iter_9.pth", "iter_10.pth", "last.pt"),
@@ -399,6 +404,41 @@ def test_b_folders_further_down(tmp_path: Path) -> None:
     told = re.search(r"give (.*?)\.$", fails(tmp_path, "run", code=2))
     assert told
     assert mean(tmp_path, *shlex.split(told[1]))[0] == 1.5
+
+
+COMPONENTS = {
+    "diffusers": ("unet", "controlnet", "unet_ema"),
+    "diffusers, two alike": ("text_encoder", "text_encoder_2", "text_encoder_ema"),
+    "diffusers, files": (
+        "unet/diffusion_pytorch_model.safetensors",
+        "controlnet/diffusion_pytorch_model.safetensors",
+        "unet_ema/diffusion_pytorch_model.safetensors",
+    ),
+    "accelerate": ("model.safetensors", "model_1.safetensors", "ema.safetensors"),
+}
+
+
+@pytest.mark.parametrize("names", COMPONENTS.values(), ids=COMPONENTS)
+def test_b_models_of_a_checkpoint_by_name(names: Sequence[str], tmp_path: Path) -> None:
+    """Two models are never one average, be they of one step or not; the option takes one."""
+    raw, other, ema = names
+    for step in (1, 3):
+        for number, name in enumerate(names):
+            path = tmp_path / f"checkpoint-{step}" / name
+            folder, file = (path.parent, path.name) if path.suffix else (path, "model.safetensors")
+            save_model(folder, step + 10 * number, file)
+        save(tmp_path, {f"checkpoint-{step}/optimizer.bin": ADAM})
+    every = [f"checkpoint-{step}/{name}" for step in (1, 3) for name in (raw, other)]
+    assert mean(tmp_path, *every, *options(fails(tmp_path, *every)))[0] == 2
+    assert " of a checkpoint, and " in fails(tmp_path, every[0], every[3])
+    assert mean(tmp_path, every[1], every[3])[0] == 12
+    averages = [f"checkpoint-{step}/{ema}" for step in (1, 3)]
+    value, notes = mean(tmp_path, every[0], every[2], *averages)
+    assert value == 2
+    saying(notes, "they are averages", averages[0])
+    # Neither holds an average inside, and no option could make it so.
+    line = fails(tmp_path, every[0], every[2], *averages, "--ema")
+    assert line.endswith("has no averaged weights. Average the raw weights without --ema.")
 
 
 # One checkpoint ---------------------------------------------------------------------------------
