@@ -6,7 +6,7 @@ the model or in the file. Knows nothing of averaging.
 
 from swa_avg.batchnorm.batches import Alone, same_draws
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.foreign import frames_of, importable, theirs, users_code
+from swa_avg.batchnorm.foreign import frames_of, importable, is_foreign, theirs, users_code
 from swa_avg.batchnorm.in_place import copy_of
 from swa_avg.batchnorm.named import found
 from swa_avg.batchnorm.recompute import Recompute, Session, read_state, session
@@ -26,6 +26,7 @@ __all__ = [
     "found",
     "frames_of",
     "importable",
+    "is_foreign",
     "load_weights",
     "model_of",
     "read_state",

@@ -90,7 +90,9 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
     Raises:
         DataError: It is not there, or no model.
     """
-    if spec is None and not hasattr(module, "model"):
+    with users_code(f"{data}: "):  # a module may compute its attributes
+        there = spec is not None or hasattr(module, "model")
+    if not there:
         raise DataError(
             f"no `model` stands in the module of {data}",
             expected="an nn.Module, or a function that returns one",
@@ -111,7 +113,8 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
 
 def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | None:
     if spec is None:
-        default = getattr(module, "forward", None)
+        with users_code("forward: "):  # a module may compute its attributes
+            default = getattr(module, "forward", None)
         return default if callable(default) else None
     function: Forward = found(spec, folder)[1]
     if not callable(function):

@@ -326,7 +326,7 @@ def run(signals: Signals) -> int:
         if streams.watch:
             streams.watch.begin(partial(_told, signals=signals, streams=streams, everything=False))
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         if signals.received:  # whatever came of it
             raise
         return _told(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
@@ -356,7 +356,21 @@ def _told(error: BaseException, signals: Signals, streams: Streams, *, everythin
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, lines = 130, ["interrupted"]
     elif not isinstance(error, OSError | MemoryError):
-        raise error
+        if not streams.watch:  # none of the user's code has run
+            raise error
+        lines = _of_users_code(error, everything)
     for line in () if signals.silent else lines:
         click.echo(printable(line + signals.after), file=streams.err, err=True)
     return code
+
+
+def _of_users_code(error: BaseException, everything: bool) -> list[str]:
+    """Return the lines of an exception that the user's code raised where no gate was.
+
+    What this package raised itself is raised again.
+    """
+    from swa_avg.batchnorm import frames_of, is_foreign, theirs
+
+    if not is_foreign(error):
+        raise error
+    return [*(frames_of(error) if everything else ()), f"error: {theirs(error)}."]
