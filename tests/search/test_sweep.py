@@ -328,6 +328,7 @@ def test_what_is_good_is_told(
         ("loss", None, torch.ones(2), "gives a Tensor"),
         ("loss", None, {"loss": [1]}, "gives a list"),
         ("loss", None, math.nan, "loss of w: gives nan, expected a finite number"),
+        ("loss", None, 10**400, "loss of w: gives inf, expected a finite number"),
         ("loss", None, {"loss": -math.inf}, "gives -inf"),
     ],
 )
