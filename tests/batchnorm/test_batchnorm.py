@@ -226,6 +226,7 @@ def test_sync_batchnorm_needs_no_process_group() -> None:
     assert type(synced[1]).forward == synced[1].forward.__func__
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
 def test_scripted_models_are_refused_for_what_they_are() -> None:
     """Not for having no BatchNorm layer: they have some, which nobody can watch."""
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
