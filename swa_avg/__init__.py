@@ -1,12 +1,12 @@
-"""swa-avg: average the checkpoints of a finished run, and make BatchNorm right again.
+"""swa-avg averages the checkpoints of a finished run and recomputes BatchNorm statistics.
 
-Everything public is here and is imported when it is first used, so that
+This module holds the public API. Each name is imported when it is first used, so that
 `import swa_avg` and `swa-avg --help` do not import torch.
 """
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as in `typing`, which takes longer to import than all that is here
+TYPE_CHECKING = False  # type checkers know this name; importing `typing` is slow
 if TYPE_CHECKING:
     from typing import Any
 

@@ -1,7 +1,7 @@
-"""The entry point of `swa-avg`, and of `python -m swa_avg` where the script is not there.
+"""The entry point of the `swa-avg` script and of `python -m swa_avg`.
 
-One entry, one exit: signals are heeded before anything else is imported, and whatever
-happens, the process ends here, with the code that the command line documents.
+Signal handlers are installed before anything else is imported. The process always ends in
+this module, with one of the documented exit codes.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-# Where one of these is in use, others may have something to do at the end.
-_WITH_OTHERS = frozenset({"swa_avg.batchnorm", "swa_avg.averaging.torchrun"})
+# Once one of these is imported, the user's code or another rank may have work left at exit.
+_RUN_OTHER_CODE = frozenset({"swa_avg.batchnorm", "swa_avg.averaging.torchrun"})
 
 
 def main() -> NoReturn:
-    """Run the command, and end the process."""
+    """Run the command and end the process."""
     signals = Signals()
-    signals.heed()
+    signals.install()
     code = 1
     try:
         code = _run(signals)
     except BaseException:
-        # The one exception that a signal raises can come while another one is handled.
+        # A signal may raise its exception while another exception is handled.
         if not signals.received:
             raise
-        # Here, where what it holds still lives: loader workers are waited for when that goes.
+        # Leave inside the handler, which keeps the frames alive: a DataLoader that is freed
+        # waits for its workers.
         signals.leave(signals.code)
     if signals.received:
         signals.leave(signals.code)
-    if code == 0 and _alone():
-        # Python takes a quarter of a second to take torch apart, which is longer than it takes
-        # to average small checkpoints.
+    if code == 0 and _nothing_left():
+        # Python takes a quarter of a second to unload torch. Averaging small checkpoints takes
+        # less.
         flush()
         os._exit(0)
     sys.exit(code)
@@ -53,11 +54,11 @@ def _run(signals: Signals) -> int:
     return code
 
 
-def _alone() -> bool:
-    """Tell whether nobody else has something to do: the user's code, other ranks, threads."""
+def _nothing_left() -> bool:
+    """Return whether no other code has work left: the user's code, other ranks, threads."""
     import threading
 
-    return _WITH_OTHERS.isdisjoint(sys.modules) and threading.active_count() == 1
+    return _RUN_OTHER_CODE.isdisjoint(sys.modules) and threading.active_count() == 1
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@ It trains a small BatchNorm network on real data with the two phases of SWA as
 PyTorch documents them, saves each epoch of the second phase as a training
 script would, then runs in FOLDER the two commands that a user would type and
 prints the test accuracies beside those of torch's in-training `AveragedModel`.
-It deletes nothing in FOLDER but its own files, and refuses a folder that holds
-others. The averaging itself is not here: it happens in the commands.
+It deletes only its own files in FOLDER, and refuses a folder that holds others.
+The averaging itself is not here: the commands do it.
 
-This is also the worked example of a data module: `swa-avg --recompute-bn
---data swa_avg.demo:loader` needs nothing but the functions `loader`, which gives
-the batches of the training set, and `model`, which gives the untrained network;
-`--sweep swa_avg.demo:evaluate` asks `evaluate` how good an average is.
+This is also the worked example of a data module. `swa-avg --recompute-bn
+--data swa_avg.demo:loader` needs only two functions: `loader` returns the batches
+of the training set, and `model` returns the untrained network. `--sweep
+swa_avg.demo:evaluate` calls `evaluate` to score each average.
 
 The data are the test set of E. Alpaydin and C. Kaynak, "Optical Recognition of
 Handwritten Digits", UCI Machine Learning Repository (CC BY 4.0,
-https://doi.org/10.24432/C50P49): 1,797 images of 8x8 pixels in 0..16. In
-`digits.bin.gz` they are one byte per pixel, image after image and row after row,
-then one byte per label. The file was made from the copy in scikit-learn:
+https://doi.org/10.24432/C50P49): 1,797 images of 8x8 pixels in 0..16.
+`digits.bin.gz` holds one byte per pixel, image by image and row by row, then one
+byte per label. The file was made from the copy in scikit-learn:
 
     digits = sklearn.datasets.load_digits()
     arrays = digits.images.astype("uint8"), digits.target.astype("uint8")
@@ -38,7 +38,7 @@ from pathlib import Path
 
 import click
 
-# torch says so at its import, and means nothing by it that matters here.
+# torch warns on import if it cannot use numpy, which does not matter here.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
 import torch
@@ -53,15 +53,15 @@ IMAGES, SIDE, BRIGHTEST = 1797, 8, 16
 TRAINING_IMAGES = 1000
 BATCH = 25
 
-EPOCHS, SWA_START = 20, 8  # the saved epochs cross from 9 to 10, where names mislead
+EPOCHS, SWA_START = 20, 8  # the saved epochs cross from 9 to 10, where names sort wrongly
 RATE, SWA_RATE = 0.1, 0.1
 # The first seed, not the best. With seeds 0 to 7 the average with recomputed
-# BatchNorm came out 3 to 20 points above the one without, and from 0.3 points
-# below to 2.9 above the last epoch.
+# BatchNorm was 3 to 20 points above the one without, and between 0.3 points
+# below and 2.9 above the last epoch.
 SEED = 0
 
 MARKER = ".swa-avg-demo"
-BESIDE = ("best.pt", "sweep.svg")  # what the README's sweep writes here: let alone
+BESIDE = ("best.pt", "sweep.svg")  # the README's sweep writes these here: left alone
 OUTPUT = "swa.pt"
 CHECKPOINTS = [f"ckpts/epoch_{epoch}.pt" for epoch in range(SWA_START, EPOCHS)]
 
@@ -69,7 +69,7 @@ AVERAGE = f"swa-avg ckpts/epoch_*.pt -o {OUTPUT}"
 RECOMPUTE = "swa-avg --recompute-bn --data swa_avg.demo:loader"
 
 
-# The data module: what `--data`, `--model` and `--sweep` look for.
+# The data module: the functions that `--data`, `--model` and `--sweep` use.
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -99,29 +99,29 @@ def _block(inputs: int, outputs: int) -> list[nn.Module]:
 
 
 def evaluate(network: nn.Module) -> dict[str, float]:
-    """Return how good `network` is; the metric's name tells that more is better."""
+    """Return the score of `network`; the name `accuracy` implies that larger is better."""
     return {"accuracy": accuracy(network)}
 
 
 def digits() -> tuple[Tensor, Tensor]:
     """Return all images, float32 in 0..1 as [N, 1, 8, 8], and their labels."""
     packed = files("swa_avg").joinpath("digits.bin.gz").read_bytes()
-    # A bytearray, because torch warns of a buffer that cannot be written to.
+    # A bytearray, because torch warns about a read-only buffer.
     raw = torch.frombuffer(bytearray(gzip.decompress(packed)), dtype=torch.uint8)
     pixels, labels = raw[:-IMAGES], raw[-IMAGES:]
     return pixels.view(IMAGES, 1, SIDE, SIDE) / BRIGHTEST, labels.long()
 
 
-# The training run: what a user of SWA has written long before meeting swa-avg.
+# The training run: an ordinary SWA training script, which does not use swa-avg.
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves behind, beside its checkpoints.
+    """The results of a training run, apart from its checkpoints.
 
     Attributes:
         last: The network after the last epoch.
-        average: Torch's own average of the saved epochs, taken during training.
+        average: Torch's own average of the saved epochs, computed during training.
     """
 
     last: nn.Module
@@ -173,7 +173,7 @@ def _train_epoch(
 
 
 def accuracy(network: nn.Module) -> float:
-    """Return the percentage of the test set that `network` labels rightly."""
+    """Return the percentage of the test set that `network` labels correctly."""
     images, labels = digits()
     network.eval()
     with torch.inference_mode():
@@ -198,10 +198,10 @@ def largest_difference(one: nn.Module, other: nn.Module) -> float:
 def run_command(line: str, folder: Path) -> None:
     """Print a `swa-avg` command line and run it in `folder`.
 
-    The pattern in it needs no shell: swa-avg expands what a shell left alone.
+    The pattern in it needs no shell: swa-avg expands patterns that a shell did not.
 
     Raises:
-        SwaAvgError: The command failed; it has said why on stderr.
+        SwaAvgError: The command failed; it has printed the reason on stderr.
     """
     click.echo(f"\n$ {line}")
     arguments = shlex.split(line)[1:]
@@ -211,20 +211,20 @@ def run_command(line: str, folder: Path) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """Make `folder`, or empty it of what an earlier demo wrote there.
+    """Create `folder`, or remove the files that an earlier demo wrote there.
 
     Raises:
-        OutputError: It holds anything else; nothing has been deleted then.
+        OutputError: The folder holds other files; nothing has been deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Without the marker, files of these very names may be a user's real run.
+    # Without the marker, files with these names may belong to a user's real run.
     is_ours = (folder / MARKER).is_file()
     found = folder.rglob("*") if is_ours else folder.iterdir()
     names = {path.relative_to(folder).as_posix() for path in found}
     own = {MARKER, "ckpts", OUTPUT, *CHECKPOINTS, *BESIDE} if is_ours else set()
     if foreign := sorted(names - own):
         raise OutputError(
-            f"holds what this demo did not write ({listed(foreign)})",
+            f"holds files that this demo did not write ({listed(foreign)})",
             file=folder,
             remedy="Name a new folder",
         )
@@ -236,7 +236,7 @@ def prepare(folder: Path) -> None:
 
 def demonstrate(folder: Path) -> None:
     """Train in `folder`, run the commands there and print the comparison."""
-    # So small a network is no faster on more, and the figures are those of any machine.
+    # More threads do not speed up such a small network, and would change the figures.
     torch.set_num_threads(1)
     prepare(folder)
     click.echo(
@@ -258,20 +258,20 @@ def demonstrate(folder: Path) -> None:
 def print_table(trained: Trained, stale: nn.Module, recomputed: nn.Module) -> None:
     """Print the accuracies of our average and of torch's, before and after BatchNorm."""
     last = EPOCHS - 1
-    theirs = trained.average
+    from_torch = trained.average
     rows = [
         (f"epoch {last}, the last", accuracy(trained.last)),
-        (f"swa-avg, BatchNorm still that of epoch {last}", accuracy(stale)),
+        (f"swa-avg, BatchNorm from epoch {last}", accuracy(stale)),
         ("swa-avg, BatchNorm recomputed", accuracy(recomputed)),
-        (f"AveragedModel, BatchNorm still that of epoch {last}", accuracy(theirs)),
+        (f"AveragedModel, BatchNorm from epoch {last}", accuracy(from_torch)),
     ]
-    update_bn(loader(), theirs)
-    rows.append(("AveragedModel, BatchNorm from update_bn", accuracy(theirs)))
+    update_bn(loader(), from_torch)
+    rows.append(("AveragedModel, BatchNorm from update_bn", accuracy(from_torch)))
     click.echo(f"\n{'':49}test accuracy")
     for label, percent in rows:
         click.echo(f"{label:49}{percent:11.2f} %")
-    difference = largest_difference(recomputed, theirs.module)
-    click.echo(f"{'largest difference of a weight between the two':49}{difference:13.1e}")
+    difference = largest_difference(recomputed, from_torch.module)
+    click.echo(f"{'largest difference between their weights':49}{difference:13.1e}")
 
 
 @click.command()

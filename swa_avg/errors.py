@@ -1,8 +1,8 @@
-"""Every way in which swa-avg refuses, as data that makes its own one line.
+"""The errors that swa-avg raises on purpose.
 
 An error holds where it happened (file, tensor), what was found, what was
-expected and what to do about it. Nothing here prints or exits: `cli.py` turns
-an error into a line and an exit code.
+expected and what to do about it, and formats these as one line. This module
+does not print or exit: `cli` turns an error into a line and an exit code.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 
 def printable(text: object) -> str:
-    """Return `text` as one harmless line.
+    """Return `text` as one line of printable characters.
 
-    Names inside a checkpoint are foreign input: control characters, ANSI
+    Names inside a checkpoint are untrusted input: control characters, ANSI
     escapes and lone surrogates are written as backslash escapes.
     """
     return "".join(
@@ -37,7 +37,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def in_bytes(count: float) -> str:
-    """Return a number of bytes for people, in powers of 1000."""
+    """Return a number of bytes as text, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -49,7 +49,7 @@ class SwaAvgError(Exception):
     """Base of every error that swa-avg raises on purpose.
 
     Attributes:
-        found: What was found; reads on after the place.
+        found: What was found. The message is "FILE: TENSOR: found".
         file: The file it was found in.
         tensor: The name of the tensor it was found in.
         expected: What should have been there.
@@ -84,7 +84,7 @@ class SwaAvgError(Exception):
 
 @contextmanager
 def naming(file: object) -> Iterator[None]:
-    """Have errors that name no file name this one."""
+    """Add a file to the errors raised in the block that name none."""
     try:
         yield
     except SwaAvgError as error:
@@ -97,11 +97,11 @@ class FileError(SwaAvgError):
 
 
 class FormatError(SwaAvgError):
-    """A file that is not a sound checkpoint: foreign, damaged, cut or hostile."""
+    """A file that is not a sound checkpoint: another format, damaged, truncated or hostile."""
 
 
 class ForeignError(FormatError):
-    """A file of another kind that begins like a checkpoint: TorchScript, another zip archive."""
+    """A file of another kind that starts like a checkpoint: TorchScript, another zip archive."""
 
 
 class LayoutError(SwaAvgError):
@@ -113,14 +113,14 @@ class SelectionError(SwaAvgError):
 
 
 class ProvenanceError(SwaAvgError):
-    """What an average says of how it was made forbids the use that is asked of it."""
+    """An average whose record of how it was made rules out the requested use."""
 
 
 class MismatchError(SwaAvgError):
     """Checkpoints that do not agree.
 
     Attributes:
-        disagreements: One error for each disagreement, all of them.
+        disagreements: One error for each disagreement.
     """
 
     def __init__(self, disagreements: Sequence[SwaAvgError]) -> None:
@@ -138,11 +138,11 @@ class MismatchError(SwaAvgError):
 
 
 class NotFiniteError(SwaAvgError):
-    """NaN or infinity that is not the same in all inputs, or made by rounding."""
+    """NaN or infinity that differs between the inputs, or that rounding produces."""
 
 
 class OutputError(SwaAvgError):
-    """The output cannot be written where and as it was asked for."""
+    """The output cannot be written at the given path or in the requested form."""
 
 
 class DataError(SwaAvgError):
@@ -150,7 +150,7 @@ class DataError(SwaAvgError):
 
     Attributes:
         batch: The number of the batch at which it failed, counted from 0.
-        frames: The traceback of the user's code as lines, where it raised something.
+        frames: The lines of the traceback, if the user's code raised an exception.
     """
 
     def __init__(

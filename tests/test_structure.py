@@ -30,7 +30,7 @@ WINGS = {
     "start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
-    "batchnorm": "foreign calling batches moments estimators lending statistics named loading "
+    "batchnorm": "isolation calling batches moments estimators on_device statistics named loading "
     "userdata in_place recompute",
     "averaging": "wrapper distances report sampling verification execution prepare heartbeat "
     "torchrun joint",

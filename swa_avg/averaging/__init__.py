@@ -1,8 +1,8 @@
 """From checkpoints to a committed output and a report.
 
-In: paths and `Options`. Out: the averaged file or folder, verified, and a `Report`. Knows
-nothing of screens. `joint` and `torchrun` (several ranks) import torch, so they are imported
-where they are used.
+In: paths and `Options`. Out: the averaged file or folder, verified, and a `Report`. Does not
+print. `joint` and `torchrun` (several ranks) import torch, so they are imported only where
+they are used.
 """
 
 from swa_avg.averaging.distances import Distances

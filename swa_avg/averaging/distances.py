@@ -1,8 +1,8 @@
-"""How far the checkpoints of an average lie from it, and from each other.
+"""The distances of the checkpoints from their mean, and the angles between their steps.
 
-All of it follows from inner products that the kernel adds up in its one reading:
-with d_i = w_i - w_0 and the mean w = sum p_i w_i, the squared distance of w_i from w
-is (e_i - p)' G (e_i - p), where G holds the products d_i . d_j.
+Everything is computed from inner products, which the kernel accumulates while it
+averages: with d_i = w_i - w_0 and the mean w = sum p_i w_i, the squared distance of w_i
+from w is (e_i - p)' G (e_i - p), where G holds the products d_i . d_j.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Independent runs of one network lie farther than this from their mean, and checkpoints
-# of one run nearer; how that was measured stands in the README.
+# Relative to the norm of the mean. Independent runs of one network are farther from their
+# mean than this, and checkpoints of one run are nearer (tests/bench/measure_distances.py).
 APART = 0.3
-# A checkpoint so many times as far from the mean as the others are in the median.
+# A checkpoint is an outlier if its distance is more than this many times the median.
 OUTLIER = 3.0
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Where checkpoints lie, relative to their mean.
+    """The positions of checkpoints relative to their mean.
 
     Attributes:
-        overall: For each checkpoint its distance from the mean, over the mean's norm; None
-            where that is no number, as where the mean is zero.
-        cosines: The cosine of the angle between each step from a checkpoint to the next
-            and the step after it; None where one of the two has no length. Two fewer
-            than checkpoints.
-        modules: The distances in each top-level module alone.
+        overall: For each checkpoint its distance from the mean, divided by the norm of the
+            mean; None if that is undefined, for example because the mean is zero.
+        cosines: The cosines of the angles between successive steps, where a step leads from
+            one checkpoint to the next; None if one of the two steps is zero. There are two
+            fewer cosines than checkpoints.
+        modules: The distances for the tensors of each top-level module.
     """
 
     overall: tuple[float | None, ...]
@@ -42,15 +42,15 @@ class Distances:
     modules: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def notes(self, paths: Sequence[str]) -> Iterator[str]:
-        """Yield what looks wrong: an outlier, or checkpoints of more than one run."""
+        """Yield notes about an outlier, or about checkpoints of more than one run."""
         known = [distance for distance in self.overall if distance is not None]
         if not 2 <= len(known) == len(paths):
             return
         if max(known) > APART:
             far = max(range(len(paths)), key=lambda number: known[number])
             yield (
-                f"{paths[far]}: lies {known[far]:.2g} of the mean's norm away from it; "
-                "are the checkpoints of one run?"
+                f"{paths[far]}: its distance from the mean is {known[far]:.2g} of the mean's "
+                "norm; the checkpoints may not be from one run"
             )
             return
         import statistics
@@ -59,21 +59,21 @@ class Distances:
         for path, distance in zip(paths, known, strict=True):
             if len(paths) > 3 and distance > OUTLIER * median > 0:
                 yield (
-                    f"{path}: lies {distance / median:.1f} times as far from the mean as the "
-                    "checkpoints do in the median"
+                    f"{path}: its distance from the mean is {distance / median:.1f} times the "
+                    "median distance of the checkpoints"
                 )
 
 
 def groups(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Sort tensors by the top-level module that they are in.
+    """Group tensors by top-level module.
 
-    What all names begin with (`model.`) is no module of its own.
+    A prefix that all names share, such as `model.`, does not count as a module.
 
     Args:
         names: The names of tensors.
 
     Returns:
-        The modules, and for each name the number of its own.
+        The modules, and for each name the number of its module.
     """
     parts = [name.split(".")[:-1] or [name] for name in names]
     depth = 0
@@ -94,7 +94,7 @@ def distances(
     Args:
         grams: For each module the N x N float64 products of w_i - w_0.
         squares: For each module the squared norm of the mean.
-        counts: What each checkpoint weighs in the mean.
+        counts: The weight of each checkpoint in the mean.
     """
     total = sum(grams.values())
     if not grams or isinstance(total, int):
@@ -116,8 +116,8 @@ def _from_mean(gram: Array, square: float, counts: Sequence[int]) -> tuple[float
 
 
 def _over(squared: float, square: float) -> float | None:
-    """Return the ratio of two lengths, from their squares; None where that is no number."""
-    if squared <= 0:  # by rounding
+    """Return the ratio of two lengths, given their squares; None if it is undefined."""
+    if squared <= 0:  # may be slightly negative because of rounding
         return 0.0
     if not square or not math.isfinite(squared) or not math.isfinite(square):
         return None

@@ -1,4 +1,4 @@
-"""An average that is planned, and what carries it out: one file and a report."""
+"""A planned average, and its execution: writes the output and returns a report."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ _MOST_CORES = 16
 
 @dataclass(frozen=True)
 class Averaging:
-    """An average that is planned: all headers are read and agree, no tensor is.
+    """A planned average: all headers are read and agree, and no tensor has been read.
 
     Attributes:
-        output: The file that will be written.
-        options: How it is averaged.
-        bases: The averages to go on from.
-        selection: The checkpoints, in their order.
-        rules: How tensors are treated.
-        plan: What happens to each tensor.
-        layout: Where everything goes in the output.
-        known: The fingerprints of `states`, as far as headers tell them.
+        output: The path of the output.
+        options: The options of the average.
+        bases: The averages of `start_from`.
+        selection: The checkpoints, in order.
+        rules: The rules for the treatment of tensors.
+        plan: The treatment of each tensor.
+        layout: The places of tensors and headers in the output.
+        known: The fingerprints of `states`, if the headers contain them.
     """
 
     output: Path
@@ -72,22 +72,22 @@ class Averaging:
 
     @property
     def states(self) -> tuple[StateDict, ...]:
-        """All that is averaged, in order: the averages to go on from, then the checkpoints."""
+        """All inputs, in order: the averages of `start_from`, then the checkpoints."""
         return (*(base.state for base in self.bases), *self.selection.chosen)
 
     @property
     def files(self) -> Iterator[InputFile]:
-        """All files that they are read from."""
+        """The files of all inputs."""
         return (file for state in self.states for file in state.checkpoint.files)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """How many checkpoints each of `states` stands for."""
+        """The number of checkpoints that each of `states` counts as."""
         return counts_of(self.bases, self.selection.chosen)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """What is averaged, for people."""
+        """Descriptions of the inputs for the report."""
         return self._inputs(self.known)
 
     def _inputs(self, found: Iterable[str]) -> tuple[Input, ...]:
@@ -99,7 +99,7 @@ class Averaging:
 
     @property
     def buffer_bytes(self) -> int:
-        """The memory that averaging takes with a worker for each core, beside torch's own."""
+        """The memory for buffers, with one worker per core."""
         return buffer_bytes(self.plan.works, usable_cores())
 
     @property
@@ -108,10 +108,10 @@ class Averaging:
         return bool(self.layout.files)
 
     def open_output(self) -> AtomicFile | AtomicFolder | RemoteFile:
-        """Make room for the output, which comes into being when it is committed.
+        """Create the temporary file of the output; committing it creates the output.
 
         Raises:
-            OutputError: It cannot be written there, or there is no room.
+            OutputError: The output cannot be written there, or the disk is full.
         """
         force = self.options.force
         if is_remote(self.output):
@@ -131,7 +131,7 @@ class Averaging:
         """Average into a file that is not committed yet.
 
         Raises:
-            SwaAvgError: Damage, or numbers that have no mean.
+            SwaAvgError: An input is damaged, or its values have no mean.
         """
         return self.complete(file, self.compute(file, threads=threads, progress=progress))
 
@@ -143,21 +143,21 @@ class Averaging:
         threads: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Outcome:
-        """Write all tensors; what is between them is missing yet: see `complete`.
+        """Compute and write all tensors; `complete` writes the headers afterwards.
 
         Args:
-            file: Where to.
-            partials: What takes the means of the last 1, 2, … checkpoints, if they are
-                wanted: one less than there are checkpoints.
-            threads: How many work: forked processes where this one has no other thread,
-                else threads; by default one for each usable core.
+            file: The file to write to.
+            partials: Files for the means of the last 1, 2, … checkpoints, one fewer than
+                there are checkpoints; none by default.
+            threads: The number of workers; by default one per usable core. Workers are
+                forked processes if this process has no other thread, otherwise threads.
             progress: Called with the number of bytes read since the last call.
 
         Raises:
-            SwaAvgError: Damage, or numbers that have no mean.
+            SwaAvgError: An input is damaged, or its values have no mean.
         """
         with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
-            # The import of numpy takes a tenth of a second, in which a disk can read.
+            # Importing numpy takes a tenth of a second: start reading ahead meanwhile.
             pool.submit(announce, self.plan.ranges)
             from swa_avg.kernel import run
 
@@ -167,7 +167,7 @@ class Averaging:
             return run(self.kernel(file, partials), threads, progress)
 
     def kernel(self, file: Output, partials: Sequence[Output] = ()) -> Kernel:
-        """Return what is to be computed, and where it is written: see `compute`."""
+        """Return the work for the kernel: what to compute and where to write it."""
         from swa_avg.kernel import Kernel
 
         _, groups = self._modules()
@@ -175,10 +175,10 @@ class Averaging:
         return Kernel(file, places, works, groups=groups, partials=partials)
 
     def complete(self, file: Output, outcome: Outcome) -> Report:
-        """Write what is no tensor, and make sure of the whole.
+        """Write the headers and verify the file.
 
         Raises:
-            SwaAvgError: An input has changed, or the file is not what it should be.
+            SwaAvgError: An input has changed, or the file was not written correctly.
         """
         from swa_avg.kernel import default_arithmetic
 
@@ -190,16 +190,16 @@ class Averaging:
         if UNKNOWN in found:
             found = tuple(fingerprints(self.states, outcome.crcs))
         made = how_made(self.bases, self.selection.chosen, self.options, found[len(self.bases) :])
-        said = made.text(self.plan.state_dict.provenance)
-        for place, data in self.layout.headers(outcome.checksums, said):
+        provenance = made.text(self.plan.state_dict.provenance)
+        for place, data in self.layout.headers(outcome.checksums, provenance):
             file.write(data, place)
         for source in self.files:
             source.check_unchanged()
-        self._prove(file, outcome.checksums, said)
+        self._verify(file, outcome.checksums, provenance)
         return self._report(outcome, found)
 
-    def _prove(self, file: Output, checksums: Sequence[int], said: str) -> None:
-        """Compare what is written with what was to be: the headers, or if wanted all of it."""
+    def _verify(self, file: Output, checksums: Sequence[int], provenance: str) -> None:
+        """Compare the headers of the file with the plan; with `verify`, all of its bytes."""
         written = Written(
             path=file.path,
             target=self.output,
@@ -208,7 +208,7 @@ class Averaging:
             layout=self.layout,
             wrapped=isinstance(self.layout, wrapper.WrapperLayout),
             checksums=checksums,
-            headers=lambda: self.layout.headers(checksums, said),
+            headers=lambda: self.layout.headers(checksums, provenance),
         )
         if not self.options.verify:
             read_back(written)
@@ -217,13 +217,13 @@ class Averaging:
         verify(written)
 
     def _modules(self) -> tuple[list[str], list[int]]:
-        """Return the modules whose distances are wanted, and the number of each work's."""
+        """Return the modules, and the module's number for each work; empty without distances."""
         if not self.options.distances:
             return [], []
         return groups([work.name for work in self.plan.works])
 
     def _differing(self, names: Sequence[str]) -> list[str]:
-        """Say which copied tensors are not the same everywhere; refuse those that must be."""
+        """Return notes about copied tensors that differ; refuse those that must not."""
         planned = {tensor.name: tensor for tensor in self.plan.tensors}
         last = self.states[-1].checkpoint.path
         refused = [planned[name].refusal(last) for name in names if planned[name].must_agree]
@@ -236,18 +236,18 @@ class Averaging:
         ]
 
     def _frozen(self, differing: Sequence[str]) -> list[str]:
-        """Say which layers look frozen, where others do not."""
+        """Return a note about layers that look frozen, if other layers do not."""
         same = self.plan.frozen_after(differing)
         if not same or not self.plan.stale_after(differing):
             return []
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in same))
         return [
-            f"{listed(layers)}: BatchNorm statistics are the same in all checkpoints, as those "
-            "of frozen layers are; --recompute-bn sets them, too"
+            f"{listed(layers)}: BatchNorm statistics are the same in all checkpoints, so the "
+            "layers may be frozen; --recompute-bn recomputes them too"
         ]
 
     def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
-        said = self._differing(outcome.differing)
+        differing = self._differing(outcome.differing)
         inputs = self._inputs(known)
         modules, _ = self._modules()
         found = None
@@ -264,14 +264,14 @@ class Averaging:
             stale=self.plan.stale_after(outcome.differing),
             bytes_read=outcome.bytes_read,
             bytes_written=self.layout.size,
-            notes=(*self.notes, *said, *self._frozen(outcome.differing), *far),
+            notes=(*self.notes, *differing, *self._frozen(outcome.differing), *far),
             distances=found,
             options=self.options.described,
         )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know before anything is averaged."""
+        """Notes for the user that are known before averaging."""
         wrapped = isinstance(self.layout, wrapper.WrapperLayout)
         around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
         layout = self.layout
@@ -279,7 +279,7 @@ class Averaging:
         return (*self.selection.notes, *self.plan.notes, *files, *around)
 
     def to_dict(self) -> dict[str, object]:
-        """Return it as what JSON can hold."""
+        """Return the plan as a dict for JSON."""
         return {
             "output": str(self.output),
             "inputs": [asdict(source) for source in self.inputs],
@@ -307,7 +307,7 @@ class Averaging:
 
 
 def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
-    """Return how many checkpoints each average and each checkpoint stands for."""
+    """Return the number of checkpoints that each average and each checkpoint counts as."""
     return (*(base.count for base in bases), *(1 for _ in chosen))
 
 
@@ -317,13 +317,13 @@ def how_made(
     options: Options,
     found: Iterable[str],
 ) -> Provenance:
-    """Say how the average is made.
+    """Return the provenance of an average.
 
     Args:
-        bases: The averages to go on from.
+        bases: The averages of `start_from`.
         chosen: The checkpoints.
-        options: How to average.
-        found: The fingerprints of `chosen`: once tensors are read, of all that is in them.
+        options: The options of the average.
+        found: The fingerprints of `chosen`; before the tensors are read, some are unknown.
 
     Raises:
         ProvenanceError: A checkpoint would count twice.
@@ -342,6 +342,6 @@ def how_made(
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use, at most 16: no disk is faster than these."""
+    """Return the number of cores this process may use, at most 16: more do not help a disk."""
     affinity = getattr(os, "sched_getaffinity", None)
     return min(_MOST_CORES, len(affinity(0)) if affinity else os.cpu_count() or 1)

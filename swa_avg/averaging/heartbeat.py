@@ -1,7 +1,7 @@
-"""Whether the other ranks still live: each counts up a number in the store that all share.
+"""Heartbeats: each rank increments a counter in the shared store, and others watch it.
 
-torchrun ends all ranks of a machine when one dies, and notices when a machine is
-gone. Other launchers may not; and a rank that hangs is not dead for anybody.
+torchrun ends all ranks of a machine when one dies, and detects a lost machine. Other
+launchers may not, and no launcher detects a rank that hangs.
 """
 
 from __future__ import annotations
@@ -16,72 +16,74 @@ from torch.distributed.distributed_c10d import Store
 
 from swa_avg.errors import SwaAvgError
 
-_BEATS = 20  # in the time after which a rank is given up
+_BEATS = 20  # heartbeats within the timeout
 
 
 @dataclass(frozen=True)
-class _Heard:
+class _Seen:
+    """The last value of a rank's counter, and when it changed."""
+
     beats: int
     when: float = field(default_factory=time.monotonic)
 
 
-class Pulse:
-    """The pulse of this rank, and what it has heard of the others.
+class Heartbeat:
+    """Sends the heartbeat of this rank and watches those of others.
 
-    Rank 0 listens to all, and all listen to rank 0, through which they learn of the
-    others: so the store is asked little, however many they are.
+    Rank 0 watches all ranks. The others watch rank 0, which reports a lost rank to them.
+    The number of requests to the store therefore grows only linearly with the ranks.
 
     Attributes:
-        lost: The ranks that have been silent for too long.
+        lost: The ranks whose heartbeat has stopped.
     """
 
     def __init__(self, store: Store, rank: int, world: int, patience: timedelta) -> None:
-        """Begin to beat.
+        """Start sending.
 
         Args:
-            store: Where to.
+            store: The store that all ranks share.
             rank: The number of this process.
-            world: How many there are.
-            patience: For how long a rank may be silent.
+            world: The number of processes.
+            patience: The time without a heartbeat after which a rank is lost.
         """
         self._store, self._rank = store, rank
         self._patience = patience.total_seconds()
-        self._heard = {other: _Heard(0) for other in (range(1, world) if rank == 0 else (0,))}
+        self._seen = {other: _Seen(0) for other in (range(1, world) if rank == 0 else (0,))}
         self.lost: set[int] = set()
         self._next = time.monotonic()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="swa-avg-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._send, name="swa-avg-heartbeat", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Listen to the others, if it is time for that.
+        """Check the heartbeats of the other ranks, at most once per interval.
 
         Raises:
-            SwaAvgError: One has been silent for too long.
-            RuntimeError: The store has gone.
+            SwaAvgError: A rank is lost.
+            RuntimeError: The store does not respond.
         """
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self._patience / _BEATS
-        for rank, heard in self._heard.items():
-            beats = self._store.add(f"pulse {rank}", 0)
-            if beats != heard.beats:
-                self._heard[rank] = _Heard(beats)
-            elif now - heard.when > self._patience:
+        for rank, seen in self._seen.items():
+            beats = self._store.add(f"heartbeat {rank}", 0)
+            if beats != seen.beats:
+                self._seen[rank] = _Seen(beats)
+            elif now - seen.when > self._patience:
                 self.lost.add(rank)
                 raise SwaAvgError(
-                    f"rank {rank} has not been heard of for {self._patience:.0f} s",
-                    remedy="See whether its machine is still there",
+                    f"rank {rank} has not responded for {self._patience:.0f} s",
+                    remedy="Check that its machine is running",
                 )
 
     def stop(self) -> None:
-        """Beat no more."""
+        """Stop sending."""
         self._stop.set()
         self._thread.join()
 
-    def _beat(self) -> None:
-        with suppress(RuntimeError):  # the store has gone: who asks it will see
-            self._store.add(f"pulse {self._rank}", 1)
+    def _send(self) -> None:
+        with suppress(RuntimeError):  # the main thread reports that the store is gone
+            self._store.add(f"heartbeat {self._rank}", 1)
             while not self._stop.wait(self._patience / _BEATS):
-                self._store.add(f"pulse {self._rank}", 1)
+                self._store.add(f"heartbeat {self._rank}", 1)

@@ -1,13 +1,13 @@
-"""One average made by several ranks: each computes a part of it, the first puts it together.
+"""Averaging by several ranks: each computes a part of the output, and rank 0 completes it.
 
-Every rank reads the headers and plans for itself; they compare their plans. Rank 0
-opens the output, the others join it. Each takes an equal part of the bytes, one
-stretch of the output, writes the means, forces them to disk and hands over what it
-has found, checksums above all. Rank 0 makes sure of all of it together, exactly as
-one process does, writes what is no tensor, and commits. What goes wrong on one rank
-ends all of them, and the output does not come into being.
+Every rank reads the headers and plans the average; the ranks compare their plans. Rank 0
+creates the output file and the others open it. Each rank takes an equal part of the bytes,
+which is one contiguous range of the output, writes its means, forces them to disk and sends
+its checksums and other findings to rank 0. Rank 0 verifies the whole output as a single
+process does, writes the headers and commits. An error on one rank ends all of them, and no
+output is created.
 
-An output behind a URL is first written to rank 0's own disk: rank 0 makes it alone.
+If the output is a URL, rank 0 averages alone, because it writes to a local file first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from swa_avg.storage import (
 
 Progress = Callable[[int], None]
 File = AtomicFile | AtomicFolder | RemoteFile
-_LOOK_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
 
 
 @contextmanager
@@ -53,20 +53,20 @@ def written(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[File, Report] | None]:
-    """Average together; at the end of the context what rank 0 has not committed is gone.
+    """Average on all ranks; an output that is not committed is removed at the end.
 
     Args:
-        averaging: What is averaged, as this rank has planned it.
-        ranks: The ranks, all of which call this.
-        threads: How many threads work on this rank; by default its part of the cores.
-        progress: Called with the bytes that this rank has read since the last call.
+        averaging: The average as this rank has planned it.
+        ranks: The ranks, all of which call this function.
+        threads: The number of threads of this rank; by default its part of the cores.
+        progress: Called with the number of bytes that this rank has read since the last call.
 
     Yields:
-        On rank 0 the file, which is whole but not committed, and the report; on the
-        others None, when their part is done.
+        On rank 0 the complete but uncommitted file and the report; on the others None, when
+        their part is done.
 
     Raises:
-        SwaAvgError: On all ranks, if something goes wrong on one of them.
+        SwaAvgError: One of the ranks failed; raised on all ranks.
     """
     threads = threads or max(1, usable_cores() // ranks.neighbours)
     together = _Together(averaging, ranks, threads, _agreed(averaging, ranks, threads), progress)
@@ -80,14 +80,14 @@ def written(
 
 @dataclass(frozen=True)
 class _Together:
-    """One rank's view of the work.
+    """The work of one rank.
 
     Attributes:
-        averaging: What is averaged.
-        ranks: All who do it.
-        threads: How many threads work on this rank.
-        of_all: How many work on all ranks.
-        progress: Who wants to know how far this rank is.
+        averaging: The average as this rank has planned it.
+        ranks: The ranks of the run.
+        threads: The number of threads of this rank.
+        of_all: The number of threads of all ranks.
+        progress: Called with the number of bytes that this rank has read.
     """
 
     averaging: Averaging
@@ -97,11 +97,11 @@ class _Together:
     progress: Progress | None
 
     def lead(self, file: File) -> Report:
-        """Have the others join, and make the whole of the parts."""
+        """Share the output with the other ranks, and complete it from all parts (rank 0)."""
         if isinstance(file, RemoteFile):
             self.ranks.tell()
             return self.averaging.write(file, threads=self.threads, progress=self._watch())
-        # Where the system makes room by writing, that is over before another rank writes.
+        # Some systems reserve space by writing zeros, which must end before other ranks write.
         file.sync()
         self.ranks.tell(os.fsencode(file.path.name))
         kernel = self.averaging.kernel(file)
@@ -112,7 +112,7 @@ class _Together:
         return self.averaging.complete(file, settle(kernel, findings, self.threads))
 
     def follow(self) -> None:
-        """Do this rank's part."""
+        """Compute and write this rank's part (all ranks but 0)."""
         name = os.fsdecode(self.ranks.tell())
         if not name:
             return
@@ -135,25 +135,25 @@ class _Together:
             return compute(kernel, dealt, self.threads, self._watch())
 
     def _watch(self) -> Progress:
-        """Return what shows the progress, and ends the work if another rank has failed."""
-        next_look = 0.0
+        """Return a progress function that also raises if another rank has failed."""
+        next_check = 0.0
 
         def watched(count: int) -> None:
-            nonlocal next_look
+            nonlocal next_check
             if self.progress:
                 self.progress(count)
-            if time.monotonic() >= next_look:
+            if time.monotonic() >= next_check:
                 self.ranks.check()
-                next_look = time.monotonic() + _LOOK_SECONDS
+                next_check = time.monotonic() + _CHECK_SECONDS
 
         return watched
 
 
 def _agreed(averaging: Averaging, ranks: ProcessRanks, threads: int) -> int:
-    """Make sure that all ranks have planned the same; return how many threads they have.
+    """Check that all ranks have the same plan; return the number of their threads.
 
     Raises:
-        SwaAvgError: They see other files, or were told something else.
+        SwaAvgError: The files or the options differ between the ranks.
     """
     mine = {
         "version": swa_avg.__version__,
@@ -168,16 +168,16 @@ def _agreed(averaging: Averaging, ranks: ProcessRanks, threads: int) -> int:
         difference = _difference(mine, other)
         if difference:
             raise SwaAvgError(
-                f"rank {rank} has planned something else than rank 0: {difference}",
+                f"rank {rank} has another plan than rank 0: {difference}",
                 remedy="Give all ranks the same files, options and version of swa-avg",
             )
     return int(ranks.tell(str(total).encode()))
 
 
 def _difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
-    """Say in what two plans differ; nothing if they are the same."""
+    """Describe how two plans differ; return an empty string if they are the same."""
     if mine["version"] != other["version"]:
-        return f"it is swa-avg {other['version']}, not {mine['version']}"
+        return f"it runs swa-avg {other['version']}, not {mine['version']}"
     if len(mine["inputs"]) != len(other["inputs"]):
         return f"it averages {len(other['inputs'])} checkpoints, not {len(mine['inputs'])}"
     for one, another in zip(mine["inputs"], other["inputs"], strict=True):
@@ -187,16 +187,16 @@ def _difference(mine: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _seen(state: StateDict) -> list[object]:
-    """Return what people know a checkpoint by."""
+    """Return the name and the size of a checkpoint, for the message."""
     checkpoint = state.checkpoint
     return [checkpoint.path.name, sum(file.size for file in checkpoint.files)]
 
 
 def _digest(averaging: Averaging) -> str:
-    """Return what is the same only where the same is read, computed and written.
+    """Return a digest that is equal only for the same inputs, computation and output.
 
-    Folders may have other names on other machines, and inputs may be copies. Of those
-    without checksums only the time of writing tells whether their bytes are the same.
+    Paths are left out: machines may mount folders elsewhere or use copies. For records
+    without a checksum the modification time is included, to detect different contents.
     """
     digest = hashlib.sha256()
 

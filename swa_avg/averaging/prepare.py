@@ -1,4 +1,4 @@
-"""From the names of checkpoints to an average that is planned, and to one that is written."""
+"""From paths of checkpoints to a planned average (`planned`) or a written one (`average`)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from swa_avg.planning import (
     Selection,
     base_of,
     expand,
+    find_inputs,
     make_plan,
-    meant,
     open_all,
     refuse_unlike,
     select,
@@ -42,7 +42,7 @@ from swa_avg.storage import (
 )
 from swa_avg.tensors import DTYPES
 
-# Of files that others write: a name that promises what is not in the file.
+# Suffixes of formats that swa-avg does not write.
 _OTHERS = (
     *(".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".ggml", ".npz", ".npy", ".tflite", ".msgpack"),
     *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".nemo", ".distcp"),
@@ -50,7 +50,7 @@ _OTHERS = (
     *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
 )
 _FOLDERS = (Form.FOLDER, Form.DCP)
-_ALONE = "only one checkpoint takes part: nothing is averaged, its weights are the output's"
+_ALONE = "only one checkpoint takes part: nothing is averaged, the output has its weights"
 
 
 @contextmanager
@@ -60,13 +60,13 @@ def planned(
     """Open checkpoints and plan their average; they are closed at the end of the context.
 
     Args:
-        checkpoints: Files, or patterns of them; none where averages are merged.
-        output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
-            `.bin` and `.tar` a torch zip; another name the form of the inputs.
-        options: How to average; by default with the defaults.
+        checkpoints: Files, folders or patterns; none to merge the averages of `start_from`.
+        output: The output. `.safetensors` selects safetensors; `.pt`, `.pth`, `.ckpt`, `.bin`
+            and `.tar` select a torch zip; any other name keeps the format of the inputs.
+        options: The options of the average.
 
     Raises:
-        SwaAvgError: Anything that makes the average impossible.
+        SwaAvgError: The checkpoints cannot be averaged, or the output cannot be written.
     """
     with ExitStack() as opened, _no_garbage() as kept:
         averaging = _planned(checkpoints, path_of(output), options or Options(), opened)
@@ -76,32 +76,32 @@ def planned(
 
 
 def _check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
-    """Refuse an output that is written as the name of a folder, where it is a file.
+    """Refuse an output that ends in a slash if the average is a file.
 
     Args:
-        output: The output as the user wrote it.
-        averaging: What is averaged.
+        output: The output as the user gave it.
+        averaging: The planned average.
 
     Raises:
-        OutputError: It ends in a slash, and what is averaged becomes a file.
+        OutputError: The output ends in a slash, and the average is a file.
     """
     text = output if isinstance(output, str) else ""
     if not text.endswith(("/", os.sep)) or averaging.is_folder:
         return
     raise OutputError(
-        "is the name of a folder, and these checkpoints are averaged into a file",
+        "is the name of a folder, but the average of these checkpoints is a file",
         file=text,
         remedy=f"Name the file, as in -o {text.rstrip('/' + os.sep)}.pt",
     )
 
 
 def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
-    """Do what `planned` does; what it opens is closed with `opened`."""
+    """Plan an average; `opened` closes the files."""
     averages = expand(_listed(options.start_from)) if options.start_from else []
     bases = tuple(map(base_of, _opened(Inputs(averages), options, opened).states))
     start_from.refuse_repeats(bases)
     given = _listed(checkpoints)
-    inputs = meant(given, options.choice.exclude) if given or not bases else Inputs()
+    inputs = find_inputs(given, options.choice.exclude) if given or not bases else Inputs()
     found = _opened(inputs, options, opened)
     candidates = _without(found.states, bases)
     selection = Selection(())
@@ -118,21 +118,21 @@ def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitSta
     plan = make_plan(states, rules, counts_of(bases, selection.chosen))
     refuse_unlike(plan.tensors, states)
     known = tuple(fingerprints(states, {}))
-    said = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
-    plan = replace(plan, state_dict=replace(plan.state_dict, provenance=said))
+    provenance = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
+    plan = replace(plan, state_dict=replace(plan.state_dict, provenance=provenance))
     layout = _layout(form, plan, states[-1], options, opened)
     return Averaging(target, options, bases, selection, rules, plan, layout, known)
 
 
 @contextmanager
 def _no_garbage() -> Iterator[Callable[[], None]]:
-    """Keep Python from looking for garbage where there is none: in all that headers say.
+    """Pause garbage collection while the headers are read, and exempt their objects later.
 
-    It would look again and again while they are read, and later, in forked processes,
-    copy the pages that they share.
+    The collector would scan these objects again and again, although none is garbage. In
+    forked processes, scanning would also copy the shared memory pages.
 
     Yields:
-        What is called once when all is read; from then on new objects are looked at.
+        A function to call once all headers are read; it resumes the collection.
     """
     enabled, frozen = gc.isenabled(), gc.get_freeze_count()
 
@@ -161,7 +161,7 @@ def _opened(inputs: Inputs, options: Options, opened: ExitStack) -> Opened:
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:
-    """Leave out what is an average to go on from, as a pattern for both may say."""
+    """Leave out the averages of `start_from`, which a pattern for checkpoints may match."""
     taken = {_identity(base.state) for base in bases}
     return [state for state in states if _identity(state) not in taken]
 
@@ -171,20 +171,20 @@ def _identity(state: StateDict) -> tuple[object, ...]:
 
 
 def _layout(form: Form, plan: Plan, last: StateDict, options: Options, opened: ExitStack) -> Layout:
-    """Give everything its place in the output."""
+    """Return the layout of the output."""
     if options.keep_wrapper:
         return wrapper.layout(last, plan, lambda file: opened.callback(file.close))
     return layout_for(form, plan.state_dict, last.checkpoint, last.where, options.max_shard_size)
 
 
 def _check_target(target: Path, states: Sequence[StateDict], options: Options) -> None:
-    """Refuse an output that is an input, exists, or is not of the form that its name says."""
+    """Refuse an output that is an input, that exists, or whose name does not fit its format."""
     last = states[-1]
     form = form_of(target, last.checkpoint)
     keeps = options.keep_wrapper
     if keeps and last.checkpoint.provenance:
         raise OutputError(
-            "is an average, and no checkpoint is given that could be kept",
+            "is an average, but --keep-wrapper needs a checkpoint to copy",
             file=last.checkpoint.path,
             remedy="Leave out --keep-wrapper",
         )
@@ -199,11 +199,11 @@ def _check_target(target: Path, states: Sequence[StateDict], options: Options) -
 
 
 def _check_suffix(target: Path) -> None:
-    """Refuse a name that promises a file of another kind than are written here."""
+    """Refuse a name with the suffix of a format that swa-avg does not write."""
     if target.suffix.lower() in _OTHERS:
         name = target.name[: -len(target.suffix)]
         raise OutputError(
-            f"ends in {target.suffix}, and no such file is written here",
+            f"ends in {target.suffix}, a format that swa-avg does not write",
             file=target,
             remedy=f"Name it {name}.pt or {name}.safetensors",
         )
@@ -212,28 +212,28 @@ def _check_suffix(target: Path) -> None:
 def _check_form(
     target: Path, last: StateDict, form: Form, keep_wrapper: bool, max_shard_size: int | None
 ) -> None:
-    """Refuse a name that says another form than the output will have, and shards of one file."""
+    """Refuse a name that does not fit the format of the output, and shards of a single file."""
     safe = last.checkpoint.format == "safetensors"
     unlike = last.checkpoint.path.is_dir() and form not in _FOLDERS
     if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
         raise OutputError(
-            f"would not be what its name says, but like {last.checkpoint.path}",
+            f"names another format than {last.checkpoint.path}, which --keep-wrapper copies",
             file=target,
-            remedy="Choose a name like its own, or leave out --keep-wrapper",
+            remedy="Choose a name like that of the checkpoint, or leave out --keep-wrapper",
         )
     several = isinstance(last.checkpoint.tree, Components) and " + " in last.where
     if several and form not in _FOLDERS:
         names = last.where.split(" + ")
         raise OutputError(
-            f"is one file, and {last.checkpoint.path} has several models ({', '.join(names)})",
+            f"is one file, but {last.checkpoint.path} has several models ({', '.join(names)})",
             file=target,
             remedy=f"Name a folder, as in -o swa, or take one model with --key {names[-1]}",
         )
     if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
         raise OutputError(
-            "will be no Hugging Face folder, which alone is written in shards",
+            "will not be a Hugging Face folder, and only those are written in shards",
             file=target,
-            remedy="Leave out --max-shard-size, or give such folders",
+            remedy="Leave out --max-shard-size, or average Hugging Face folders",
         )
 
 
@@ -250,23 +250,23 @@ def average(
     Each floating tensor becomes the equal-weight mean over the checkpoints
     (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better
     Generalization", section 3; the mean that `torch.optim.swa_utils.AveragedModel`
-    keeps running), computed exactly and rounded once.
+    computes during training). The mean is computed exactly and rounded once.
 
     Args:
-        checkpoints: Files, or patterns of them; none where averages are merged.
-        output: What to write. `.safetensors` gives safetensors; `.pt`, `.pth`, `.ckpt`,
-            `.bin` and `.tar` a torch zip; another name the form of the inputs.
-        threads: How many work: forked processes where this one has no other thread, else
-            threads; by default one for each usable core.
+        checkpoints: Files, folders or patterns; none to merge the averages of `start_from`.
+        output: The output. `.safetensors` selects safetensors; `.pt`, `.pth`, `.ckpt`, `.bin`
+            and `.tar` select a torch zip; any other name keeps the format of the inputs.
+        threads: The number of workers; by default one per usable core. Workers are forked
+            processes if this process has no other thread, otherwise threads.
         progress: Called with the number of bytes read since the last call.
         **options: The fields of `Options`, by name: `dtype="bfloat16"`.
 
     Returns:
-        What was done.
+        The report.
 
     Raises:
-        SwaAvgError: Nothing was written; the error says why.
-        ValueError: An option has no such value.
+        SwaAvgError: Averaging failed, and nothing was written.
+        ValueError: An option has an invalid value.
     """
     with (
         planned(checkpoints, output, Options(**options)) as averaging,

@@ -1,4 +1,4 @@
-"""What was averaged and how it went: the report, for people and for programs."""
+"""The report of an average."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Input:
         epoch: The epoch that it records, or None.
         step: The step that it records, or None.
         where: The dotted path to its state_dict; empty for the root.
-        prefix: What was stripped from its names.
-        size: Its bytes.
-        modified: When it was last written, in seconds since 1970, where that is known.
+        prefix: The prefix that was stripped from its names.
+        size: Its size in bytes.
+        modified: The time of its last modification, in seconds since 1970, or None.
         score: The metric that it was chosen by, or None.
-        count: How many checkpoints it stands for: more than one if it is an average.
-        fingerprint: What equal weights have in common, or None while they are not read.
+        count: The number of checkpoints that it counts as: more than one for an average.
+        fingerprint: A digest of its weights, or None if they have not been read yet.
     """
 
     path: str
@@ -41,7 +41,7 @@ class Input:
 
     @property
     def recorded(self) -> dict[str, int]:
-        """What the checkpoint records of its place in the run."""
+        """The epoch and the step, if the checkpoint records them."""
         recorded = {"epoch": self.epoch, "step": self.step}
         return {name: value for name, value in recorded.items() if value is not None}
 
@@ -64,7 +64,7 @@ def input_of(state: StateDict, score: Score | None, count: int, fingerprint: str
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what averages, without importing it."""
+    """Return the versions of swa-avg, torch and Python, without importing torch."""
     from importlib import metadata
 
     return {
@@ -76,21 +76,21 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done.
+    """The report of an average.
 
     Attributes:
-        output: The file that was written.
-        inputs: The checkpoints that were averaged, in their order.
-        counts: How many tensors were treated how: averaged, kept (of one checkpoint), reset,
-            copied (no mean).
+        output: The path of the output.
+        inputs: The checkpoints that were averaged, in order.
+        counts: The number of tensors by treatment: averaged, kept (from one checkpoint),
+            reset, copied (no mean).
         stale: Whether BatchNorm statistics do not belong to the averaged weights.
-        bytes_read: Bytes of tensors read.
+        bytes_read: The number of tensor bytes that were read.
         bytes_written: The size of the output.
-        notes: What else the user should know.
-        distances: How far the checkpoints lie from the mean, if that was asked for.
-        options: The options that were not the defaults.
-        families: How many tensors of each family were taken from one checkpoint, or reset.
-        versions: Those of swa-avg, torch and Python.
+        notes: Notes for the user.
+        distances: The distances of the checkpoints from the mean, or None.
+        options: The options that differ from the defaults.
+        families: The number of tensors of each family that were kept or reset.
+        versions: The versions of swa-avg, torch and Python.
     """
 
     output: str
@@ -106,5 +106,5 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=versions)
 
     def to_dict(self) -> dict[str, object]:
-        """Return it as what JSON can hold."""
+        """Return the report as a dict for JSON."""
         return asdict(self)

@@ -1,7 +1,7 @@
-"""A sample of an average, made anew: element by element, in rational arithmetic.
+"""Recomputes a sample of an average, element by element, in rational arithmetic.
 
-What is read is read by the indices of the tensors as their checkpoints have them, and
-added as fractions. No code that orders, cuts or adds for the kernel has a part in it.
+Elements are read by their indices in the checkpoints' tensors and added as fractions. No
+code of the kernel is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fractions import Fraction
 from swa_avg.planning import Treatment, Work
 from swa_avg.tensors import FORMATS, Box, Kind, TensorRef, elements, part, read_box, value_of
 
-_BOXES = 4096  # shared out among the tensors
+_BOXES = 4096  # divided among the tensors
 _MOST_OF_ONE = 16
 _WIDTH = 8  # elements of a box
 _EXACT = (Kind.EXACT, Kind.OPAQUE)
@@ -23,7 +23,7 @@ _EXACT = (Kind.EXACT, Kind.OPAQUE)
 
 @dataclass(frozen=True)
 class Wrong:
-    """An element that is not what it should be: the tensor, and a place at or just before it."""
+    """A wrong element: its tensor, and the first index of the sampled row that contains it."""
 
     name: str
     place: tuple[int, ...]
@@ -34,29 +34,29 @@ def wrong_in_sample(
     inputs: Sequence[Mapping[str, TensorRef]],
     output: Mapping[str, TensorRef],
 ) -> Wrong | None:
-    """Make a sample of elements anew; return one that is not what it should be, or None.
+    """Recompute a sample of elements; return a wrong one, or None.
 
     Args:
-        works: What was computed.
-        inputs: The tensors of each checkpoint by name.
-        output: The tensors of the output.
+        works: The computed tensors.
+        inputs: The tensors of each checkpoint, by name.
+        output: The tensors of the output, by name.
     """
     draw = random.Random(0)
     works = [work for work in works if math.prod(work.shape)]
     each = max(1, min(_MOST_OF_ONE, _BOXES // max(len(works), 1)))
     for work in draw.sample(works, min(len(works), _BOXES)):
-        made = output[work.name]
+        result = output[work.name]
         sources = _sources(work, [tensors[work.name] for tensors in inputs])
         for number in range(each):
-            box = _box(made.shape, draw, number)
-            if not _is_right(work, made, sources, box):
+            box = _box(result.shape, draw, number)
+            if not _is_right(work, result, sources, box):
                 return Wrong(work.name, box.start)
     return None
 
 
 def _sources(work: Work, every: Sequence[TensorRef]) -> Sequence[TensorRef]:
-    """Return the tensors that a work is made from, as their checkpoints have them."""
-    # What is not averaged is taken from one: the last of the work's sources.
+    """Return the checkpoints' tensors that an output tensor is computed from."""
+    # A tensor that is not averaged is taken from the last of the work's sources.
     taken = work.sources if work.treatment is Treatment.AVERAGED else work.sources[-1:]
     records = [source.record for source in taken]
     sources = [ref for ref in every if ref.record in records]
@@ -64,7 +64,7 @@ def _sources(work: Work, every: Sequence[TensorRef]) -> Sequence[TensorRef]:
 
 
 def _box(shape: tuple[int, ...], draw: random.Random, number: int) -> Box:
-    """Return a row of some elements: the first, the last, then any."""
+    """Return a row of a few elements: the first row, the last row, then random ones."""
     if not shape:
         return Box((), ())
     width = min(_WIDTH, shape[-1])
@@ -74,9 +74,9 @@ def _box(shape: tuple[int, ...], draw: random.Random, number: int) -> Box:
     return Box(tuple(start), (*(1 for _ in shape[:-1]), width))
 
 
-def _is_right(work: Work, made: TensorRef, sources: Sequence[TensorRef], box: Box) -> bool:
-    """Tell whether the elements of a box are what they should be."""
-    output = _Elements(made, box)
+def _is_right(work: Work, result: TensorRef, sources: Sequence[TensorRef], box: Box) -> bool:
+    """Return whether the elements of a box are correct."""
+    output = _Elements(result, box)
     if work.treatment is Treatment.RESET:
         return all(value == work.fill for value in output.values)
     inputs = [_Elements(source, box) for source in sources]
@@ -101,10 +101,10 @@ def _is_right(work: Work, made: TensorRef, sources: Sequence[TensorRef], box: Bo
 
 
 class _Elements:
-    """The elements of a box: their bits, and the numbers that they stand for.
+    """The elements of a box, as bits and as numbers.
 
-    Complex numbers are two each; of integers the bits stand for the numbers. What is
-    not finite is a float.
+    A complex number counts as two elements. For integers the numbers are the bits. A
+    number that is not finite is a float.
     """
 
     def __init__(self, ref: TensorRef, box: Box) -> None:
@@ -120,13 +120,13 @@ class _Elements:
             self.values = [value_of(bits, form) for bits in self.bits]
 
     def holds(self, number: int, exact: Fraction) -> bool:
-        """Tell whether an element is the number of its dtype that is nearest to `exact`."""
+        """Return whether an element is the number of its dtype that is nearest to `exact`."""
         value, form = self.values[number], self._format
         if form is None or not math.isfinite(value):
             return False
         exponent = max(_exponent(exact), 2 - form.bias)
         step = Fraction(2) ** (exponent - form.fraction - 1)
-        return Fraction(value) == round(exact / step) * step  # of two equally near the even one
+        return Fraction(value) == round(exact / step) * step  # ties to even
 
 
 def _exponent(value: Fraction) -> int:

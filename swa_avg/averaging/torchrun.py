@@ -1,10 +1,9 @@
-"""Several processes that torchrun started: who takes which batches, and how they meet.
+"""The ranks that torchrun started: sharing of batches, barriers, messages.
 
-Imported only in a process that has `WORLD_SIZE` > 1. No collective operation
-runs while the ranks work: what they have to say to each other they say once all
-have arrived, or none if one has failed. So a rank may have less to do than
-another, and one that fails takes the others with it instead of leaving them
-waiting; one that says nothing any more is given up (`pulse.py`).
+Imported only in a process with `WORLD_SIZE` > 1. No collective operation runs while the
+ranks work: they exchange data only after all have reached a barrier. A rank may therefore
+have less work than another. If a rank fails, the others stop waiting and fail too. A rank
+that no longer responds is given up (`heartbeat.py`).
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from swa_avg.averaging.heartbeat import Pulse
-from swa_avg.batchnorm import theirs
+from swa_avg.averaging.heartbeat import Heartbeat
+from swa_avg.batchnorm import error_line
 from swa_avg.errors import SwaAvgError, printable
 
 _FAILED = "failed"
 _LEFT = "left"
-_SAID = "said"
+_REPORTED = "reported"
 _POLL_SECONDS = 0.02
-_FAREWELL_SECONDS = 10
+_LEAVE_SECONDS = 10
 _PATIENCE = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
 class ProcessRanks:
-    """The ranks of one run, seen from one of them: a `swa_avg.batchnorm.batches.Ranks`.
+    """One rank's connection to the others: a `swa_avg.batchnorm.batches.Ranks`.
 
     Attributes:
         rank: The number of this process.
-        world: How many there are.
+        world: The number of processes.
         local: The number of this process on its machine.
-        neighbours: How many there are on its machine, itself among them.
-        store: The key-value store that torchrun gave all ranks.
-        pulse: Tells whether the others live.
+        neighbours: The number of processes on its machine, including this one.
+        store: The key-value store that torchrun provides to all ranks.
+        heartbeat: Detects ranks that no longer respond.
     """
 
     rank: int
@@ -56,20 +55,20 @@ class ProcessRanks:
     local: int
     neighbours: int
     store: Store
-    pulse: Pulse
+    heartbeat: Heartbeat
     _meetings: Iterator[int] = field(default_factory=count)
-    _told: Iterator[int] = field(default_factory=count)
+    _messages: Iterator[int] = field(default_factory=count)
 
     def share(self, batches: Iterable[Any]) -> Iterable[Any]:
         """Return this rank's batches: those numbered rank, rank + world, ...
 
-        Of a map-style DataLoader the other ranks' batches are not even loaded. No
-        `DistributedSampler` is put in: it repeats samples until all ranks have as
-        many, which changes the statistics. But one that the user has put in stays,
-        and the loader is then taken for this rank's share. All ranks shuffle as
-        rank 0 does, if they do it with torch's default generator.
+        With a map-style DataLoader, the batches of other ranks are not loaded. A
+        `DistributedSampler` is not added, because it repeats samples until all ranks have
+        equally many, which changes the statistics. If the user's loader has one, the loader
+        is returned unchanged: it already yields this rank's share. All ranks shuffle like
+        rank 0 if they use torch's default generator.
         """
-        torch.set_rng_state(self._told_by_first(torch.get_rng_state()))
+        torch.set_rng_state(self._from_first(torch.get_rng_state()))
         if type(batches) is DataLoader and batches.batch_sampler is not None:
             if isinstance(batches.sampler, DistributedSampler):
                 return batches
@@ -90,7 +89,7 @@ class ProcessRanks:
         return all_values
 
     def collect(self, data: bytes) -> list[bytes]:
-        """Return on rank 0 what all ranks have, in their order; on the others nothing.
+        """Return the data of all ranks in order on rank 0, and an empty list on the others.
 
         Raises:
             SwaAvgError: If another rank fails before it gets here.
@@ -108,19 +107,19 @@ class ProcessRanks:
         return received
 
     def tell(self, data: bytes = b"") -> bytes:
-        """Return what rank 0 has to say, something short; what the others give is not asked.
+        """Return the short message of rank 0 on every rank; other ranks' `data` is ignored.
 
         Raises:
             SwaAvgError: If another rank fails before it gets here.
         """
-        key = f"told {next(self._told)}"
+        key = f"told {next(self._messages)}"
         if self.rank == 0:
             self.store.set(key, data)  # type: ignore[arg-type]
         self.meet()
         return self.store.get(key)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give rank 0's values to the same tensors, in place, of all ranks.
+        """Copy rank 0's values into the tensors of all ranks, in place.
 
         Raises:
             SwaAvgError: If another rank fails before it gets here.
@@ -140,37 +139,37 @@ class ProcessRanks:
         self.meet()
 
     def check(self) -> None:
-        """Raise if another rank has failed, or has been silent for too long.
+        """Raise if another rank has failed or no longer responds.
 
         Raises:
             SwaAvgError: With that rank's number and its error.
         """
         try:
-            self.pulse.check()
+            self.heartbeat.check()
             failed = self.store.check([_FAILED])
             message = self.store.get(_FAILED).decode() if failed else ""
         except RuntimeError as error:
-            raise SwaAvgError(f"rank 0 has gone away ({theirs(error)})") from error
+            raise SwaAvgError(f"the connection to rank 0 is lost ({error_line(error)})") from error
         if message:
             raise SwaAvgError(message)
 
     def fail(self, error: BaseException) -> None:
-        """Let the other ranks know; only the first failure is told."""
+        """Report an error to the other ranks; only the first report of the run counts."""
         if isinstance(error, SwaAvgError):
-            said = str(error)
+            text = str(error)
         else:
-            said = theirs(error) if isinstance(error, Exception) else "it was told to end"
-        with suppress(RuntimeError):  # the store has gone: there is nobody to tell
-            self.store.compare_set(_FAILED, "", f"rank {self.rank} failed: {printable(said)}")
+            text = error_line(error) if isinstance(error, Exception) else "it was interrupted"
+        with suppress(RuntimeError):  # the store is gone
+            self.store.compare_set(_FAILED, "", f"rank {self.rank} failed: {printable(text)}")
 
     def _every_nth(self, items: Iterable[Any]) -> _EveryNth:
         return _EveryNth(items, self.rank, self.world)
 
     def meet(self) -> None:
-        """Wait until every rank is here.
+        """Wait until every rank has called this method (a barrier).
 
         Raises:
-            SwaAvgError: Another rank has failed, or is silent for too long.
+            SwaAvgError: Another rank has failed or no longer responds.
         """
         place = f"meeting {next(self._meetings)}"
         self.check()
@@ -179,14 +178,14 @@ class ProcessRanks:
             time.sleep(_POLL_SECONDS)
             self.check()
 
-    def _told_by_first(self, state: Tensor) -> Tensor:
+    def _from_first(self, state: Tensor) -> Tensor:
         self.meet()
         dist.broadcast(state, src=0)
         return state
 
 
 class _EveryNth(Sampler[Any]):
-    """Every n-th item of an iterable, which it iterates over anew each time."""
+    """Every n-th item of an iterable; each iteration starts from the beginning."""
 
     def __init__(self, items: Iterable[Any], first: int, step: int) -> None:
         self._items = items
@@ -217,11 +216,13 @@ def _with_batch_sampler(loader: DataLoader[Any], sampler: Sampler[list[Any]]) ->
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Say it in one line if another rank goes away while it sends or receives."""
+    """Turn a lost connection into a one-line error."""
     try:
         yield
     except RuntimeError as error:
-        raise SwaAvgError(f"another rank has gone away ({theirs(error)})") from error
+        raise SwaAvgError(
+            f"the connection to another rank is lost ({error_line(error)})"
+        ) from error
 
 
 @contextmanager
@@ -230,18 +231,16 @@ def ranks(
 ) -> Iterator[ProcessRanks]:
     """Join the other processes of a run that torchrun started; leave them at the end.
 
-    torch's default process group is up meanwhile (gloo for CPU tensors, and NCCL
-    for CUDA ones where there is CUDA), as in the training script, so that a data
-    module which asks for its rank gets an answer. What leaves the `with` by an
-    exception, on any rank, ends all of them.
+    Inside the context torch's default process group is initialized (gloo for CPU tensors,
+    NCCL for CUDA tensors if there is CUDA), so that a data module can ask for its rank as
+    in a training script. An exception that leaves the context on one rank ends all ranks.
 
     Args:
-        timeout: How long to wait for the other processes to appear, and for what they
-            send once they have all met.
-        patience: How long another process may give no sign of life.
+        timeout: How long to wait for other processes to connect, and for their data.
+        patience: How long another process may send no heartbeat.
 
     Raises:
-        SwaAvgError: If the environment is not torchrun's, or a rank does not appear.
+        SwaAvgError: The environment is not torchrun's, or a rank does not connect.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
@@ -255,14 +254,14 @@ def ranks(
         )
     except (RuntimeError, ValueError) as error:
         raise SwaAvgError(
-            f"the ranks do not find each other ({theirs(error)})",
+            f"the ranks cannot connect to each other ({error_line(error)})",
             remedy="Start them with torchrun, or unset WORLD_SIZE",
         ) from error
     local = int(os.environ.get("LOCAL_RANK", rank))
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     ours_only = PrefixStore("swa_avg", store)
-    pulse = Pulse(ours_only, rank, world, patience)
-    ours = ProcessRanks(rank, world, local, neighbours, ours_only, pulse)
+    heartbeat = Heartbeat(ours_only, rank, world, patience)
+    ours = ProcessRanks(rank, world, local, neighbours, ours_only, heartbeat)
     at_once = False
     try:
         yield ours
@@ -272,31 +271,32 @@ def ranks(
         raise
     except BaseException as error:
         ours.fail(error)
-        at_once = True  # who is told to end does not stay for the others
+        at_once = True  # an interrupted rank does not wait for the others
         raise
     finally:
         _leave(ours, at_once=at_once)
 
 
 def _leave(ours: ProcessRanks, *, at_once: bool) -> None:
-    """Close the group, perhaps not before others have come as far, or seem to be lost.
+    """Close the process group, unless `at_once` after waiting for the other ranks.
 
-    Rank 0 speaks for all, and may keep the store: it stays until the others have gone.
-    They stay until it has said what went wrong, for torchrun ends all when one has ended.
+    Rank 0 prints the messages and may host the store, so it waits until the others have
+    left. After an error the others wait until rank 0 has printed it, because torchrun ends
+    all ranks as soon as one has ended.
     """
-    deadline = time.monotonic() + _FAREWELL_SECONDS
+    deadline = time.monotonic() + _LEAVE_SECONDS
     try:
         ours.store.add(_LEFT, 1)
         if ours.rank == 0:
-            ours.store.set(_SAID, "")
+            ours.store.set(_REPORTED, "")
         while not at_once and time.monotonic() < deadline:
-            if ours.rank and ours.store.check([_SAID]):
+            if ours.rank and ours.store.check([_REPORTED]):
                 break
-            if ours.store.add(_LEFT, 0) + len(ours.pulse.lost) >= ours.world:
+            if ours.store.add(_LEFT, 0) + len(ours.heartbeat.lost) >= ours.world:
                 break
             time.sleep(_POLL_SECONDS)
     except RuntimeError:
-        pass  # the store has gone first, and with it whom to wait for
+        pass  # the store is gone: its rank has already left
     finally:
-        ours.pulse.stop()
+        ours.heartbeat.stop()
         dist.destroy_process_group()

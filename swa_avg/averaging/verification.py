@@ -1,8 +1,8 @@
-"""Proof of an output that is written but not in place yet.
+"""Verification of an output before it is committed.
 
-`read_back` opens it with our own readers and compares what they find with what was
-planned: always done, of the headers alone. `verify` reads all of it again, and
-has a sample of its elements averaged anew.
+`read_back` opens the output with the package's own readers and compares the headers with
+the plan; it always runs. `verify` also reads all bytes again and recomputes a sample of
+the elements.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from swa_avg.planning import Plan
 from swa_avg.storage import InputFile
 from swa_avg.tensors import TensorRef, View
 
-_SMALL = 64  # bytes: what is put on top of larger stretches of a header
-_REMEDY = "Run it again; if it stays so, the disk or the memory is failing, or swa-avg is wrong"
+_SMALL = 64  # bytes: shorter header data overwrite parts of longer ones
+_REMEDY = "Run it again; if it fails again, suspect the disk, the memory or a bug in swa-avg"
 
 
 @dataclass(frozen=True)
 class Written:
-    """An output that is written but not in place yet, and what it should be.
+    """An output that is written but not committed, and its expected content.
 
     Attributes:
-        path: Where it is now.
-        target: Where it will be, for messages.
-        states: What was averaged, in order.
-        plan: What was done.
-        layout: Where everything went.
-        wrapped: Whether it is the last checkpoint's own file with other weights.
-        checksums: The CRC-32 of each storage, as it was computed.
-        headers: Gives all other bytes, with their places, in the order of writing.
+        path: The path of the temporary file or folder.
+        target: The path of the output, for messages.
+        states: The inputs, in order.
+        plan: The plan that was executed.
+        layout: The layout of the output.
+        wrapped: Whether the output is a copy of the last checkpoint with other weights.
+        checksums: The CRC-32 of each storage, computed while writing.
+        headers: Yields all other bytes with their places, in the order of writing.
     """
 
     path: Path
@@ -54,9 +54,9 @@ class Written:
     headers: Callable[[], Iterator[tuple[int, bytes]]]
 
     def refusal(self, found: str, tensor: str | None = None) -> OutputError:
-        """Return the error that says that it is not what it should be."""
+        """Return the error for an output that was not written correctly."""
         return OutputError(
-            f"is not what was to be written: {found}",
+            f"was not written correctly: {found}",
             file=self.target,
             tensor=tensor,
             remedy=_REMEDY,
@@ -64,23 +64,23 @@ class Written:
 
 
 def read_back(written: Written) -> None:
-    """Compare the headers of an output, as our own readers see them, with the plan.
+    """Compare the headers of an output with the plan.
 
-    Names, dtypes, shapes, strides, ties, places, checksums; no tensor is read.
+    Checks names, dtypes, shapes, strides, ties, places and checksums; reads no tensor.
 
     Raises:
-        OutputError: They disagree.
+        OutputError: The headers differ from the plan.
     """
     with _opened(written) as checkpoint:
         _compare(written, checkpoint)
 
 
 def verify(written: Written) -> None:
-    """Read all of an output again, and average a sample of it anew.
+    """Read all of an output again, and recompute a sample of it.
 
     Raises:
-        OutputError: Something in it is not what it should be.
-        FormatError: An input has changed meanwhile.
+        OutputError: The output differs from the plan or from the computed values.
+        FormatError: An input has changed since it was read.
     """
     from swa_avg.averaging.sampling import wrong_in_sample
 
@@ -94,12 +94,12 @@ def verify(written: Written) -> None:
             for state in written.states:
                 for file in state.checkpoint.files:
                     file.check_unchanged()
-            raise written.refusal(f"is another number at {list(wrong.place)}", wrong.name)
+            raise written.refusal(f"its value at {list(wrong.place)} is wrong", wrong.name)
 
 
 @contextmanager
 def _opened(written: Written) -> Iterator[Checkpoint]:
-    """Open what is written; whatever is wrong with it, say so of the target."""
+    """Open the written output; errors name the target, not the temporary file."""
     try:
         checkpoint = open_checkpoint(written.path)
     except SwaAvgError as error:
@@ -111,7 +111,7 @@ def _opened(written: Written) -> Iterator[Checkpoint]:
 
 
 def _forget(path: Path) -> None:
-    """Have the kernel forget what it holds of the files in memory: the disk is to be read."""
+    """Drop the files from the page cache, so that they are read from the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
@@ -124,7 +124,7 @@ def _forget(path: Path) -> None:
 
 
 class _Places:
-    """The bytes of an output by their places, which count through its files."""
+    """Access to the bytes of an output by place; places count through its files in order."""
 
     def __init__(self, written: Written, checkpoint: Checkpoint) -> None:
         sizes = dict(written.layout.files) or {"": written.layout.size}
@@ -158,14 +158,14 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
     found = {name: ref for name, ref in entries.items() if isinstance(ref, TensorRef)}
     planned = written.plan.state_dict
     for name in planned.tensors.keys() ^ found.keys():
-        raise written.refusal("is missing" if name not in found else "is too much", name)
+        raise written.refusal("it is missing" if name not in found else "it is not planned", name)
     places = _Places(written, checkpoint)
     starts = {file.path: places.of(file) - file.start for file in checkpoint.files}
     where = written.layout.places
     for name, item in planned.tensors.items():
         ref = found[name]
         storage = planned.storages[item.storage]
-        looks: list[tuple[str, object, object]] = [
+        checks: list[tuple[str, object, object]] = [
             ("dtype", ref.dtype.name, storage.dtype.name),
             ("shape", ref.shape, item.shape),
         ]
@@ -173,23 +173,23 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
             file = ref.record.file
             start = starts[file.path] + file.start + ref.record.offset
             itemsize = ref.dtype.itemsize
-            expected = where[item.storage] + item.offset * itemsize
-            looks += [
-                ("strides", ref.stride, item.stride),
-                ("place", start + ref.offset * itemsize, expected),
+            place = where[item.storage] + item.offset * itemsize
+            checks += [
+                ("stride", ref.stride, item.stride),
+                ("place", start + ref.offset * itemsize, place),
             ]
         if ref.record.crc32 is not None and ref.record.length == storage.nbytes:
-            looks.append(("checksum", ref.record.crc32, written.checksums[item.storage]))
-        for what, is_, should in looks:
-            if is_ != should:
-                raise written.refusal(f"has {what} {is_} instead of {should}", name)
+            checks.append(("checksum", ref.record.crc32, written.checksums[item.storage]))
+        for what, actual, expected in checks:
+            if actual != expected:
+                raise written.refusal(f"its {what} is {actual} instead of {expected}", name)
     if checkpoint.format == "torch zip" and not written.wrapped:
         _compare_values(written, entries)
     return found
 
 
 def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
-    """Return what an output holds, by the names that the plan has."""
+    """Return the entries of an output, under the names of the plan."""
     last = written.states[-1]
     if written.wrapped or isinstance(checkpoint.tree, Components):
         return find_state_dict(checkpoint, last.where.split(" + ")).tensors
@@ -202,26 +202,26 @@ def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
 
 
 def _compare_values(written: Written, found: Mapping[str, object]) -> None:
-    """Compare the order of names, and the values that are no tensors."""
+    """Compare the order of names, and the values that are not tensors."""
     planned = written.plan.state_dict.items
     if list(found) != list(planned):
-        raise written.refusal("its names are in another order")
+        raise written.refusal("the order of its names differs")
     for name, value in planned.items():
-        # As text: NaN is not equal to itself.
+        # Compare as text: NaN is not equal to itself.
         if not isinstance(value, OutputTensor) and repr(value) != repr(found[name]):
-            raise written.refusal("has another value", name)
+            raise written.refusal("its value differs", name)
 
 
 def _check_bytes(written: Written, places: _Places) -> None:
-    """Compare every byte of an output with what was to be written there."""
+    """Compare every byte of an output with its checksum or its expected value."""
     stored = zip(written.plan.works, written.layout.places, written.checksums, strict=True)
     for work, place, checksum in stored:
         crc = 0
         for chunk in places.chunks(place, math.prod(work.shape) * work.dtype.itemsize):
             crc = crc32(chunk, crc)
         if crc != checksum:
-            raise written.refusal("its bytes have another checksum", work.name)
-    # Checksums are written last, over stretches that were copied with the old ones.
+            raise written.refusal("the checksum of its bytes differs", work.name)
+    # New checksums are written last, over the old ones in copied headers.
     small = {place: data for place, data in written.headers() if len(data) <= _SMALL}
     tops = sorted(small)
     for place, data in written.headers():

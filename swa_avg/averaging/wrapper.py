@@ -1,10 +1,9 @@
-"""The last checkpoint itself as the output, with only the averaged bytes replaced.
+"""The layout for `--keep-wrapper`: a copy of the last checkpoint with averaged weights.
 
-What a framework put around the weights (optimizer, hyper-parameters, schedules)
-stays as it is, byte for byte: it is neither understood nor written anew, so
-that the framework's own loader takes the file, or the folder. Only the ranges
-of the averaged tensors, and the checksums over them, are other ones; and how the
-average was made is put in, where the format has room for it.
+Everything that a framework stores around the weights (optimizer, hyper-parameters,
+schedules) is copied byte for byte and not parsed, so that the framework's own loader
+accepts the file or folder. Only the byte ranges of the averaged tensors and their checksums
+are replaced. The provenance is added if the format has a place for it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from swa_avg.tensors import Piece, Record, combined, is_dense, with_gaps
 
 @dataclass(frozen=True)
 class _Range:
-    """Bytes of a file that come from elsewhere: a part of a record, from `start` on."""
+    """A range of bytes to replace: `length` bytes of a record, from `start` on."""
 
     record: Record
     start: int
@@ -35,13 +34,13 @@ class _Range:
 
 @dataclass(frozen=True)
 class WrapperLayout:
-    """A copy of a file, or of a folder of files, in which some ranges come from elsewhere.
+    """A copy of a file or folder in which some ranges of bytes are replaced.
 
     Attributes:
-        sources: The files, by their names in the folder; of a single file the name is empty.
-        ranges: What is replaced, in the order of the storages.
-        provenance: How the output was made, as far as that is known before it is.
-        notes: What a user should know about files that are not in it.
+        sources: The files, by their names in the folder; a single file has an empty name.
+        ranges: The replaced ranges, in the order of the storages.
+        provenance: The provenance text, as far as it is known before averaging.
+        notes: Notes about files that are not copied.
     """
 
     sources: Mapping[str, InputFile]
@@ -55,7 +54,7 @@ class WrapperLayout:
 
     @property
     def files(self) -> Mapping[str, int]:
-        """The size of each file of a folder; none for a single file."""
+        """The size of each file of a folder; empty for a single file."""
         if self._single:
             return {}
         sizes = {name: file.size for name, file in self.sources.items()}
@@ -70,23 +69,23 @@ class WrapperLayout:
 
     @cached_property
     def _splices(self) -> tuple[Splice, ...]:
-        """What is changed in a single file beside the ranges; nothing in a folder's files."""
+        """The changes that add the provenance to a single file; empty for a folder."""
         return with_provenance(self._single, self.provenance) if self._single else ()
 
     @property
     def places(self) -> Sequence[int]:
-        """Where each range goes; places count through the files one after the other."""
+        """The place of each range; places count through the files in order."""
         starts = {self.sources[name].identity: start for name, start in self._starts()}
         return [
             starts[file] + _moved(place, self._splices) for file, place in map(_place, self.ranges)
         ]
 
     def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes outside the ranges, then the checksums over what is inside.
+        """Yield all bytes outside the ranges, then the new checksums of the ranges.
 
         Args:
             checksums: The CRC-32 of each range.
-            provenance: How the output was made.
+            provenance: The provenance text.
         """
         splices = replace(self, provenance=provenance)._splices
         for name, first in self._starts():
@@ -109,7 +108,7 @@ class WrapperLayout:
             place += file.size
 
     def _outside(self, file: InputFile) -> Iterator[tuple[int, int]]:
-        """Yield the start and length of each stretch of a file that stays as it is."""
+        """Yield the start and length of each part of a file that is copied unchanged."""
         place = 0
         inside = [r for r in self.ranges if r.record.file.identity == file.identity]
         stretches = [(_place(r)[1], r.length) for r in inside if r.length]
@@ -125,7 +124,7 @@ class WrapperLayout:
         for r, checksum in zip(self.ranges, checksums, strict=True):
             if r.record.file.identity == file.identity:
                 pieces.setdefault(r.record, []).append(Piece(r.start, r.length, checksum))
-        # An item of a distributed checkpoint is a section of a file, with checksums of its own.
+        # An item of a distributed checkpoint is a section of a file with its own checksums.
         places = {part: checksum_places(part) for part in {record.file for record in pieces}}
         for record, replaced in pieces.items():
             if record.offset in places[record.file]:
@@ -135,21 +134,21 @@ class WrapperLayout:
 
 
 def _moved(place: int, splices: Sequence[Splice]) -> int:
-    """Return where a byte of a file is when what comes before it is spliced."""
+    """Return the new place of a byte of a file, after the splices before it."""
     before = [splice for splice in splices if splice.start + splice.length <= place]
     return place + sum(len(splice.data) - splice.length for splice in before)
 
 
 def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -> WrapperLayout:
-    """Give every range that is computed its place in the last checkpoint.
+    """Return the layout that replaces the averaged tensors in the last checkpoint.
 
     Args:
         last: The state_dict of the last checkpoint.
-        plan: What is computed.
-        opened: Is told of each file that is opened here, to close it in the end.
+        plan: The plan of the average.
+        opened: Called with each file that is opened here; the caller closes it.
 
     Raises:
-        OutputError: A tensor cannot be replaced where it is.
+        OutputError: A tensor cannot be replaced in place.
     """
     ranges = tuple(_range(work, last) for work in plan.works)
     named = [(r, work.name) for r, work in zip(ranges, plan.works, strict=True) if r.length]
@@ -157,7 +156,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     for (one, _), (other, name) in pairwise(named):
         before, after = _place(one), _place(other)
         if before[0] == after[0] and before[1] + one.length > after[1]:
-            raise _irreplaceable(name, "shares its bytes, but not in every checkpoint")
+            raise _irreplaceable(name, "shares bytes with another, but not in every checkpoint")
     path = last.checkpoint.path
     if not path.is_dir():
         (file,) = last.checkpoint.files
@@ -176,7 +175,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     for r in ranges:
         if counted[r.record.file.identity] > 1:
             raise OutputError(
-                "is in its folder under two names",
+                "has two names in its folder",
                 file=r.record.file.path,
                 remedy="Remove one of the links, or leave out --keep-wrapper",
             )
@@ -185,7 +184,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
 
 
 def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
-    """Yield what the user should know about the file around the average.
+    """Yield notes about everything in the output apart from the averaged weights.
 
     Args:
         last: The state_dict of the last checkpoint.
@@ -196,16 +195,19 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
     if not kept:
         if row and row.needs and not folder and last.where:
             yield (
-                f"the output is a bare state_dict; {row.needs} needs the whole file "
-                "of the framework, which --keep-wrapper writes"
+                f"the output is a bare state_dict; {row.needs} needs the framework's whole "
+                "file, which --keep-wrapper writes"
             )
         return
-    yield f"what else is in the file (optimizer state, for one) is that of {path}"
+    yield f"everything else in the file (such as optimizer state) is copied from {path}"
     if row and row.average and row.loads is not Loads.EITHER:
         averages = (*found.averages, *found.unnamed)
         loaded = averages if row.loads is Loads.AVERAGE else found.weights
         if loaded and last.where not in loaded:
-            yield f"the mean is at {last.where}; {row.name} loads {loaded[0]}, that of {path}"
+            yield (
+                f"the mean is at {last.where}; {row.name} loads {loaded[0]}, "
+                f"which is copied from {path}"
+            )
 
 
 def _range(work: Work, last: StateDict) -> _Range:
@@ -218,13 +220,13 @@ def _range(work: Work, last: StateDict) -> _Range:
 
 
 def _place(r: _Range) -> tuple[tuple[object, object], int]:
-    """Return which file on disk a range is in, and where."""
+    """Return the file on disk that contains a range, and the range's place in it."""
     return r.record.file.identity, r.record.file.start + r.record.offset + r.start
 
 
 def _irreplaceable(name: str, found: str) -> OutputError:
     return OutputError(
-        f"{found}, so that it cannot be replaced where it is",
+        f"{found}, so it cannot be replaced in place",
         tensor=name,
         remedy="Leave out --keep-wrapper",
     )

@@ -1,14 +1,20 @@
-"""BatchNorm statistics of a model over the user's batches.
+"""Recomputes the BatchNorm statistics of a model over the user's batches.
 
-In: a model and batches, or a file and the user's module. Out: new running statistics, in
-the model or in the file. Knows nothing of averaging.
+In: a model and batches, or a file and the user's module. Out: new running statistics in the
+model or in the file. Does not average.
 """
 
 from swa_avg.batchnorm.batches import Alone, same_draws
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.foreign import frames_of, importable, is_foreign, theirs, users_code
 from swa_avg.batchnorm.in_place import copy_of
-from swa_avg.batchnorm.named import found
+from swa_avg.batchnorm.isolation import (
+    error_line,
+    frames_of,
+    importable,
+    is_foreign,
+    users_code,
+)
+from swa_avg.batchnorm.named import load_attribute
 from swa_avg.batchnorm.recompute import Recompute, Session, read_state, session
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
 from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
@@ -23,16 +29,16 @@ __all__ = [
     "Session",
     "UserCode",
     "copy_of",
-    "found",
+    "error_line",
     "frames_of",
     "importable",
     "is_foreign",
+    "load_attribute",
     "load_weights",
     "model_of",
     "read_state",
     "recompute_batchnorm",
     "same_draws",
     "session",
-    "theirs",
     "users_code",
 ]

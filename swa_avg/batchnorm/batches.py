@@ -1,7 +1,7 @@
-"""How batches are fetched, shared among ranks, and sent to a device.
+"""Fetches batches, shares them among ranks, and sends them to a device.
 
-Whatever the user's loader raises leaves here as one `DataError` with the number of
-the batch. This module knows neither BatchNorm nor files.
+Any exception of the user's loader becomes a `DataError` with the number of the batch. This
+module does not depend on BatchNorm or files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from swa_avg.batchnorm.foreign import theirs, users_code
+from swa_avg.batchnorm.isolation import error_line, users_code
 from swa_avg.errors import SwaAvgError
 
 _END = object()
 
 
 class Ranks(Protocol):
-    """Processes that share the batches; `swa_avg.averaging.torchrun` has the real ones."""
+    """Processes that share the batches; `swa_avg.averaging.torchrun` implements them."""
 
     @property
     def rank(self) -> int:
@@ -31,23 +31,23 @@ class Ranks(Protocol):
 
     @property
     def world(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
 
     @property
     def local(self) -> int:
-        """The number of this process on its machine: which GPU to take."""
+        """The number of this process on its machine, which selects its GPU."""
 
     def share(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """Return this rank's batches: the ones numbered rank, rank + world, ..."""
+        """Return the batches of this rank: numbers rank, rank + world, ..."""
 
     def gather(self, values: Tensor) -> Sequence[Tensor]:
-        """Return the float64 CPU vectors of all ranks, in the order of the ranks."""
+        """Return the float64 CPU vectors of all ranks, in rank order."""
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give rank 0's values to the same tensors, in place, of all ranks."""
+        """Copy the tensors of rank 0 into the tensors of all ranks, in place."""
 
     def once(self, job: Callable[[], object]) -> None:
-        """Run `job` on one rank of each machine, while the others wait for it."""
+        """Run `job` on one rank of each machine, while the other ranks wait."""
 
     def check(self) -> None:
         """Raise if another rank has failed."""
@@ -55,7 +55,7 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Alone:
-    """One process: all batches are its own."""
+    """A single process, which gets all batches."""
 
     rank: int = 0
     world: int = 1
@@ -70,28 +70,28 @@ class Alone:
         return [values]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """There is no other rank that needs the values."""
+        """Do nothing: there is no other rank."""
 
     def once(self, job: Callable[[], object]) -> None:
         """Run `job`."""
         job()
 
     def check(self) -> None:
-        """There is no other rank that could fail."""
+        """Do nothing: there is no other rank."""
 
 
 @contextmanager
 def same_draws(batches: object = None) -> Iterator[None]:
-    """Put torch's random numbers back where they were, so that what comes next draws the same.
+    """Restore the states of torch's random generators on exit.
 
     Args:
-        batches: What has generators of its own, if it is a DataLoader.
+        batches: The batches; the generators of a DataLoader are restored, too.
     """
     sampler = getattr(batches, "sampler", None)
     holders = (batches, sampler, getattr(batches, "batch_sampler", None))
     own = (getattr(holder, "generator", None) for holder in holders)
     states = [(one, one.get_state()) for one in own if isinstance(one, torch.Generator)]
-    # Before CUDA is first used there is nothing to put back.
+    # Before the first use of CUDA there is no state to restore.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices):
         try:
@@ -104,11 +104,11 @@ def same_draws(batches: object = None) -> Iterator[None]:
 def numbered(batches: Iterable[Any], numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
     """Yield the batches with their numbers, until either ends.
 
-    No batch is fetched for which there is no number, so that an endless loader
-    is not asked for one batch too many.
+    A batch is fetched only if there is a number for it, so that no extra batch is fetched
+    from an endless loader.
 
     Raises:
-        DataError: Where the loader raises.
+        DataError: The loader raises.
     """
     iterator: Iterator[Any] | None = None
     for number in numbers:
@@ -121,10 +121,10 @@ def numbered(batches: Iterable[Any], numbers: Iterator[int]) -> Iterator[tuple[i
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Return `batch` with every tensor in it on `device`; the batch itself is left alone.
+    """Return a copy of `batch` with every tensor on `device`.
 
-    Goes into lists, tuples, named tuples and mappings, which keep their types;
-    anything else that has a `to` is asked to go; the rest stays as it is.
+    Lists, tuples, named tuples and mappings are copied recursively and keep their types. Any
+    other object with a `to` method is moved with it. Other values are returned unchanged.
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=device.type == "cuda")
@@ -146,15 +146,15 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def chosen_device(name: str, index: int = 0) -> torch.device:
-    """Return the device called `name`, having made sure that it is there.
+    """Return the device with the given name, after checking that it is available.
 
     Args:
-        name: `auto` (the first there is of CUDA, MPS, CPU), `cpu`, `cuda`,
-            `cuda:i` or `mps`.
-        index: Which CUDA device, where the name does not say; counted round.
+        name: `auto` (the first available of CUDA, MPS, CPU), `cpu`, `cuda`, `cuda:i` or
+            `mps`.
+        index: The CUDA device for a name without a number, modulo the number of devices.
 
     Raises:
-        SwaAvgError: If there is no such device here.
+        SwaAvgError: The device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -168,19 +168,19 @@ def chosen_device(name: str, index: int = 0) -> torch.device:
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SwaAvgError(
-            f"device {name} cannot be used here ({theirs(error)})",
+            f"device {name} is not available ({error_line(error)})",
             remedy="Choose auto, cpu, cuda, cuda:0 or mps",
         ) from error
     return device
 
 
 class Feed:
-    """Sends batches to a device; to CUDA on a stream of its own, beside the computation.
+    """Sends batches to a device; copies to CUDA use a separate stream.
 
-    Kernels are launched ahead of their execution, so while the GPU computes one
-    batch the next one is already being copied, if the loader pins its memory.
-    A batch is kept until the GPU is done with it, and at most `AHEAD` are under
-    way: that bounds the memory, and is the only waiting there is.
+    Kernels are launched asynchronously, so the next batch is copied while the GPU computes,
+    if the loader pins its memory. A batch is kept until the GPU has finished with it. At
+    most `AHEAD` batches are in flight, which limits the memory; this is the only place that
+    waits for the GPU.
     """
 
     AHEAD = 2
@@ -202,7 +202,7 @@ class Feed:
         return there
 
     def done(self, batch: Any) -> None:
-        """Say that all work on a batch that was sent has been launched."""
+        """Record that all work on a sent batch has been launched."""
         if self._copies is None:
             return
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

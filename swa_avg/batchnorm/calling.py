@@ -1,7 +1,7 @@
-"""How a batch becomes a call of the model, and what a batch looks like.
+"""Calls the model on a batch, and describes batches.
 
-Says in words what is in a batch, counts its samples where that is certain, and finds
-the call that works where the usual one does not. Moves nothing and computes nothing.
+This module describes the content of a batch, counts its samples if the number is certain,
+and searches for a call that works if the default call fails. It does not move batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swa_avg.batchnorm.foreign import signal_in
+from swa_avg.batchnorm.isolation import signal_in
 from swa_avg.errors import DataError
 
 Forward = Callable[[nn.Module, Any], object]
@@ -23,10 +23,10 @@ _SHOWN = 8  # entries of a batch that are described
 
 
 def call(model: nn.Module, batch: Any) -> object:
-    """Call `model` on `batch` as a user would expect without saying.
+    """Call `model` on `batch` in the default way.
 
-    A mapping becomes keyword arguments; of a list or tuple the first element is
-    the input (the rest is taken for targets); anything else is the input itself.
+    A mapping becomes keyword arguments. The first element of a list or tuple is the input,
+    and the rest is ignored as targets. Anything else is the input itself.
     """
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -36,17 +36,17 @@ def call(model: nn.Module, batch: Any) -> object:
 
 
 def _called(batch: Any) -> str:
-    """Return the call that `call` makes, as code."""
+    """Return the code of the default call."""
     if isinstance(batch, Mapping):
         return "model(**batch)"
     return "model(batch[0])" if isinstance(batch, (list, tuple)) else "model(batch)"
 
 
-# --- what a batch looks like --------------------------------------------------------
+# --- descriptions of batches --------------------------------------------------------
 
 
 def described(value: Any, depth: int = 2) -> str:
-    """Say what a batch is: `list of (float32[8,3,32,32], int64[8])`."""
+    """Return a description of a batch: `list of (float32[8,3,32,32], int64[8])`."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
     if value is None:
@@ -71,10 +71,10 @@ def _several(entries: Sequence[str]) -> str:
 
 
 def samples_in(batch: Any) -> int | None:
-    """Return the number of samples in a batch, or None where that is not certain.
+    """Return the number of samples in a batch, or None if it is not certain.
 
-    It is the length that all columns have in common. Several tensors of the same number
-    of dimensions in a list may be columns or samples, so they tell nothing.
+    It is the common length of all columns. A list of tensors with the same number of
+    dimensions is ambiguous: the tensors may be columns or samples.
     """
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else None
@@ -92,9 +92,9 @@ def samples_in(batch: Any) -> int | None:
 
 
 def _common(columns: Sequence[Any]) -> int | None:
-    """Return the length that columns have in common, if that is certain.
+    """Return the common length of columns, or None if it is not certain.
 
-    A list alone is not: it may hold something else than samples.
+    A single list is not certain: its elements may not be samples.
     """
     lengths = [length for column in columns if (length := _length(column)) is not None]
     alone = len(lengths) == 1 and not any(isinstance(c, (Tensor, Mapping)) for c in columns)
@@ -108,10 +108,10 @@ def _length(column: Any) -> int | None:
 
 
 def is_sample(item: Any) -> bool:
-    """Whether an item of a dataset is certainly one sample, not a batch.
+    """Return whether an item of a dataset is certainly one sample, not a batch.
 
-    A number, a text, bytes, or a picture that is no tensor yet stands for one sample: in
-    a batch there would be a tensor or a list of them.
+    A number, a string, bytes, or an image that is not a tensor belongs to one sample. A batch
+    has a tensor or a list of these instead.
     """
     if isinstance(item, Mapping):
         return any(map(is_sample, item.values()))
@@ -126,9 +126,9 @@ def is_sample(item: Any) -> bool:
 
 
 def is_batch(item: Any) -> bool:
-    """Whether an item of a dataset looks like a batch: columns of one length.
+    """Return whether an item of a dataset looks like a batch: columns of the same length.
 
-    A sample may look so too, such as a series with a label for each of its steps.
+    Some samples look the same, such as a time series with a label for each step.
     """
     if is_sample(item) or not isinstance(item, (Mapping, list, tuple)):
         return False
@@ -138,7 +138,7 @@ def is_batch(item: Any) -> bool:
     return len(columns) > 1 and _common(columns) is not None and (len(dims) > 1 or lists)
 
 
-# --- the call that works ------------------------------------------------------------
+# --- other calls --------------------------------------------------------------------
 
 
 def explained(
@@ -148,17 +148,17 @@ def explained(
     forward: Forward,
     context: Callable[[], AbstractContextManager[None]],
 ) -> DataError:
-    """Return an error of a forward call that also says what was called with what.
+    """Return an error of a forward call with a description of the call and the batch.
 
-    Where the usual call failed, other calls are tried on the same batch. The first that
-    runs becomes the remedy.
+    If the default call failed, other calls are tried on the same batch. The first one that
+    works becomes the remedy.
 
     Args:
-        error: What happened.
-        model: Was called.
-        batch: It was called on this.
-        forward: Did the call.
-        context: Is entered for each further call.
+        error: The error.
+        model: The model that was called.
+        batch: The batch.
+        forward: The function that called the model.
+        context: A context manager for each further call.
     """
     usual = forward is call
     how = _called(batch) if usual else "forward(model, batch)"
@@ -250,7 +250,7 @@ def _ways_of_entries(
 
 
 def _parameters(model: nn.Module, *, required: bool = False) -> list[str]:
-    """Return the names of the arguments that the model's forward takes."""
+    """Return the names of the parameters of the model's forward."""
     try:
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # forward is not a Python function

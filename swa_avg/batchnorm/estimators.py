@@ -1,8 +1,8 @@
-"""The two ways to estimate BatchNorm statistics, layer by layer, batch by batch.
+"""The two estimators of BatchNorm statistics.
 
-`population` is the mean and the variance of all that a layer saw; `torch` what
-`torch.optim.swa_utils.update_bn` makes of it. Both watch layers while someone
-else runs the model; neither writes anything into the user's buffers.
+`population` is the mean and the variance of all inputs of a layer; `torch` gives the same
+result as `torch.optim.swa_utils.update_bn`. Both observe the layers while the caller runs
+the model. Neither writes into the user's buffers.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from swa_avg.batchnorm.moments import Moments, two_pass, vector
 from swa_avg.errors import DataError
 from swa_avg.kernel import default_arithmetic
 
-# How far a layer's own float32 moments may be from those in float64, in standard
-# deviations and as a share of the variance, to be read back instead of computed.
-# Rounding the batch means to float32 costs |mean|/std * 6e-8, and so at most this.
+# The largest difference between a layer's float32 moments and the float64 moments, in
+# standard deviations and relative to the variance, at which the former are used. Rounding the
+# batch means to float32 costs |mean|/std * 6e-8, and so at most this.
 _AGREEMENT = 1e-6
 
 
 @dataclass(eq=False)
 class Layer:
-    """A BatchNorm layer under observation.
+    """An observed BatchNorm layer.
 
     Attributes:
-        span: Where its channels are in the vectors over all layers.
-        values: The values per channel it has seen in the batch at hand; 0 for none.
-        exact: Mean and unbiased variance of those, in float64, where computed.
-        trusted: Whether its own kernel's moments are read back; None until tried.
-        batches: The number of batches that reached it.
-        calls: The number of times that it was called.
+        span: The range of its channels in the vectors over all layers.
+        values: The number of values per channel in the current batch; 0 for none.
+        exact: The mean and unbiased variance of these values in float64, if computed.
+        trusted: Whether the moments in its buffers are used; None before the first test.
+        batches: The number of batches that reached the layer.
+        calls: The number of calls of the layer.
     """
 
     name: str
@@ -54,19 +54,19 @@ class Layer:
 
     @property
     def channels(self) -> int:
-        """The number of its channels."""
+        """The number of channels."""
         return int(self.span.stop - self.span.start)
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Its `running_mean` and `running_var`, those that are there now."""
+        """The current `running_mean` and `running_var`."""
         mean, var = self.module.running_mean, self.module.running_var
-        assert mean is not None and var is not None  # else it would be frozen
+        assert mean is not None and var is not None  # otherwise the layer is frozen
         return mean, var
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether it is a BatchNorm layer that tracks no statistics."""
+    """Return whether a module is a BatchNorm layer that tracks no statistics."""
     return isinstance(module, _BatchNorm) and (
         not module.track_running_stats or module.running_mean is None or module.running_var is None
     )
@@ -76,14 +76,14 @@ def layers_of(model: nn.Module) -> list[Layer]:
     """Return the BatchNorm layers of `model` that track statistics.
 
     Raises:
-        DataError: If there are none, or if something in the model has no shape yet.
+        DataError: There are no such layers, or the model has an uninitialized lazy layer.
     """
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     lazy += [name for name, b in model.named_buffers() if is_lazy(b)]
     if lazy:
         raise DataError(
             f"the model has lazy layers that have no shape yet ({lazy[0]})",
-            remedy="Run one batch through it before",
+            remedy="Run one batch through the model first",
         )
     scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
@@ -97,20 +97,20 @@ def layers_of(model: nn.Module) -> list[Layer]:
         if isinstance(module, _BatchNorm) and not is_frozen(module):
             mean = module.running_mean
             assert mean is not None
-            # Not num_features, which is 0 in a lazy layer that was loaded, not run.
+            # num_features is 0 in a lazy layer that was loaded but not run.
             layers.append(Layer(name, module, slice(start, start + mean.numel())))
             start = layers[-1].span.stop
     if not layers:
         raise DataError(
             "the model has no BatchNorm layer with running statistics",
-            remedy="There is nothing to recompute",
+            remedy="No recompute is needed",
         )
     return layers
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """New statistics of one layer, on the CPU; meaningless where `batches` is 0."""
+    """New statistics of one layer, on the CPU; not valid if `batches` is 0."""
 
     layer: Layer
     mean: Tensor
@@ -120,12 +120,12 @@ class Outcome:
 
 
 class Statistics(ABC):
-    """What the two estimators have in common: which layers, and where NaN began.
+    """The base of the two estimators: the layers, and the first batch with NaN.
 
     Attributes:
         everywhere: Whether the whole model runs in training mode.
-        momentum: The momentum that the layers run with.
-        number: The number of the batch at hand.
+        momentum: The momentum of the layers during the run.
+        number: The number of the current batch.
     """
 
     everywhere: bool
@@ -140,7 +140,7 @@ class Statistics(ABC):
         self._first_bad = torch.full((channels,), -1, dtype=torch.int64, device=self._home)
 
     def prepare(self) -> None:
-        """Set the (borrowed) layers up, once they are on their device."""
+        """Set up the layers, after they are moved to the device."""
         for layer in self.layers:
             layer.module.training = True
             layer.module.momentum = self.momentum
@@ -152,7 +152,7 @@ class Statistics(ABC):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Have a hook on every layer that sees what goes in."""
+        """Register a hook on every layer that observes its input."""
         with ExitStack() as hooks:
             for layer in self.layers:
                 hook = partial(self._before_forward, layer)
@@ -179,37 +179,38 @@ class Statistics(ABC):
                 " which has no variance",
                 batch=self.number,
                 expected="2 or more",
-                remedy="Make the batches larger, or drop the last one (drop_last=True)",
+                remedy="Use larger batches, or drop the last one (drop_last=True)",
             )
-        self.sees(layer, x, values)
+        self.observe(layer, x, values)
 
     def check_mode(self, layer: Layer) -> None:
-        """Refuse a layer that the model has put in another state than it was prepared in.
+        """Check that the model has not changed the mode or the momentum of a layer.
 
-        Its buffers would then not hold the statistics of the batch.
+        If it has, the buffers of the layer do not hold the statistics of the batch.
 
         Raises:
-            DataError: It is in evaluation mode, or has another momentum, or tracks nothing.
+            DataError: The layer is in evaluation mode, or its momentum or
+                `track_running_stats` has changed.
         """
         module = layer.module
         if not module.training:
             found, expected = "is in evaluation mode", "training mode"
         elif module.momentum != self.momentum or not module.track_running_stats:
-            found, expected = "has a new momentum or track_running_stats", "both as they were"
+            found, expected = "has a new momentum or track_running_stats", "both unchanged"
         else:
             return
         raise DataError(
             f"forward changes a BatchNorm layer: {layer.name} {found}",
             batch=self.number,
             expected=expected,
-            remedy="Give a forward(model, batch) that leaves the layers as they are",
+            remedy="Use a forward(model, batch) that does not change the layers",
         )
 
     def check_calls(self) -> None:
-        """Refuse a layer that has run more or less often than it was seen to run.
+        """Check that each layer has counted as many batches as calls were observed.
 
         Raises:
-            DataError: `forward` calls it in a way that no hook sees, or changes its counter.
+            DataError: `forward` calls a layer without its hooks, or changes its counter.
         """
         for layer in self.layers:
             tracked = layer.module.num_batches_tracked
@@ -220,29 +221,29 @@ class Statistics(ABC):
                 raise DataError(
                     f"{layer.name} has counted {counted} batches in {layer.calls} calls",
                     expected="as many as calls: forward must call the layer itself,"
-                    " not its forward(), and leave its buffers alone",
+                    " not its forward(), and must not change its buffers",
                 )
 
-    def sees(self, layer: Layer, x: Tensor, values: int) -> None:
-        """Take note that `layer` is about to run on `x`, with so many values per channel."""
+    def observe(self, layer: Layer, x: Tensor, values: int) -> None:
+        """Record that `layer` is about to run on `x`, with `values` values per channel."""
         layer.values = values
 
     def after_batch(self) -> None:
-        """Take the statistics of the batch that has run."""
+        """Collect the statistics of the batch that has just run."""
         for layer in self.layers:
             self.check_mode(layer)
             layer.batches += bool(layer.values)
             layer.values = 0
             layer.exact = None
-        if self._home.type == "cpu":  # elsewhere looking would mean waiting
+        if self._home.type == "cpu":  # on a GPU the check would wait for all kernels
             self.check_finite()
 
     @abstractmethod
     def outcomes(self, ranks: Ranks) -> list[Outcome]:
-        """Return the new statistics of every layer, those of all ranks merged."""
+        """Return the new statistics of every layer, merged over all ranks."""
 
     def check_finite(self) -> None:
-        """Raise, if statistics were NaN or infinite after some batch, for the first one."""
+        """Raise for the first batch after which statistics were NaN or infinite."""
         first_bad = self._first_bad.cpu()
         bad = first_bad[first_bad >= 0]
         if bad.numel():
@@ -252,7 +253,7 @@ class Statistics(ABC):
             raise DataError(
                 f"{layer.name} got values that are NaN or infinite, or too large to square",
                 batch=number,
-                remedy="Look at the batch, at the weights, and at --amp fp16 if given",
+                remedy="Check the batch and the weights, and --amp fp16 if you use it",
             )
 
     def _note_bad(self, span: slice, mean: Tensor, var: Tensor) -> None:
@@ -265,7 +266,7 @@ class Statistics(ABC):
 
 
 class _Torch(Statistics):
-    """The estimator of `torch.optim.swa_utils.update_bn`: the layers do it themselves."""
+    """The estimator of `torch.optim.swa_utils.update_bn`, computed by the layers themselves."""
 
     everywhere = True
     momentum = None
@@ -285,17 +286,16 @@ class _Torch(Statistics):
 
 
 class _Population(Statistics):
-    """Mean and population variance of everything that each layer saw.
+    """The mean and population variance of all inputs of each layer.
 
-    With momentum 1, a layer leaves the mean and the unbiased variance of the batch
-    in its buffers: the cheapest way to them, since the layer computes them anyway.
-    But it rounds the mean to float32, and some kernels sum in float32, so how good
-    they are depends on the data and on the kernel. Hence on the first batch that
-    reaches a layer they are compared with the moments of its input in float64; a
-    layer that does not agree (also one of another make, that does not do this)
-    has its inputs' moments computed in float64 from then on.
+    With momentum 1, a layer stores the mean and the unbiased variance of the batch in its
+    buffers. Reading them is cheap, because the layer computes them anyway. But the mean is
+    rounded to float32, and some kernels sum in float32, so their accuracy depends on the data
+    and the kernel. On the first batch that reaches a layer, they are compared with the
+    float64 moments of its input. If they do not agree, as in subclasses that compute
+    something else, the moments of this layer are computed in float64 from then on.
 
-    One batch costs a dozen small kernels for all layers together, and no waiting.
+    A batch costs a dozen small kernels for all layers together, and no wait for the GPU.
     """
 
     everywhere = False
@@ -310,17 +310,17 @@ class _Population(Statistics):
         super().prepare()
         for layer in self.layers:
             if layer.module.num_batches_tracked is not None:
-                # Each layer counts up: on the CPU that needs no kernel launch.
+                # Each layer increments its counter: on the CPU this needs no kernel launch.
                 layer.module.num_batches_tracked = torch.tensor(0, device="cpu")
 
-    def sees(self, layer: Layer, x: Tensor, values: int) -> None:
+    def observe(self, layer: Layer, x: Tensor, values: int) -> None:
         with ExitStack() as ours:
-            if layer.values or not layer.trusted:  # else there is nothing to compute
+            if layer.values or not layer.trusted:  # otherwise the buffers are enough
                 ours.enter_context(torch.no_grad())
                 ours.enter_context(default_arithmetic())
-            if layer.values:  # called before in this forward: every call counts
+            if layer.values:  # the layer was called before in this forward: all calls are merged
                 self._take([layer], layer.span)
-            super().sees(layer, x, values)
+            super().observe(layer, x, values)
             if not layer.trusted:
                 layer.exact = two_pass(x.to(self._home), values)
 
@@ -338,9 +338,9 @@ class _Population(Statistics):
         channels = moments.count.numel()
         total = Moments.none(channels, torch.device("cpu"))
         batches = torch.zeros_like(reached)
-        for theirs in ranks.gather(torch.cat(mine)):
-            total.add(Moments(*theirs[: 3 * channels].view(3, channels).unbind()))
-            batches += theirs[3 * channels :]
+        for received in ranks.gather(torch.cat(mine)):
+            total.add(Moments(*received[: 3 * channels].view(3, channels).unbind()))
+            batches += received[3 * channels :]
         var = total.m2 / total.count.clamp(min=1)
         return [
             Outcome(layer, total.mean[layer.span], var[layer.span], int(n), int(n))
@@ -348,7 +348,7 @@ class _Population(Statistics):
         ]
 
     def _try(self, layers: list[Layer]) -> None:
-        """Decide whether the layers' own moments are good enough: the one look at the GPU."""
+        """Decide whether the moments in the buffers are accurate; this waits for the GPU once."""
         off = []
         for layer in layers:
             assert layer.exact is not None
@@ -363,7 +363,7 @@ class _Population(Statistics):
                 layer.exact = None
 
     def _take(self, layers: list[Layer], span: slice) -> None:
-        """Merge what `layers` saw, since last taken, into the moments of `span`."""
+        """Merge the new moments of `layers` into the moments of `span`."""
         known = self._moments.part(span)
         moments = [self._of(layer) for layer in layers]
         mean = torch.cat([mean for mean, _ in moments]).double()
@@ -378,14 +378,14 @@ class _Population(Statistics):
         if layer.values:
             mean, var = layer.buffers
             return mean.to(self._home), var.to(self._home)
-        known = self._moments.part(layer.span)  # not reached: counts for nothing
+        known = self._moments.part(layer.span)  # not reached: zero weight
         return known.mean, known.m2
 
     def _values(self, layers: list[Layer]) -> Tensor:
-        """Return the values per channel as a vector; kept, since batches repeat."""
+        """Return the values per channel as a vector; cached, since batch sizes repeat."""
         key = (layers[0].span.start, *(layer.values for layer in layers))
         if key not in self._counts:
-            if len(self._counts) >= 64:  # data of ever new shapes
+            if len(self._counts) >= 64:  # the shapes keep changing
                 self._counts.clear()
             values = vector(key[1:])
             widths = vector(layer.channels for layer in layers).long()

@@ -1,7 +1,7 @@
-"""The output that is there already, to be changed in place: a copy that takes its name.
+"""Changes an existing checkpoint in place, through a copy that replaces it.
 
-What may be changed in place without being asked twice is an average, which can be made
-again; a checkpoint of a run cannot. Nothing here knows what is changed.
+An average may be changed without `--force`, because it can be computed again. A checkpoint
+of a run cannot. This module does not decide what is changed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from swa_avg.storage import AtomicFile, AtomicFolder, InputFile, RemoteFile, is_
 from swa_avg.tensors import verify
 
 File = AtomicFile | AtomicFolder | RemoteFile
-_MOST_LEVELS = 3  # between a file of an average and the folder that says how it was made
+_MOST_LEVELS = 3  # between a file of an average and the folder with its provenance
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of a checkpoint, which takes its place when it is committed.
+    """A copy of a checkpoint, which replaces the checkpoint on commit.
 
     Attributes:
         file: The copy.
-        key: Where its state_dict is, if that is not found.
-        ema: Whether the averaged weights in it are meant, or the raw ones, if it has both.
+        key: The paths of its state_dict, if it is not found automatically.
+        ema: Whether to use the averaged weights or the raw weights, if it has both.
     """
 
     file: File
@@ -41,25 +41,25 @@ class Copy:
 def copy_of(
     path: Path, key: Sequence[str] = (), *, ema: bool | None = None, force: bool = False
 ) -> Iterator[Copy]:
-    """Copy a checkpoint to change the copy.
+    """Copy a checkpoint, so that the copy can be changed.
 
-    Its bytes are checked against the checksums that it carries.
+    The bytes are verified with the checksums of the checkpoint.
 
     Args:
-        path: A file, or a folder.
-        key: The dotted path to its state_dict, where it is not found.
-        ema: Take the averaged weights in it, or the raw ones, if it has both.
-        force: Whether it may be the checkpoint of a run; else it must be an average.
+        path: A file or a folder.
+        key: The dotted path of its state_dict, if it is not found automatically.
+        ema: Whether to use the averaged weights or the raw weights, if it has both.
+        force: Whether to allow a checkpoint of a run; otherwise it must be an average.
 
     Raises:
-        SwaAvgError: It is not there, is no average, or is damaged.
+        SwaAvgError: The checkpoint does not exist, is not an average, or is damaged.
     """
     if not path.exists():
         raise OutputError(
             "does not exist",
             file=path,
-            expected="an average whose BatchNorm is to be recomputed",
-            remedy="Give the checkpoints to average, or name a file with -o",
+            expected="an average to recompute BatchNorm for",
+            remedy="Give checkpoints to average, or an existing average with -o",
         )
     with ExitStack() as opened:
         checkpoint = open_checkpoint(path)
@@ -86,14 +86,13 @@ def copy_of(
 def _meant(
     checkpoint: Checkpoint, key: Sequence[str], ema: bool | None
 ) -> tuple[StateDict, Sequence[str], bool | None]:
-    """Find the state_dict: where the user says, or where the record of the average does.
+    """Find the state_dict with the user's options or with those in the provenance.
 
-    The record of a file that holds nothing but an average may name a place that only its
-    inputs have.
+    The provenance of a bare average may name a path that exists only in its inputs.
     """
-    said = provenance.of(checkpoint)
-    if said and not key and ema is None:
-        there, half = said.options.get("key", ()), said.options.get("ema")
+    record = provenance.of(checkpoint)
+    if record and not key and ema is None:
+        there, half = record.options.get("key", ()), record.options.get("ema")
         keys = (there,) if isinstance(there, str) else there
         if isinstance(keys, list | tuple) and half in (None, True, False):
             keys, half = tuple(map(str, keys)), None if half is None else bool(half)
@@ -105,21 +104,21 @@ def _meant(
 
 
 def _check_is_average(state: StateDict, ema: bool | None) -> None:
-    """Refuse to change a checkpoint of the user's own run.
+    """Refuse to change a checkpoint of a run.
 
-    The averages that a run has kept beside its weights make no average of its checkpoint.
+    A checkpoint with raw weights is not an average, even if it also holds averaged weights.
     """
     counted = state.counter is not None and not ema
     if not counted and provenance.of(state.checkpoint) is None:
         raise OutputError(
-            "is no average: it has neither a record of swa-avg nor a counter of AveragedModel",
+            "is not an average: it has neither a record of swa-avg nor a counter of AveragedModel",
             file=state.checkpoint.path,
-            remedy="To replace its BatchNorm statistics all the same, add --force",
+            remedy="To replace its BatchNorm statistics anyway, add --force",
         )
 
 
 def _check_is_whole(path: Path, checkpoint: Checkpoint) -> None:
-    """Refuse a part of an average: what its folder says of how it was made would be wrong."""
+    """Refuse a part of an average, because the provenance in its folder would become wrong."""
     if is_remote(path):
         return
     files = {file.identity for file in checkpoint.files}
@@ -130,32 +129,32 @@ def _check_is_whole(path: Path, checkpoint: Checkpoint) -> None:
         whole.close()
         if files & {file.identity for file in whole.files}:
             raise OutputError(
-                f"is a part of the average {folder}, whose record would be wrong",
+                f"is a part of the average {folder}, whose record would become wrong",
                 file=path,
-                remedy=f"Name the whole of it with -o {folder}",
+                remedy=f"Give the whole average with -o {folder}",
             )
 
 
 def _sources(checkpoint: Checkpoint, opened: ExitStack) -> Mapping[str, InputFile]:
-    """Return all files of a checkpoint by their names in its folder; of a file that is empty."""
+    """Return all files of a checkpoint by name in its folder; a single file has an empty name."""
     path = checkpoint.path
     if not path.is_dir():
         (source,) = checkpoint.files
         return {"": source}
     if is_remote(path):
         raise OutputError(
-            "is a folder, which no store can put in its place at once",
+            "is a folder at a URL, which cannot be replaced atomically",
             file=path,
-            remedy="Copy it to this machine, and back again",
+            remedy="Copy it to this machine, change it there, and copy it back",
         )
     inner = sorted(path.rglob("*"))
     links = [entry.relative_to(path).as_posix() for entry in inner if entry.is_symlink()]
     if links:
         taken = "with --start-from" if checkpoint.provenance else "as the checkpoint"
         raise OutputError(
-            f"holds links, which would be replaced by copies: {listed(links)}",
+            f"contains links, which would be replaced by copies: {listed(links)}",
             file=path,
-            remedy=f"Give it {taken}, and name a new folder with -o",
+            remedy=f"Give it {taken}, and a new folder with -o",
         )
     sources = {}
     for entry in inner:
@@ -166,7 +165,7 @@ def _sources(checkpoint: Checkpoint, opened: ExitStack) -> Mapping[str, InputFil
 
 
 def _opened(path: Path, sources: Mapping[str, InputFile], opened: ExitStack) -> File:
-    """Make room for the copy; it is closed with `opened`."""
+    """Create the file or folder of the copy; it is closed with `opened`."""
     sizes = {name: source.size for name, source in sources.items()}
     if is_remote(path):
         return opened.enter_context(RemoteFile(path, sizes[""], over=sources[""].source))

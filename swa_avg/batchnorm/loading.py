@@ -1,7 +1,7 @@
-"""What the user gave as data becomes an iterable of batches.
+"""Turns the user's data into an iterable of batches.
 
-What it is is told by what it yields where its class does not tell; nothing is put into
-batches twice. No framework is imported to recognise its objects.
+The kind of data is detected from its class, or from the items that it yields. Batches are
+not batched again. No framework is imported to recognise its objects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from swa_avg.batchnorm.batches import same_draws
 from swa_avg.batchnorm.calling import described, is_batch, is_sample
-from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.errors import DataError
 
 _BATCH_SIZE = 64  # for a Dataset that comes without a loader
@@ -27,17 +27,17 @@ Once = Callable[[Callable[[], object]], object]
 def batches_of(
     source: Any, name: str = "the data", once: Once = lambda job: job()
 ) -> Iterable[Any]:
-    """Make an iterable of batches of what the user gave.
+    """Return an iterable of batches for the user's data.
 
-    A class is called first. Anything with `train_dataloader()`, such as a Lightning
-    DataModule, has its `prepare_data()` and `setup("fit")` called, where it has
-    them, and gives that loader. A Dataset of samples gets a DataLoader: batches of 64, in
-    a shuffled but fixed order, without a last batch of one sample. An iterable is
-    taken as it is. A callable is called, and its result taken likewise.
+    A class is called first. For an object with `train_dataloader()`, such as a Lightning
+    DataModule, `prepare_data()` and `setup("fit")` are called if they exist, and that loader
+    is used. A Dataset of samples gets a DataLoader with batches of 64, in a fixed shuffled
+    order, without a last batch of one sample. An iterable is used directly. A callable is
+    called, and its result is treated the same way.
 
     Raises:
-        DataError: If it is none of these, yields single samples, or raises; or if it is
-            a Dataset of which nothing tells whether it yields samples or batches.
+        DataError: The data is of another type, yields single samples, or raises; or it is a
+            Dataset whose items may be samples or batches.
     """
     with users_code(f"{name}: "):
         if isinstance(source, type) or (callable(source) and not _gives_batches(source)):
@@ -75,7 +75,7 @@ def _train_dataloader(module: Any, once: Once) -> Any:
 
 
 def _only_one(source: Any, name: str) -> Any:
-    """Return the loader where a list or mapping holds loaders, and it is the only one."""
+    """Return the only loader in a list or mapping of loaders; return other values unchanged."""
     if not isinstance(source, (list, tuple, Mapping)):
         return source
     parts = [*source.values()] if isinstance(source, Mapping) else [*source]
@@ -84,7 +84,7 @@ def _only_one(source: Any, name: str) -> Any:
         raise DataError(
             f"{name} gives several loaders",
             expected="one",
-            remedy="Name a function that returns the one whose data the model is trained on",
+            remedy="Give a function that returns the loader of the training data",
         )
     return loaders[0] if len(parts) == len(loaders) == 1 else source
 
@@ -94,11 +94,11 @@ def _is_hugging_face(source: Any) -> bool:
 
 
 def _in_torch(source: Any) -> Any:
-    """Return a Hugging Face dataset whose rows hold tensors, as it is if the user chose."""
+    """Return a Hugging Face dataset with tensor rows, unless the user chose a format."""
     chosen = getattr(source, "format", None) or {}
     if isinstance(chosen, Mapping) and chosen.get("type"):
         return source
-    if getattr(source, "_formatting", None) is not None:  # a stream keeps its choice here
+    if getattr(source, "_formatting", None) is not None:  # the format of a streaming dataset
         return source
     return source.with_format("torch")
 
@@ -108,13 +108,13 @@ def _is_dataset(source: Any) -> bool:
 
 
 def _holds_loader(source: Any) -> bool:
-    """Whether a pipeline of stages begins with a DataLoader, as a `webdataset.WebLoader`."""
+    """Return whether a pipeline begins with a DataLoader, like a `webdataset.WebLoader`."""
     stages = getattr(source, "pipeline", None)
     return isinstance(stages, (list, tuple)) and any(isinstance(s, DataLoader) for s in stages)
 
 
 def _unbatched(loader: DataLoader[Any], name: str) -> Iterable[Any]:
-    """Return a loader that makes no batches itself, if what it yields are batches."""
+    """Return a loader without automatic batching, after checking that it yields batches."""
     first, batches = _peeked(loader)
     if is_sample(first):
         raise DataError(
@@ -127,10 +127,10 @@ def _unbatched(loader: DataLoader[Any], name: str) -> Iterable[Any]:
 
 
 def _of_dataset(dataset: Any, name: str) -> Iterable[Any]:
-    """Put the samples of a dataset into batches.
+    """Return a loader that batches the samples of a dataset.
 
     Raises:
-        DataError: They may be batches already.
+        DataError: The items may be batches.
     """
     streams = isinstance(dataset, IterableDataset)
     if streams:
@@ -144,9 +144,9 @@ def _of_dataset(dataset: Any, name: str) -> Iterable[Any]:
             first = dataset[0]
     if is_batch(first) or (streams and not is_sample(first)):
         raise DataError(
-            f"{name} is a dataset, and nothing tells whether its items are samples or batches:"
+            f"{name} is a dataset, and its items may be samples or batches:"
             f" the first is {described(first)}",
-            remedy="Give DataLoader(dataset, batch_size=None) if they are batches,"
+            remedy="Use DataLoader(dataset, batch_size=None) if they are batches,"
             f" DataLoader(dataset, batch_size={_BATCH_SIZE}) if they are samples",
         )
     pinned = torch.cuda.is_available()
@@ -155,7 +155,7 @@ def _of_dataset(dataset: Any, name: str) -> Iterable[Any]:
     return DataLoader(
         dataset,
         _BATCH_SIZE,
-        # Sorted by class, say, no batch would look like the data.
+        # In a dataset sorted by class, for example, unshuffled batches are not representative.
         shuffle=True,
         generator=torch.Generator(device="cpu").manual_seed(0),
         pin_memory=pinned,
@@ -167,9 +167,9 @@ _NOTHING = object()
 
 
 def _peeked(source: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """Return the first item, and an iterable that yields it as well.
+    """Return the first item, and an iterable that still yields it.
 
-    Without random numbers drawn: what comes later is what would have come.
+    The random state is restored, so that the later items do not change.
     """
     with same_draws(source):
         items = iter(source)
@@ -178,9 +178,9 @@ def _peeked(source: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
 
 
 class _Again:
-    """An iterable of which an item has been looked at.
+    """An iterable whose first item was already read.
 
-    The first iteration goes on where the look ended, since a stream may be read only once.
+    The first iteration yields that item and continues, since a stream can be read only once.
     """
 
     def __init__(self, source: Iterable[Any], first: Any, rest: Iterator[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Moments per channel, in float64: of a batch, and of several merged."""
+"""Moments per channel in float64, and how they are merged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Moments:
 
     @classmethod
     def none(cls, channels: int, device: torch.device) -> Moments:
-        """Return the moments of no values."""
+        """Return empty moments."""
         return cls(*torch.zeros(3, channels, dtype=torch.float64, device=device).unbind())
 
     def part(self, span: slice) -> Moments:
@@ -40,15 +40,15 @@ class Moments:
 
 
 def vector(values: Iterable[int]) -> Tensor:
-    """Return numbers as a vector in float64, on the CPU."""
+    """Return numbers as a float64 vector on the CPU."""
     return torch.tensor([*values], dtype=torch.float64, device="cpu")
 
 
 def two_pass(x: Tensor, values: int) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance per channel, in float64.
+    """Return the mean and unbiased variance per channel in float64.
 
-    Two plain passes: on a CPU ten times as fast as `torch.var_mean`, which divides
-    at every value.
+    Two passes are ten times as fast on a CPU as `torch.var_mean`, which divides at every
+    value.
     """
     wide = x.to(torch.float64, copy=True)
     others = [dim for dim in range(x.dim()) if dim != 1]

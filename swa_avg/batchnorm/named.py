@@ -1,4 +1,4 @@
-"""`MOD:ATTR`: a module of the user's, and what stands in it."""
+"""Loads `MOD:ATTR`: an attribute of a module of the user."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.errors import DataError
 
 
-def found(spec: str, folder: Path) -> tuple[ModuleType, Any]:
-    """Return the module that `MOD:ATTR` names, and what stands there.
+def load_attribute(spec: str, folder: Path) -> tuple[ModuleType, Any]:
+    """Return the module and the attribute that `MOD:ATTR` names.
 
     Args:
         spec: `MOD:ATTR`; `MOD` is a dotted module or the path of a `.py` file.
-        folder: Relative paths begin here. It is not asked of the process, because a
-            module of the user's may have changed the current folder.
+        folder: The base of relative paths. It is not the current folder of the process,
+            which a module of the user may have changed.
 
     Raises:
-        DataError: It is not there, or the import raises.
+        DataError: The module or attribute does not exist, or the import raises.
     """
     name, colon, attribute = spec.rpartition(":")
     if not (name and colon and attribute):
@@ -45,9 +45,9 @@ def found(spec: str, folder: Path) -> tuple[ModuleType, Any]:
 
 
 def _close(wanted: str, holder: Any) -> str:
-    """Return the name that may have been meant, of those that are the holder's own.
+    """Return the most similar public name in a module or object, or empty.
 
-    A name that contains what is wanted comes first, one for training before others.
+    Names that contain the wanted name come first, and among them names for training.
     """
     names = sorted(_own(holder), key=lambda name: ("train" not in name.lower(), name))
     for name in names:
@@ -57,7 +57,7 @@ def _close(wanted: str, holder: Any) -> str:
 
 
 def _own(holder: Any) -> Iterator[str]:
-    """Yield the public names of what was made here: no modules, no imported classes."""
+    """Yield the public names that are defined here, without modules and imported classes."""
     here = getattr(holder, "__name__", None) if isinstance(holder, ModuleType) else None
     for name in dir(holder):
         value = getattr(holder, name, None)
@@ -69,8 +69,8 @@ def _own(holder: Any) -> Iterator[str]:
 def _imported(name: str, folder: Path) -> ModuleType:
     """Import a dotted module, or a file whose name ends in `.py`.
 
-    While it is imported and later, `sys.argv` is its name alone: a script that parses
-    its arguments finds none.
+    During the import and later, `sys.argv` contains only the name: a script that parses its
+    arguments gets none.
     """
     importlib.invalidate_caches()
     sys.argv = [name]
@@ -78,7 +78,7 @@ def _imported(name: str, folder: Path) -> ModuleType:
         return _from_file(folder / name, name)
     path = folder / f"{name}.py"
     if name in sys.modules and path.is_file():
-        # The current folder comes first, also before a module of Python or of ours.
+        # The current folder comes first, even before modules of Python and of this package.
         return _from_file(path, name)
     there = True
     with users_code(f"importing {name}: "):
@@ -89,19 +89,19 @@ def _imported(name: str, folder: Path) -> ModuleType:
             if there:
                 raise
     raise DataError(
-        f"there is no module {name} in the current folder or installed",
-        remedy="Give the path of the .py file, or run in its folder",
+        f"there is no module {name} in the current folder or among the installed packages",
+        remedy="Give the path of the .py file, or run the command in its folder",
     )
 
 
 def _from_file(path: Path, name: str) -> ModuleType:
-    """Import a file as Python runs a script: its folder comes first on the path."""
+    """Import a file with its folder first on `sys.path`, like a script."""
     path = path.resolve()
     if not path.is_file():
         raise DataError(f"there is no file {path}")
     sys.path.insert(0, str(path.parent))
     known = sys.modules.get(path.stem)
-    # Under its own name, if free, so that loader workers can import it as well.
+    # Under its own name, if that is free, so that loader workers can import it too.
     own = path.stem if known is None else f"swa_avg_user_{path.stem}"
     for module in (known, sys.modules.get(own)):
         if module is not None and _file_of(module) == path:

@@ -1,8 +1,8 @@
-"""BatchNorm recompute of a checkpoint: between checkpoints, the user's code and `batchnorm.py`.
+"""Recomputes the BatchNorm statistics in a checkpoint with the user's model and batches.
 
-The weights of a file or folder are loaded into the user's model, the model's BatchNorm
-statistics are recomputed over the user's batches, and the new statistics go into their
-places. Every other byte stays as it is, but for what says how an average was made.
+The weights of a file or folder are loaded into the user's model, the BatchNorm statistics of
+the model are recomputed over the user's batches, and the new statistics are written into the
+checkpoint. All other bytes except the provenance are unchanged.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
-from swa_avg.batchnorm.foreign import users_code
 from swa_avg.batchnorm.in_place import File
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -38,18 +38,18 @@ from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor
 
 @dataclass(frozen=True)
 class Recompute:
-    """What to recompute BatchNorm statistics with.
+    """The options of a BatchNorm recompute.
 
     Attributes:
         data: `MOD:ATTR` of the batches.
-        model: `MOD:ATTR` of the model; by default `model` of the data's module.
-        forward: `MOD:ATTR` of the forward function; by default `forward` of the
-            data's module, where it has one.
+        model: `MOD:ATTR` of the model; by default `model` in the module of the data.
+        forward: `MOD:ATTR` of the forward function; by default `forward` in the module of
+            the data, if it exists.
         device: auto, cpu, cuda, cuda:i or mps.
         estimator: population or torch.
         amp: off, bf16 or fp16.
-        batches: Stop after so many batches; None takes all.
-        folder: Where the modules are looked for; by default the current folder.
+        batches: The maximum number of batches; None uses all.
+        folder: The folder to import modules from; by default the current folder.
     """
 
     data: str
@@ -63,13 +63,13 @@ class Recompute:
 
 
 class Session:
-    """The user's code, loaded, and the processes that share the work.
+    """The user's loaded code, and the processes that share the work.
 
     Attributes:
-        leads: Whether this process reads and writes the file. The others have
-            no file; they `follow`.
-        batches: How many batches there will be, or None where nobody knows.
-        model: The model; after a recompute it has the file's weights.
+        leads: Whether this process reads and writes the file. The other processes have no
+            file and call `follow`.
+        batches: The number of batches, or None if it is unknown.
+        model: The model; after a recompute it has the weights of the file.
     """
 
     def __init__(self, options: Recompute, code: UserCode, ranks: Ranks) -> None:
@@ -90,19 +90,20 @@ class Session:
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
 
-        May be called for several files: each gets the same batches, in the same order.
+        The method can be called for several files. Each gets the same batches in the same
+        order.
 
         Args:
-            file: A whole checkpoint, a file or a folder.
-            key: The dotted path to its state_dict, or the paths, where it is not found.
-            ema: Take the averaged weights that it holds.
+            file: A complete checkpoint, either a file or a folder.
+            key: The dotted paths of its state_dict, if it is not found automatically.
+            ema: Use the averaged weights in the checkpoint.
             progress: Called after each batch with its number of samples.
 
         Returns:
-            What changed, and notes for the user.
+            The report of the recompute, and notes for the user.
 
         Raises:
-            DataError: The user's code failed or does not fit the file.
+            DataError: The user's code fails or does not match the file.
         """
         with ExitStack() as opened:
             opened.enter_context(_named_after(file))
@@ -116,32 +117,32 @@ class Session:
             buffers = recomputed_buffers(self._code.model, report)
             with default_arithmetic():
                 contents = _replaced(state, fit, buffers)
-            patches = list(patch(checkpoint, contents, self._said(checkpoint, report)))
+            patches = list(patch(checkpoint, contents, self._provenance(checkpoint, report)))
             starts = _starts(file)
             for path, place, data in patches:
                 file.write(data, starts[path] + place)
             _read_back(file.path, patches, key, ema)
         return report, tuple(_notes(report, fit))
 
-    def _said(self, checkpoint: Checkpoint, report: BatchNormReport) -> str:
-        """Return what a file of ours says from now on of how it was made."""
-        said = provenance.of(checkpoint)
-        if said is None:
+    def _provenance(self, checkpoint: Checkpoint, report: BatchNormReport) -> str:
+        """Return the new provenance text of a checkpoint; empty if it has none."""
+        before = provenance.of(checkpoint)
+        if before is None:
             return checkpoint.provenance
         made = {"estimator": self._options.estimator, "batches": report.batches}
         if report.samples is not None:
             made["samples"] = report.samples
         try:
-            return replace(said, batchnorm=made).text(checkpoint.provenance)
-        except ValueError:  # somebody has taken out the room that we left
+            return replace(before, batchnorm=made).text(checkpoint.provenance)
+        except ValueError:  # another program removed the padding of the provenance
             return checkpoint.provenance
 
     def follow(self) -> None:
-        """Take this process's share of the batches, with the leader's weights."""
+        """Process the batches of this rank, with the weights of the leader."""
         self._run(self._batches(), None)
 
     def _batches(self) -> Iterable[Any]:
-        """Return the batches from the first on: what can be read once only is made anew."""
+        """Return all batches from the start; an iterator that was read is created again."""
         batches = self._code.batches
         if self._read and isinstance(batches, Iterator):
             batches = self._code.again()
@@ -167,7 +168,7 @@ class Session:
 
 
 def _starts(file: File) -> dict[Path, int]:
-    """Return where each file of an output begins: places count through all of them."""
+    """Return the start of each file of an output; positions count through all files."""
     if not isinstance(file, AtomicFolder):
         return {file.path: 0}
     paths = [file.path / name for name in file.files]
@@ -176,7 +177,7 @@ def _starts(file: File) -> dict[Path, int]:
 
 @contextmanager
 def _named_after(file: File) -> Iterator[None]:
-    """Have errors name the file that is to come, not the temporary one it still is."""
+    """Make errors name the final path of a file instead of its temporary path."""
     try:
         yield
     except SwaAvgError as error:
@@ -190,11 +191,11 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
     """Load the user's code.
 
     Args:
-        options: Says where it is.
+        options: The options of the recompute.
         ranks: The processes that share the work, if there are several.
 
     Raises:
-        DataError: Something that the options name is not there, or of no use.
+        DataError: An object that the options name does not exist or has the wrong type.
     """
     ranks = ranks or Alone()
     with user_code(
@@ -208,7 +209,7 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
 
 
 def read_state(state: StateDict) -> OrderedDict[str, Any]:
-    """Read a state_dict, its values and its `_metadata` included."""
+    """Read a state_dict, with its plain values and its `_metadata`."""
     read: dict[TensorRef, torch.Tensor] = {}
     made: OrderedDict[str, Any] = OrderedDict()
     for name in state.order:
@@ -227,17 +228,17 @@ def read_state(state: StateDict) -> OrderedDict[str, Any]:
 def _replaced(
     state: StateDict, fit: Fit, buffers: Mapping[str, torch.Tensor]
 ) -> dict[Record, bytes]:
-    """Return the records that hold new BatchNorm buffers, with those in place."""
+    """Return the records that hold BatchNorm buffers, with the new values."""
     contents: dict[Record, bytearray] = {}
     taken: dict[tuple[Record, int], tuple[TensorRef, str]] = {}
     for key, buffer in buffers.items():
         name = fit.in_state_dict(key)
         ref = state.tensors.get(name)
-        if ref is None:  # num_batches_tracked, which files from before torch 0.4.1 lack
+        if ref is None:  # files from before torch 0.4.1 have no num_batches_tracked
             continue
         if ref.parts:
             raise OutputError(
-                "is stored in several parts, which cannot be replaced where they are",
+                "is stored in several parts, which cannot be replaced in place",
                 tensor=name,
                 remedy="Average to a file with -o, and recompute it there",
             )
@@ -249,9 +250,9 @@ def _replaced(
         new = buffer.detach().to("cpu", dtype)
         if not torch.isfinite(new).all():
             raise NotFiniteError(
-                f"has a new statistic that {ref.dtype} cannot hold",
+                f"has a new statistic that {ref.dtype} cannot represent",
                 tensor=name,
-                remedy="Write a wider --dtype",
+                remedy="Use a wider --dtype",
             )
         flat = torch.frombuffer(contents[record], dtype=dtype)
         flat.as_strided(ref.shape, ref.stride, ref.offset).copy_(new)
@@ -261,10 +262,10 @@ def _replaced(
 def _read_back(
     path: Path, patches: Sequence[tuple[Path, int, bytes]], key: Sequence[str], ema: bool | None
 ) -> None:
-    """Read again what was replaced, and open the checkpoint as anybody will.
+    """Open the changed checkpoint again, and compare the replaced bytes.
 
     Raises:
-        SwaAvgError: It is not what was to be written.
+        SwaAvgError: The file does not contain the new bytes.
     """
     checkpoint = open_checkpoint(path)
     try:
@@ -275,7 +276,7 @@ def _read_back(
         file = InputFile(inner)
         try:
             if file.read(place, len(data)) != data:
-                raise OutputError(f"is not what was to be written, at byte {place}", file=inner)
+                raise OutputError(f"differs from the data written, at byte {place}", file=inner)
         finally:
             file.close()
 
@@ -283,16 +284,16 @@ def _read_back(
 def _check_own_place(
     name: str, ref: TensorRef, taken: dict[tuple[Record, int], tuple[TensorRef, str]]
 ) -> None:
-    """Refuse a buffer whose elements are another's too: there is no room for new ones.
+    """Refuse a buffer that shares its elements with another tensor.
 
-    The same buffer of a layer that has several names is no other.
+    Several names of the same buffer of one layer are allowed.
     """
     own = (ref, name.rpartition(".")[2])
     places = [(ref.record, ref.offset + at) for at in range(ref.extent)]
     shared = any(taken.get(place, own) != own for place in places)
     if shared or not is_dense(ref.shape, ref.stride):
         raise OutputError(
-            "shares its elements, so that it has no room for new statistics",
+            "shares its elements with another tensor, so its statistics cannot be replaced",
             tensor=name,
             remedy="Average it to a new file with -o, or save it contiguous",
         )
@@ -300,25 +301,25 @@ def _check_own_place(
 
 
 def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:
-    """Yield what the user should know about the statistics."""
+    """Yield notes for the user about the statistics."""
     if fit.dropped:
-        yield f"the prefix {fit.dropped} of the file's names was dropped to fit the model"
+        yield f"the prefix {fit.dropped} was removed from the names in the file to match the model"
     if fit.added:
-        yield f"the prefix {fit.added} was put before the file's names to fit the model"
+        yield f"the prefix {fit.added} was added to the names in the file to match the model"
     for names, what in (
-        (report.unreached, "reached by no batch; its statistics are as they were"),
-        (report.frozen, "tracks no statistics; left alone"),
-        (report.instance_norms, "InstanceNorm with running statistics; left alone"),
+        (report.unreached, "reached by no batch; statistics unchanged"),
+        (report.frozen, "tracks no statistics; unchanged"),
+        (report.instance_norms, "InstanceNorm with running statistics; unchanged"),
     ):
         if names:
             yield f"{listed(names)}: {what}"
 
 
 def _length(batches: object, most: int | None) -> int | None:
-    """Return how many batches there will be, where that can be known."""
+    """Return the number of batches, or None if it is unknown."""
     try:
         with users_code():
             count = len(batches)  # type: ignore[arg-type]
-    except DataError:  # whatever a user's __len__ raises, a bar can do without it
+    except DataError:  # the user's __len__ raises; the progress bar works without a length
         return most
     return count if most is None else min(count, most)

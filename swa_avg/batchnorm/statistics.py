@@ -1,10 +1,9 @@
-"""BatchNorm statistics of a model over batches of data.
+"""Recomputes the BatchNorm statistics of a model over batches of data.
 
-Runs the model with its weights as they are, and gives every BatchNorm layer the
-running statistics that belong to them. Knows no files and no user modules, and
-prints nothing. Weights, training modes, momenta, hooks and all other buffers
-are what they were, whatever happens; the new statistics are written last, all
-of them or none.
+The model runs with its current weights, and every BatchNorm layer gets the running
+statistics for them. This module does not use files or user modules, and does not print.
+Weights, training modes, momenta, hooks and all other buffers are unchanged, also after an
+exception. The new statistics are written at the end, either all of them or none.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from swa_avg.batchnorm.batches import (
 )
 from swa_avg.batchnorm.calling import Forward, call, explained, samples_in
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
-from swa_avg.batchnorm.foreign import users_code
-from swa_avg.batchnorm.lending import lent
+from swa_avg.batchnorm.isolation import users_code
+from swa_avg.batchnorm.on_device import on_device
 from swa_avg.errors import DataError, SwaAvgError
 from swa_avg.kernel import default_arithmetic
 
@@ -43,11 +42,11 @@ _AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class LayerShift:
-    """What happened to one BatchNorm layer.
+    """The change of the statistics of one BatchNorm layer.
 
     Attributes:
-        name: The layer's name in the model.
-        mean_shift: The largest move of a channel's mean, in (new) standard deviations.
+        name: The name of the layer in the model.
+        mean_shift: The largest change of a channel's mean, in (new) standard deviations.
         std_ratio: The largest factor, up or down, between old and new standard deviation.
         batches: The number of batches that reached the layer.
     """
@@ -60,18 +59,18 @@ class LayerShift:
 
 @dataclass(frozen=True)
 class BatchNormReport:
-    """What `recompute_batchnorm` saw and did.
+    """The result of `recompute_batchnorm`.
 
     Attributes:
         estimator: `population` or `torch`.
-        device: The device it ran on.
+        device: The device on which the model ran.
         ranks: The number of processes that shared the batches.
-        batches: The number of batches seen, by all ranks.
-        samples: The number of samples seen, by all ranks; None where it is not certain.
-        layers: The layers with new statistics, in the model's order.
-        unreached: Layers that no batch reached; they keep their statistics.
-        frozen: BatchNorm layers that track no statistics; left alone.
-        instance_norms: InstanceNorm layers that do; left alone.
+        batches: The number of batches over all ranks.
+        samples: The number of samples over all ranks; None if it is not certain.
+        layers: The layers with new statistics, in the order of the model.
+        unreached: Layers that no batch reached; their statistics are unchanged.
+        frozen: BatchNorm layers that track no statistics; unchanged.
+        instance_norms: InstanceNorm layers that track statistics; unchanged.
     """
 
     estimator: str
@@ -105,42 +104,42 @@ def recompute_batchnorm(
     progress: Callable[[int], None] | None = None,
     ranks: Ranks | None = None,
 ) -> BatchNormReport:
-    """Give the BatchNorm layers of `model` the statistics of its weights over `batches`.
+    """Recompute the BatchNorm statistics of `model` over `batches`.
 
-    `population`: BatchNorm layers that track statistics run in training mode,
-    everything else in eval mode. `running_mean` and `running_var` become the mean
-    and the population variance, per channel, of all values that the layer saw;
-    `num_batches_tracked` the number of batches that reached it.
+    `population`: BatchNorm layers that track statistics run in training mode, and all other
+    modules run in evaluation mode. `running_mean` and `running_var` become the mean and the
+    population variance, per channel, of all inputs of the layer, and `num_batches_tracked`
+    becomes the number of batches that reached it.
 
-    `torch`: equals `torch.optim.swa_utils.update_bn` to the bit: the whole model
-    in training mode, the mean of the batch means and of the unbiased batch
-    variances, every batch counting the same. Unlike there, a layer that no batch
-    reaches keeps its statistics, and so do InstanceNorm layers.
+    `torch`: equals `torch.optim.swa_utils.update_bn` to the bit. The whole model runs in
+    training mode, and the result is the mean of the batch means and of the unbiased batch
+    variances, with equal weight for every batch. Unlike there, layers that no batch reaches
+    and InstanceNorm layers keep their statistics.
 
     Args:
-        model: The model; on success it has new BatchNorm buffers, in their old
-            dtype and place, and is otherwise as it was.
-        batches: Batches: tensors, lists, tuples or mappings of them, or anything
-            with a `to`. May be endless where `max_batches` is given.
-        device: `auto`, `cpu`, `cuda`, `cuda:i` or `mps`: where to run.
+        model: The model. On success it has new values in its BatchNorm buffers, which keep
+            their dtype and device, and is otherwise unchanged.
+        batches: The batches: tensors, lists, tuples or mappings of tensors, or objects with a
+            `to` method. They may be endless if `max_batches` is given.
+        device: The device to run on: `auto`, `cpu`, `cuda`, `cuda:i` or `mps`.
         estimator: `population` or `torch`.
-        forward: `forward(model, batch)` runs the model on a batch that is already
-            on the device; by default as `swa_avg.batchnorm.batches.call` does.
-        amp: Run under `torch.autocast` with `bf16` or `fp16`; statistics are kept
-            in float32 or more all the same.
-        max_batches: Stop after so many batches, of all ranks together.
-        progress: Called after every batch with its number of samples, 0 if that is unknown.
+        forward: `forward(model, batch)` runs the model on a batch that is already on the
+            device; the default is `swa_avg.batchnorm.calling.call`.
+        amp: `bf16` or `fp16` runs the model under `torch.autocast`; statistics still have
+            float32 or more. `off` does not.
+        max_batches: The maximum number of batches over all ranks.
+        progress: Called after every batch with its number of samples, or 0 if it is unknown.
         ranks: The processes that share the batches (`swa_avg.averaging.torchrun`).
 
     Returns:
-        Which layers changed and how far, and which did not.
+        The layers that changed, with the size of the change, and the layers that did not.
 
     Raises:
-        DataError: If the loader, the model or `forward` raises, there is no batch,
-            a batch has one value per channel, statistics are not finite, or the
-            model has no BatchNorm layer with running statistics.
-        SwaAvgError: If the device is not there, or `torch` is asked of several ranks.
-        ValueError: If an argument has a value that it cannot have.
+        DataError: The loader, the model or `forward` raises, there is no batch, a batch has
+            one value per channel, statistics are not finite, or the model has no BatchNorm
+            layer with running statistics.
+        SwaAvgError: The device is not available, or `torch` is used with several ranks.
+        ValueError: An argument has an invalid value.
     """
     ranks = ranks or Alone()
     _check_arguments(estimator, amp, max_batches, ranks.world)
@@ -149,10 +148,10 @@ def recompute_batchnorm(
     statistics = ESTIMATORS[estimator](layers, there)
     run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
     seen: list[int | None] = []
-    with lent(model, there, statistics) as check, statistics.watching():
+    with on_device(model, there, statistics) as check, statistics.watching():
         mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
         for samples in run(mine, statistics):
-            if not seen:  # again at the end: most changes show at once
+            if not seen:  # also at the end: most changes occur in the first batch
                 check()
             seen.append(samples)
             if progress is not None:
@@ -186,7 +185,7 @@ def recompute_batchnorm(
 def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, Tensor]:
     """Return the buffers that `recompute_batchnorm` wrote, by their `state_dict` keys.
 
-    A layer that the model holds under several names is there under each of them.
+    A layer with several names in the model appears under each of them.
     """
     done = {model.get_submodule(layer.name) for layer in report.layers}
     return {
@@ -207,30 +206,29 @@ def _check_arguments(estimator: str, amp: str, max_batches: int | None, world: i
         raise ValueError(f"max_batches is {max_batches}, expected 1 or more")
     if estimator == "torch" and world > 1:
         raise SwaAvgError(
-            f"the torch estimator is defined for one process only, not for {world}",
+            f"the torch estimator works with only one process, not with {world}",
             remedy="Use the population estimator, or one process",
         )
 
 
 def _numbers(ranks: Ranks, max_batches: int | None) -> Iterator[int]:
-    """Return the numbers, among those of all ranks, of this rank's batches."""
+    """Return the numbers of this rank's batches, counted over all ranks."""
     if max_batches is None:
         return count(ranks.rank, ranks.world)
     return iter(range(ranks.rank, max_batches, ranks.world))
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """Return what torch.compile, DataParallel or DistributedDataParallel wrap.
+    """Return the model inside torch.compile, DataParallel or DistributedDataParallel.
 
-    Compiled code does not call hooks, and the other two would talk to other
-    devices or processes.
+    Compiled code does not call hooks, and the other two use other devices or processes.
     """
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
     return _bare(inner) if isinstance(inner, nn.Module) else model
 
 
-# --- running it ---------------------------------------------------------------------
+# --- running the model --------------------------------------------------------------
 
 
 def _run(
@@ -241,7 +239,7 @@ def _run(
     forward: Forward,
     amp: str,
 ) -> Iterator[int | None]:
-    """Run the model on one numbered batch after the other; yield their samples."""
+    """Run the model on each numbered batch; yield the number of samples in the batch."""
     feed, context = Feed(device), partial(_forward_context, device, amp)
     for number, batch in batches:
         statistics.number = number
@@ -262,11 +260,10 @@ def _run(
 
 @contextmanager
 def _forward_context(device: torch.device, amp: str) -> Iterator[None]:
-    """Be on the device, without gradients, in mixed precision if asked.
+    """Use the device, without gradients, and with mixed precision if requested.
 
-    `no_grad`, not `inference_mode`: that is no faster here, and tensors which a
-    model makes once and keeps (position tables, masks) would be of no use for
-    training afterwards.
+    `inference_mode` is not faster here, and tensors that a model creates once and keeps
+    (position tables, masks) could not be used for training afterwards.
     """
     dtype = _AMP_DTYPES[amp]
     with ExitStack() as stack:
@@ -279,7 +276,7 @@ def _forward_context(device: torch.device, amp: str) -> Iterator[None]:
 
 
 def _gathered(ranks: Ranks, seen: Sequence[int | None]) -> tuple[int, int | None]:
-    """Return how many batches all ranks saw, and how many samples if that is certain."""
+    """Return the number of batches of all ranks, and of samples if that is certain."""
     facts = [len(seen), sum(filter(None, seen)), seen.count(None)]
     mine = torch.tensor(facts, dtype=torch.float64, device="cpu")
     total = torch.stack(list(ranks.gather(mine))).sum(0).tolist()
@@ -287,16 +284,16 @@ def _gathered(ranks: Ranks, seen: Sequence[int | None]) -> tuple[int, int | None
         raise DataError(
             "the loader gave no batches",
             expected="at least one",
-            remedy="A generator that was used up before gives none: pass a function",
+            remedy="An exhausted generator gives no batches: pass a function that returns one",
         )
     return int(total[0]), None if total[2] else int(total[1])
 
 
-# --- writing the outcome ------------------------------------------------------------
+# --- writing the statistics ---------------------------------------------------------
 
 
 def _committed(outcomes: Sequence[Outcome]) -> tuple[LayerShift, ...]:
-    """Write the new statistics into the model, all or none, and return the shifts."""
+    """Write the new statistics into the model, either all or none; return the shifts."""
     reached = [x for x in outcomes if x.batches]
     for outcome in reached:
         for new, buffer in zip((outcome.mean, outcome.var), outcome.layer.buffers, strict=True):

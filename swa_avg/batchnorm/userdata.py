@@ -1,8 +1,6 @@
-"""The user's own code: which batches, which model, which forward, which weights.
+"""Loads the user's batches, model and forward function, and loads weights into the model.
 
-Loads what `MOD:ATTR` names, and makes of what stands there an iterable of
-batches, a model and a forward function. It imports no framework to recognise
-what it is given.
+Objects are given as `MOD:ATTR`. No framework is imported to recognise its objects.
 """
 
 from __future__ import annotations
@@ -20,22 +18,22 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.foreign import importable, users_code
+from swa_avg.batchnorm.isolation import importable, users_code
 from swa_avg.batchnorm.loading import batches_of
-from swa_avg.batchnorm.named import found
+from swa_avg.batchnorm.named import load_attribute
 from swa_avg.errors import DataError, listed
 from swa_avg.kernel import default_arithmetic
 
 
 @dataclass(frozen=True)
 class UserCode:
-    """What the user's modules gave.
+    """The objects from the user's modules.
 
     Attributes:
         batches: An iterable of batches.
-        model: The model, with whatever weights it was made with.
-        forward: `forward(model, batch)`, or None for the usual call.
-        again: Makes the batches anew, where they can be read only once.
+        model: The model with its initial weights.
+        forward: `forward(model, batch)`, or None for the default call.
+        again: Creates the batches again, if they can be read only once.
     """
 
     batches: Iterable[Any]
@@ -53,26 +51,26 @@ def user_code(
     once: Callable[[Callable[[], object]], object] = lambda job: job(),
     folder: Path | None = None,
 ) -> Iterator[UserCode]:
-    """Load the user's code; run it inside the `with`, where it can still import.
+    """Load the user's code, and keep its modules importable inside the `with` block.
 
-    Inside, the folder is importable (and the folder of a module that is
-    given as a `.py` path); afterwards `sys.path` is what it was. Inside also for
-    the sake of loader workers, which are told `sys.path` when they start.
+    Inside, modules in the folder can be imported, and modules in the folder of a `.py` path.
+    Loader workers need this, because they get `sys.path` when they start. `sys.path` is
+    restored on exit.
 
     Args:
         data: `MOD:ATTR` of the batches: see `batches_of`.
-        model: `MOD:ATTR` of the model, by default `model` of the data's module.
-        forward: `MOD:ATTR` of the forward function, by default `forward` of the
-            data's module where it has one.
+        model: `MOD:ATTR` of the model; by default `model` in the module of the data.
+        forward: `MOD:ATTR` of the forward function; by default `forward` in the module of
+            the data, if it exists.
         once: Runs a job that only one process per machine may do (`prepare_data`).
-        folder: Where modules are looked for; by default the current folder.
+        folder: The folder to import modules from; by default the current folder.
 
     Raises:
-        DataError: If something is not there, is of no use, or raises.
+        DataError: An object does not exist, has the wrong type, or raises.
     """
     folder = folder or Path.cwd()
     with importable(folder):
-        module, source = found(data, folder)
+        module, source = load_attribute(data, folder)
         yield UserCode(
             model=model_of(module, data, model, folder),
             forward=_forward(module, forward, folder),
@@ -85,21 +83,21 @@ def user_code(
 
 
 def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> nn.Module:
-    """Return the model that `spec` names, else `model` of the module of `data`.
+    """Return the model that `spec` names, by default `model` in the module of `data`.
 
     Raises:
-        DataError: It is not there, or no model.
+        DataError: The model does not exist, or is not an `nn.Module`.
     """
     with users_code(f"{data}: "):  # a module may compute its attributes
         there = spec is not None or hasattr(module, "model")
     if not there:
         raise DataError(
-            f"no `model` stands in the module of {data}",
+            f"the module of {data} has no `model`",
             expected="an nn.Module, or a function that returns one",
-            remedy="Add it, or say where it is with --model MOD:ATTR",
+            remedy="Add it, or give the model with --model MOD:ATTR",
         )
     name = spec or data.rpartition(":")[0] + ":model"
-    made = module.model if spec is None else found(spec, folder)[1]
+    made = module.model if spec is None else load_attribute(spec, folder)[1]
     if not isinstance(made, nn.Module) and callable(made):
         with users_code(f"{name}: "):
             made = made()
@@ -116,7 +114,7 @@ def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | No
         with users_code("forward: "):  # a module may compute its attributes
             default = getattr(module, "forward", None)
         return default if callable(default) else None
-    function: Forward = found(spec, folder)[1]
+    function: Forward = load_attribute(spec, folder)[1]
     if not callable(function):
         raise DataError(
             f"{spec} is of type {type(function).__name__}",
@@ -130,37 +128,37 @@ def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | No
 
 @dataclass(frozen=True)
 class Fit:
-    """How the keys of a state_dict and of a model go together.
+    """The difference in prefix between the keys of a state_dict and of a model.
 
     Attributes:
-        dropped: A prefix of all the state_dict's keys that the model's lack.
-        added: A prefix of all the model's keys that the state_dict's lack.
+        dropped: A prefix of all keys of the state_dict that the keys of the model lack.
+        added: A prefix of all keys of the model that the keys of the state_dict lack.
     """
 
     dropped: str = ""
     added: str = ""
 
     def in_model(self, key: str) -> str:
-        """Return the model's name for a key of the state_dict."""
+        """Return the key in the model for a key of the state_dict."""
         return self.added + key.removeprefix(self.dropped)
 
     def in_state_dict(self, key: str) -> str:
-        """Return the state_dict's name for a key of the model."""
+        """Return the key in the state_dict for a key of the model."""
         return self.dropped + key.removeprefix(self.added)
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Fit:
-    """Load `state_dict` into `model`: every key, and no other, up to a common prefix.
+    """Load `state_dict` into `model`; the keys must be equal up to a common prefix.
 
-    Only `num_batches_tracked` may be missing: checkpoints older than torch 0.4.1
-    have none. Values are cast to the dtype of the model.
+    Only `num_batches_tracked` may be missing, as in checkpoints from before torch 0.4.1.
+    Values are cast to the dtype of the model.
 
     Returns:
-        Which prefix was dropped on either side, if any.
+        The prefix that differs, if any.
 
     Raises:
-        DataError: If keys or shapes do not fit; the model is then as it was,
-            except where it takes other keys than it has and fails itself.
+        DataError: Keys or shapes do not match. The model is then unchanged, unless it
+            accepts other keys in its own loading code, which then fails.
     """
     own = model.state_dict()
     fit = _fit(state_dict.keys(), own.keys())
@@ -170,7 +168,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Fit:
         renamed._metadata = _renamed_versions(versions, fit)  # type: ignore[attr-defined]
     _check_shapes(renamed, own)
     with users_code("loading the weights into the model: "), default_arithmetic():
-        # Not strict: the model itself may know how to take older keys.
+        # Not strict: a model may convert older keys in its own loading code.
         outcome = model.load_state_dict(renamed, strict=False)
     missing = [key for key in outcome.missing_keys if not _is_optional(key)]
     unexpected = outcome.unexpected_keys
@@ -184,8 +182,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any]) -> Fit:
             if keys
         ]
         raise DataError(
-            f"the checkpoint and the model do not fit: {' and '.join(parts)}",
-            remedy="Is --model the network that was trained?",
+            f"the checkpoint and the model do not match: {' and '.join(parts)}",
+            remedy="Check that --model is the network that was trained",
         )
     return fit
 
@@ -195,7 +193,7 @@ def _is_optional(key: str) -> bool:
 
 
 def _fit(found: Set[str], wanted: Set[str]) -> Fit:
-    """Return the prefix to drop on one side, if the rest is then exactly the same."""
+    """Return the prefix to remove on one side, if the keys are then equal."""
 
     def same(a: set[str], b: Set[str]) -> bool:
         return a <= b and all(map(_is_optional, b - a))
@@ -212,14 +210,14 @@ def _fit(found: Set[str], wanted: Set[str]) -> Fit:
 
 
 def _prefixes(keys: Set[str]) -> list[str]:
-    """Return the prefixes, up to a dot, that all keys have: `a.`, `a.b.`, ..."""
+    """Return the prefixes up to a dot that all keys share: `a.`, `a.b.`, ..."""
     first, last = min(keys, default=""), max(keys, default="")
     dots = [i for i, char in enumerate(first) if char == "." and first[: i + 1] == last[: i + 1]]
     return [first[: i + 1] for i in dots]
 
 
 def _renamed_versions(versions: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
-    """Return `state_dict._metadata`, which goes by names of modules, for the model."""
+    """Return `state_dict._metadata`, whose keys are module paths, with the keys of the model."""
     keys = {(f"{name}." if name else ""): value for name, value in versions.items()}
     return {
         fit.in_model(key).removesuffix("."): value
@@ -237,6 +235,7 @@ def _check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise DataError(
-            f"{len(wrong)} tensors of the checkpoint have not the model's shape ({listed(wrong)})",
-            remedy="Is --model the network that was trained?",
+            f"{len(wrong)} tensors of the checkpoint have another shape in the model"
+            f" ({listed(wrong)})",
+            remedy="Check that --model is the network that was trained",
         )

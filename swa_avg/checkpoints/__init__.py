@@ -1,7 +1,7 @@
-"""What one checkpoint holds: its state_dict, its place in the run, its metrics, its origin.
+"""The content of one checkpoint: its state_dict, epoch and step, metrics, and provenance.
 
-In: a `Checkpoint`. Out: a `StateDict` with the names of the plain model. What its path
-says is in `names`. Knows nothing of other checkpoints.
+In: a `Checkpoint`. Out: a `StateDict` with the names of the plain model. `names` reads the
+path of a checkpoint. Does not compare checkpoints.
 """
 
 from swa_avg.checkpoints import metrics, names, provenance, words

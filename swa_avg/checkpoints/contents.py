@@ -1,8 +1,8 @@
-"""What a file holds that holds no model: optimizer state, random number states, schedulers.
+"""Detects files without a model: optimizer state, random number states, schedulers.
 
-Told by content alone. A model has floating tensors under names, outside of what
-belongs to an optimizer. Nothing here reads a tensor, and nothing says where in a
-file the model is: `layout` does.
+Detection uses only the content. A model has floating tensors under names that do not belong
+to an optimizer. This module does not read tensors and does not locate the model in a file;
+`layout` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCALER = "the state of a gradient scaler"
 SCHEDULER = "the state of a scheduler"
 NO_WEIGHTS = "no weights under names"
 
-# What such a dict holds at least: torch.optim.Optimizer, torch.amp.GradScaler,
+# The keys that identify a dict: torch.optim.Optimizer, torch.amp.GradScaler,
 # torch.optim.lr_scheduler (LRScheduler, ReduceLROnPlateau), SpeechBrain's NoamScheduler.
 _SIGNS = (
     (OPTIMIZER, frozenset({"state", "param_groups"})),
@@ -35,10 +35,10 @@ _MOST_ITEMS = 100_000
 
 
 def other_than_model(tree: object) -> str | None:
-    """Return what a file holds, where that is no model; None where it may be one.
+    """Return a description of the content of a file without a model, or None if it may have one.
 
     Args:
-        tree: What was saved.
+        tree: The saved object.
     """
     seen = _Seen()
     if seen.has_weights(tree, _DEPTH):
@@ -48,7 +48,7 @@ def other_than_model(tree: object) -> str | None:
 
 
 class _Seen:
-    """What was seen on the way through a file."""
+    """A walk through a file that records the kinds of state found."""
 
     def __init__(self) -> None:
         self.kinds: set[str] = set()
@@ -56,7 +56,7 @@ class _Seen:
         self._known: set[int] = set()
 
     def has_weights(self, value: object, depth: int) -> bool:
-        """Tell whether there are weights under names, and note what else there is."""
+        """Return whether there are named weights, and record other kinds of state."""
         entries = mapping(value)
         if entries is None:
             return isinstance(value, list | tuple) and self._in_list(value, depth)
@@ -66,14 +66,14 @@ class _Seen:
         signs = set(_signs(entries))
         self.kinds |= signs
         names = [name for name in entries if not self._is_of_optimizer(name, signs)]
-        # Tensors first: where there is one, nothing else need be looked at.
+        # Tensors first: the first weight ends the search.
         own = () if signs - {RANDOM} else self._counted(names)
         if any(_is_weight(entries[name]) for name in own):
             return True
         return any(self.has_weights(entries[name], depth - 1) for name in names)
 
     def _in_list(self, values: list[object] | tuple[object, ...], depth: int) -> bool:
-        """Look for what a list holds: several optimizers, say; tensors in it have no names."""
+        """Search the dicts in a list, such as several optimizers; tensors in it have no names."""
         if depth:
             for value in self._counted(values):
                 if mapping(value) is not None:
@@ -88,7 +88,7 @@ class _Seen:
             yield item
 
     def _is_of_optimizer(self, name: object, signs: set[str]) -> bool:
-        """Tell whether an entry is an optimizer's by its name: `optimizer`, `optim.state`."""
+        """Return whether the name of an entry marks optimizer state: `optimizer`, `optim.state`."""
         first = name.partition(".")[0].lower() if isinstance(name, str) else ""
         found = first.startswith("optim") or first.endswith(("optimizer", "optimizers"))
         if found:
@@ -97,12 +97,12 @@ class _Seen:
 
 
 def _signs(entries: Mapping[object, object]) -> Iterator[str]:
-    """Yield what a dict is by the names in it."""
+    """Yield the kinds of state that the keys of a dict identify."""
     for kind, names in _SIGNS:
         if all(name in entries for name in names):
             yield kind
     texts = [name.lower() for name in entries if isinstance(name, str)]
-    # transformers' are python, numpy, cpu; accelerate's random_state, numpy_random_seed.
+    # transformers uses python, numpy, cpu; accelerate uses random_state, numpy_random_seed.
     if {"python", "numpy"} <= set(texts) or any("rng" in t or "random" in t for t in texts):
         yield RANDOM
 

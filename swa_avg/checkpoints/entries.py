@@ -1,8 +1,8 @@
-"""The entries of a state_dict, under the names that the plain model has.
+"""The entries of a state_dict, under the names of the plain model.
 
-Wrappers around a model put prefixes on its names, modules that average a model
-hold both halves, and optimizers save into the same dict. All of that is undone
-here, for one place of one checkpoint. Nothing here reads a tensor.
+Wrappers around a model add prefixes to its names, modules that average a model hold both the
+raw weights and the average, and optimizers may save into the same dict. This module removes
+all of these, for one place in one checkpoint. It does not read tensors.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from swa_avg.formats import ROOT, Checkpoint, Components
 from swa_avg.pickles import Dict, Stream, UnreadableTensor, described
 from swa_avg.tensors import Tensor, TensorRef, View, in_groups, is_optimizer, optimizer_groups
 
-# What torch's wrappers put before every name: DataParallel, DDP and AveragedModel; compile.
+# The prefixes of torch's wrappers: DataParallel, DDP and AveragedModel; torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
-# A wrapper's own counter stands beside its `module.`: torch's AveragedModel, mmengine's.
+# The counter that a wrapper saves next to `module.*`: AveragedModel of torch and of mmengine.
 _COUNTERS = {"ema_state_dict": "steps"}
 _COUNTER = "n_averaged"
-# What a state_dict holds besides tensors is small; nested lists can take for ever to look at.
+# State_dicts hold few values besides tensors; nested lists can take forever to check.
 _MOST_PLAIN_VALUES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """What stands at one place: entries and `_metadata`, with the names of the plain model."""
+    """The entries and `_metadata` at one place, with the names of the plain model."""
 
     prefix: str
     entries: Mapping[str, object]
@@ -43,27 +43,29 @@ class Part:
 def read_part(
     checkpoint: Checkpoint, place: str, alone: bool, ema: bool | None, found: Places
 ) -> Part:
-    """Read what stands at one place of a checkpoint.
+    """Read the state_dict at one place of a checkpoint.
 
     Args:
         checkpoint: The checkpoint.
-        place: Its dotted path, or that of a prefix of names.
-        alone: Whether it is the whole model; else names bear the last part of the path.
-        ema: Take the averaged half, if it holds two; False the raw one; None both.
-        found: Where the checkpoint has weights and averages.
+        place: The dotted path of the state_dict, or of a prefix of its names.
+        alone: Whether it is the whole model; otherwise names get the last part of the path
+            as a prefix.
+        ema: Take the average, if the state_dict also has the raw weights; False takes the
+            raw weights; None takes both.
+        found: The places of weights and averages in the checkpoint.
 
     Raises:
-        LayoutError: There is no state_dict, or the half that is asked for is not there.
+        LayoutError: There is no state_dict, or it does not have the requested weights.
     """
-    there, asked = _named(checkpoint, place)
+    there, selected = _named(checkpoint, place)
     _check_entries(checkpoint, there)
-    names = [str(name) for name in there if str(name).startswith(asked)]
-    inner = [name.removeprefix(asked) for name in names]
-    prefix = asked + _common_prefix(inner, _COUNTERS.get(place, _COUNTER))
+    names = [str(name) for name in there if str(name).startswith(selected)]
+    inner = [name.removeprefix(selected) for name in names]
+    prefix = selected + _common_prefix(inner, _COUNTERS.get(place, _COUNTER))
     entries = {name.removeprefix(prefix): there[name] for name in names if name.startswith(prefix)}
     entries, notes = _without_optimizer(entries)
-    chosen, said = _half_of(checkpoint, entries, ema, place in found.averages)
-    notes += said
+    chosen, half_notes = _half_of(checkpoint, entries, ema, place in found.averages)
+    notes += half_notes
     cut = chosen.cut if chosen else ""
     entries = {name: entries[of] for name, of in chosen.names.items()} if chosen else entries
     metadata = _metadata(there, prefix + cut)
@@ -79,36 +81,36 @@ def read_part(
 
 
 def _added(checkpoint: Checkpoint, place: str) -> str:
-    """Return what the names of one of several places begin with."""
+    """Return the prefix for the names from one of several places."""
     if isinstance(checkpoint.tree, Components):
         return "" if place == ROOT else f"{place}/"
     return "" if place in WEIGHTS else place.rpartition(".")[2] + "."
 
 
 def _named(checkpoint: Checkpoint, place: str) -> tuple[Mapping[object, object], str]:
-    """Return the dict at a place, and the prefix of names in it that the place asks for."""
-    found, asked = mapping(at(checkpoint.tree, place)), ""
+    """Return the dict at a place, and the prefix of names that the place selects in it."""
+    found, selected = mapping(at(checkpoint.tree, place)), ""
     if found is None and place:
         inside = split_prefix(checkpoint.tree, place)
         if inside:
-            found, asked = mapping(at(checkpoint.tree, inside[0])), inside[1]
+            found, selected = mapping(at(checkpoint.tree, inside[0])), inside[1]
     found = None if found is None else flattened(found)
     if found is None or not tensor_count(found):
         if place:
             raise no_state_dict(checkpoint, f"has no state_dict at {place!r}")
         raise no_state_dict(checkpoint, "has no state_dict")
-    return found, asked
+    return found, selected
 
 
 def _without_optimizer(entries: dict[str, object]) -> tuple[dict[str, object], list[str]]:
-    """Leave out what an optimizer keeps, and say so."""
+    """Return the entries without optimizer state, and a note about it."""
     groups = optimizer_groups(entries)
     kept = {
         name: value
         for name, value in entries.items()
         if not in_groups(name, groups) and not is_optimizer(mapping(value) or {})
     }
-    # A dict of an optimizer has no names that could be taken for weights.
+    # Names inside an optimizer's dict cannot be mistaken for weights.
     nested = [name for name in entries if name not in kept and not in_groups(name, groups)]
     left = [*groups, *nested]
     note = f"{listed(left)}: optimizer state beside the weights; not averaged"
@@ -118,11 +120,11 @@ def _without_optimizer(entries: dict[str, object]) -> tuple[dict[str, object], l
 def _half_of(
     checkpoint: Checkpoint, entries: Mapping[str, object], ema: bool | None, is_average: bool
 ) -> tuple[Chosen | None, list[str]]:
-    """Choose the raw or the averaged half of a state_dict, if it has two and one is wanted."""
+    """Choose the raw weights or the average in a state_dict that has both, if requested."""
     shapes = {name: value.shape for name, value in entries.items() if isinstance(value, Tensor)}
     halves = averaged_halves(shapes)
     if ema is None:
-        return None, [_said(half) for half in halves]
+        return None, [_note(half) for half in halves]
     if halves:
         only_of(checkpoint, [half.prefix.removesuffix(".") for half in halves])
         return halves[0].chosen(entries, ema), []
@@ -132,11 +134,11 @@ def _half_of(
     return chosen, []
 
 
-def _said(half: Half) -> str:
+def _note(half: Half) -> str:
     average, raw = half.prefix.removesuffix("."), half.raw.removesuffix(".") or "the others"
     return (
-        f"{average} is an average of {raw}; both are averaged, each by itself "
-        "(--ema writes the average alone, --no-ema the raw weights)"
+        f"{average} is an average of {raw}; each is averaged separately "
+        "(--ema writes only the average, --no-ema only the raw weights)"
     )
 
 
@@ -144,10 +146,10 @@ def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> 
     for name, value in entries.items():
         if not isinstance(name, str):
             raise LayoutError(
-                f"has a key that is no text, {described(name)}",
+                f"has a key that is not a string, {described(name)}",
                 file=checkpoint.path,
                 expected="names of tensors",
-                remedy="Name the place of the state_dict with --key",
+                remedy="Give the path of the state_dict with --key",
             )
         if isinstance(value, UnreadableTensor):
             raise LayoutError(
@@ -160,11 +162,11 @@ def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> 
 
 
 def _common_prefix(names: Iterable[str], counter: str) -> str:
-    """Return the wrappers' prefixes that every name bears, in their order."""
+    """Return the prefixes of wrappers that every name has, in order."""
     names = list(names)
     prefix = ""
     while True:
-        # The counter stands beside its wrapper's `module.`, and goes with it.
+        # The counter next to `module.*` belongs to the wrapper, and is removed with the prefix.
         others = [name for name in names if name != prefix + counter]
         for wrapper in _PREFIXES:
             bearing = others and all(name.startswith(prefix + wrapper) for name in others)
@@ -176,7 +178,7 @@ def _common_prefix(names: Iterable[str], counter: str) -> str:
 
 
 def _metadata(entries: Mapping[object, object], prefix: str) -> dict[str, object] | None:
-    """Return the `_metadata` of a state_dict, its module paths changed like the names."""
+    """Return the `_metadata` of a state_dict, with prefixes removed from the module paths."""
     state = entries.state if isinstance(entries, Dict) else None
     metadata = state.get("_metadata") if isinstance(state, dict) else None
     if not isinstance(metadata, dict):
@@ -195,14 +197,14 @@ def _metadata(entries: Mapping[object, object], prefix: str) -> dict[str, object
 
 
 class Plain:
-    """Tells whether values can be written again as they are, and are of reasonable size."""
+    """Checks whether values are plain, so that they can be written unchanged, and small."""
 
     def __init__(self) -> None:
         self.left = _MOST_PLAIN_VALUES
         self.bytes = 0
 
     def __call__(self, value: object, depth: int = 8) -> bool:
-        """Tell whether a value is plain, with all that is in it."""
+        """Return whether a value and all values in it are plain."""
         if isinstance(value, Stream):
             self.bytes += len(value.content or b"")
             return value.content is not None

@@ -1,9 +1,9 @@
-"""Families of tensors: names that belong together, and what has to happen to them.
+"""Families of tensors: groups of names with a common meaning, and how each is treated.
 
-Beside weights, a state_dict holds the state of algorithms: statistics, codebooks, factors,
-codes with their scales. A mean of each tensor by itself fits no network. A family is
-recognised by its names together, never by one common name alone. `FAMILIES` is the table;
-a new family is a new row and a test. It is data only: `membership` finds the families.
+Besides weights, a state_dict holds the state of algorithms: statistics, codebooks, factors,
+codes with their scales. The mean of such a tensor is useless without its partners. A family
+is recognised by several names together, never by one common name. `FAMILIES` is the table; a
+new family is a new row and a test. This module is data only: `membership` finds the families.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ BN_STATISTICS = ("running_mean", "running_var")
 
 
 class Way(Enum):
-    """What happens to the members of a family."""
+    """The treatment of the members of a family."""
 
-    BATCHNORM = "kept as --bn-buffers says"
+    BATCHNORM = "set by --bn-buffers"
     KEPT = "kept from the last checkpoint"
     SAME = "copied if all checkpoints have the same, else refused"
     AVERAGED = "averaged"
@@ -28,22 +28,22 @@ class Way(Enum):
 class Family:
     """A row of the table.
 
-    In the patterns of names, relative to a common prefix, `*` is one part of a name or of
-    a piece between dots, `#` is a number, and `**` at the end is whatever follows. What
-    `*`, `#` and `**` stand for in the first of `needs` they stand for in all patterns.
+    Patterns of names are relative to a common prefix. `*` matches text between dots or a part
+    of it, `#` matches a number, and `**` at the end matches the rest of the name. `*`, `#` and
+    `**` match the same text in all patterns of a row as in the first of `needs`.
 
     Attributes:
-        name: What it is called.
-        where: Where it is defined: library and class.
-        way: What happens to its members.
-        needs: Names that must all be there; the first is the most peculiar.
-        also: Names that belong to it where they are there.
-        averaged: Those of `needs` and `also` that are averaged all the same.
-        because: Why, in a few words.
-        note: What the user should know, if anything.
-        remedy: What the user can do where checkpoints differ in what must be the same.
-        codes: Those of `needs` that must be integers or numbers of 8 bits or fewer.
-        integers: Those of `needs` that must be integers.
+        name: The name of the family.
+        where: The library and class that define it.
+        way: The treatment of its members.
+        needs: Names that must all exist; the first is the most distinctive.
+        also: Names that are members if they exist.
+        averaged: Names in `needs` and `also` that are averaged nevertheless.
+        because: The reason, in a few words.
+        note: A note for the user, if any.
+        remedy: What the user can do if checkpoints differ where they must be the same.
+        codes: Names in `needs` that must be integers or numbers of 8 bits or fewer.
+        integers: Names in `needs` that must be integers.
         single: Whether each member has one element.
     """
 
@@ -69,7 +69,7 @@ def _statistics(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
         needs=needs,
         also=also,
         because="measured on data, not trained",
-        note="fit the weights of that checkpoint, not the average",
+        note="match the weights of that checkpoint, not the average",
     )
 
 
@@ -80,8 +80,8 @@ def _codebook(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
         way=Way.KEPT,
         needs=needs,
         also=also,
-        because="the codes are the sums divided by the counts, so all are of one checkpoint",
-        note="fit the encoder of that checkpoint, not the average",
+        because="the codes are the sums divided by the counts, so all come from one checkpoint",
+        note="match the encoder of that checkpoint, not the average",
     )
 
 
@@ -94,9 +94,9 @@ def _observer(
         way=Way.KEPT,
         needs=needs,
         also=also,
-        because="scales and zero points belong together, and to what was observed",
-        note="fit the weights of that checkpoint, not the average; where it matters, let the "
-        "observers see some batches again",
+        because="scales and zero points belong together and to the observed values",
+        note="match the weights of that checkpoint, not the average; if this matters, run the "
+        "observers on some batches again",
         integers=integers,
     )
 
@@ -108,7 +108,7 @@ def _counter(where: str, *needs: str, single: bool = False, also: tuple[str, ...
         way=Way.KEPT,
         needs=needs,
         also=also,
-        because="it counts, it is not trained",
+        because="a counter or switch, not trained",
         single=single,
     )
 
@@ -134,7 +134,7 @@ def _quantised(
         way=Way.SAME,
         needs=needs,
         also=also,
-        because="codes mean something with their own scales only",
+        because="codes have a meaning only with their own scales",
         remedy=BEFORE_QUANTISATION,
         codes=codes,
     )
@@ -147,9 +147,9 @@ def _factors(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
         way=Way.AVERAGED,
         needs=needs,
         also=also,
-        because="each factor by itself",
-        note="each factor is averaged by itself, and the mean of the products B·A is not the "
-        "product of the means; adapters merged into their models before have the former",
+        because="each factor separately",
+        note="each factor is averaged separately, and the product of the means is not the mean "
+        "of the products B·A; to average the products, merge each adapter into its model first",
     )
 
 
@@ -159,14 +159,14 @@ def _weight_norm(where: str, *needs: str) -> Family:
         where=where,
         way=Way.AVERAGED,
         needs=needs,
-        because="g and v each by itself, as AveragedModel does",
-        note="g and v are averaged, and the weight that they make is not the mean of the weights",
+        because="g and v separately, as AveragedModel does",
+        note="g and v are averaged separately, so their weight is not the mean of the weights",
     )
 
 
 BEFORE_QUANTISATION = "Average the weights before they are quantised"
 FAMILIES: tuple[Family, ...] = (
-    # What looks like BatchNorm and is none comes first.
+    # Layers that look like BatchNorm come before it.
     _statistics("rl_games RunningMeanStd", "count", "running_mean", "running_var",
                 also=(BN_COUNTER,)),
     Family(
@@ -184,13 +184,13 @@ FAMILIES: tuple[Family, ...] = (
                 also=("current_count",)),
     _statistics("batch renormalisation", "running_std", "running_mean",
                 also=("rmax", "dmax", "r_max", "d_max", BN_COUNTER)),
-    _statistics("layers with names as torch.nn.BatchNorm*d has them", "running_*",
+    _statistics("layers with the names of torch.nn.BatchNorm*d", "running_*",
                 also=(BN_COUNTER,)),
-    _statistics("layers with names as in TensorFlow", "moving_mean",
+    _statistics("layers with the names of TensorFlow", "moving_mean",
                 also=("moving_var", "moving_variance")),
     _statistics("rsl_rl EmpiricalNormalization", "count", "_mean", "_var", also=("_std",)),
-    _statistics("RunningMeanStd of gym and its kin", "count", "mean", "var", also=("std",)),
-    _statistics("RunningMeanStd of gym and its kin", "count", "mean", "std"),
+    _statistics("RunningMeanStd of gym and similar", "count", "mean", "var", also=("std",)),
+    _statistics("RunningMeanStd of gym and similar", "count", "mean", "std"),
     _statistics("normalisers of inputs", "*_var", "*_mean", "count", also=("*_std",)),
     _statistics("normalisers of inputs", "*_std", "*_mean", "count"),
     _statistics("normalisers of inputs", "*_count", "*_mean", "*_var", also=("*_std",)),
@@ -235,10 +235,10 @@ FAMILIES: tuple[Family, ...] = (
         way=Way.SAME,
         needs=("parametrizations.*.#.base", "parametrizations.*.original"),
         averaged=("parametrizations.*.original",),
-        because="what is trained counts from this base",
-        remedy="Average what torch.nn.utils.parametrize.remove_parametrizations leaves",
+        because="the trained values are relative to this base",
+        remedy="Apply torch.nn.utils.parametrize.remove_parametrizations before averaging",
     ),
-    # Fake quantisation while training.
+    # Fake quantisation during training.
     Family(
         name="learned quantisation range",
         where="torch.ao.quantization _LearnableFakeQuantize",
@@ -271,7 +271,7 @@ FAMILIES: tuple[Family, ...] = (
               also=("*_quantizer._pre_quant_scale",)),
     _observer("float8_experimental Float8Linear", "fp8_amax_*", "fp8_scale_*",
               also=("fp8_amax_history_*",)),
-    # Codebooks that follow a moving average.
+    # Codebooks updated by a moving average.
     _codebook(
         "vector-quantize-pytorch and encodec EuclideanCodebook; EmbeddingEMA",
         "embed_avg",
@@ -282,12 +282,12 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _codebook("zalandoresearch VectorQuantizerEMA", "_ema_cluster_size", "_ema_w",
               also=("_embedding.weight",)),
-    _codebook("VectorQuantizerEMA and its kin", "ema_cluster_size",
+    _codebook("VectorQuantizerEMA and similar", "ema_cluster_size",
               also=("ema_w", "ema_embed", "ema_dw", "embedding.weight", "embedding", "embeddings",
                     "embed", "codebook", "codebook.weight", "weight")),
-    _codebook("VectorQuantizerEMA and its kin", "ema_count", "ema_weight",
+    _codebook("VectorQuantizerEMA and similar", "ema_count", "ema_weight",
               also=("embedding", "embedding.weight", "codebook", "weight")),
-    _codebook("VectorQuantizerEMA and its kin", "embedding_avg", "cluster_size",
+    _codebook("VectorQuantizerEMA and similar", "embedding_avg", "cluster_size",
               also=("embedding", "embedding.weight", "codebook", "weight")),
     _codebook("VideoGPT Codebook", "z_avg", "N", also=("embeddings",)),
     _codebook("Moshi EuclideanCodebook", "embedding_sum", "cluster_usage", also=("_initialized",)),
@@ -302,7 +302,7 @@ FAMILIES: tuple[Family, ...] = (
             way=Way.KEPT,
             needs=needs,
             also=also,
-            because="each row is of one sample and has unit length",
+            because="each row comes from one sample and has unit length",
         )
         for where, needs, also in (
             ("MoCo", ("queue_ptr", "queue"), ("queue_id", "queue_l", "queue_ptr2", "queue2")),
@@ -319,7 +319,7 @@ FAMILIES: tuple[Family, ...] = (
             needs=needs,
             also=also,
             averaged=averaged,
-            because="set by a rule from counted tokens, not trained",
+            because="computed from token counts, not trained",
         )
         for where, needs, also, averaged in (
             ("torchtitan, Megatron-LM", ("tokens_per_expert",), ("expert_bias",), ()),
@@ -352,9 +352,9 @@ FAMILIES: tuple[Family, ...] = (
         where="torch.nn.Module.get_extra_state, Transformer Engine",
         way=Way.KEPT,
         needs=("_extra_state",),
-        because="what it means only its module knows",
+        because="only its module can interpret it",
     ),
-    # Weights that are quantised already.
+    # Quantised weights.
     _quantised("GPTQ, AWQ, VPTQ", "qweight", "scales", also=("qzeros", "g_idx", "zeros")),
     _quantised("bitsandbytes Linear4bit", "*.absmax", "*",
                also=("*.quant_map", "*.nested_absmax", "*.nested_quant_map",

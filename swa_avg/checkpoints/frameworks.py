@@ -1,9 +1,9 @@
-"""Where training frameworks put the weights of a model and the averages that a run keeps.
+"""Where training frameworks store the weights of a model and the averages of a run.
 
-One table: which places a framework uses, which of the two its own loader takes,
-and whether that loader needs the whole file. Each row was looked up in the
-framework's source, where it is written and where it is loaded. The table says
-nothing about names inside a state_dict: `halves` does.
+A row of the table has the places that a framework uses, which of the two its loader takes,
+and whether the loader needs the whole file. Each row was checked against the source of the
+framework, both where it saves and where it loads. Names inside a state_dict are the subject
+of `halves`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from enum import Enum
 
 
 class Loads(Enum):
-    """Which weights a framework's own loader takes from a file that has both."""
+    """The weights that a framework's loader takes from a file that has both."""
 
     AVERAGE = "the average"
     WEIGHTS = "the raw weights"
-    EITHER = "either, as it is told"
+    EITHER = "either, depending on its options"
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Framework:
 
     Attributes:
         name: The framework, or the part of it that writes such files.
-        weights: The dotted path of the raw weights; `*` is any one name.
-        average: The dotted path of the average, likewise; empty if it keeps none.
-        sign: A path that only files of this kind have; empty if the places suffice.
-        loads: Which of the two its own loader takes.
-        needs: What of the framework needs the whole file; empty if a bare state_dict will do.
-        running: Whether the average is an equal-weight mean from a fixed start on, so that
-            each contains those before it.
+        weights: The dotted path of the raw weights; `*` matches one name.
+        average: The dotted path of the average, likewise; empty if there is none.
+        sign: A path that only files of this kind have; empty if the other paths are enough.
+        loads: Which of the two the framework's loader takes.
+        needs: The loader that needs the whole file; empty if it accepts a bare state_dict.
+        running: Whether the average is an equal-weight mean since a fixed start, so that each
+            average includes the earlier ones.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Framework:
 
 _LIGHTNING = "LightningModule.load_from_checkpoint"
 
-# The first row that fits a file counts. Rows with an average come before those without.
+# The first row that matches a file is used. Rows with an average come before rows without.
 FRAMEWORKS = (
     # lightning/pytorch/callbacks/weight_averaging.py: on_save_checkpoint exchanges the two.
     Framework(
@@ -75,7 +75,7 @@ FRAMEWORKS = (
         sign="meta.mmengine_version",
         loads=Loads.AVERAGE,
     ),
-    # composer/algorithms/ema/ema.py: the EMA is in the model while a checkpoint is saved.
+    # composer/algorithms/ema/ema.py: the model holds the EMA while a checkpoint is saved.
     Framework(
         "Composer (EMA)",
         "state.algorithms.*.1.training_model",
@@ -92,7 +92,7 @@ FRAMEWORKS = (
         loads=Loads.AVERAGE,
         needs="YOLO(...)",
     ),
-    # timm/models/_helpers.py load_state_dict: use_ema is true unless it is told otherwise.
+    # timm/models/_helpers.py load_state_dict: use_ema is true by default.
     Framework("timm", "state_dict", "state_dict_ema", loads=Loads.AVERAGE),
     # timgaripov/swa train.py: both are resumed.
     Framework(
@@ -115,7 +115,7 @@ FRAMEWORKS = (
         needs="icefall's load_checkpoint",
         running=True,
     ),
-    # vision/references/classification/train.py: model_ema is evaluated where it was asked for.
+    # vision/references/classification/train.py: model_ema is evaluated if enabled.
     Framework("torchvision's references", "model", "model_ema", loads=Loads.EITHER),
     # fairseq/checkpoint_utils.py load_model_ensemble_and_task takes model.
     Framework("fairseq", "model", "extra_state.ema", needs="fairseq's loader"),
@@ -123,11 +123,11 @@ FRAMEWORKS = (
     Framework("USB", "model", "ema_model", loads=Loads.AVERAGE),
     # facebookresearch/DiT download.py find_model; lyuwenyu/RT-DETR: ema, else model.
     Framework("DiT, RT-DETR and others", "model", "ema", loads=Loads.AVERAGE),
-    # basicsr/models/base_model.py load_network: param_key_g says which.
+    # basicsr/models/base_model.py load_network: the option param_key_g selects one.
     Framework("BasicSR", "params", "params_ema", loads=Loads.EITHER, needs="BasicSR's loader"),
-    # super_gradients/training/models/model_factory.py: ema_net where there is one.
+    # super_gradients/training/models/model_factory.py: ema_net if there is one.
     Framework("SuperGradients", "net", "ema_net", loads=Loads.AVERAGE, needs="SuperGradients"),
-    # Without an average.
+    # Rows without an average.
     Framework("Lightning", "state_dict", sign="pytorch-lightning_version", needs=_LIGHTNING),
     Framework("mmengine", "state_dict", sign="meta.mmengine_version"),
     Framework("timm and others", "state_dict"),
@@ -145,24 +145,24 @@ FRAMEWORKS = (
     Framework("OLMo-core and others", "app.model"),
 )
 
-# Where raw weights are, whoever wrote the file.
+# The places of raw weights in the files of all frameworks.
 WEIGHTS = ("state_dict", "model", "model_state_dict", "module", "state.model", "app.model")
-# What some frameworks take out of the model to save it beside the rest.
+# Parts of the model that some frameworks save separately.
 PARTNERS = {"model": "generator"}  # OpenNMT-py
 
-# Words that say average in the name of a slot or of a submodule.
+# Words that mark an average in the name of an entry or a submodule.
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?|avg|shadow|polyak)(?:s?_|\d*$)", re.IGNORECASE)
-# One of these is in every name that says average: quickly looked for in many names.
+# Every name that marks an average contains one of these: a fast first test.
 AVERAGE_WORDS = ("ema", "swa", "avg", "average", "shadow", "polyak")
-# What is no average of weights, whatever else its name says.
+# Names that do not mark an average of weights, although they contain such a word.
 _OTHER = re.compile(r"optim|sched|scaler|loss|metric|stats|config|args", re.IGNORECASE)
 
 
-def says_average(name: str) -> bool:
-    """Tell whether a name says that what it names is an average of weights."""
+def marks_average(name: str) -> bool:
+    """Return whether a name marks an average of weights."""
     return bool(_AVERAGE.search(name)) and not _OTHER.search(name)
 
 
 def without_average(name: str) -> str:
-    """Return what is left of a name without the word that says average: `model` of `model_ema`."""
+    """Return a name without the word that marks an average: `model` for `model_ema`."""
     return _AVERAGE.sub("_", name).strip("_")

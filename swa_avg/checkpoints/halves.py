@@ -1,9 +1,9 @@
-"""The raw weights and an average of them within one state_dict, told by its names.
+"""The raw weights and their average within one state_dict, detected by names.
 
-A module that averages a model in it saves both: `online_model.*` and
-`ema_model.*`, or `model.*` and `model_ema.*`. A half is an average where a part
-of its names says so and every tensor of it has its counterpart, of the same
-shape, among the others. Nothing here knows where a state_dict is.
+A module that averages a model inside it saves both: `online_model.*` and `ema_model.*`, or
+`model.*` and `model_ema.*`. A group of tensors is an average if a part of its names marks an
+average and every tensor in it has a counterpart of the same shape among the others. This
+module does not locate the state_dict.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, says_average, without_average
+from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, marks_average, without_average
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What torch's wrappers put before every name.
+# The prefixes of torch's wrappers.
 _WRAPPERS = ("module.", "_orig_mod.")
-# What keeps count beside an average: ema_pytorch, torch's AveragedModel, LitEma.
+# The counters that are saved with an average: ema_pytorch, torch's AveragedModel, LitEma.
 _COUNTERS = ("initted", "step", "n_averaged", "num_updates", "decay", "updates", "steps")
 _MOST_CANDIDATES = 100
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is taken from a state_dict that holds two halves.
+    """The half that is taken from a state_dict with raw weights and an average.
 
     Attributes:
-        names: The plain model's names, each with the name that it is taken from.
-        cut: What was taken off the names of the raw weights.
+        names: The names of the plain model, each with its name in the state_dict.
+        cut: The prefix that was removed from the names of the raw weights.
     """
 
     names: Mapping[str, str]
@@ -41,10 +41,10 @@ class Half:
     """An average within a state_dict.
 
     Attributes:
-        prefix: What its names begin with.
-        raw: What the names of the raw weights begin with.
-        averaged: The averaged tensor's name for each name of a raw weight.
-        own: The names that belong to the averaging: both halves' own counters, say.
+        prefix: The prefix of its names.
+        raw: The prefix of the names of the raw weights.
+        averaged: The name of the averaged tensor for the name of each raw weight.
+        own: The names that belong to the averaging itself, such as counters.
     """
 
     prefix: str
@@ -53,16 +53,16 @@ class Half:
     own: frozenset[str]
 
     def chosen(self, names: Iterable[str], ema: bool) -> Chosen:
-        """Choose one of the halves, under the plain model's names.
+        """Choose the average or the raw weights, under the names of the plain model.
 
-        Weights that have no average (frozen ones, buffers) are the raw ones in any case.
+        Tensors without an average (frozen weights, buffers) are always taken as they are.
 
         Args:
             names: All names of the state_dict, in order.
-            ema: Take the average; else the raw weights.
+            ema: Take the average instead of the raw weights.
         """
         left = [name for name in names if name not in self.own and not self._is_average(name)]
-        # Counters beside the halves are those of a wrapper, whose names are not the model's.
+        # Counters outside both halves belong to a wrapper and are not part of the model.
         wrapper = bool(self.own) and self.prefix.count(".") == 1
         cut = self.raw if wrapper and all(name.startswith(self.raw) for name in left) else ""
         taken = {name[len(cut) :]: self.averaged.get(name, name) if ema else name for name in left}
@@ -87,9 +87,9 @@ def averaged_halves(shapes: Shapes) -> list[Half]:
 
 
 def lone_average(shapes: Shapes) -> Chosen | None:
-    """Take the average from a state_dict that holds it without the raw weights, or return None.
+    """Return the average of a state_dict that has no raw weights, or None.
 
-    Beside it only counters may stand.
+    Apart from the average, the state_dict may hold only counters.
     """
     for prefix in _prefixes(shapes):
         if all(name in _COUNTERS for name in shapes if not name.startswith(prefix)):
@@ -100,7 +100,7 @@ def lone_average(shapes: Shapes) -> Chosen | None:
 
 
 def _prefixes(shapes: Shapes) -> list[str]:
-    """Return what names begin with up to a part that says average, the shortest first."""
+    """Return the prefixes of names up to a part that marks an average, the shortest first."""
     found: dict[str, None] = {}
     judged: dict[str, bool] = {}
     there = "\n".join(shapes).lower()
@@ -109,20 +109,20 @@ def _prefixes(shapes: Shapes) -> list[str]:
         parts = name.split(".")
         for count, part in enumerate(parts[:-1], 1):
             if part not in judged:
-                judged[part] = says_average(part)
+                judged[part] = marks_average(part)
             if judged[part]:
                 found[".".join(parts[:count]) + "."] = None
     return sorted(found, key=len)
 
 
 def _half(shapes: Shapes, prefix: str) -> Half | None:
-    """Return the average that has a prefix, if it is one."""
+    """Return the average with a given prefix, or None if it is not an average."""
     inside = _unwrapped({n[len(prefix) :]: n for n in shapes if n.startswith(prefix)}, shapes)
     outside = [name for name in shapes if not name.startswith(prefix)]
     pairs = {raw: found for raw in _raw_prefixes(shapes, inside, outside)
              if (found := _pairs(shapes, inside, outside, raw))}  # fmt: skip
     around = prefix[: prefix[:-1].rfind(".") + 1]
-    # A wrapper around the average may hold the raw weights too, beside the model's own.
+    # A wrapper around the average may hold a second copy of the raw weights.
     inner = [raw for raw in pairs if around and raw.startswith(around)]
     raw = _counterpart([raw for raw in pairs if raw not in inner] or inner, prefix)
     if raw is None:
@@ -134,7 +134,7 @@ def _half(shapes: Shapes, prefix: str) -> Half | None:
 
 
 def _counterpart(candidates: list[str], prefix: str) -> str | None:
-    """Return which of the prefixes is that of the weights that were averaged."""
+    """Return the prefix of the raw weights that the average was computed from."""
     if len(candidates) > 1:
         what = without_average(prefix[:-1].rpartition(".")[2])
         candidates = [raw for raw in candidates if what and raw[:-1].endswith(what)]
@@ -146,7 +146,7 @@ def _is_counter(shape: tuple[int, ...]) -> bool:
 
 
 def _unwrapped(inside: dict[str, str], shapes: Shapes) -> dict[str, str]:
-    """Take torch's wrappers off the names of an average; their counters have none."""
+    """Remove the prefixes of torch's wrappers from the names of an average, except counters."""
     while True:
         weights = [rest for rest, name in inside.items() if not _is_counter(shapes[name])]
         for wrapper in _WRAPPERS:
@@ -158,7 +158,7 @@ def _unwrapped(inside: dict[str, str], shapes: Shapes) -> dict[str, str]:
 
 
 def _raw_prefixes(shapes: Shapes, inside: Mapping[str, str], outside: Iterable[str]) -> list[str]:
-    """Return what the raw weights' names may begin with: one of them ends like an averaged one."""
+    """Return the possible prefixes of the raw weights: names that end like an averaged name."""
     weights = [rest for rest, name in inside.items() if not _is_counter(shapes[name])]
     if not weights:
         return []
@@ -182,9 +182,9 @@ def _raw_prefixes(shapes: Shapes, inside: Mapping[str, str], outside: Iterable[s
 def _pairs(
     shapes: Shapes, inside: Mapping[str, str], outside: Iterable[str], raw: str
 ) -> dict[str, str]:
-    """Return the averaged name for each raw one; none where the two are not alike.
+    """Map the name of each raw weight to its average; empty if the two do not match.
 
-    CompVis's LitEma leaves the dots out of its names (ldm/modules/ema.py).
+    LitEma of CompVis removes the dots from names (ldm/modules/ema.py).
     """
     under = [name for name in outside if name.startswith(raw)]
     exact = {name[len(raw) :]: name for name in under}
@@ -200,7 +200,7 @@ def _pairs(
 
 
 def _dotless(names: Mapping[str, str]) -> dict[str, str]:
-    """Return what names stand for without their dots; those that become the same, for nothing."""
+    """Map names without dots to the original names; names that collide are left out."""
     found: dict[str, str] = {}
     for rest, name in names.items():
         short = rest.replace(".", "")

@@ -1,8 +1,8 @@
-"""Where in a checkpoint the state_dict is, and how its names read without their wrappers.
+"""Finds the state_dict in a checkpoint, and removes the prefixes of wrappers from its names.
 
-Training frameworks wrap the state_dict in dicts of their own, and wrappers
-around the model put prefixes on its names. Both are undone here. Nothing here
-reads a tensor or compares checkpoints.
+Training frameworks nest the state_dict in other dicts, and wrappers around the model add
+prefixes to its names. This module undoes both. It does not read tensors or compare
+checkpoints.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from swa_avg.tensors import TensorRef, View, is_optimizer
 
 @dataclass(frozen=True)
 class StateDict:
-    """The state_dict of a checkpoint, with names as the plain model has them.
+    """The state_dict of a checkpoint, with the names of the plain model.
 
     Attributes:
-        checkpoint: The checkpoint it is in.
-        where: The dotted path to it, or to its parts; empty for the root.
-        prefix: What was stripped from every name.
-        views: Its tensors by name, in order, as the headers speak of them: one object for
-            all checkpoints that a `Finder` found alike.
-        values: Its other plain values by name; each also stands in `order`.
+        checkpoint: The checkpoint.
+        where: The dotted path of the state_dict, or of its parts; empty for the root.
+        prefix: The prefix that was removed from every name.
+        views: The tensors by name, in order. Checkpoints for which a `Finder` found the same
+            headers share one object.
+        values: The other plain values by name; `order` contains their names too.
         order: All names in order.
-        dropped: Names whose values are objects that cannot be written again.
-        metadata: The `_metadata` that torch keeps beside it, or None.
-        averages: Dotted paths of averaged weights that the checkpoint has as well, not taken.
-        counter: The counter of torch's AveragedModel that stood beside its weights, or None.
-        places: Where the checkpoint has weights and averages, taken or not.
-        notes: What the user should know about what was taken.
+        dropped: Names of objects that cannot be written.
+        metadata: The `_metadata` that torch attaches to a state_dict, or None.
+        averages: Dotted paths of averaged weights in the checkpoint that were not taken.
+        counter: The counter that torch's AveragedModel saves with its weights, or None.
+        places: The places of weights and averages in the checkpoint, taken or not.
+        notes: Notes for the user about the choice.
     """
 
     checkpoint: Checkpoint
@@ -64,7 +64,7 @@ class StateDict:
 
     @property
     def framework(self) -> Framework | None:
-        """The kind of file that the checkpoint is, as far as the table knows."""
+        """The row of the table of frameworks that the checkpoint matches, or None."""
         return self.places.framework
 
     @cached_property
@@ -84,7 +84,7 @@ class StateDict:
 
     @property
     def n_averaged(self) -> TensorRef | None:
-        """Where the counter of torch's AveragedModel is, or None."""
+        """The location of the counter of torch's AveragedModel, or None."""
         return self.checkpoint.located(self.counter) if self.counter else None
 
 
@@ -95,25 +95,26 @@ def find_state_dict(
 
     Args:
         checkpoint: An opened checkpoint.
-        keys: Its dotted path, where the user gave one, or that of a prefix of its names; or
-            several, which make up one model. Then names bear the last part of the path that
-            they come from (`generator.weight`), but for a path where frameworks put models.
-        ema: Take the averaged weights that the run has kept; False takes the raw ones, and
-            only these. None takes the raw ones, and what stands in one state_dict with them.
+        keys: The dotted path of the state_dict or of a prefix of its names, if the user gave
+            one; or several paths, which together make up one model. With several, names get
+            the last part of their path as a prefix (`generator.weight`), except under a path
+            where frameworks store the model.
+        ema: Take the averaged weights of the run; False takes only the raw weights; None
+            takes the raw weights and everything else in the same state_dict.
 
     Raises:
-        LayoutError: There is none, there are several, or it holds what cannot be averaged.
+        LayoutError: There is no state_dict, there are several, or it cannot be averaged.
     """
     with naming(checkpoint.path):
         return _found(checkpoint, (keys,) if isinstance(keys, str) else tuple(keys), ema)
 
 
 def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> StateDict:
-    """Do what `find_state_dict` does."""
+    """Implement `find_state_dict`."""
     tree = checkpoint.tree
     found = _pairs(tree) if isinstance(tree, Components) else places(tree)
     taken, notes = (keys, []) if keys else _locate(checkpoint, found, ema)
-    # Of a folder of several models each place is one of the two already.
+    # In a folder of several models each place is either raw weights or an average.
     half = None if keys or isinstance(tree, Components) else ema
     entries: dict[str, object] = {}
     metadata: dict[str, object] = {}
@@ -123,7 +124,9 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
         part = read_part(checkpoint, place, len(taken) == 1, half, found)
         twice = [name for name in part.entries if name in entries]
         if twice:
-            raise LayoutError(f"has {listed(twice)} at {place} and before", file=checkpoint.path)
+            raise LayoutError(
+                f"has {listed(twice)} both at {place} and at another place", file=checkpoint.path
+            )
         entries.update(part.entries)
         metadata.update(part.metadata or {})
         prefixes += [part.prefix] if part.prefix else []
@@ -152,12 +155,12 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
 def _check_budget(
     checkpoint: Checkpoint, views: Collection[View | TensorRef], value_bytes: int
 ) -> None:
-    """Refuse a small file of which a large output would be made."""
+    """Refuse a small file that would give a large output."""
     budget, given = checkpoint.budget, sum(file.size for file in checkpoint.files)
     budget.check_tensors(len(views))
     budget.write("plain values", value_bytes, budget.header_bytes)
     wanted = sum(view.nbytes for view in views)
-    if wanted > given:  # what is tied is written once
+    if wanted > given:  # tied tensors are written once
         where = [(v.record if isinstance(v, TensorRef) else v.stored, v.offset) for v in views]
         each = zip(where, views, strict=True)
         distinct = {(place, v.shape, v.stride): v.nbytes for place, v in each}
@@ -166,16 +169,16 @@ def _check_budget(
 
 
 def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> None:
-    """Refuse to change one of two slots of a file that stays, if nobody said which.
+    """Refuse to replace either raw weights or an average in a file, if the choice is open.
 
     Args:
-        state: What was found with `keys` and `ema`.
-        keys: Where the state_dict is, if the user said so.
-        ema: Which of the two is meant, if the user said so.
+        state: The state_dict that was found with `keys` and `ema`.
+        keys: The paths of the state_dict, if the user gave them.
+        ema: The user's choice between the average and the raw weights, if any.
 
     Raises:
         LayoutError: The file has raw weights and an average, and its framework may load the
-            one that would stay as it is.
+            one that is not replaced.
     """
     found, row = state.places, state.framework
     averages = (*found.averages, *found.unnamed)
@@ -190,36 +193,36 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
     raise LayoutError(
         f"has raw weights at {found.weights[0]} and an average at {averages[0]}; {loads}",
         file=state.checkpoint.path,
-        remedy=f"Say which to replace: {named}--no-ema (the raw weights)",
+        remedy=f"Choose which to replace: {named}--no-ema (the raw weights)",
     )
 
 
 def check_running(states: Sequence[StateDict], ema: bool | None) -> None:
-    """Refuse to average several running means: each contains those before it.
+    """Refuse to average several running means, because each includes the earlier ones.
 
     Args:
-        states: The checkpoints that would be averaged.
-        ema: Whether it is their averages that were taken.
+        states: The checkpoints to average.
+        ema: Whether their averages were taken.
 
     Raises:
-        LayoutError: There are several, of a framework whose average is an equal-weight mean
-            from a fixed start on.
+        LayoutError: There are several checkpoints, and the average of their framework is an
+            equal-weight mean since a fixed start.
     """
     row = states[-1].framework if states else None
     if ema and len(states) > 1 and row and row.running:
         raise LayoutError(
             f"has at {states[-1].where} the mean of the run so far ({row.name}), "
-            "which contains those of the checkpoints before it",
+            "which includes the means of the earlier checkpoints",
             file=states[-1].checkpoint.path,
-            remedy="Take it alone (--last 1 --ema), or average the raw weights (--no-ema)",
+            remedy="Use only the last (--last 1 --ema), or average the raw weights (--no-ema)",
         )
 
 
 class Finder:
-    """Finds the state_dicts of checkpoints of one run; in trees that are one object only once."""
+    """Finds the state_dicts of the checkpoints of one run; checkpoints may share one tree."""
 
     def __init__(self, keys: Sequence[str] = (), ema: bool | None = None) -> None:
-        """Take what `find_state_dict` takes."""
+        """Take the arguments of `find_state_dict`."""
         self._keys = keys
         self._ema = ema
         self._found: dict[int, StateDict] = {}
@@ -230,14 +233,14 @@ class Finder:
         Raises:
             LayoutError: As `find_state_dict` does.
         """
-        # What was found keeps its tree, so that no other one can have its id.
+        # A StateDict in `_found` keeps its tree alive, so its id cannot be reused.
         like = self._found.get(id(checkpoint.tree))
         if like is not None:
             return replace(like, checkpoint=checkpoint)
         try:
             found = find_state_dict(checkpoint, self._keys, self._ema)
         except LayoutError:
-            # An average of ours may be bare, whatever its checkpoints look like.
+            # An average that swa-avg wrote may be a bare state_dict, unlike its inputs.
             if not checkpoint.provenance:
                 raise
             found = find_state_dict(checkpoint)
@@ -248,7 +251,7 @@ class Finder:
 def _locate(
     checkpoint: Checkpoint, found: Places, ema: bool | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return the one place of the state_dict, or those of its parts, and notes; or refuse."""
+    """Return the place of the state_dict, or the places of its parts, and notes; or refuse."""
     tree = checkpoint.tree
     if isinstance(tree, Components):
         return _components(checkpoint, tree, found, ema)
@@ -263,7 +266,7 @@ def _locate(
 
 
 def _pairs(tree: Components) -> Places:
-    """Return which components of a folder are averages of others, and of which."""
+    """Return the components of a folder that are averages of others, with those others."""
     pairs = {average: raw for average, raw in averages(tree).items() if raw is not None}
     return replace(NOWHERE, weights=tuple(pairs.values()), averages=tuple(pairs))
 
@@ -271,9 +274,9 @@ def _pairs(tree: Components) -> Places:
 def _components(
     checkpoint: Checkpoint, tree: Components, found: Places, ema: bool | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """Return the components of a folder that are averaged, each by itself.
+    """Return the components of a folder to average separately.
 
-    Of a component and an average of it one is taken.
+    If one component is an average of another, only one of the two is taken.
     """
     if ema and not averages(tree):
         raise no_average(checkpoint)
@@ -290,8 +293,8 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
             raise LayoutError(
                 f"has {partner} beside {place}",
                 file=checkpoint.path,
-                remedy=f"If both make up one model, add --key {place} --key {partner}, "
-                f"else --key {place}",
+                remedy=f"If both make up one model, add --key {place} --key {partner}; "
+                f"otherwise add --key {place}",
             )
         return (place,), []
     if found.chunks:
@@ -307,11 +310,11 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
         return ("",), []
     candidate = only_candidate(tree)
     if candidate:
-        return (candidate,), [f"the state_dict is at {candidate}, the only place for one"]
+        return (candidate,), [f"the state_dict is at {candidate}, the only candidate"]
     if found.averages:
         raise LayoutError(
-            f"has averaged weights only, at {', '.join(found.averages)}",
+            f"has only averaged weights, at {', '.join(found.averages)}",
             file=checkpoint.path,
-            remedy="Take them with --ema",
+            remedy="Use them with --ema",
         )
-    raise no_state_dict(checkpoint, "has no state_dict where frameworks put it")
+    raise no_state_dict(checkpoint, "has no state_dict in any known place")

@@ -1,6 +1,6 @@
-"""Which tensors of a state_dict belong to which family of the table, told by their names.
+"""Finds the family of each tensor of a state_dict by name.
 
-Nothing here reads a tensor, or decides on an average.
+This module does not read tensors and does not decide how they are averaged.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from swa_avg.tensors import Kind, Tensor
 
 
 def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
-    """Return of each tensor that belongs to a family what it is; not of those averaged in it.
+    """Return the family of each tensor that belongs to one and is not averaged in it.
 
     Args:
         tensors: The tensors of a state_dict by name.
     """
     found: dict[str, Family | None] = {}
-    # A name belongs to the first family in the table that claims it.
+    # A name belongs to the first family in the table that matches it.
     signs: dict[int, list[_Key]] = {}
     for number, key in _signs(tensors):
         signs.setdefault(number, []).append(key)
@@ -35,7 +35,7 @@ def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
 
 
 def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
-    """Tell whether a tensor is a statistic of a normalisation layer, or its counter."""
+    """Return whether a tensor is a statistic or the counter of a normalisation layer."""
     layer, _, buffer = name.rpartition(".")
     if buffer not in (*BN_STATISTICS, BN_COUNTER):
         return False
@@ -44,14 +44,14 @@ def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
 
 
 def is_code(tensor: Tensor) -> bool:
-    """Tell whether a tensor may hold codes of quantised weights."""
+    """Return whether a tensor may hold codes of quantised weights."""
     dtype = tensor.dtype
     small = dtype.itemsize == 1 or dtype.kind in (Kind.EXACT, Kind.OPAQUE)
     return small and dtype.name != "bool" and tensor.numel > 1
 
 
 class _Key(NamedTuple):
-    """What is around the name by which a family is recognised: what its patterns stand for."""
+    """The text that the patterns of a family match in a name."""
 
     before: str
     part: str = "*"
@@ -60,7 +60,7 @@ class _Key(NamedTuple):
 
 
 def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
-    """Yield the number of each family whose first name is there, and what is around it."""
+    """Yield the number of each family whose first pattern matches a name, with the match."""
     for name in names:
         numbers = _by_leaf(name[name.rfind(".") + 1 :])
         for part in _PARTS:
@@ -74,7 +74,7 @@ def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
 
 
 def _key(pattern: str, name: str) -> _Key | None:
-    """Return what is around a name, if it is one of a pattern."""
+    """Match a name with a pattern; return the matched text, or None."""
     if "*" not in pattern:
         before = name.removesuffix(pattern)
         return _Key(before) if before != name and before[-1:] in ("", ".") else None
@@ -83,7 +83,7 @@ def _key(pattern: str, name: str) -> _Key | None:
 
 
 def _fits(family: Family, names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether all that makes up a family is there."""
+    """Return whether all required members of a family exist and have the right dtypes."""
     if any(names[pattern] not in tensors for pattern in family.needs):
         return False
     there = {pattern: tensors[names[pattern]] for pattern in family.needs}
@@ -95,7 +95,7 @@ def _fits(family: Family, names: Mapping[str, str], tensors: Mapping[str, Tensor
 
 
 def _filled(pattern: str, key: _Key) -> str:
-    """Return the name that a pattern stands for, beside a name that has been found."""
+    """Return the name that a pattern gives for the matched text of another name."""
     if "*" not in pattern:
         return key.before + pattern
     name = pattern.replace("**", key.rest).replace("#", key.number)
@@ -104,7 +104,7 @@ def _filled(pattern: str, key: _Key) -> str:
 
 @cache
 def _expression(pattern: str) -> re.Pattern[str]:
-    """Return what finds the names of a pattern."""
+    """Return the regular expression for a pattern."""
     text = re.escape(pattern).replace(r"\*\*", r"(?P<rest>(?:\..*)?)")
     text = text.replace(r"\*", r"(?P<part>[^.]+)").replace(r"\#", r"(?P<number>[0-9]+)")
     return re.compile(rf"(?P<before>(?:.*\.)?){text}", re.DOTALL)
@@ -112,7 +112,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=1024)
 def _by_leaf(leaf: str) -> tuple[int, ...]:
-    """Return the numbers of the families whose first name may end in this, after the last dot."""
+    """Return the numbers of the families whose first pattern may match a last part of a name."""
     numbers = _BY_LEAF.get(leaf, ())
     if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
         ends = (n for n, pattern in _LEAVES if "*" in pattern and _key(pattern, leaf))
@@ -120,8 +120,8 @@ def _by_leaf(leaf: str) -> tuple[int, ...]:
     return numbers
 
 
-# How the first names are looked for, as there may be very many: by what comes after the last
-# dot, if that has no `*`; else by how it ends or begins; by a part in the middle.
+# Indices for a fast lookup among many names: by the part after the last dot if its pattern
+# has no `*`; otherwise by the end or the start of that part, or by a part in the middle.
 _FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
 _BY_PART = tuple(number for number, first in _FIRST if first.endswith("**"))
 _PARTS = tuple({FAMILIES[n].needs[0].strip("*_")[:4] for n in _BY_PART})

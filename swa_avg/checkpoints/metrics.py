@@ -1,8 +1,7 @@
-"""What a checkpoint records of how good it is: one metric of it, by name.
+"""The value of a metric that a checkpoint records.
 
-Frameworks keep it in the checkpoint, in a file beside it or in its name. All
-places are looked at, so that checkpoints are compared by what is recorded in
-the same place for each of them; nothing is guessed.
+Frameworks record metrics in the checkpoint, in a file beside it, or in its name. All places
+are read, so that checkpoints are compared by values recorded in the same place.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from swa_avg.pickles import Inert
 from swa_avg.tensors import Kind, TensorRef, View, read_numbers
 
 MODES = ("min", "max")
-# Where a metric stands under its name.
+# The places where a metric is recorded under its name.
 _PLACES = (
     "{}",
-    "metrics.{}",  # timm, and many a script
+    "metrics.{}",  # timm and many scripts
     "extra_state.{}",  # fairseq
     "loss_dict.{}",  # wenet
 )
-# Who puts the metric's name in one place and its value in another.
+# The places where the name and the value of a metric are recorded separately.
 _NAMED = (
     ("metric_name", "metric"),
     ("args.eval_metric", "metric"),  # timm
@@ -48,7 +47,7 @@ class Score:
     Attributes:
         name: The metric's name.
         value: Its value.
-        where: Where it is recorded.
+        where: The place where it is recorded.
     """
 
     name: str
@@ -57,15 +56,15 @@ class Score:
 
 
 def mode_of(name: str) -> str | None:
-    """Return whether a metric should be small (min) or large (max), if its name tells."""
+    """Return `min` or `max` for a metric whose name shows which is better, otherwise None."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     stems = (word if word in MODE_OF else word.rstrip("0123456789") for word in words)
     modes = {MODE_OF[stem] for stem in stems if stem in MODE_OF}
-    return modes.pop() if len(modes) == 1 else None  # an `acc_loss` tells nothing
+    return modes.pop() if len(modes) == 1 else None  # `acc_loss` is ambiguous
 
 
 def scores(checkpoint: Checkpoint, name: str) -> dict[str, Score]:
-    """Return a metric of a checkpoint by where it is recorded, the best place first."""
+    """Return the recorded values of a metric by place, in order of preference."""
     found: dict[str, Score] = {}
     for where, value in _values(checkpoint, name):
         number = _number(value, checkpoint)
@@ -75,13 +74,13 @@ def scores(checkpoint: Checkpoint, name: str) -> dict[str, Score]:
 
 
 def looked_at(checkpoint: Checkpoint) -> str:
-    """Return where a metric was looked for, for people."""
+    """Return the places that were searched for a metric, for a message."""
     beside = [path.name for path in _sidecars(checkpoint.path)]
     return ", ".join(["the checkpoint itself", "trainer_state.json", *beside, "its name"])
 
 
 def _values(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, object]]:
-    """Yield all places of a metric and what stands there."""
+    """Yield all places of a metric and their values."""
     for tree in (checkpoint.tree, checkpoint.beside):
         yield from _in_tree(tree, name)
         yield from _in_callbacks(tree, name, checkpoint.path.name)
@@ -89,7 +88,7 @@ def _values(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, object]]:
     for path in _sidecars(checkpoint.path):
         for where, value in _in_tree(_read_sidecar(path), name):
             yield f"{path.suffix} beside it: {where}", value
-    # A metric `val/acc` in Lightning's file names makes a folder.
+    # A metric `val/acc` in a file name of Lightning creates a folder.
     yield "file name", names.read(checkpoint.path, 1 + name.count("/")).metric(name)
 
 
@@ -103,7 +102,7 @@ def _in_tree(tree: object, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _attribute(tree: object, path: str) -> object:
-    """Return what stands at a dotted path whose last part may be an object's attribute."""
+    """Return the value at a dotted path whose last part may be an attribute of an object."""
     first, _, last = path.rpartition(".")
     holder = at(tree, first)
     if isinstance(holder, Inert) and isinstance(holder.state, dict):  # an argparse.Namespace
@@ -112,11 +111,11 @@ def _attribute(tree: object, path: str) -> object:
 
 
 def _in_callbacks(tree: object, name: str, file: str) -> Iterator[tuple[str, object]]:
-    """Yield what Lightning's ModelCheckpoint says of a checkpoint.
+    """Yield the score of a checkpoint from the state of Lightning's ModelCheckpoint.
 
-    Its `current_score` is that of the last file that it saved for the score's sake,
-    and stands in all that are saved later (`last.ckpt`, another callback's files). So
-    its list of files is what counts, where it has one.
+    `current_score` is the score of the last file that was saved because of its score, and
+    later files (`last.ckpt`, files of other callbacks) repeat it. The dict `best_k_models`
+    is used instead if there is one.
     """
     for callback in (mapping(at(tree, "callbacks")) or {}).values():
         if at(callback, "monitor") != name:
@@ -128,7 +127,7 @@ def _in_callbacks(tree: object, name: str, file: str) -> Iterator[tuple[str, obj
 
 
 def _in_history(tree: object, name: str) -> Iterator[tuple[str, object]]:
-    """Yield what Trainer logged at the step of a checkpoint; it calls `loss` `eval_loss`, too."""
+    """Yield the values that Trainer logged for `name` or `eval_name` at a checkpoint's step."""
     step, history = at(tree, "global_step"), at(tree, "log_history")
     if step is None or not isinstance(history, list):
         return
@@ -139,7 +138,7 @@ def _in_history(tree: object, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _number(value: object, checkpoint: Checkpoint) -> float | None:
-    """Return a number, or a tensor of one element in a file that is open, as a float."""
+    """Return a number, or a tensor of one element in an open file, as a float."""
     if isinstance(value, View | TensorRef) and value.numel == 1 and value.dtype.kind in _REAL:
         is_open = isinstance(value, TensorRef) or value.stored in checkpoint.records
         value = float(read_numbers(checkpoint.located(value))[0]) if is_open else None
@@ -152,14 +151,14 @@ def _number(value: object, checkpoint: Checkpoint) -> float | None:
 
 
 def _sidecars(path: Path) -> list[Path]:
-    """Return the files beside a checkpoint that bear its name, without its suffix or with it."""
+    """Return the JSON and YAML files beside a checkpoint with its name, with or without suffix."""
     stems = dict.fromkeys((path.stem if path.suffix else path.name, path.name))
     found = (path.with_name(stem + suffix) for stem in stems for suffix in _SIDECARS)
     return [beside for beside in found if beside.is_file()]
 
 
 def _read_sidecar(path: Path) -> object:
-    """Return what a small JSON or YAML file holds; None if it cannot be read as that."""
+    """Return the content of a small JSON or YAML file, or None if it cannot be read."""
     try:
         if path.stat().st_size > _MOST_SIDECAR_BYTES:
             return None
@@ -172,10 +171,10 @@ def _read_sidecar(path: Path) -> object:
 def _numbers_in_yaml(text: str) -> Mapping[str, object]:
     """Return the numbers under plain keys in a YAML text, nested by indentation.
 
-    All else in it (lists, texts, tags) is passed over, with what is indented below it.
+    Everything else (lists, strings, tags) is skipped, with the lines indented below it.
     """
     root: dict[str, object] = {}
-    # What is open at each indentation: a mapping, or None for what is passed over.
+    # The open mapping at each indentation, or None for a skipped block.
     levels: list[tuple[int, dict[str, object] | None]] = [(-1, root)]
     for line in text.splitlines():
         if not line.strip() or line.lstrip().startswith("#"):

@@ -1,8 +1,7 @@
-"""What the path of a checkpoint says: epoch, step, part, metrics, average, and its series.
+"""Parses the path of a checkpoint: epoch, step, part, metrics, average, and series.
 
-A name is read once, here, into data; all who want to know something of it ask that
-data. What the words mean is in `words`. Nothing here opens a file, and what files
-record inside goes before what is read here.
+A path is parsed once into a `Name`. The meaning of words is defined in `words`. This module
+does not open files; values recorded inside a checkpoint take precedence over its name.
 """
 
 from __future__ import annotations
@@ -21,33 +20,33 @@ Number = int | float
 
 _MULTIPLES = {"k": 1_000, "K": 1_000, "m": 1_000_000, "M": 1_000_000, "B": 1_000_000_000}
 _NEGATIONS = ("no", "non", "not", "without", "wo")
-# What changes from one checkpoint of a series to the next.
+# The meanings of numbers that change from one checkpoint of a series to the next.
 _RUNNING = ("epoch", "step", "count", "number", "time", "part", "metric", "average")
-# How much a number without a word looks like the place of a checkpoint.
+# How likely a number without a word is the position of a checkpoint in the run.
 _TIME, _FREE, _SCALED, _GLUED = 4, 3, 2, 1
 
 
 @dataclass(frozen=True)
 class Name:
-    """What a path says.
+    """A parsed path.
 
     Attributes:
         path: The path.
-        series: The name without its numbers: what the checkpoints of a run have in common.
-        pattern: A pattern of `glob` for the series, beginning where `text` does.
+        series: The name without its numbers, which the checkpoints of a run share.
+        pattern: A `glob` pattern for the series, which begins where `text` does.
         part_pattern: The same for one part of the model over the whole run.
-        text: As much of the path as counts, without the folders that all inputs share.
-        shape: The series without the other numbers in it that may run.
-        whole: The series without what says which part of a model a file holds.
-        epoch: The number under a word for epoch, or None.
-        step: The number under a word for step, iteration, update or batch, or None.
-        count: The number under a word for tokens or samples, or None.
-        number: Where no word says what the numbers are: the one that tells the place.
-        version: What Lightning puts behind a name that was there already (`-v1`), else 0.
-        parts: What says which part of a model it is, and its number: rank 0, shard 1.
+        text: The parsed end of the path, without the folders that all inputs share.
+        shape: The series without the other numbers in it that may change.
+        whole: The series without the words that mark a part of a model.
+        epoch: The number next to a word for epoch, or None.
+        step: The number next to a word for step, iteration, update or batch, or None.
+        count: The number next to a word for tokens or samples, or None.
+        number: The number that gives the position in the run if no word marks one, or None.
+        version: The version that Lightning appends to an existing name (`-v1`), or 0.
+        parts: The words that mark a part of a model, with numbers: rank 0, shard 1.
         metrics: Metrics by their labels.
-        average: The word that says that it is an average; else empty.
-        role: The word that says which checkpoint it is without a number: best, last.
+        average: The word that marks an average, or empty.
+        role: The word that marks a checkpoint without a number (best, last), or empty.
     """
 
     path: Path
@@ -69,16 +68,16 @@ class Name:
 
     @property
     def place(self) -> tuple[Number | None, ...]:
-        """All that it says of its place in the run."""
+        """The numbers that give the position in the run."""
         return self.epoch, self.step, self.count, self.number
 
     @property
     def is_placed(self) -> bool:
-        """Whether it says anything of its place in the run."""
+        """Whether any number gives the position in the run."""
         return any(value is not None for value in self.place)
 
     def metric(self, name: str) -> float | None:
-        """Return the metric of a name; of several the one that is called so and no more."""
+        """Return the value of a metric; if several labels match, the shortest is used."""
         called = [
             (len(label.words), value) for label, value in self.metrics if label.is_called(name)
         ]
@@ -86,7 +85,7 @@ class Name:
 
 
 def read_all(paths: Sequence[Path]) -> list[Name]:
-    """Read the names of all inputs; the folders that they have in common say nothing."""
+    """Parse the names of all inputs, without the folders that they share."""
     shared = 0
     for level in zip(*(path.parts[:-1] for path in paths), strict=False):
         if len(set(level)) > 1:
@@ -96,11 +95,11 @@ def read_all(paths: Sequence[Path]) -> list[Name]:
 
 
 def read(path: Path, depth: int = 1) -> Name:
-    """Read a name.
+    """Parse a name.
 
     Args:
         path: The path of a checkpoint.
-        depth: How many of its last parts count: one for the name alone.
+        depth: The number of last parts of the path to parse; 1 for the name only.
     """
     parts = path.parts[-depth:]
     suffix = _suffix(parts[-1])
@@ -120,7 +119,7 @@ def _suffix(name: str) -> str:
 
 @dataclass
 class _Reading:
-    """The reading of one name, from left to right."""
+    """The parser of one name, from left to right."""
 
     text: str
     suffix: str
@@ -132,7 +131,7 @@ class _Reading:
     of_part: set[int] = field(default_factory=set)
 
     def result(self) -> Name:
-        """Read the name."""
+        """Parse the name."""
         average = self._average()
         numbers = [at for at, token in enumerate(self.tokens) if token.kind == "number"]
         for at in numbers:
@@ -161,9 +160,9 @@ class _Reading:
         )
 
     def _average(self) -> str:
-        """Return the word that says that this is an average: not `avg` in `avg_loss`."""
+        """Return the word that marks an average; `avg` in `avg_loss` does not."""
         for at, token in enumerate(self.tokens):
-            if token.kind != "word" or not words.says_average(token.text):
+            if token.kind != "word" or not words.marks_average(token.text):
                 continue
             after, before = self.tokens.word_after(at), self.tokens.word_before(at)
             of_metric = after in words.MODES or after in words.SCORES
@@ -171,10 +170,10 @@ class _Reading:
                 return token.text
         return ""
 
-    # What a number is.
+    # The meaning of numbers.
 
     def _read_number(self, at: int, averaged: bool) -> None:
-        """Find out what a number is; the rules go from the surest to the least sure."""
+        """Determine the meaning of a number; the most certain rules come first."""
         token, before = self.tokens[at], self.tokens.word_before(at)
         glued = at > 0 and self.tokens[at - 1].kind == "word"
         unit = self.tokens.word_at(at + 1)
@@ -197,7 +196,7 @@ class _Reading:
             token.look = _TIME if token.is_time else self._look(before, glued, unit, scale)
 
     def _is_part(self, at: int, before: str) -> bool:
-        """Read which part of a model a file holds: rank_0, 00001-of-00002."""
+        """Parse the part of a model that a file holds: rank_0, 00001-of-00002."""
         token, left, of = self.tokens[at], self.tokens.left(at), self.tokens.right(at)
         label, span = "", range(0)
         if self.tokens.word_at(of) == "of" and self.tokens.is_number(self.tokens.right(of)):
@@ -222,13 +221,13 @@ class _Reading:
         return True
 
     def _goes_on(self, at: int, left: int) -> bool:
-        """Tell whether a number is a further rank: the pipeline's in Megatron's mp_rank_00_001."""
+        """Return whether a number is a second rank: the pipeline rank in mp_rank_00_001."""
         follows = left >= 0 and self.tokens[left].meaning == "part"
         of_rank = follows and self.tokens.word_before(left) == "rank"
         return of_rank and self.tokens.joint(at) == "_"
 
     def _kind(self, at: int, before: str, glued: bool) -> str:
-        """Return epoch, step or count, if a word beside a number says so."""
+        """Return epoch, step or count, if a word next to a number has that meaning."""
         after, right = self.tokens.word_at(at + 1), self.tokens.right(at)
         if before in words.LETTERS and glued and not after:
             apart = (
@@ -246,13 +245,13 @@ class _Reading:
         return "" if glued else words.KINDS.get(self.tokens.word_after(at), "")
 
     def _counts_averaged(self, at: int, before: str, averaged: bool) -> bool:
-        """Tell whether a number says how many were averaged: avg_5, 10best, last10.avg."""
+        """Return whether a number counts averaged checkpoints: avg_5, 10best, last10.avg."""
         if before in words.COUNTED_AVERAGES or self.tokens.word_at(at + 1) == "best":
             return True
         return averaged and before in words.ROLES
 
     def _is_metric(self, at: int, before: str, glued: bool) -> bool:
-        """Read a metric: `val_loss=0.12`, `acc0.93`, `02-0.12`."""
+        """Parse a metric: `val_loss=0.12`, `acc0.93`, `02-0.12`."""
         token, left, right = self.tokens[at], self.tokens.left(at), self.tokens.right(at)
         if not token.is_whole and self.tokens.word_at(at + 1) not in ("", *_MULTIPLES):
             token.meaning = "literal"  # mobilenet0.5x
@@ -274,12 +273,12 @@ class _Reading:
             self.tokens[at - 1].meaning = "unit"  # a sign
             value = -value
         self.metrics.append((self._label(at), value))
-        # A whole number under a word that is not known may be a setting.
+        # A whole number next to an unknown word may be a setting.
         token.meaning = "metric" if known or labelled or not token.is_whole else "literal"
         return True
 
     def _label(self, at: int) -> Label:
-        """Return the words before a metric, as far as they can belong to its name."""
+        """Return the words before a metric that can belong to its name."""
         pieces: list[tuple[str, str]] = []
         here = at
         while (left := self.tokens.near(here)) >= 0:
@@ -292,7 +291,7 @@ class _Reading:
         return Label(tuple(word for word, _ in pieces), tuple(joint for _, joint in pieces))
 
     def _look(self, before: str, glued: bool, unit: str, scale: int) -> int:
-        """Return how much a number looks like the place of a checkpoint."""
+        """Return how likely a number is the position of a checkpoint in the run."""
         if unit:
             return _SCALED if scale > 1 and unit != "b" else 0  # 7b is a size
         if glued and before not in words.NOUNS and before not in words.ROLES:
@@ -300,7 +299,7 @@ class _Reading:
         return _FREE
 
     def _place(self, numbers: Sequence[int]) -> None:
-        """Take the numbers that tell the place where no word does."""
+        """Choose the numbers that give the position if no word marks one."""
         if not {"epoch", "step", "count"} & self.found.keys():
             self._place_without_words(numbers)
         for at in numbers:  # checkpoint-500/epoch_3.pt
@@ -338,29 +337,29 @@ class _Reading:
             self.found.pop("version")
 
     def _take(self, at: int, meaning: str, scale: int = 1) -> None:
-        """Take a number as what it means, with the unit behind it: 100k."""
+        """Record a number with its meaning and the unit after it: 100k."""
         self.tokens[at].meaning = meaning
         self.found[meaning] = _value(self.tokens[at].value * scale)
         if scale > 1:
             self.tokens[at + 1].meaning = "unit"
 
     def _names_checkpoint(self, at: int) -> bool:
-        """Tell whether a folder's number is a checkpoint's: 1000/ or checkpoint-1000/."""
+        """Return whether the number of a folder marks a checkpoint: 1000/ or checkpoint-1000/."""
         depth = self.tokens[at].depth
         alone = all(t.kind == "separator" or t is self.tokens[at] for t in self.tokens.part(depth))
         return alone or self.tokens.word_before(at) in words.CHECKPOINT_NOUNS
 
     def _is_epoch_and_step(self, first: int, last: int) -> bool:
-        """Tell whether two numbers are fairseq's: checkpoint_EPOCH_UPDATE."""
+        """Return whether two numbers have the form of fairseq: checkpoint_EPOCH_UPDATE."""
         return self.tokens.word_before(first) == "checkpoint" and self.tokens.left(last) == first
 
-    # What is left.
+    # The series.
 
     def _series(self, running: bool = False) -> tuple[str, str]:
         """Return the series, and the series without the words for parts.
 
         Args:
-            running: Without the numbers of the name itself that nothing accounts for, too.
+            running: Also remove the numbers of the file name that have no known meaning.
         """
         texts, deepest = [], self.tokens[-1].depth if self.tokens else 0
         for at, token in enumerate(self.tokens):
@@ -372,7 +371,7 @@ class _Reading:
         return "".join(texts), "".join(whole)
 
     def _pattern(self, parts: bool) -> str:
-        """Return a pattern of the series; with `parts` of all parts of the model."""
+        """Return a `glob` pattern for the series; `parts` includes all parts of the model."""
         pattern = ""
         for at, token in enumerate(self.tokens):
             kept = token.meaning == "part" and not parts
@@ -385,7 +384,7 @@ class _Reading:
         return re.sub(r"\*+", "*", pattern) + escape(self.suffix)
 
     def _is_of_version(self, at: int) -> bool:
-        """Tell whether a piece is the `-`, the `v` or the number of a `-v1`."""
+        """Return whether a token is the `-`, the `v` or the number of a `-v1`."""
         return any(token.meaning == "version" for token in self.tokens[at : at + 3])
 
 

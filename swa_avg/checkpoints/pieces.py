@@ -1,6 +1,6 @@
-"""A name in pieces: words, numbers and what separates them, and what stands beside what.
+"""Splits a name into tokens: words, numbers and separators.
 
-Nothing here knows what a word means; `names` does.
+This module does not interpret words; `names` does.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _KINDS = {"dotted": "word", "time": "number"}
 
 @dataclass
 class Token:
-    """A piece of a name.
+    """A token of a name.
 
     Attributes:
         kind: word, number or separator.
-        text: What stands there.
-        depth: In which part of the path.
-        meaning: What a number, once read, is: epoch, step, count, part, metric, average,
-            version, number, label (it belongs to a metric's name) or literal.
-        look: How much a number without a meaning looks like the place of a checkpoint.
-        is_time: Whether it is a number that is a date and time.
+        text: The text.
+        depth: The index of the part of the path that contains it.
+        meaning: The meaning of a number after parsing: epoch, step, count, part, metric,
+            average, version, number, label (a part of a metric's name) or literal.
+        look: How likely a number without a meaning is the position in the run.
+        is_time: Whether it is a date and time.
     """
 
     kind: str
@@ -45,30 +45,30 @@ class Token:
 
     @property
     def word(self) -> str:
-        """The word in lower case; empty for another kind."""
+        """The word in lower case; empty for other kinds."""
         return self.text.lower() if self.kind == "word" else ""
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a number of digits alone, or a date and time."""
+        """Whether it is a number of digits only, or a date and time."""
         return self.kind == "number" and (self.text.isdecimal() or self.is_time)
 
     @property
     def is_finite(self) -> bool:
-        """Whether it is a number in digits: neither nan nor inf."""
+        """Whether it is a finite number: neither nan nor inf."""
         return self.kind == "number" and self.text[0].isdecimal()
 
     @property
     def value(self) -> float:
-        """Its number; of a date and time all digits of it."""
+        """The value of the number; for a date and time, all its digits."""
         return float(re.sub(r"[^0-9]", "", self.text) if self.is_time else self.text)
 
 
 class Tokens(list[Token]):
-    """The pieces of a name in their order."""
+    """The tokens of a name in order."""
 
     def __init__(self, text: str) -> None:
-        """Take a name apart; `/` separates the parts of a path."""
+        """Split a name into tokens; `/` separates the parts of a path."""
         depth = 0
         for match in _TOKEN.finditer(text):
             depth += match[0] == "/"
@@ -76,23 +76,23 @@ class Tokens(list[Token]):
             self.append(Token(kind, match[0], depth, is_time=match.lastgroup == "time"))
 
     def word_at(self, at: int) -> str:
-        """Return a word in lower case; empty where there is none."""
+        """Return the word at an index in lower case, or empty."""
         return self[at].word if 0 <= at < len(self) else ""
 
     def is_separator(self, at: int) -> bool:
-        """Tell whether there is a separator within a part of the path."""
+        """Return whether the token at an index is a separator other than `/`."""
         inside = 0 <= at < len(self)
         return inside and self[at].kind == "separator" and self[at].text != "/"
 
     def left(self, at: int) -> int:
-        """Return where the next piece to the left is that is no separator; -1 for none."""
+        """Return the index of the next token to the left that is not a separator, or -1."""
         at -= 1
         while self.is_separator(at):
             at -= 1
         return at if at >= 0 and self[at].kind != "separator" else -1
 
     def right(self, at: int) -> int:
-        """Return where the next piece to the right is that is no separator; -1 for none."""
+        """Return the index of the next token to the right that is not a separator, or -1."""
         at += 1
         while self.is_separator(at):
             at += 1
@@ -100,35 +100,35 @@ class Tokens(list[Token]):
         return at if inside else -1
 
     def word_before(self, at: int) -> str:
-        """Return the word to the left of a piece, if the next piece there is one."""
+        """Return the next token to the left if it is a word, otherwise empty."""
         return self.word_at(self.left(at))
 
     def word_after(self, at: int) -> str:
-        """Return the word to the right of a piece, if the next piece there is one."""
+        """Return the next token to the right if it is a word, otherwise empty."""
         return self.word_at(self.right(at))
 
     def is_number(self, at: int) -> bool:
-        """Tell whether there is a number."""
+        """Return whether the token at an index is a number."""
         return at >= 0 and self[at].kind == "number"
 
     def joint(self, at: int) -> str:
-        """Return what stands between a piece and the one to its left."""
+        """Return the text between a token and the next token to the left."""
         start = at
         while self.is_separator(start - 1):
             start -= 1
         return "".join(token.text for token in self[start:at])
 
     def near(self, at: int) -> int:
-        """Return the piece to the left, in the folder before too: `val/loss=0.12`."""
+        """Return the index of the token to the left, across folders too: `val/loss=0.12`."""
         left = self.left(at)
         slash = at - 1 >= 0 and self[at - 1].text == "/"
         return self.left(at - 1) if left < 0 and slash else left
 
     def near_joint(self, at: int) -> str:
-        """Return what stands between a piece and the one that `near` finds."""
+        """Return the text between a token and the token that `near` finds."""
         slash = at - 1 >= 0 and self[at - 1].text == "/"
         return "/" if slash else self.joint(at)
 
     def part(self, depth: int) -> Iterator[Token]:
-        """Yield the pieces of one part of the path."""
+        """Yield the tokens of one part of the path."""
         return (token for token in self if token.depth == depth)

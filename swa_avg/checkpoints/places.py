@@ -1,8 +1,8 @@
-"""Where in a checkpoint the raw weights are, and where the averages that the run has kept.
+"""Finds the raw weights and the averages of a run in a checkpoint.
 
-The places are those of the table of `frameworks`; beside them any dict at the
-top whose name says average. Where there is nothing, the errors say what may be
-meant. Nothing here looks at names inside a state_dict.
+The places are those in the table of `frameworks`, and any top-level dict whose name marks an
+average. If nothing is found, the error suggests candidates. This module does not look at
+names inside a state_dict.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, says_average
+from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, marks_average
 from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
@@ -26,7 +26,7 @@ from swa_avg.formats import Checkpoint
 from swa_avg.pickles import Inert
 from swa_avg.tensors import Tensor, is_optimizer
 
-# What stands beside a model and holds tensors, but is none.
+# Entries next to a model that hold tensors but are not a model.
 _NO_MODEL = re.compile(
     r"(?:^|_)(?:opt|optim\w*|\w*scheds?|\w*schedulers?|scaler|rng\w*|random\w*|sampler|loaders?"
     r"|loss\w*|criterion|metrics?|callbacks?|history|args|config|hparams|hyper_parameters)(?:_|$)",
@@ -34,19 +34,19 @@ _NO_MODEL = re.compile(
 )
 _AVERAGES = [row.average for row in FRAMEWORKS if row.average and row.average not in WEIGHTS]
 _CHUNK = re.compile(r"model\d+")
-# Under this name torch_ema and diffusers' EMAModel keep a list, in the order of the parameters.
+# The key under which torch_ema and diffusers' EMAModel save a list in parameter order.
 _LIST = "shadow_params"
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the weights of a model are in a checkpoint.
+    """The places of a model's weights in a checkpoint.
 
     Attributes:
-        framework: The row of the table that it fits, or None.
+        framework: The row of the table that matches, or None.
         weights: The dotted paths of raw weights.
         chunks: The dotted paths of parts that make up one model, if it is stored in several.
-        averages: The dotted paths of averages, by name.
+        averages: The dotted paths of averages with named tensors.
         unnamed: The dotted paths of averages that are lists of tensors without names.
     """
 
@@ -67,21 +67,21 @@ def places(tree: object) -> Places:
     patterns = [row.weights] if row and exchanged else [*WEIGHTS, *([row.weights] if row else [])]
     weights = _holding(tree, patterns)
     root = mapping(tree) or {}
-    said = [n for n, v in root.items() if _is_dict(v) and isinstance(n, str) and says_average(n)]
+    marked = [n for n, v in root.items() if _is_dict(v) and isinstance(n, str) and marks_average(n)]
     first = [row.average] if row and exchanged else []
-    averages = _holding(tree, [*first, *_AVERAGES, *said])
-    # mmengine keeps the raw weights under a name that says average.
+    averages = _holding(tree, [*first, *_AVERAGES, *marked])
+    # mmengine saves the raw weights under a name that marks an average.
     averages = tuple(path for path in averages if path not in weights)
     chunks: tuple[str, ...] = ()
     if not weights:
         numbered = [name for name in root if isinstance(name, str) and _CHUNK.fullmatch(name)]
         chunks = _holding(tree, numbered)
-    unnamed = [path for path in dict.fromkeys(_slots(row, said)) if _is_list(at(tree, path))]
+    unnamed = [path for path in dict.fromkeys(_slots(row, marked)) if _is_list(at(tree, path))]
     return Places(row, weights, chunks, averages, tuple(unnamed))
 
 
 def _row(tree: object) -> Framework | None:
-    """Return the row of the table that a checkpoint fits."""
+    """Return the row of the table that a checkpoint matches."""
     for row in FRAMEWORKS:
         if row.sign and at(tree, row.sign) is None:
             continue
@@ -89,21 +89,21 @@ def _row(tree: object) -> Framework | None:
             bool(_holding(tree, [row.average])) or _is_list(at(tree, row.average))
         )
         weights = bool(_holding(tree, [row.weights]))
-        # A file may have an average alone, but not where others have the raw weights.
+        # A file may have only an average, but not at a place of raw weights in other rows.
         alone = bool(row.sign) and row.average not in WEIGHTS
         if averages and (weights or alone) if row.average else weights:
             return row
     return None
 
 
-def _slots(row: Framework | None, said: list[str]) -> Iterator[str]:
+def _slots(row: Framework | None, marked: list[str]) -> Iterator[str]:
     if row and row.average:
         yield row.average
-    yield from said
+    yield from marked
 
 
 def _holding(tree: object, patterns: list[str]) -> tuple[str, ...]:
-    """Return the paths of the state_dicts at some places; of those, where there are any."""
+    """Return the paths of the state_dicts that exist at the given patterns."""
     found = (path for pattern in patterns for path in matching(tree, pattern))
     holding = (path for path in found if holds_tensors(at(tree, path)))
     return tuple(dict.fromkeys(innermost(at(tree, path), path) for path in holding))
@@ -114,55 +114,55 @@ def _is_dict(value: object) -> bool:
 
 
 def _is_list(value: object) -> bool:
-    """Tell whether an average is kept as a list of tensors without names."""
+    """Return whether a value is an average saved as a list of tensors without names."""
     listed = (mapping(value) or {}).get(_LIST, value)
     return isinstance(listed, list | tuple) and any(isinstance(one, Tensor) for one in listed)
 
 
 def only_candidate(tree: object) -> str:
-    """Return the path of the only dict that may be a model, or nothing."""
+    """Return the path of the only dict that may be a model, or empty."""
     found: list[str] = []
     for path in dicts_of_tensors(tree):
         parts = path.split(".")
-        if any(_NO_MODEL.search(part) or says_average(part) for part in parts):
+        if any(_NO_MODEL.search(part) or marks_average(part) for part in parts):
             continue
-        # What is inside of one that was found belongs to it.
+        # A dict inside a candidate belongs to the candidate.
         if has_weights(at(tree, path)) and not any(path.startswith(f"{one}.") for one in found):
             found.append(path)
     return found[0] if len(found) == 1 else ""
 
 
 def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:
-    """Say that there is no state_dict, and what might be meant."""
+    """Return the error for a missing state_dict, with a suggestion."""
     tree = checkpoint.tree
     near = [path for path in dicts_of_tensors(tree) if has_weights(at(tree, path))]
     objects = [path for path in ("", *WEIGHTS) if isinstance(at(tree, path), Inert)]
     if near:
-        remedy = f"Name its place with --key; tensors are at: {listed(near, 8)}"
+        remedy = f"Give its path with --key; tensors are at: {listed(near, 8)}"
     elif is_optimizer(mapping(tree) or {}):
-        remedy = f"It holds what an optimizer keeps: --exclude {checkpoint.path.name}"
+        remedy = f"It holds optimizer state; leave it out with --exclude {checkpoint.path.name}"
     elif objects:
-        remedy = "It holds a whole pickled object; save its state_dict() instead"
+        remedy = "It holds a pickled object; save its state_dict() instead"
     else:
-        remedy = "It holds no tensors by name"
+        remedy = "It has no named tensors"
     return LayoutError(found, file=checkpoint.path, remedy=remedy)
 
 
 def no_average(checkpoint: Checkpoint) -> LayoutError:
-    """Say that there is no average in a checkpoint, and what to do."""
+    """Return the error for a missing average."""
     return LayoutError(
         "has no averaged weights",
         file=checkpoint.path,
-        remedy="Average the raw weights without --ema, or leave this one out with "
+        remedy="Average the raw weights without --ema, or leave this file out with "
         f"--exclude {checkpoint.path.name}",
     )
 
 
 def only_of(checkpoint: Checkpoint, paths: Sequence[str], unnamed: Sequence[str] = ()) -> str:
-    """Return the only path, or refuse."""
+    """Return the only path, or raise if there are several or the average has no names."""
     if not paths:
         raise LayoutError(
-            f"has its average at {listed(unnamed)}, a list of tensors without their names",
+            f"has its average at {listed(unnamed)}, a list of tensors without names",
             file=checkpoint.path,
             remedy="Copy it into the model with the code that wrote it, and save its state_dict; "
             "or average the raw weights with --no-ema",
@@ -172,6 +172,6 @@ def only_of(checkpoint: Checkpoint, paths: Sequence[str], unnamed: Sequence[str]
             f"has several state_dicts ({', '.join(paths)})",
             file=checkpoint.path,
             expected="one",
-            remedy=f"Name the one to average, as in --key {paths[0]}",
+            remedy=f"Choose one, as in --key {paths[0]}",
         )
     return paths[0]

@@ -1,9 +1,9 @@
-"""How an average was made: what its own file says of it.
+"""The provenance of an average: a record in its file of how it was made.
 
-Every output carries a small JSON text: the version of swa-avg, the checkpoints
-it was made from, how many it stands for, and the options. Names only, no paths,
-and no time: the same inputs give the same bytes. Where it is kept is a matter of
-the format. Nothing here reads a tensor.
+Every output holds a small JSON text with the version of swa-avg, the checkpoints that were
+averaged, their number, and the options. It has names but no full paths and no times, so the
+same inputs give the same bytes. The format decides where the text is stored. This module
+does not read tensors.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from swa_avg.errors import ProvenanceError
 from swa_avg.formats import PROVENANCE, Checkpoint, open_checkpoint
 from swa_avg.tensors import Kind, Record, TensorRef, View
 
-# A fingerprint that is known only when the tensors have been read; as long as any other.
+# The placeholder for a fingerprint before the tensors are read; of the same length.
 UNKNOWN = "0" * 16
 _WITH_MEAN = (Kind.FLOAT, Kind.COMPLEX)
-# The most that the mean weighs exactly (kernel): a checkpoint each second for two years.
+# The largest count that the kernel handles exactly: a checkpoint each second for two years.
 MOST_COUNT = 1 << 26
-_MOST = (1 << 63) - 1  # of sizes, epochs and steps: what a file system and torch can hold
-# Room for what a later recompute of BatchNorm has to say, so that no other byte moves.
+_MOST = (1 << 63) - 1  # of sizes, epochs and steps: the limit of file systems and torch
+# Padding for the provenance of a later BatchNorm recompute, so that no other byte moves.
 _ROOM = 256
 
 
@@ -38,12 +38,12 @@ class Source:
     Attributes:
         name: The name of its file or folder.
         size: Its bytes.
-        fingerprint: What equal weights have in common: 16 hexadecimal digits over the
-            CRC-32 of its floating tensors. `UNKNOWN` where nobody has read them.
+        fingerprint: A hash that is equal for equal weights: 16 hexadecimal digits over the
+            CRC-32 of its floating tensors. `UNKNOWN` if the tensors were not read.
         epoch: The epoch that it records, or None.
         step: The step that it records, or None.
-        count: How many checkpoints it stands for: more than one if it is an average
-            itself that does not say which.
+        count: The number of checkpoints that it counts for: more than one if it is an
+            average without a list of its checkpoints.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How an average was made.
+    """The provenance of an average.
 
     Attributes:
         version: The version of swa-avg.
-        sources: The checkpoints, in their order.
-        options: The options that its bytes depend on, where they are not the defaults.
-        batchnorm: Which statistics its BatchNorm layers have: those of the last
-            checkpoint, say, or how they were recomputed.
+        sources: The checkpoints, in order.
+        options: The options that affect the bytes and differ from the defaults.
+        batchnorm: The source of the BatchNorm statistics: the last checkpoint, for example,
+            or how they were recomputed.
     """
 
     version: str
@@ -73,11 +73,11 @@ class Provenance:
 
     @property
     def count(self) -> int:
-        """How many checkpoints the average stands for."""
+        """The number of checkpoints in the average."""
         return sum(source.count for source in self.sources)
 
     def to_dict(self) -> dict[str, object]:
-        """Return it as what JSON can hold."""
+        """Return the provenance as JSON types."""
         return {
             "swa_avg": self.version,
             "count": self.count,
@@ -87,14 +87,14 @@ class Provenance:
         }
 
     def text(self, like: str = "") -> str:
-        """Return it as JSON in ASCII, filled up with white space.
+        """Return the provenance as JSON in ASCII, padded with white space.
 
         Args:
-            like: What it takes the place of: it gets as long, and if it has fewer quotation
-                marks also as long as that within another JSON text, which doubles them.
+            like: The text to replace. The result has the same length, also when both are
+                escaped inside another JSON text, unless the result has more quotation marks.
 
         Raises:
-            ValueError: It is longer than `like`, if that is given.
+            ValueError: The result is longer than `like`.
         """
         made = json.dumps(self.to_dict())
         if not like:
@@ -102,38 +102,38 @@ class Provenance:
         spare = len(like) - len(made)
         if spare < 0:
             raise ValueError(f"{len(made)} characters do not fit in {len(like)}")
-        # A line feed takes two characters there, too.
+        # An escaped line feed takes two characters, like an escaped quotation mark.
         doubled = min(max(0, _doubled(like) - _doubled(made)), spare)
         return made + "\n" * doubled + " " * (spare - doubled)
 
 
 def _doubled(text: str) -> int:
-    """Return how many characters of a text take two within a JSON text."""
+    """Return the number of characters that take two when escaped inside a JSON text."""
     return len(json.dumps(text)) - len(text)
 
 
 def made_from(path: str | os.PathLike[str]) -> Provenance:
-    """Return what an average on disk says of how it was made.
+    """Return the provenance of an average on disk.
 
     Raises:
-        ProvenanceError: It says nothing.
-        SwaAvgError: It is no sound checkpoint.
+        ProvenanceError: The file has no provenance.
+        SwaAvgError: The file is not a checkpoint, or is damaged.
     """
     checkpoint = open_checkpoint(path)
     checkpoint.close()
-    said = of(checkpoint)
-    if said is None:
+    found = of(checkpoint)
+    if found is None:
         raise ProvenanceError(
-            "does not say how it was made", file=path, expected="an average that swa-avg wrote"
+            "has no record of how it was made", file=path, expected="an average that swa-avg wrote"
         )
-    return said
+    return found
 
 
 def of(checkpoint: Checkpoint) -> Provenance | None:
-    """Return what a checkpoint says of how it was made; None if it is no average of ours.
+    """Return the provenance of a checkpoint, or None if swa-avg did not write it.
 
     Raises:
-        ProvenanceError: It claims to be one, and what it says cannot be.
+        ProvenanceError: The provenance is invalid.
     """
     try:
         found = json.loads(checkpoint.provenance)
@@ -148,10 +148,10 @@ def of(checkpoint: Checkpoint) -> Provenance | None:
         return Provenance(found["swa_avg"], sources, found["options"], found["batchnorm"])
     except (ValueError, KeyError, TypeError) as error:
         raise ProvenanceError(
-            f"has an unsound record of how it was made ({error})",
+            f"has an invalid record of how it was made ({error})",
             file=checkpoint.path,
-            expected=f"what swa-avg writes in {PROVENANCE}",
-            remedy="The record is damaged, forged or of a newer version",
+            expected=f"a record {PROVENANCE} as swa-avg writes it",
+            remedy="The record is damaged, forged or from a newer version",
         ) from error
 
 
@@ -168,17 +168,17 @@ def _source(entry: object) -> Source:
 
 
 def _check_kinds(expected: Mapping[type, Iterable[object]]) -> None:
-    """Raise `TypeError` where a value is not of the kind that belongs there."""
+    """Raise `TypeError` if a value has the wrong type."""
     for kind, values in expected.items():
         for value in values:
             if not isinstance(value, kind):
-                raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+                raise TypeError(f"a {type(value).__name__} instead of a {kind.__name__}")
 
 
 def _check_range(name: str, value: object, least: int, most: int) -> None:
-    """Raise `ValueError` where a number is no whole one, or lies outside of its range."""
+    """Raise `ValueError` if a number is not an integer, or is out of range."""
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"its {name} is no whole number from {least} to {most}")
+        raise ValueError(f"its {name} is not a whole number from {least} to {most}")
 
 
 def sources_of(states: Sequence[StateDict], found: Iterable[str]) -> list[Source]:
@@ -201,15 +201,15 @@ def sources_of(states: Sequence[StateDict], found: Iterable[str]) -> list[Source
 
 
 def fingerprints(states: Iterable[StateDict], crcs: Mapping[Record, int]) -> Iterator[str]:
-    """Yield what equal weights have in common, whatever file they are in.
+    """Yield a fingerprint of each state_dict, which is equal for equal weights in any file.
 
-    BatchNorm buffers and integers are left out: they are no part of the mean.
+    BatchNorm buffers and integers are left out, because they are not part of the mean.
 
     Yields:
-        For each state_dict 16 hexadecimal digits; `UNKNOWN` where a tensor's checksum
-        is not known.
+        16 hexadecimal digits for each state_dict; `UNKNOWN` if the checksum of a tensor is
+        not known.
     """
-    # What headers say is described once for all files that have it in common.
+    # Files with equal headers share one description.
     known: dict[int, tuple[bytes, list[View | TensorRef]]] = {}
     for state in states:
         if id(state.views) not in known:
@@ -222,7 +222,7 @@ def fingerprints(states: Iterable[StateDict], crcs: Mapping[Record, int]) -> Ite
 
 
 def _described(state: StateDict) -> tuple[bytes, list[View | TensorRef]]:
-    """Return what the headers say of the tensors that have a mean, and these, by their names."""
+    """Return a description of the averaged tensors from the headers, and the tensors by name."""
     tensors = state.tensors
     names = [
         name
@@ -230,12 +230,12 @@ def _described(state: StateDict) -> tuple[bytes, list[View | TensorRef]]:
         if tensors[name].dtype.kind in _WITH_MEAN and not is_bn_buffer(name, tensors)
     ]
     refs = [(name, tensors[name]) for name in names]
-    said = [(name, ref.dtype.name, ref.shape, _view(ref)) for name, ref in refs]
-    return repr(said).encode("utf-8", "surrogatepass"), [state.views[name] for name in names]
+    described = [(name, ref.dtype.name, ref.shape, _view(ref)) for name, ref in refs]
+    return repr(described).encode("utf-8", "surrogatepass"), [state.views[name] for name in names]
 
 
 def _view(ref: TensorRef) -> object:
-    """Return how a tensor looks at its records, if not simply at all of one."""
+    """Return how a tensor uses its records, unless it is exactly one whole record."""
     if ref.parts:
         return [part.start for part in ref.parts]
     if ref.contiguous and ref.nbytes == ref.record.length:
@@ -244,21 +244,21 @@ def _view(ref: TensorRef) -> object:
 
 
 def refuse_repeats(before: Iterable[Source], added: Iterable[tuple[Source, str]]) -> None:
-    """Refuse checkpoints that an average was made from already.
+    """Refuse checkpoints that are already part of an average.
 
     Args:
-        before: What the averages to go on from were made from.
-        added: What is to be added, each with the path that brings it.
+        before: The sources of the averages to continue from.
+        added: The sources to add, each with the path that it comes from.
 
     Raises:
-        ProvenanceError: One would be counted twice.
+        ProvenanceError: A source would count twice.
     """
     counted = {source.fingerprint: source for source in before if source.fingerprint != UNKNOWN}
     for source, path in added:
         if source.fingerprint in counted:
             other = counted[source.fingerprint].name
             raise ProvenanceError(
-                f"has the weights of {other}, which the average to start from was made from",
+                f"has the weights of {other}, which is already in the average to start from",
                 file=path,
                 remedy="Leave it out: it would count twice",
             )

@@ -1,4 +1,4 @@
-"""Looking into a checkpoint without running it: what is in it, and any tensor of it."""
+"""Reads the contents and single tensors of a checkpoint without running its code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def open_checkpoint(
     path: str | os.PathLike[str], key: str | Sequence[str] = (), *, ema: bool | None = None
 ) -> CheckpointReader:
-    """Open a checkpoint: its headers are read, its tensors stay on disk, nothing in it runs.
+    """Open a checkpoint: headers are read, tensors stay on disk, and none of its code runs.
 
     ```python
     with swa_avg.open_checkpoint("epoch_3.pt") as checkpoint:
@@ -29,14 +29,14 @@ def open_checkpoint(
 
     Args:
         path: A checkpoint of any format that can be averaged.
-        key: The dotted path to its state_dict, where it is not found.
-        ema: Take the averaged weights that the run has kept; False takes the raw ones only.
+        key: The dotted path of its state_dict, if it is not found automatically.
+        ema: Take the averaged weights of the run; False takes only the raw weights.
 
     Returns:
-        The checkpoint, its files open; to be closed, or used in a `with`.
+        The checkpoint with open files. Close it, or use it in a `with` statement.
 
     Raises:
-        SwaAvgError: It is no sound checkpoint, or has no state_dict.
+        SwaAvgError: The path is not a checkpoint, is damaged, or has no state_dict.
     """
     return CheckpointReader(path, key, ema)
 
@@ -45,13 +45,13 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
     """A checkpoint that is open for reading.
 
     Attributes:
-        format: The name of its format, for people.
-        where: The dotted path to its state_dict; empty for the root.
-        prefix: What was stripped from every name (`module.`, `_orig_mod.`).
+        format: The name of its format, for display.
+        where: The dotted path of its state_dict; empty for the root.
+        prefix: The prefix that was removed from every name (`module.`, `_orig_mod.`).
         names: The names of its tensors, in order.
         epoch: The epoch that it records, or None.
         step: The step that it records, or None.
-        notes: What a user should know about the file itself.
+        notes: Notes for the user about the file.
     """
 
     def __init__(
@@ -73,22 +73,22 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         self.notes = self._checkpoint.notes
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's sizes."""
+        """Return the shape of a tensor."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Return the name of a tensor's dtype in torch, without the `torch.`."""
+        """Return the name of a tensor's dtype in torch, without `torch.`."""
         return self._tensors[name].dtype.name
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor, and only it.
+        """Read one tensor. No other tensor is read.
 
         Returns:
             A contiguous tensor of `shape(name)`, on the CPU.
 
         Raises:
             KeyError: There is no tensor of this name.
-            FormatError: Its bytes are not those that were saved.
+            FormatError: The bytes of the tensor do not match its checksum.
         """
         ref = self._tensors[name]
         verify((record, name) for record in ref.records)

@@ -1,11 +1,11 @@
-"""What a checkpoint records of its place in the run: its epoch and its step."""
+"""The epoch and step that a checkpoint records."""
 
 from __future__ import annotations
 
 from swa_avg.checkpoints.tree import at
 from swa_avg.formats import Checkpoint
 
-# Where frameworks record them; the first that is there counts.
+# The places where frameworks record them; the first that exists is used.
 _EPOCHS = (
     "epoch",
     "meta.epoch",  # mmengine
@@ -32,7 +32,7 @@ _STEPS = (
     "state.timestamp.batch",
 )
 
-# Under these names safetensors files say it in the text about themselves; ss_ is kohya's.
+# The keys in the metadata of safetensors files; kohya uses the prefix ss_.
 _EPOCH_TEXTS = ("epoch", "ss_epoch")
 _STEP_TEXTS = ("global_step", "step", "ss_steps")
 
@@ -48,13 +48,13 @@ def step(checkpoint: Checkpoint) -> int | None:
 
 
 def _first(checkpoint: Checkpoint, paths: tuple[str, ...], texts: tuple[str, ...]) -> int | None:
-    """Return the first whole number that stands at one of `paths`, or in one of `texts`."""
+    """Return the first whole number at one of `paths`, or in one of `texts` of the metadata."""
     for tree in (checkpoint.beside, checkpoint.tree):
         for path in paths:
             value = at(tree, path)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if value >= 0 and value == value // 1:  # Ultralytics' stripped files say epoch -1
+            if value >= 0 and value == value // 1:  # stripped Ultralytics files have epoch -1
                 return int(value)
-    said = (checkpoint.metadata.get(text, "") for text in texts)
-    return next((int(text) for text in said if text.isdecimal() and len(text) < 19), None)
+    values = (checkpoint.metadata.get(text, "") for text in texts)
+    return next((int(text) for text in values if text.isdecimal() and len(text) < 19), None)

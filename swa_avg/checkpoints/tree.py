@@ -1,4 +1,4 @@
-"""Finding one's way in what a checkpoint holds: nested containers of whatever class."""
+"""Lookup in the nested containers of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from swa_avg.errors import FormatError
 from swa_avg.pickles import Inert, UnreadableTensor, state_dict_of
 from swa_avg.tensors import Kind, Tensor, is_optimizer
 
-# How deep dicts are looked into; a pickle can nest them without end, or in a circle.
+# The depth of the search in nested dicts; a pickle can nest them without end or in a cycle.
 _DEEPEST = 8
-# Dicts that hold each other can make a small file name endlessly many paths.
+# Dicts that contain each other can give a small file an endless number of paths.
 _MOST_DICTS = 10_000
-# Layers of Transformer Engine keep a state here that is theirs to understand.
+# The key of the extra state of Transformer Engine layers, which only they can interpret.
 _EXTRA_STATE = "_extra_state"
 
 
 def mapping(value: object) -> Mapping[object, object] | None:
-    """Return `value` as a mapping, if it is one; a pickled module is its state_dict."""
+    """Return a value as a mapping, or None; a pickled module gives its state_dict."""
     if isinstance(value, Inert):
         return value.entries or state_dict_of(value)
     return value if isinstance(value, dict) else None
 
 
 def tensor_count(value: object) -> int:
-    """Return how many tensors a mapping holds itself; 0 for anything else."""
+    """Return the number of tensors directly in a mapping; 0 for any other value."""
     entries = mapping(value) or {}
     return sum(isinstance(item, Tensor | UnreadableTensor) for item in entries.values())
 
 
 def at(tree: object, path: str) -> object:
-    """Return what stands at a dotted path, or None.
+    """Return the value at a dotted path, or None.
 
-    Names may hold dots themselves: the longest that is there is taken. A number
-    is a place in a list, counted from the end if it is negative.
+    Names may contain dots: the longest name that exists is used. A number is an index of a
+    list, counted from the end if it is negative.
     """
     if not path:
         return tree
@@ -56,7 +56,7 @@ def _element(values: Sequence[object], number: str, rest: str) -> object:
 
 
 def matching(tree: object, pattern: str) -> Iterator[str]:
-    """Yield the paths of what stands at a dotted path in which `*` is any one name or place."""
+    """Yield the paths that exist for a dotted path in which `*` is any one name or index."""
     before, star, after = pattern.partition(".*.")
     if not star:
         if at(tree, pattern) is not None:
@@ -70,7 +70,7 @@ def matching(tree: object, pattern: str) -> Iterator[str]:
 
 
 def split_prefix(tree: object, path: str) -> tuple[str, str] | None:
-    """Split a dotted path into that of a dict and a prefix of names in it, or return None."""
+    """Split a dotted path into the path of a dict and a prefix of its names, or return None."""
     parts = path.split(".")
     for count in range(len(parts) - 1, -1, -1):
         place, prefix = ".".join(parts[:count]), ".".join(parts[count:]) + "."
@@ -81,7 +81,7 @@ def split_prefix(tree: object, path: str) -> tuple[str, str] | None:
 
 
 def children(value: object) -> Iterator[tuple[str, object]]:
-    """Yield the entries of a mapping in which there may be named tensors, further down."""
+    """Yield the entries of a mapping that may contain named tensors."""
     entries = mapping(value) or {}
     if is_optimizer(entries):
         return
@@ -91,7 +91,7 @@ def children(value: object) -> Iterator[tuple[str, object]]:
 
 
 def holds_tensors(value: object, seen: set[int] | None = None, depth: int = _DEEPEST) -> bool:
-    """Tell whether there are named tensors in a mapping or in the mappings in it."""
+    """Return whether a mapping, or a mapping nested in it, holds named tensors."""
     seen = set() if seen is None else seen
     entries = mapping(value)
     if depth == 0 or entries is None or id(value) in seen or is_optimizer(entries):
@@ -103,10 +103,10 @@ def holds_tensors(value: object, seen: set[int] | None = None, depth: int = _DEE
 
 
 def innermost(value: object, path: str) -> str:
-    """Return the path of the state_dict in what stands at `path` and holds tensors.
+    """Return the path of the state_dict in the value at `path`, which holds tensors.
 
-    Dicts that hold nothing but another one are passed through. Where several hold
-    tensors, they are parts of one state_dict, and it is the dict around them.
+    Dicts that only contain one other dict with tensors are passed through. If several
+    nested dicts hold tensors, they are parts of one state_dict: the dict around them.
     """
     for _ in range(_DEEPEST):
         below = [pair for pair in children(value) if holds_tensors(pair[1])]
@@ -118,12 +118,12 @@ def innermost(value: object, path: str) -> str:
 
 
 def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
-    """Return a mapping with the tensors of nested ones under dotted names.
+    """Return a mapping with the tensors of nested mappings under dotted names.
 
-    It is the same one if there are none.
+    The result is the same object if there are no nested mappings with tensors.
 
     Raises:
-        FormatError: The mappings hold each other.
+        FormatError: The mappings contain each other.
     """
     if not any(holds_tensors(child) for _, child in children(entries)):
         return entries
@@ -135,7 +135,7 @@ def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
         inner = {name for name, child in children(entries) if depth and holds_tensors(child)}
         left -= len(inner)
         if left < 0:
-            raise FormatError("holds dicts that hold each other")
+            raise FormatError("holds dicts that contain each other")
         for name, value in entries.items():
             if name in inner:
                 add(mapping(value) or {}, f"{prefix}{name}.", depth - 1)
@@ -147,7 +147,7 @@ def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
 
 
 def has_weights(value: object) -> bool:
-    """Tell whether a mapping holds itself a floating tensor of at least one dimension."""
+    """Return whether a mapping directly holds a floating tensor of at least one dimension."""
     entries = mapping(value) or {}
     return any(
         isinstance(item, Tensor) and item.shape and item.dtype.kind is Kind.FLOAT
@@ -158,9 +158,9 @@ def has_weights(value: object) -> bool:
 def dicts_of_tensors(
     tree: object, seen: set[int] | None = None, path: str = "", depth: int = 4
 ) -> Iterator[str]:
-    """Yield the dotted paths of the dicts that hold tensors themselves, each dict once.
+    """Yield the dotted paths of the dicts that directly hold tensors, each dict once.
 
-    What an optimizer keeps is passed over.
+    Optimizer state is skipped.
     """
     seen = set() if seen is None else seen
     entries = mapping(tree)

@@ -1,7 +1,7 @@
-"""The words in the names of checkpoints: which say epoch, step, part, metric, average.
+"""The words in the names of checkpoints that mark an epoch, step, part, metric or average.
 
-Tables, in lower case, and how a word is looked for in them. The sources are the
-frameworks' own templates of names.
+The module has tables of words in lower case, and functions that look words up in them. The
+words come from the name templates of frameworks.
 """
 
 from __future__ import annotations
@@ -16,70 +16,70 @@ def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# A number beside one of these is an epoch. `ep` is ESPnet's and Composer's, `epo` mmengine forks'.
+# A number next to one of these is an epoch. ESPnet and Composer use `ep`, mmengine forks `epo`.
 EPOCH = _set("epoch epochs ep epo epoche epochen")
-# A number beside one of these is a step. `ba` is Composer's batch, `it` Ignite's and Keras users'.
+# A number next to one of these is a step. Composer uses `ba` for batch, Ignite uses `it`.
 STEP = _set(
     "step steps globalstep globalsteps gstep stp iter iters iteration iterations it itr itrs "
     "update updates upd batch batches ba minibatch episode episodes"
 )
-# A count that grows with the run: OLMo's tokens, Composer's samples, StyleGAN's kimg.
+# A number next to one of these counts data: tokens (OLMo), samples (Composer), kimg (StyleGAN).
 COUNT = _set("token tokens tok sample samples example examples images kimg mimg nimg seen")
-# Single letters that say so only with a number right behind them: net-e10-it5000.
+# Single letters have a meaning only directly before a number: net-e10-it5000.
 LETTERS = {"e": "epoch", "i": "step", "s": "step"}
 KINDS = {
     **dict.fromkeys(EPOCH, "epoch"),
     **dict.fromkeys(STEP, "step"),
     **dict.fromkeys(COUNT, "count"),
 }
-# A number beside one of these says which part of a model a file holds: Megatron's, DeepSpeed's
-# and NeMo's ranks, fairseq's shards, metaseq's parts, Megatron-DeepSpeed's layers and experts,
-# Llama's `consolidated.00.pth`.
+# A number next to one of these is a part of a model: ranks of Megatron, DeepSpeed and NeMo,
+# shards of fairseq, parts of metaseq, layers and experts of Megatron-DeepSpeed, and
+# `consolidated.00.pth` of Llama.
 PARTS = _set(
     "rank shard part partition chunk slice piece pipe consolidated tp pp mp gpu cuda device proc "
     "process worker node host layer expert"
 )
-# What stands before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
+# Words before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
-# These name an average of weights. What a metric is the average of stands behind them.
+# These mark an average of weights, unless a metric follows (avg_loss).
 AVERAGES = _set(
     "avg ave avrg average averaged averages averaging swa swag swad ema lawa polyak soup souped "
     "modelavg avgmodel emamodel modelema swamodel modelswa netema emanet"
 )
-# A number beside one of these says how many were averaged: avg_5, ave_10best, last10.avg.
+# A number next to one of these counts averaged checkpoints: avg_5, ave_10best, last10.avg.
 COUNTED_AVERAGES = _set("avg ave avrg average averaged averages averaging soup")
-# These say which checkpoint a file is, without a number.
+# These mark a checkpoint without a number.
 LATEST = _set("last latest final newest current end finished")
 ROLES = LATEST | _set("best top better optimal")
-# These stand before the number of a checkpoint and say nothing themselves.
+# These come before the number of a checkpoint and have no meaning.
 NOUNS = _set(
     "checkpoint checkpoints chkpt chkpnt chk ckpt ckpts cpt cp model models snapshot snap net "
     "network weights weight state params param save saved saves training train "
     "pytorch no nr num number n"
 )
-# Folders under one of these words are a run's checkpoints.
+# A folder with one of these words in its name is a checkpoint of a run.
 CHECKPOINT_NOUNS = _set("checkpoint checkpoints chkpt ckpt ckpts snapshot save")
-# Whether a small or a large metric is good, by a word of its name.
+# Whether a lower or a higher value is better, by a word in the name of the metric.
 METRICS = {
     "min": "loss nll err error wer cer ter eer ppl perplexity mae mse rmse fid",
     "max": "acc accuracy bleu chrf rouge meteor f1 auc auroc map miou iou dice top precision "
     "recall psnr ssim mrr ndcg",
 }
 MODES = {word: mode for mode, words in METRICS.items() for word in words.split()}
-# Metrics whose names do not tell which way is good.
+# Metrics whose names do not show whether a lower or a higher value is better.
 SCORES = _set("score metric monitor reward fitness kappa pesq stoi sdr sisdr pcc corr lpips kid")
-# These say of what, or on what, a metric is: `loss` is another metric than `val_loss`.
+# These qualify a metric: `val_loss` is a different metric from `loss`.
 QUALIFIERS = _set(
     "val valid validation dev test train training eval evaluation macro micro weighted mean avg "
     "ave average ema swa coco bbox segm mask kl ce l1 l2 mel gan rec reg cls box obj"
 )
-# Settings of a run. A run differs from another in them, no checkpoint from the next.
+# Settings of a run. They are the same for all checkpoints of a run.
 SETTINGS = _set(
     "lr wd bs batchsize seed dropout drop temp temperature alpha beta gamma momentum warmup rho "
     "sigma lambda tau decay width depth dim size heads layers k p scale crop fold noise ratio eta "
     "margin res ema swa hidden rate version ver run exp trial try task stage phase"
 )
-# The suffixes of checkpoints, and what torch users put before them.
+# The suffixes of checkpoints, and words that users put before them.
 SUFFIXES = _set(
     "pt pth ckpt bin safetensors tar pkl pickle th t7 model params pdparams weights h5 hdf5 keras "
     "nemo zip pyt torch"
@@ -87,12 +87,12 @@ SUFFIXES = _set(
 
 
 def in_camel_case(word: str) -> list[str]:
-    """Return the words in a word: `model` and `EMA` in `modelEMA`."""
+    """Return the parts of a word in camel case: `model` and `EMA` for `modelEMA`."""
     return _CAMEL.findall(word)
 
 
-def says_average(word: str) -> bool:
-    """Tell whether a word says so, or one in it: modelEMA, but not avgLoss."""
+def marks_average(word: str) -> bool:
+    """Return whether a word or a part of it marks an average: modelEMA, but not avgLoss."""
     if word.lower() in AVERAGES:
         return True
     pieces = [piece.lower() for piece in in_camel_case(word)]
@@ -104,18 +104,18 @@ def says_average(word: str) -> bool:
 
 @dataclass(frozen=True)
 class Label:
-    """The name of a metric, as far as a path shows where it begins.
+    """The name of a metric in a path, possibly with unrelated words before it.
 
     Attributes:
-        words: Its words and the numbers in it, in lower case, with what may stand before it.
-        joints: What stands before each of them.
+        words: The words and numbers of the name in lower case.
+        joints: The separator before each of them.
     """
 
     words: tuple[str, ...]
     joints: tuple[str, ...]
 
     def is_called(self, name: str) -> bool:
-        """Tell whether a metric is meant: `loss` by `best_loss`, but not by `val_loss`."""
+        """Return whether the label names a metric: `best_loss` is `loss`, but `val_loss` is not."""
         wanted = tuple(
             token[0].lower() for token in re.findall(r"([^\W\d_]+|[0-9]+(\.\d+)?)", name)
         )

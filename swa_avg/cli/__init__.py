@@ -1,4 +1,4 @@
-"""The command line: it parses, calls the library, prints, and turns errors into exit codes."""
+"""The command line: parses options, calls the library, prints, turns errors into exit codes."""
 
 from swa_avg.cli.command import run
 

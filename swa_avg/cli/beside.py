@@ -1,7 +1,7 @@
-"""What is written beside the output, once that is in its place: the report and the picture.
+"""The files that a run writes after its output: the report and the plot.
 
-Both are opened before the work, so that what can be known of them is known before the
-output is written: a folder that is missing, a disk that is full.
+Both are opened before the work starts, so that a missing folder or a full disk is found
+before the output is written.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beside:
-    """Files that are open, each under the name that the user gave."""
+    """Open files by the path that the user gave."""
 
     files: dict[Path, AtomicFile] = field(default_factory=dict)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Write one of them, and put it in its place.
+        """Write a file and commit it.
 
         Raises:
-            OutputError: The system refuses.
+            OutputError: The file cannot be written.
         """
         self.files[path].write(data, 0)
         self.files[path].commit()
 
 
 @contextmanager
-def opened_beside(run: Run, averaging: Averaging | None, *, leads: bool) -> Iterator[Beside]:
-    """Open what a run writes beside its output; what is not written in the end goes.
+def opened_beside(run: Run, averaging: Averaging | None, *, is_first: bool) -> Iterator[Beside]:
+    """Open the report and the plot; a file that is not committed is removed at the end.
 
     Args:
-        run: Says what it is.
-        averaging: What is averaged, if anything is.
-        leads: Whether this process writes them; of several ranks only the first one does.
+        run: The run, which has the paths.
+        averaging: The planned average, or None.
+        is_first: Whether this process is the only one or rank 0, which writes the files.
 
     Raises:
-        OutputError: One of them cannot be written.
-        UsageError: It would replace something else.
+        OutputError: A file cannot be written.
+        UsageError: Two options name the same file.
     """
     with ExitStack() as opened:
         beside = Beside()
-        if leads:
+        if is_first:
             from swa_avg.storage import AtomicFile
 
             for path in _checked(run, averaging):
@@ -61,7 +61,7 @@ def opened_beside(run: Run, averaging: Averaging | None, *, leads: bool) -> Iter
 
 
 def _checked(run: Run, averaging: Averaging | None) -> Iterator[Path]:
-    """Yield the names of the report and the picture, once nothing speaks against them."""
+    """Yield the paths of the report and the plot, after checking that they can be written."""
     from swa_avg.storage import check_target, is_remote
 
     states = averaging.states if averaging else ()

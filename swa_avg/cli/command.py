@@ -1,6 +1,6 @@
-"""The command line: parse, call, print, exit codes. The only module that prints.
+"""The `swa-avg` command: calls the library, prints the results, returns the exit code.
 
-Imports nothing heavy before it must, so that `--help` answers at once.
+Heavy modules are imported where they are used, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """Average the checkpoints of a finished training run into one.
 
     Every weight becomes its exact mean over the CHECKPOINTS (.pt, .pth, .ckpt, .bin,
-    .safetensors), rounded once. Nothing in them is executed; they are never changed.
-    With --recompute-bn the average gets the BatchNorm statistics that belong to it; without
-    CHECKPOINTS it gives them to the output that is there already.
+    .safetensors), rounded once. No code in a checkpoint is executed, and no checkpoint is
+    changed. --recompute-bn computes the BatchNorm statistics of the average. Without
+    CHECKPOINTS it recomputes those of an existing output.
 
     \b
     Examples:
@@ -76,14 +76,14 @@ def command(ctx: click.Context, /, **options: Any) -> None:
       swa-avg ckpts/*.ckpt -o swa.safetensors --recompute-bn --data mod:loader
       swa-avg ckpts/ --best 5 --metric val_loss
       swa-avg ckpts/*.ckpt --dry-run -v
-    """  # noqa: D301 - \b is click's mark: do not wrap the next paragraph
+    """  # noqa: D301 - \b stops click from wrapping the next paragraph
     check_usage(ctx)
     if options["show"]:
         _show(options["show"], as_json=options["as_json"])
         return
     run = run_of(options)
     if run.dry_run:
-        if _leads():
+        if _is_first():
             with _planned(run) as averaging:
                 show_plan(averaging, run)
         return
@@ -98,7 +98,7 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 
 @contextmanager
 def _joined() -> Iterator[torchrun.ProcessRanks | None]:
-    """Join the other ranks, if torchrun has started several; the first of them speaks for all."""
+    """Join the other ranks, if torchrun has started several; only rank 0 prints."""
     world = os.environ.get("WORLD_SIZE", "")
     if not (world.isdecimal() and int(world) > 1):
         yield None
@@ -109,12 +109,12 @@ def _joined() -> Iterator[torchrun.ProcessRanks | None]:
         try:
             yield joined
         except (Exception, KeyboardInterrupt) as error:
-            # Told before anybody ends: torchrun then ends the others, which would tell nothing.
+            # Report to the other ranks first: torchrun ends them as soon as this one ends.
             joined.fail(error)
             ctx = click.get_current_context()
             if ctx.obj.received:
                 raise
-            code = _told(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
+            code = _report(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
 
@@ -124,20 +124,20 @@ def _planned(run: Run) -> AbstractContextManager[Averaging]:
 
     force = run.options.force or run.dry_run
     options = replace(run.options, force=force, by_sample=run.dry_run)
-    output = click.get_current_context().params["output"]  # a slash at its end is a folder's
+    output = click.get_current_context().params["output"]  # `run.output` drops a final slash
     return planned(run.checkpoints, output, options)
 
 
 def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
-    """Average checkpoints, and nothing else."""
-    with _planned(run) as averaging, opened_beside(run, averaging, leads=_leads()) as beside:
-        with _one_blas_thread(), _written(averaging, run, ranks) as made:
-            if made:
-                file, report = made
+    """Average checkpoints without recomputing BatchNorm."""
+    with _planned(run) as averaging, opened_beside(run, averaging, is_first=_is_first()) as beside:
+        with _one_blas_thread(), _written(averaging, run, ranks) as written:
+            if written:
+                file, report = written
                 report = replace(report, notes=(*report.notes, *_commit(file)))
             if ranks:
                 ranks.meet()
-        if not made:
+        if not written:
             return
         content: dict[str, object] = {}
         if run.as_json or run.report is not None:
@@ -154,9 +154,9 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Have numpy, where it is imported now, start no threads for matrices that we do not have.
+    """Limit OpenBLAS to one thread: numpy starts its pool on import, and nothing here uses it.
 
-    Only where none of the user's code runs in this process, and where the user has not said.
+    Used only where no user code runs in this process. A value that the user has set is kept.
     """
     name = "OPENBLAS_NUM_THREADS"
     if name in os.environ:
@@ -173,11 +173,12 @@ def _one_blas_thread() -> Iterator[None]:
 def _written(
     averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None
 ) -> Iterator[tuple[Any, Report] | None]:
-    """Average into a file or folder; it becomes the output when it is committed.
+    """Average into a file or folder, which becomes the output when it is committed.
 
-    Of several ranks only the first one is given it.
+    Yields:
+        The file and the report; None on every rank but the first.
     """
-    quiet = run.quiet or not _leads()
+    quiet = run.quiet or not _is_first()
     size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
     with ExitStack() as entered:
         with bar(size, quiet, "B", "averaging", current_streams().err) as shown:
@@ -185,29 +186,29 @@ def _written(
             if ranks:
                 from swa_avg.averaging import joint
 
-                made = entered.enter_context(joint.written(averaging, ranks, **how))
+                written = entered.enter_context(joint.written(averaging, ranks, **how))
             else:
                 file: Any = entered.enter_context(averaging.open_output())
-                made = file, averaging.write(file, **how)
-        yield made
+                written = file, averaging.write(file, **how)
+        yield written
 
 
 def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRanks | None) -> None:
-    """Recompute BatchNorm: of the average of checkpoints, or of the output that is there."""
+    """Recompute BatchNorm in a new average, or in an existing output."""
     averages = run.checkpoints or run.options.start_from
     with ExitStack() as entered:
-        # Planned first: what the headers tell needs none of the user's code.
+        # Plan first: errors in the headers are found before the user's code runs.
         averaging = entered.enter_context(_planned(run)) if averages else None
-        beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
+        beside = entered.enter_context(opened_beside(run, averaging, is_first=_is_first()))
         from swa_avg.batchnorm import Recompute, copy_of, session
 
         report, key, ema = None, run.options.key, run.options.ema
-        if not averages and _leads():
-            # Before any of the user's code: what may not be replaced is refused at once.
-            there = copy_of(run.output, key, ema=ema, force=run.options.force)
-            copy = entered.enter_context(there)
+        if not averages and _is_first():
+            # An output that may not be replaced is refused before the user's code runs.
+            existing = copy_of(run.output, key, ema=ema, force=run.options.force)
+            copy = entered.enter_context(existing)
             file, key, ema = copy.file, copy.key, copy.ema
-        entered.enter_context(_apart(run))
+        entered.enter_context(_separate_output(run))
         bn = entered.enter_context(session(Recompute(**bn_options), ranks))
         written = averaging and entered.enter_context(_written(averaging, run, ranks))
         if not bn.leads:
@@ -216,7 +217,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
         if written:
             file, report = written
             if not run.options.keep_wrapper:
-                key, ema = (), None  # our own output holds nothing but the state_dict
+                key, ema = (), None  # the output is a plain state_dict
         with bar(
             bn.batches, run.quiet, "batch", "recomputing BatchNorm", current_streams().err
         ) as shown:
@@ -225,9 +226,9 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
         size = file.size
         notes = (*notes, *_commit(file))
         averaged = report.to_dict() if report else {"output": str(run.output)}
-        made = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
+        recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
         tensors = tensors_of(averaging, run) if averaging else {}
-        content = averaged | made | {"batchnorm_notes": list(notes)} | tensors
+        content = averaged | recomputed | {"batchnorm_notes": list(notes)} | tensors
         _write_report(content, run, beside)
     if run.as_json:
         print_json(content)
@@ -240,7 +241,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
 
 
 def _search(run: Run, wanted: Search) -> None:
-    """Find out which average is best, and write that one."""
+    """Find the best average and write it."""
     from swa_avg.batchnorm import Recompute
     from swa_avg.search import candidates, judged, plot, sweeping
 
@@ -248,14 +249,14 @@ def _search(run: Run, wanted: Search) -> None:
     with ExitStack() as entered:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
-            raise click.UsageError(f"{wanted.option} writes a file, no folder: name one with -o.")
-        beside = entered.enter_context(opened_beside(run, averaging, leads=_leads()))
+            raise click.UsageError(f"{wanted.option} cannot write a folder: name a file with -o.")
+        beside = entered.enter_context(opened_beside(run, averaging, is_first=_is_first()))
         bn = Recompute(**run.recompute) if run.recompute is not None else None
-        entered.enter_context(_apart(run))
-        judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.told))
+        entered.enter_context(_separate_output(run))
+        judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.score_options))
         search = sweeping.greedy if wanted.greedy else sweeping.swept
         steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, "model", "judging", current_streams().err) as shown:
+        with bar(steps, run.quiet, "model", "scoring", current_streams().err) as shown:
             bench = candidates.Bench(*judge, shown and partial(move, shown))
             best = entered.enter_context(search(averaging, bench, run.threads))
         picture = plot.drawn(best.report, suffix) if wanted.plot else b""
@@ -278,7 +279,7 @@ def _write_report(content: object, run: Run, beside: Beside) -> None:
 
 
 def _commit(file: Output) -> tuple[str, ...]:
-    """Put the output in its place; what goes wrong from then on says that it is there."""
+    """Commit the output; messages of later failures add that it is written."""
     signals: Signals = click.get_current_context().obj
     signals.check()
     notes = file.commit()
@@ -290,33 +291,33 @@ def _show(path: str, as_json: bool) -> None:
     """Print how an average was made."""
     from swa_avg.checkpoints import made_from
 
-    said = made_from(path)
+    provenance = made_from(path)
     if as_json:
-        print_json(said.to_dict())
+        print_json(provenance.to_dict())
     else:
-        say(messages.of_provenance(path, said))
+        say(messages.of_provenance(path, provenance))
 
 
-def _leads() -> bool:
-    """Tell whether this process is the only one, or the first of those torchrun started."""
+def _is_first() -> bool:
+    """Return whether this process is the only one, or rank 0 of those that torchrun started."""
     rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
 
 
-def _apart(run: Run) -> AbstractContextManager[None]:
-    """Keep our output apart from that of the user's code, which runs from here on."""
-    return current_streams().apart(silent=run.quiet)
+def _separate_output(run: Run) -> AbstractContextManager[None]:
+    """Send the output of the user's code to stderr, away from the results on stdout."""
+    return current_streams().separated(silent=run.quiet)
 
 
 def run(signals: Signals) -> int:
-    """Run the command and turn whatever it raises into an exit code."""
-    # torch says so at its import, and means nothing by it that matters here.
+    """Run the command and turn exceptions into exit codes."""
+    # torch warns on import if it cannot use numpy, which does not matter here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    signals.silent = not _leads()
+    signals.silent = not _is_first()
     streams = Streams()
     ctx: click.Context | None = None
     try:
-        # Not command.main: it ends the process itself when nobody reads its output.
+        # Not `command.main`, which exits by itself on a broken pipe.
         with command.make_context("swa-avg", sys.argv[1:], obj=signals) as ctx:
             ctx.meta[Streams.__name__] = streams
             command.invoke(ctx)
@@ -324,23 +325,24 @@ def run(signals: Signals) -> int:
                 if (out := streams.out or sys.stdout) is not None:
                     out.flush()
         if streams.watch:
-            streams.watch.begin(partial(_told, signals=signals, streams=streams, everything=False))
+            report = partial(_report, signals=signals, streams=streams, everything=False)
+            streams.watch.begin(report)
         return 0
     except BaseException as error:
-        if signals.received:  # whatever came of it
+        if signals.received:  # the error follows from the signal
             raise
-        return _told(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
+        return _report(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
 
 
-def _told(error: BaseException, signals: Signals, streams: Streams, *, everything: bool) -> int:
-    """Say what went wrong, unless another rank does; return the exit code.
+def _report(error: BaseException, signals: Signals, streams: Streams, *, everything: bool) -> int:
+    """Print an error, unless another rank does, and return the exit code.
 
-    What is nobody's mistake but ours is raised again.
+    An exception that points to a bug in swa-avg is raised again.
     """
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
-        streams.silence()  # nobody reads it: not worth a message
+        streams.silence()  # the reader has closed the pipe: no message
         return 0
     code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
     if isinstance(error, SwaAvgError):
@@ -369,8 +371,8 @@ def _of_users_code(error: BaseException, everything: bool) -> list[str]:
 
     What this package raised itself is raised again.
     """
-    from swa_avg.batchnorm import frames_of, is_foreign, theirs
+    from swa_avg.batchnorm import error_line, frames_of, is_foreign
 
     if not is_foreign(error):
         raise error
-    return [*(frames_of(error) if everything else ()), f"error: {theirs(error)}."]
+    return [*(frames_of(error) if everything else ()), f"error: {error_line(error)}."]

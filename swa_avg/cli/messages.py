@@ -1,4 +1,4 @@
-"""What people are told, as lines. Prints nothing."""
+"""The text of results and plans, as lines. Does not print."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BATCHNORM = "BatchNorm statistics"
 
 
 def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
-    """Yield what would be done; with `tensors`, a line for each of them."""
+    """Yield the plan of a dry run; with `tensors`, also a line for each tensor."""
     yield f"{counted(len(averaging.inputs), 'checkpoint')}, in this order:"
     for number, source in enumerate(averaging.inputs, 1):
         details = [f"{name} {value}" for name, value in source.recorded.items()]
         details += [f"{source.score.name} {source.score.value:.6g}"] if source.score else []
-        details += [f"stands for {source.count}"] if source.count > 1 else []
+        details += [f"counts as {source.count}"] if source.count > 1 else []
         details += [f"at {source.where}"] if source.where else []
         details += [f"prefix {source.prefix} stripped"] if source.prefix else []
         yield f"{number:6}  {source.path}  {', '.join(details)}".rstrip()
@@ -32,11 +32,11 @@ def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
     plan = averaging.plan
     yield f"would read {in_bytes(plan.bytes_to_read)}: {_treatments(plan.counts, plan.families)}"
     yield f"would write {in_bytes(averaging.layout.size)} to {averaging.output}"
-    yield f"would take {in_bytes(averaging.buffer_bytes)} of buffers"
+    yield f"would use {in_bytes(averaging.buffer_bytes)} of memory for buffers"
 
 
 def of_tensors(averaging: Averaging) -> Iterator[str]:
-    """Yield a line for each tensor: what it is, what happens to it, and why."""
+    """Yield a line for each tensor: dtype, shape, treatment, reason."""
     tensors = averaging.plan.tensors
     width = max((len(tensor.name) for tensor in tensors), default=0)
     for tensor in tensors:
@@ -45,7 +45,7 @@ def of_tensors(averaging: Averaging) -> Iterator[str]:
 
 
 def of_average(report: Report) -> Iterator[str]:
-    """Yield what was averaged."""
+    """Yield the checkpoints that were averaged, and counts of tensors by treatment."""
     first, last = report.inputs[0].path, report.inputs[-1].path
     of = first if len(report.inputs) == 1 else f"{first} … {last}"
     count = sum(source.count for source in report.inputs)
@@ -54,13 +54,13 @@ def of_average(report: Report) -> Iterator[str]:
 
 
 def of_distances(report: Report, distances: Distances, modules: bool) -> Iterator[str]:
-    """Yield how far each checkpoint is from the mean, and with `modules` where."""
-    yield "distance from the mean, over its norm:"
+    """Yield each checkpoint's distance from the mean; with `modules`, also by module."""
+    yield "distance from the mean, relative to the norm of the mean:"
     cosines = [None, *distances.cosines, None]
     for number, (source, distance) in enumerate(zip(report.inputs, distances.overall, strict=True)):
         turn = cosines[number] if 0 < number < len(report.inputs) - 1 else None
-        said = "" if turn is None else f"  cosine of the steps to it and from it {turn:+.2f}"
-        yield f"{_ratio(distance):>10}  {source.path}{said}"
+        cosine = "" if turn is None else f"  cosine of the steps before and after {turn:+.2f}"
+        yield f"{_ratio(distance):>10}  {source.path}{cosine}"
     if modules:
         width = max(map(len, distances.modules), default=0)
         for module, found in distances.modules.items():
@@ -71,26 +71,26 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def of_provenance(path: str, said: Provenance) -> Iterator[str]:
+def of_provenance(path: str, made: Provenance) -> Iterator[str]:
     """Yield how an average was made."""
-    yield f"{path}: average of {counted(said.count, 'checkpoint')}, by swa-avg {said.version}"
-    for source in said.sources:
+    yield f"{path}: average of {counted(made.count, 'checkpoint')}, by swa-avg {made.version}"
+    for source in made.sources:
         recorded = {"epoch": source.epoch, "step": source.step}
         details = [f"{name} {value}" for name, value in recorded.items() if value is not None]
-        details += [f"stands for {source.count}"] if source.count > 1 else []
+        details += [f"counts as {source.count}"] if source.count > 1 else []
         details += [in_bytes(source.size), f"fingerprint {source.fingerprint}"]
         yield f"  {source.name}  {', '.join(details)}"
-    for name, value in said.options.items():
+    for name, value in made.options.items():
         yield f"option {name}: {value}"
-    if isinstance(said.batchnorm, dict):
-        described = ", ".join(f"{name} {value}" for name, value in said.batchnorm.items())
+    if isinstance(made.batchnorm, dict):
+        described = ", ".join(f"{name} {value}" for name, value in made.batchnorm.items())
         yield f"BatchNorm: recomputed ({described})"
-    elif said.batchnorm:
-        yield f"BatchNorm: {said.batchnorm}"
+    elif made.batchnorm:
+        yield f"BatchNorm: {made.batchnorm}"
 
 
 def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
-    """Yield what was recomputed: the layer that moved farthest, or with `layers` all of them."""
+    """Yield the layer whose statistics changed most, or with `layers` all layers."""
     samples = "" if report.samples is None else f" ({report.samples:,} samples)"
     yield (
         f"recomputed {counted(len(report.layers), 'BatchNorm layer')} over "
@@ -99,22 +99,23 @@ def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
     farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
     for layer in report.layers if layers else farthest:
         yield (
-            f"{'  ' if layers else 'largest move: '}{layer.name}: mean by {layer.mean_shift:.3g} "
-            f"standard deviations, deviation by a factor of {layer.std_ratio:.3g}"
+            f"{'  ' if layers else 'largest change: '}{layer.name}: mean by "
+            f"{layer.mean_shift:.3g} standard deviations, standard deviation by a factor of "
+            f"{layer.std_ratio:.3g}"
         )
 
 
 def of_search_plan(averaging: Averaging, evaluate: str, greedy: bool) -> Iterator[str]:
-    """Yield what a search would do."""
+    """Yield the plan of a search."""
     count = len(averaging.inputs)
-    which = "the greedy soup of these" if greedy else f"the averages of the last 1, 2, … {count}"
-    yield f"would judge with {evaluate} each checkpoint alone, and {which}"
+    averages = "their greedy soup" if greedy else f"the averages of the last 1, 2, … {count}"
+    yield f"would score with {evaluate} each checkpoint alone, and {averages}"
     room = averaging.layout.size * (2 if greedy else count)
-    yield f"would need {in_bytes(room)} beside the output meanwhile"
+    yield f"would need {in_bytes(room)} for temporary files beside the output"
 
 
 def of_search(report: SweepReport) -> Iterator[str]:
-    """Yield the scores of all that was tried, the best marked."""
+    """Yield the scores of all candidates, with the best one marked."""
     scale, tried = report.scale, report.tried
     averages, singles = _aligned([one.score for one in tried]), _aligned(report.singles)
     better = "larger" if scale.mode == "max" else "smaller"
@@ -126,14 +127,14 @@ def of_search(report: SweepReport) -> Iterator[str]:
         number = report.added(place)
         marks = ["best"] if place == report.best else []
         if report.greedy:
-            marks = ["joins" if number in report.winner.members else "stays out"]
+            marks = ["added" if number in report.winner.members else "left out"]
         count = "" if report.greedy else f"{place + 1:6} "
-        whose = f"{report.paths[number]}  {' '.join(marks)}".rstrip()
-        yield f"{count}{score:>12}{singles[number]:>12}  {whose}"
+        line = f"{report.paths[number]}  {' '.join(marks)}".rstrip()
+        yield f"{count}{score:>12}{singles[number]:>12}  {line}"
 
 
 def _aligned(scores: Sequence[float]) -> list[str]:
-    """Return numbers with as many decimals as give the largest of them five digits."""
+    """Format numbers with the same decimals, chosen so that the largest has five digits."""
     largest = max(map(abs, scores), default=0)
     digits = math.floor(math.log10(largest)) + 1 if largest else 0
     decimals = min(max(0, 5 - digits), 12)
@@ -141,19 +142,19 @@ def _aligned(scores: Sequence[float]) -> list[str]:
 
 
 def of_output(path: str, size: int) -> str:
-    """Return what was written."""
+    """Return the line for a file that was written."""
     return f"wrote {path} ({in_bytes(size)})"
 
 
 def _treatments(counts: Mapping[str, int], families: Mapping[str, int]) -> str:
-    """Return how many tensors are treated how, in words."""
+    """Return the number of tensors by treatment, as text."""
     statistics = families.get(_BATCHNORM, 0) - counts["reset"]
     others = [name for name in families if name != _BATCHNORM and families[name]]
-    said = {
+    by_treatment = {
         "averaged": counts["averaged"],
         "BatchNorm buffers kept apart": statistics,
         f"kept from the last ({', '.join(others)})": counts["kept"] - statistics,
         "BatchNorm buffers reset": counts["reset"],
         "copied": counts["copied"],
     }
-    return ", ".join(f"{count} {words}" for words, count in said.items() if count)
+    return ", ".join(f"{count} {words}" for words, count in by_treatment.items() if count)

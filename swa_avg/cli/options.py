@@ -1,4 +1,4 @@
-"""How the options of the command line are grouped and read. Prints nothing."""
+"""The options of the command line: declaration, groups, checks, parsing. Does not print."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _GROUPS = {
 }
 
 
-# What recomputes BatchNorm: the parameters' names are those of `recompute.Recompute`.
+# The BatchNorm options; their names are the fields of `swa_avg.batchnorm.Recompute`.
 BATCHNORM = ("data", "model", "forward", "device", "estimator", "batches", "amp")
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
@@ -55,10 +55,10 @@ _OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
 
 
 class GroupedCommand(click.Command):
-    """A command whose `--help` shows its options by what they are about."""
+    """A command whose `--help` shows its options in groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, a section for each group."""
+        """Write one section for each group of options."""
         records = {
             name: parameter.get_help_record(ctx)
             for parameter in self.get_params(ctx)
@@ -82,7 +82,7 @@ def check_usage(ctx: click.Context) -> None:
     if named["show"]:
         others = {one.name or "" for one in ctx.command.params} - {"show", "as_json", "verbose"}
         for other in given(others):
-            raise click.UsageError(f"--show stands alone: leave out {other.lower()}.")
+            raise click.UsageError(f"--show cannot be combined with {other.lower()}.")
         return
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
@@ -92,7 +92,9 @@ def check_usage(ctx: click.Context) -> None:
     if named["recompute_bn"] and not named["data"]:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if named["keep_wrapper"] and named["dtype"] != "keep":
-        raise click.UsageError("--keep-wrapper keeps the dtypes too: it goes without --dtype.")
+        raise click.UsageError(
+            "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file."
+        )
     searches = named["sweep"] or named["greedy"]
     if searches:
         _check_search(named)
@@ -107,7 +109,7 @@ def check_usage(ctx: click.Context) -> None:
 
 
 def _check_search(named: Mapping[str, Any]) -> None:
-    """Refuse what does not go with a search."""
+    """Refuse options that cannot be combined with a search."""
     option = "--sweep" if named["sweep"] else "--greedy"
     if named["sweep"] and named["greedy"]:
         raise click.UsageError("Give --sweep or --greedy, not both.")
@@ -115,27 +117,30 @@ def _check_search(named: Mapping[str, Any]) -> None:
         raise click.UsageError(f"{option} needs checkpoints to average.")
     for other in ("start_from", "distances"):
         if named[other]:
-            raise click.UsageError(f"{option} goes without --{other.replace('_', '-')}.")
+            raise click.UsageError(f"{option} cannot be combined with --{other.replace('_', '-')}.")
     if named["bn_buffers"] == "first":
-        raise click.UsageError(f"{option} goes without --bn-buffers first: who is first varies.")
+        raise click.UsageError(
+            f"{option} cannot be combined with --bn-buffers first: "
+            "the averages start at different checkpoints."
+        )
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
-        raise click.UsageError(f"{option} is done by one process: start it without torchrun.")
+        raise click.UsageError(f"{option} runs in one process: start it without torchrun.")
 
 
 def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Read a number of bytes, such as 5GB, 500MB or 1000000, in powers of 1000."""
+    """Parse a number of bytes, such as 5GB, 500MB or 1000000, in powers of 1000."""
     if value is None:
         return None
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     digits = value.upper().rstrip("KMGTB")
     unit = units.get(value.upper()[len(digits) :])
     if unit is None or not digits.strip().isdecimal() or int(digits) == 0:
-        raise click.BadParameter(f"{value!r} is no size, such as 5GB or 500MB")
+        raise click.BadParameter(f"{value!r} is not a size such as 5GB or 500MB.")
     return int(digits) * unit
 
 
-# What the command takes, in no order that shows: `--help` has its own.
+# All arguments and options. `_GROUPS` sets the order of `--help`.
 _DECLARED = (
     click.argument("checkpoints", nargs=-1),
     click.option("--last", type=int, metavar="N", help="Take only the N latest."),
@@ -144,19 +149,21 @@ _DECLARED = (
     ),
     click.option("--best", type=int, metavar="N", help="Take only the N best by --metric."),
     click.option(
-        "--metric", metavar="NAME", help="As the checkpoints or files beside them record it."
+        "--metric", metavar="NAME", help="A metric recorded in or beside the checkpoints."
     ),
     click.option(
-        "--mode", type=click.Choice(["min", "max"]), help="What is good, if NAME hides it."
+        "--mode", type=click.Choice(["min", "max"]), help="Whether low or high values are better."
     ),
     click.option(
         "--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names."
     ),
-    click.option("--key", metavar="PATH", multiple=True, help="Where the state_dict is (a.b.c)."),
+    click.option(
+        "--key", metavar="PATH", multiple=True, help="Path of the state_dict in the file (a.b.c)."
+    ),
     click.option(
         "--ema/--no-ema",
         default=None,
-        help="Take the EMA or SWA weights that the run kept, or the raw ones.",
+        help="Take the EMA or SWA weights of the run, or the raw ones.",
     ),
     click.option(
         "--bn-buffers",
@@ -170,32 +177,39 @@ _DECLARED = (
         type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
         default="keep",
         metavar="NAME",
-        help="Write as keep, float32, bfloat16 or float16.  [default: keep]",
+        help="Output dtype: keep, float32, bfloat16 or float16.  [default: keep]",
     ),
-    click.option("--start-from", metavar="AVERAGE", multiple=True, help="Go on from this average."),
+    click.option(
+        "--start-from", metavar="AVERAGE", multiple=True, help="Continue from this average."
+    ),
     click.option(
         "-o",
         "--output",
         metavar="PATH",
         default="swa.pt",
-        help="The file to write; *.safetensors is one.  [default: swa.pt]",
+        help="Output: .pt, .safetensors or a folder.  [default: swa.pt]",
     ),
     click.option("-f", "--force", is_flag=True, help="Replace the output if it exists."),
     click.option(
-        "--keep-wrapper", is_flag=True, help="Keep the last file; replace only its weights."
+        "--keep-wrapper", is_flag=True, help="Copy the last file; replace only its weights."
     ),
     click.option(
-        "--max-shard-size", callback=size, metavar="SIZE", help="Of a folder.  [default: 5GB]"
+        "--max-shard-size",
+        callback=size,
+        metavar="SIZE",
+        help="Largest file of an output folder.  [default: 5GB]",
     ),
     click.option(
         "--recompute-bn", is_flag=True, help="Recompute BatchNorm statistics over --data."
     ),
-    click.option("--data", metavar="MOD:ATTR", help="Batches: a loader, or what gives one."),
     click.option(
-        "--model", metavar="MOD:ATTR", help="The network.  [default: model of --data's MOD]"
+        "--data", metavar="MOD:ATTR", help="Batches: a loader, or a function that returns one."
     ),
     click.option(
-        "--forward", metavar="MOD:ATTR", help="forward(model, batch), if batch[0] is not it."
+        "--model", metavar="MOD:ATTR", help="The model.  [default: model in the MOD of --data]"
+    ),
+    click.option(
+        "--forward", metavar="MOD:ATTR", help="Function forward(model, batch) that runs the model."
     ),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda[:i] or mps.  [default: auto]"),
     click.option(
@@ -203,47 +217,49 @@ _DECLARED = (
         "estimator",
         type=click.Choice(["population", "torch"]),
         metavar="NAME",
-        help="population, or torch: as update_bn.  [default: population]",
+        help="population, or torch (like update_bn).  [default: population]",
     ),
     click.option(
         "--bn-batches",
         "batches",
         type=click.IntRange(1),
         metavar="N",
-        help="Use only so many batches.",
+        help="Use only the first N batches.",
     ),
     click.option(
         "--amp",
         type=click.Choice(["off", "bf16", "fp16"]),
-        help="Autocast the forward.  [default: off]",
+        help="Autocast the forward pass.  [default: off]",
     ),
-    click.option("--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; keep the best."),
     click.option(
-        "--greedy", metavar="MOD:ATTR", help="Average only what makes evaluate(model) better."
+        "--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; write the best."
     ),
-    click.option("--plot", metavar="FILE", help="Draw the scores: .png, .svg or .html."),
+    click.option(
+        "--greedy", metavar="MOD:ATTR", help="Add a checkpoint only if evaluate(model) improves."
+    ),
+    click.option("--plot", metavar="FILE", help="Plot the scores: .png, .svg or .html."),
     click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only."),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
-    click.option("--report", metavar="FILE", help="Write the report, as JSON, to a file."),
+    click.option("--report", metavar="FILE", help="Write the report as JSON to a file."),
     click.option(
-        "--distances", is_flag=True, help="Tell how far each checkpoint is from the mean."
+        "--distances", is_flag=True, help="Show how far each checkpoint is from the mean."
     ),
-    click.option("--verify", is_flag=True, help="Read the output again; average a sample anew."),
-    click.option("--show", metavar="FILE", help="Print how an average was made, and stop."),
-    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    click.option("--verify", is_flag=True, help="Reread the output; recompute a sample of it."),
+    click.option("--show", metavar="FILE", help="Print how an average was made, and exit."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only errors."),
     click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement."),
     click.option(
         "--threads",
         type=click.IntRange(1),
         metavar="N",
-        help="How many cores.  [default: up to 16]",
+        help="Number of cores to use.  [default: up to 16]",
     ),
     click.version_option(swa_avg.__version__, prog_name="swa-avg", message="%(prog)s %(version)s"),
 )
 
 
 def declared(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command all arguments and options that there are."""
+    """Add all arguments and options to a command."""
     for add in reversed(_DECLARED):
         command = add(command)
     return command
@@ -251,20 +267,20 @@ def declared(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of the command is to do.
+    """The parsed command line.
 
     Attributes:
         checkpoints: Files, folders or patterns of them.
-        output: What to write.
-        options: How to average.
-        recompute: The fields of `recompute.Recompute`; None where BatchNorm is left alone.
-        search: How to find the best average; None where there is nothing to find.
-        dry_run: Whether only to show what would be done.
+        output: The path of the output.
+        options: The options of the average.
+        recompute: The fields of `Recompute`; None without --recompute-bn.
+        search: The options of the search; None without --sweep and --greedy.
+        dry_run: Whether to show the plan only.
         as_json: Whether to print the report as JSON.
-        report: Where to write the report, if anywhere.
-        quiet: Whether to print nothing but errors.
+        report: The path of the JSON report, or None.
+        quiet: Whether to print only errors.
         verbose: Whether to show every tensor and every disagreement.
-        threads: How many processes or threads work; None for one a core.
+        threads: The number of worker processes or threads; None for one per core.
     """
 
     checkpoints: tuple[str, ...]
@@ -282,15 +298,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Search:
-    """How to find the best average.
+    """The options of a search for the best average.
 
     Attributes:
-        evaluate: `MOD:ATTR` of what judges.
-        greedy: Whether to make a greedy soup; else to sweep over the last 1, 2, 3, ….
-        model: `MOD:ATTR` of the model, if it was given.
-        metric: What the score is called, if that was given.
-        mode: Which way is better, if that was given.
-        plot: Where to draw the scores, if anywhere.
+        evaluate: `MOD:ATTR` of the function that scores a model.
+        greedy: Whether to make a greedy soup instead of a sweep over the last 1, 2, 3, ….
+        model: `MOD:ATTR` of the model, or None.
+        metric: The name of the score, or None.
+        mode: Whether low (min) or high (max) scores are better, or None.
+        plot: The path of the plot, or None.
     """
 
     evaluate: str
@@ -302,26 +318,26 @@ class Search:
 
     @property
     def option(self) -> str:
-        """The option that asked for it."""
+        """The name of the option that starts this search."""
         return "--greedy" if self.greedy else "--sweep"
 
     @property
-    def told(self) -> dict[str, str | None]:
-        """What the user said of the score and the model."""
+    def score_options(self) -> dict[str, str | None]:
+        """The options that describe the score and the model."""
         return {"model": self.model, "metric": self.metric, "mode": self.mode}
 
 
 def run_of(given: dict[str, Any]) -> Run:
-    """Sort the options of the command line by what they are for."""
+    """Build a `Run` from the options of the command line."""
     from swa_avg.planning import Choice, Options
     from swa_avg.storage import GivenPath, path_of
 
     def taken(kind: type) -> dict[str, Any]:
-        """Take what a dataclass has fields for; None stands for its default."""
+        """Remove and return the options that are fields of a dataclass; None means default."""
         names = [one.name for one in fields(kind) if one.name in given]
         return {name: value for name in names if (value := given.pop(name)) is not None}
 
-    # The user's code may change the current folder: paths keep the meaning they have now.
+    # Resolve the paths now: the user's code may change the current folder.
     given["output"] = path_of(given["output"])
     for name in ("report", "plot"):
         given[name] = GivenPath.of(given[name]) if given[name] else None
@@ -338,7 +354,7 @@ def run_of(given: dict[str, Any]) -> Run:
 
 
 def _search_of(given: dict[str, Any]) -> Search | None:
-    """Take what a search needs; it shares the metric with the choice of the best."""
+    """Build a `Search`, or return None; `--metric` and `--mode` also belong to `--best`."""
     evaluate = given["sweep"] or given["greedy"]
     if not evaluate:
         return None

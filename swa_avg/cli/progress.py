@@ -1,4 +1,4 @@
-"""Progress on the terminal: how far a long step is, on stderr, where somebody looks."""
+"""Progress bars on stderr, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from swa_avg.errors import printable
 def bar(
     total: int | None, quiet: bool, unit: str, desc: str, stream: TextIO | None = None
 ) -> Iterator[Any]:
-    """Show a progress bar on `stream`, by default stderr, if it is a terminal; else give None."""
+    """Show a progress bar on `stream` (default stderr); yield None if it is not a terminal."""
     stream = stream or sys.stderr
     if quiet or stream is None or not stream.isatty():
         yield None
         return
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # no thread of its own: processes are not forked beside one
+    tqdm.monitor_interval = 0  # no monitor thread: a process with threads must not fork
     scaled = unit == "B"
-    made: Any = tqdm(total=total, unit=unit, unit_scale=scaled, desc=desc, leave=False, file=stream)
-    with made:
-        yield made
+    shown: Any = tqdm(
+        total=total, unit=unit, unit_scale=scaled, desc=desc, leave=False, file=stream
+    )
+    with shown:
+        yield shown
 
 
 def advance(bar: Any, samples: int) -> None:
-    """Count a batch, and show how fast samples come."""
+    """Count a batch and show the samples per second."""
     bar.samples = getattr(bar, "samples", 0) + samples
     elapsed = bar.format_dict["elapsed"]
     known = elapsed and bar.samples
@@ -38,6 +40,6 @@ def advance(bar: Any, samples: int) -> None:
 
 
 def move(bar: Any, done: int, step: str) -> None:
-    """Say what comes now."""
+    """Set the number of completed steps and the name of the current one."""
     bar.n = done
     bar.set_description_str(printable(step))

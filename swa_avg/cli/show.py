@@ -1,7 +1,4 @@
-"""What a run says: results on stdout, notes on stderr, or one JSON document.
-
-Prints what the library found; decides nothing.
-"""
+"""Printing: results on stdout, notes on stderr, or one JSON document."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def current_streams() -> Streams:
-    """Return where results and messages go."""
+    """Return the streams for results and messages."""
     streams: Streams = click.get_current_context().meta[Streams.__name__]
     return streams
 
@@ -42,7 +39,7 @@ def print_json(content: object) -> None:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Say which file it is that cannot be written: the standard output."""
+    """Turn a failed write to stdout into an `OutputError`."""
     try:
         yield
     except BrokenPipeError:
@@ -61,17 +58,17 @@ def note(notes: Iterable[str]) -> None:
 
 
 def note_stale() -> None:
-    """Print that the BatchNorm statistics do not belong to the average."""
-    note(["BatchNorm statistics do not fit the average; --recompute-bn makes them fit"])
+    """Print that the BatchNorm statistics do not belong to the averaged weights."""
+    note(["BatchNorm statistics do not fit the average; recompute them with --recompute-bn"])
 
 
 def tensors_of(averaging: Averaging, run: Run) -> dict[str, object]:
-    """Return what happens to each tensor, with `-v`, for the JSON document."""
+    """Return the treatment of each tensor for the JSON document; empty without `-v`."""
     return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
 
 
 def show_plan(averaging: Averaging, run: Run) -> None:
-    """Print what would be done."""
+    """Print the plan of a dry run."""
     if run.as_json:
         searched = {"search": run.search.evaluate if run.search else None}
         planned = averaging.to_dict() | {"recompute_bn": run.recompute is not None} | searched
@@ -88,7 +85,7 @@ def show_plan(averaging: Averaging, run: Run) -> None:
 
 
 def show_search(best: Found, run: Run) -> None:
-    """Print which averages were tried, and what became the output."""
+    """Print the scores of a search and the average that became the output."""
     report = best.report
     say(messages.of_search(report))
     show_average(report.average, best.averaging, run)
@@ -101,14 +98,14 @@ def show_search(best: Found, run: Run) -> None:
 
 
 def show_average(report: Report, averaging: Averaging, run: Run) -> None:
-    """Print what was averaged."""
+    """Print the result of averaging."""
     if run.verbose:
         say(messages.of_tensors(averaging))
     say(messages.of_average(report))
     if report.distances:
         say(messages.of_distances(report, report.distances, modules=run.verbose))
     if averaging.options.verify:
-        say(["verified: all of it read again, and a sample averaged anew"])
+        say(["verified: the output was read again and a sample of it recomputed"])
     note(report.notes)
 
 

@@ -1,8 +1,8 @@
-"""Where results and messages go, apart from what the user's code prints.
+"""The streams for results and messages, separate from the output of the user's code.
 
 The user's code may print, start programs that print, replace `sys.stdout` or close it.
-From the moment it runs, descriptor 1 is its own and leads to stderr, until the process
-ends; ours are copies of the two descriptors as they were.
+Before it runs, the original descriptors 1 and 2 are duplicated for swa-avg's own output,
+and descriptor 1 is redirected to stderr until the process ends.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from swa_avg.errors import DataError
 
 
 class ExitWatch:
-    """Has the process end with code 1 if a function that runs at its exit raises.
+    """Ends the process with code 1 if a function registered with atexit raises.
 
-    Python ignores such an error. It is made before the user's code runs, so that it
-    comes last at exit.
+    Python itself ignores such an error. An instance is created before the user's code runs,
+    so that its own exit function runs last.
     """
 
     def __init__(self) -> None:
         self._failures: list[DataError] = []
-        self._tell: Callable[[DataError], object] = lambda error: None
+        self._report: Callable[[DataError], object] = lambda error: None
         atexit.register(self._end)
 
-    def begin(self, tell: Callable[[DataError], object]) -> None:
-        """Watch from now on, when all else is done.
+    def begin(self, report: Callable[[DataError], object]) -> None:
+        """Start watching; called when the command is done.
 
         Args:
-            tell: Is called with the first error.
+            report: Called with the first error.
         """
-        from swa_avg.batchnorm import frames_of, theirs
+        from swa_avg.batchnorm import error_line, frames_of
 
         before = sys.unraisablehook
 
@@ -45,26 +45,25 @@ class ExitWatch:
             if "atexit" not in (failed.err_msg or "") or error is None:
                 before(failed)
                 return
-            found = f"a function that runs at exit: {theirs(error)}"
+            found = f"a function that runs at exit: {error_line(error)}"
             self._failures.append(DataError(found, frames=frames_of(error)))
 
-        self._tell = tell
+        self._report = report
         sys.unraisablehook = note
 
     def _end(self) -> None:
         if self._failures:
-            self._tell(self._failures[0])
+            self._report(self._failures[0])
             os._exit(1)
 
 
 class Streams:
-    """Our stdout and stderr.
+    """The streams of swa-avg itself.
 
     Attributes:
-        out: Where results go; None stands for `sys.stdout` of the moment.
-        err: Where messages go; None stands for `sys.stderr` of the moment.
-        watch: Watches the exit of the process, once its own descriptors are the user's
-            code's.
+        out: The stream for results; None means the current `sys.stdout`.
+        err: The stream for messages; None means the current `sys.stderr`.
+        watch: Watches the exit of the process; None until the streams are separated.
     """
 
     def __init__(self) -> None:
@@ -73,11 +72,11 @@ class Streams:
         self.watch: ExitWatch | None = None
 
     @contextmanager
-    def apart(self, *, silent: bool) -> Iterator[None]:
-        """Let the user's code print to stderr; afterwards `sys.stdout` is what it was.
+    def separated(self, *, silent: bool) -> Iterator[None]:
+        """Redirect what the user's code prints to stderr; restore `sys.stdout` afterwards.
 
         Args:
-            silent: Whether what it prints is shown nowhere instead.
+            silent: Whether to discard what the user's code prints to stdout.
         """
         if self.watch:
             yield
@@ -85,18 +84,18 @@ class Streams:
         out, err = sys.stdout, sys.stderr
         self.out, self.err = out, err
         if _number(out) == 1 and _number(err) == 2:
-            self._part(silent)
+            self._separate(silent)
             try:
                 yield
             finally:
                 sys.stdout, sys.stderr = out, err
-        else:  # somebody reads what this process prints, as a notebook or a test does
+        else:  # stdout is captured, as in a notebook or a test
             nowhere = StringIO()
             with redirect_stdout(nowhere if silent else err):
                 yield
             sys.stderr = err
 
-    def _part(self, silent: bool) -> None:
+    def _separate(self, silent: bool) -> None:
         out, err = sys.stdout, sys.stderr
         out.flush()
         self.out, self.err = _copied(out), _copied(err)
@@ -104,12 +103,12 @@ class Streams:
         os.dup2(target, 1)
         if silent:
             os.close(target)
-        # In the order in which it is printed, beside what goes to stderr.
+        # Line buffering keeps the order of what the user's code prints to stdout and stderr.
         out.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         self.watch = ExitWatch()
 
     def silence(self) -> None:
-        """Let results go nowhere from now on: nobody reads them."""
+        """Discard results from now on: the reader has closed stdout."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         if self.watch and self.out is not None:

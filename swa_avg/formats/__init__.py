@@ -1,8 +1,8 @@
-"""Checkpoint formats: one module for each, with its reader and its writer.
+"""Checkpoint formats: one module for each format, with its reader and its writer.
 
-In: a path. Out: a `Checkpoint`, of which only the headers are read; and the `Layout` of
-an output. The content decides which format a file has, never its suffix. Knows nothing
-of what the tensors are for.
+In: a path. Out: a `Checkpoint`, of which only the headers are read; and the `Layout` of an
+output. The format of a file is detected from its content, never from its suffix. Does not
+interpret the tensors.
 """
 
 from swa_avg.formats.checkpoint import (

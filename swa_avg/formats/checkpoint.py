@@ -1,4 +1,4 @@
-"""What all formats have in common: a checkpoint that was opened, a state_dict to be written."""
+"""The types that all formats share: an opened checkpoint, and a state_dict to write."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 from swa_avg.tensors import DType, Record, Stored, TensorRef, View
 
-# The name under which an average says how it was made: a record, a file, a key of metadata.
+# The name of the provenance of an average: of a zip record, a file, or a metadata key.
 PROVENANCE = "swa_avg.json"
 MOST_PROVENANCE_BYTES = 64 << 20
 
 
 class Components(dict[str, object]):
-    """The tree of a folder of several models: each component's path, and what it holds."""
+    """The tree of a folder of several models: the content of each component by its path."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of which only the headers have been read.
+    """An opened checkpoint of which only the headers have been read.
 
     Attributes:
-        path: As the user named it.
-        format: The name of its format, for people.
-        tree: What was saved: containers and plain values, with a `View` for each tensor, or a
-            `TensorRef`. Checkpoints whose headers are equal may have it in common.
-        files: The files it is made of, open.
-        metadata: Text that a safetensors file carries about itself.
-        notes: What a user should know about the file itself.
-        beside: What stands in files beside the tensors (`trainer_state.json`), if anything.
-        provenance: What an average of ours says of how it was made; else empty.
-        provenance_record: The record that says it, where that is one of its own.
-        records: Where the storages are that the views in `tree` look at.
-        budget: What its headers have made, and what may still be made of them.
+        path: The path that the user gave.
+        format: The name of the format, for display.
+        tree: The saved object: containers and plain values, with a `View` or a `TensorRef`
+            for each tensor. Checkpoints with equal headers may share one tree.
+        files: The open files of the checkpoint.
+        metadata: The metadata of a safetensors file.
+        notes: Notes for the user about the files.
+        beside: The content of a file beside the tensors (`trainer_state.json`), if any.
+        provenance: The provenance text of an average that swa-avg wrote; otherwise empty.
+        provenance_record: The record that holds the provenance, if it has its own record.
+        records: The record of each storage that a view in `tree` refers to.
+        budget: Counts and limits what is built from the headers.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class Checkpoint:
     budget: Budget = field(default_factory=Budget)
 
     def located(self, tensor: View | TensorRef) -> TensorRef:
-        """Return where a tensor of `tree` is.
+        """Return a tensor of `tree` with its location.
 
         Raises:
-            KeyError: It is none of this checkpoint.
+            KeyError: The tensor is not of this checkpoint.
         """
         if isinstance(tensor, TensorRef):
             return tensor
@@ -63,7 +63,7 @@ class Checkpoint:
         return TensorRef(tensor.dtype, tensor.shape, tensor.stride, record, tensor.offset)
 
     def records_of(self, tensor: View | TensorRef) -> tuple[Record, ...]:
-        """Return all storages that a tensor of `tree` looks at."""
+        """Return the records of all storages that a tensor of `tree` uses."""
         if isinstance(tensor, TensorRef):
             return tensor.records
         return (self.records[tensor.stored],)
@@ -76,12 +76,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Splice:
-    """A stretch of a file that gives way to other bytes, as many or not.
+    """A replacement of a range of bytes in a file by other bytes, possibly of another length.
 
     Attributes:
-        start: Its first byte.
-        length: How many bytes go; none where something is put in between.
-        data: What comes instead.
+        start: The first byte of the range.
+        length: The length of the range; 0 for an insertion.
+        data: The new bytes.
     """
 
     start: int
@@ -91,7 +91,7 @@ class Splice:
 
 @dataclass(frozen=True, slots=True)
 class OutputStorage:
-    """A stretch of elements in the output that one or several tensors look at."""
+    """A storage of the output: elements that one or several tensors share."""
 
     dtype: DType
     numel: int
@@ -104,7 +104,7 @@ class OutputStorage:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of the output: which storage, and how it looks at it, in elements."""
+    """A tensor of the output: its storage by number, and its offset and strides in elements."""
 
     storage: int
     offset: int
@@ -114,16 +114,16 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputStateDict:
-    """A state_dict to be written.
+    """A state_dict to write.
 
     Attributes:
-        storages: Its storages, in the order of the file.
-        items: Its entries in order: tensors, and plain Python values.
-        metadata: Its `_metadata` (module paths to versions), which torch keeps
-            beside a state_dict, or None.
+        storages: The storages, in the order of the file.
+        items: The entries in order: tensors and plain Python values.
+        metadata: The `_metadata` (module paths to versions) that torch attaches to a
+            state_dict, or None.
         text: The metadata of a safetensors file.
-        provenance: How it was made, in ASCII, as far as that is known before its tensors
-            are; what is known then has the same length. Empty where nothing is said.
+        provenance: The provenance text in ASCII, as far as it is known before the tensors
+            are computed. The final text has the same length. Empty for no provenance.
     """
 
     storages: tuple[OutputStorage, ...]
@@ -139,7 +139,7 @@ class OutputStateDict:
 
 
 class Layout(Protocol):
-    """An output in which every byte has its place before the first is written."""
+    """The layout of an output: the place of every byte is known before the first is written."""
 
     @property
     def size(self) -> int:
@@ -147,16 +147,16 @@ class Layout(Protocol):
 
     @property
     def files(self) -> Mapping[str, int]:
-        """The size of each file of a folder; none for a single file."""
+        """The size of each file of a folder; empty for a single file."""
 
     @property
     def places(self) -> Sequence[int]:
-        """Where each storage's first byte goes, in the order of the storages."""
+        """The position of the first byte of each storage, in the order of the storages."""
 
     def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes that are no storage's, with their places.
+        """Yield all bytes outside the storages, with their positions.
 
         Args:
             checksums: The CRC-32 of each storage.
-            provenance: How the output was made, as long as what it was laid out with.
+            provenance: The final provenance text, of the length used for the layout.
         """

@@ -1,14 +1,14 @@
-"""What a Hugging Face folder is made of: names of weights, and the models that it holds.
+"""The parts of a Hugging Face folder: its files of weights, and the models that it holds.
 
-The name of a file of weights is made of a stem (`diffusion_pytorch_model`), perhaps a
-variant (`fp16`), and a suffix. Weights in shards have an index beside them, whose name
-is made of the same parts.
+The name of a file of weights consists of a stem (`diffusion_pytorch_model`), an optional
+variant (`fp16`), and a suffix. Sharded weights have an index, whose name consists of the
+same parts.
 
-Most folders hold one model. A sentence-transformers folder names its modules in
-`modules.json`, a diffusers pipeline its models in `model_index.json`; a training
-script of diffusers saves a folder for each model (`unet/`, `unet_ema/`), and PEFT one
-for each adapter that has a name. Such a model is a component of the folder. Only names
-and small JSON files are read here.
+Most folders hold one model. A sentence-transformers folder lists its modules in
+`modules.json`, and a diffusers pipeline lists its models in `model_index.json`. Training
+scripts of diffusers save a folder for each model (`unet/`, `unet_ema/`), and PEFT saves a
+folder for each named adapter. Each of these models is a component of the folder. This
+module reads only file names and small JSON files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from swa_avg.formats.checkpoint import PROVENANCE
 from swa_avg.formats.safetensors import unique
 from swa_avg.storage import InputFile
 
-# What libraries look for, the first that is there counts; each may be in shards.
+# The names that libraries look for. The first that exists is used; each may be sharded.
 _NAMES = (
     "model.safetensors",  # transformers, sentence-transformers, accelerate
     "pytorch_model.bin",
@@ -39,10 +39,10 @@ _NAMES = (
     "open_clip_pytorch_model.bin",
 )
 _STEMS = tuple(dict.fromkeys(name.partition(".")[0] for name in _NAMES))
-# What these stems become where the output is safetensors and the input is not.
+# The stems that change when the output is safetensors and the input is not.
 _RENAMED = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}
-# What stands between dots is a variant only where it is the name of one: a run may have
-# checkpoints that it calls `model.epoch_1.bin`.
+# Only these names between dots are variants: a run may have checkpoints with names like
+# `model.epoch_1.bin`.
 _VARIANTS = r"\.(?:b?fp?(?:16|32|8)|b?float16|int[48]|nf4|(?:non?_)?ema)"
 _WHOLE = re.compile(
     rf"(?P<stem>{'|'.join(_STEMS)})(?P<variant>{_VARIANTS})?\.(?P<suffix>safetensors|bin)"
@@ -50,28 +50,28 @@ _WHOLE = re.compile(
 _INDEX = re.compile(
     r"(?P<stem>.+?)(?:\.(?P<suffix>safetensors|bin))?\.index(?P<variant>\.\w+)?\.json"
 )
-ROOT = "."  # the component that lies in the folder itself
+ROOT = "."  # the component in the folder itself
 _MODULES = "modules.json"
 _PIPELINE = "model_index.json"
 _ROUTER = "router_config.json"
 _ADAPTER = "adapter_config.json"
-# What only a checkpoint of a run has beside its models, never a folder of checkpoints.
+# Files that a checkpoint of a run contains and a folder of checkpoints does not.
 _RUN_STATE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|rng_state)(_\d+)*\.(bin|pt|pth|pkl|safetensors)"
     rf"|trainer_state\.json|{re.escape(PROVENANCE)}"
 )
-# How diffusers calls the models of a pipeline, and its training scripts their folders.
+# The names of models in diffusers pipelines, and of the folders of its training scripts.
 _MODELS = re.compile(
     r"(unet|transformer|controlnet|text_encoder|image_encoder|vae|prior|decoder|vqvae|vqgan"
     r"|adapter|t2iadapter|motion_adapter|unconditional|ema)([-_]?(\d|ema|lora|prior|decoder))*"
     r"|(ema)[-_](unet|transformer|controlnet|prior|decoder|model)"
 )
-# A checkpoint's place in its run: such a folder is no component of the folder around it.
+# Names of checkpoints within a run: such a folder is not a component of its parent folder.
 _PLACE_IN_RUN = re.compile(
     r"(?i)\d+|(.*[^a-z])?(best|last|latest|final)"
     r"|(.*[^a-z])?(checkpoint|ckpt|epoch|ep|step|iter|iteration|model)s?[-_=]?\d.*"
 )
-# Words that say that the weights are averages of those of the run.
+# Words that mark the weights as an average.
 _AVERAGES = {"ema", "swa", "avg", "average", "averaged"}
 _MOST_JSON_BYTES = 100_000_000
 _TRAINER_STATE = "trainer_state.json"
@@ -82,11 +82,11 @@ class Weights:
     """A file of weights, or the index of its shards.
 
     Attributes:
-        path: Where it is.
+        path: The path of the file.
         stem: The first part of its name.
-        variant: The variant with its dot (`.fp16`), or nothing.
-        suffix: `safetensors` or `bin`; the name of an index may have neither.
-        is_index: Whether it is an index.
+        variant: The variant with its dot (`.fp16`), or empty.
+        suffix: `safetensors` or `bin`; empty if the name of an index has neither.
+        is_index: Whether the file is an index.
     """
 
     path: Path
@@ -97,7 +97,7 @@ class Weights:
 
     @property
     def is_usual(self) -> bool:
-        """Whether libraries look for this name when they are told nothing else."""
+        """Whether libraries look for this name by default."""
         return not self.variant and f"{self.stem}.{self.suffix}" in _NAMES
 
     @property
@@ -105,18 +105,18 @@ class Weights:
         return _RENAMED.get(self.stem, self.stem) if self.suffix == "bin" else self.stem
 
     def shard_written(self, number: int, count: int) -> str:
-        """Return the name of one of `count` safetensors files that hold the same model."""
+        """Return the name of one of the `count` safetensors files of a model."""
         part = f"-{number:05}-of-{count:05}" if count > 1 else ""
         return f"{self._stem_written}{self.variant}{part}.safetensors"
 
     @property
     def index_written(self) -> str:
-        """The name of the index of such files."""
+        """The name of the index of these files."""
         return f"{self._stem_written}.safetensors.index{self.variant}.json"
 
 
 def candidates(folder: Path) -> Iterator[Weights]:
-    """Yield the files or indices that say what a folder's weights are, the best first."""
+    """Yield the files of weights and indices in a folder, in order of preference."""
     for name in _NAMES:
         for path in (folder / name, folder / f"{name}.index.json"):
             if path.exists():
@@ -130,7 +130,7 @@ def candidates(folder: Path) -> Iterator[Weights]:
 
 
 def is_weights_name(name: str) -> bool:
-    """Tell whether a name is that of a file of weights, or of an index."""
+    """Return whether a name is the name of a file of weights or of an index."""
     return bool(_WHOLE.fullmatch(name) or _INDEX.fullmatch(name))
 
 
@@ -144,9 +144,9 @@ def _named(path: Path) -> Weights:
 
 
 def components(folder: Path) -> tuple[str, ...]:
-    """Return the paths, within a folder, of the models that it is made of; ROOT is itself.
+    """Return the paths of the models in a folder; ROOT is the folder itself.
 
-    None where the folder is no checkpoint.
+    The result is empty if the folder is not a checkpoint.
     """
     found = [ROOT] if has_weights(folder) else []
     named = list(declared(folder))
@@ -157,12 +157,12 @@ def components(folder: Path) -> tuple[str, ...]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Tell whether there are weights in a folder itself."""
+    """Return whether a folder directly contains weights."""
     return next(candidates(folder), None) is not None
 
 
 def declared(folder: Path) -> Iterator[str]:
-    """Yield the paths of sub-folders that the folder's own small files speak of."""
+    """Yield the paths of the sub-folders that the folder's JSON files list as models."""
     if (folder / _MODULES).exists():
         modules = read_json(folder / _MODULES)
         paths = (module.get("path") for module in modules if isinstance(module, dict))
@@ -180,23 +180,23 @@ def declared(folder: Path) -> Iterator[str]:
 
 
 def _routed(folder: Path, path: str) -> Iterator[str]:
-    """Yield the paths of the modules between which a router of sentence-transformers chooses."""
+    """Yield the paths of the modules that a router of sentence-transformers lists."""
     config = folder / path / _ROUTER
     if not config.exists():
         return
-    said = read_json(config)
-    types = said.get("types") if isinstance(said, dict) else None
+    content = read_json(config)
+    types = content.get("types") if isinstance(content, dict) else None
     for name in types if isinstance(types, dict) else ():
         if is_inside(name):
             yield name if path == ROOT else f"{path}/{name}"
 
 
 def _saved_apart(folder: Path, adapters: bool) -> list[str]:
-    """Return the sub-folders in which a run has saved its models, each by itself.
+    """Return the sub-folders in which a run saved its models separately.
 
     Args:
-        folder: The folder around them.
-        adapters: Whether only adapters of PEFT are meant: the folder holds one itself.
+        folder: The parent folder.
+        adapters: Look only for PEFT adapters, because the folder itself holds one.
     """
     entries = sorted(folder.iterdir())
     names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
@@ -212,9 +212,9 @@ def _saved_apart(folder: Path, adapters: bool) -> list[str]:
 
 
 def averages(names: Iterable[str]) -> dict[str, str | None]:
-    """Return the components that are averages by their names, with the one that each belongs to.
+    """Map each component whose name marks an average to the component it is an average of.
 
-    An average that belongs to none of the others (to None) is the only one of its kind.
+    The value is None if there is no such component.
     """
     words = {name: re.split(r"[-_.]", name.lower()) for name in names}
     rest = {name: [word for word in words[name] if word not in _AVERAGES] for name in words}
@@ -222,18 +222,18 @@ def averages(names: Iterable[str]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in words:
         if name not in raw:
-            # `ema` alone belongs to the one model beside it.
+            # A component named just `ema` is the average of the only other model.
             of = [one for one in raw if rest[one] == rest[name]] or ([] if rest[name] else raw)
             found[name] = of[0] if len(of) == 1 else None
     return found
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of reasonable size in which no name occurs twice.
+    """Read a JSON file of limited size without duplicate names.
 
     Raises:
-        FormatError: It is no such file.
-        FileError: It cannot be opened.
+        FormatError: The file is too large, is not valid JSON, or has a duplicate name.
+        FileError: The file cannot be opened.
     """
     file = InputFile(path)
     try:
@@ -242,22 +242,22 @@ def read_json(path: Path) -> Any:
         return json.loads(file.read(0, file.size).decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise FormatError(
-            f"is no sound JSON ({error})", file=path, remedy="The file is damaged"
+            f"is not valid JSON ({error})", file=path, remedy="The file is damaged"
         ) from error
     finally:
         file.close()
 
 
 def trainer_state(folder: Path) -> object:
-    """Return what transformers' Trainer records beside the weights, or None."""
+    """Return the content of the `trainer_state.json` of transformers' Trainer, or None."""
     path = folder / _TRAINER_STATE
     return read_json(path) if path.exists() else None
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a relative path leads to something in its own folder.
+    """Return whether a relative path stays inside its folder.
 
-    A symbolic link there may lead elsewhere: the hub's cache is made of them.
+    Symbolic links are not resolved: files in the Hugging Face cache are links.
     """
     parts = PurePosixPath(name).parts
     harmful = {"/", "\\", "..", "\0"}

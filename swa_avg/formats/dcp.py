@@ -1,10 +1,10 @@
 """Folders of `torch.distributed.checkpoint`: `.metadata`, and a file of items for each rank.
 
-A tensor is there in chunks, boxes of it that one rank or several wrote; each is
-an item of a `.distcp` file, and by itself what `torch.save` makes of a tensor.
-`.metadata` is a pickle that says what is where. It is read like any pickle here:
-its classes stay unknown, and nothing of it runs. Items that are no tensors are
-pickles too; they stay unread, as does the state of the optimizer.
+A tensor is stored in chunks, which are boxes of the tensor written by one or several ranks.
+Each chunk is an item of a `.distcp` file, in the format of `torch.save` for one tensor.
+`.metadata` is a pickle with the location of each item. It is read without importing its
+classes or running its code. Items other than tensors are pickles too; these and the state of
+the optimizer are not read.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 
 _METADATA = ".metadata"
-# accelerate and Trainer put the model's folder into their own, beside the optimizer's.
+# accelerate and Trainer save the model in a sub-folder, next to one for the optimizer.
 _INNER = "pytorch_model_fsdp_0"
-# What Lightning and Megatron-LM record of the run.
+# Files in which Lightning and Megatron-LM record the state of the run.
 _BESIDE = ("meta.pt", "common.pt")
 _CALLED = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
-# Where the model is, who flattens names himself.
+# The prefixes of the model in checkpoints whose names were flattened before saving.
 _SLOTS = {"model", "module", "state_dict", "app", "net", "ema", "model_ema", "ema_model"}
 _UNREAD = Inert(Global("torch.distributed.checkpoint", "item"))
 
@@ -41,16 +41,17 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder is a distributed checkpoint, if perhaps not a whole one."""
+    """Return whether a folder is a distributed checkpoint, even an incomplete one."""
     home = _home(folder)
     return (home / _METADATA).exists() or next(home.glob("*.distcp"), None) is not None
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read the metadata of a folder, and the headers of the tensors' items.
+    """Read the metadata of a folder and the headers of its tensors.
 
     Raises:
-        FormatError: The metadata or an item is not sound, or a tensor has holes.
+        FormatError: The metadata or an item is damaged or not supported, or a tensor has
+            holes.
         FileError: A file is missing or cannot be opened.
     """
     home = _home(folder)
@@ -59,7 +60,7 @@ def read(folder: Path) -> Checkpoint:
         raise FormatError(
             f"has no {_METADATA}",
             file=home,
-            remedy="The run had not finished writing it when it ended",
+            remedy="The run ended before the checkpoint was complete",
         )
     with ExitStack() as opened:
         source = _Source(home, opened)
@@ -87,7 +88,7 @@ def _home(folder: Path) -> Path:
 
 
 def _state_beside(folder: Path) -> object:
-    """Return what a framework records in a file beside the tensors, or None."""
+    """Return the content of a framework's file beside the tensors, or None."""
     path = next((folder / name for name in _BESIDE if (folder / name).exists()), None)
     if path is None:
         return None
@@ -97,7 +98,7 @@ def _state_beside(folder: Path) -> object:
 
 
 def _metadata(path: Path, budget: Budget) -> Mapping[str, object]:
-    """Return the fields of the metadata, whatever class they were pickled as."""
+    """Return the fields of the metadata object, ignoring its class."""
     file = InputFile(path)
     try:
         budget.read(file.size)
@@ -117,7 +118,7 @@ def _fields(value: object) -> Mapping[str, object]:
 
 
 def _tree(metadata: Mapping[str, object], source: _Source) -> tuple[dict[str, object], list[str]]:
-    """Put everything in its place in the nested dicts that were saved; return notes, too."""
+    """Rebuild the nested dicts that were saved; return them with notes for the user."""
     entries = metadata["state_dict_metadata"]
     items = metadata["storage_data"]
     assert isinstance(entries, dict)
@@ -136,20 +137,20 @@ def _tree(metadata: Mapping[str, object], source: _Source) -> tuple[dict[str, ob
         for branch in branches:
             below = at.setdefault(branch, {})
             if not isinstance(below, dict):
-                raise FormatError("is within another item", tensor=name)
+                raise FormatError("lies inside another item", tensor=name)
             at = below
         if leaf in at:
-            raise FormatError("is there twice", tensor=name)
+            raise FormatError("occurs twice", tensor=name)
         at[leaf] = _UNREAD if name in unread else _item(name, entries[name], source)
     return tree, [f"{listed(list(groups))}: optimizer state; not read"] if flat and groups else []
 
 
 def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple[str, ...]]:
-    """Return where in the nested dicts each item was, before they were flattened."""
+    """Return the path of each item in the nested dicts before they were flattened."""
     paths: dict[str, tuple[str, ...]] = {}
     for name in entries:
         if not isinstance(name, str):
-            raise FormatError(f"has an item called {described(name)}")
+            raise FormatError(f"has an item named {described(name)}")
         path = mapping.get(name) if isinstance(mapping, dict) else None
         parts = path if isinstance(path, tuple) and path else (name,)
         paths[name] = tuple(described(part) for part in parts)
@@ -157,10 +158,10 @@ def _paths(entries: Mapping[object, object], mapping: object) -> dict[str, tuple
 
 
 def _optimizers(paths: Mapping[str, tuple[str, ...]]) -> dict[str, None]:
-    """Return the dotted prefixes of what is an optimizer's, and stays unread.
+    """Return the dotted prefixes of optimizer state, which is not read.
 
-    A dict that is called so beside the model's is one, whatever it holds; among flat names
-    its structure must say it.
+    A dict next to the model is optimizer state if its name says so. Among flattened names
+    the structure of the names decides.
     """
     groups = optimizer_groups({".".join(path): None for path in paths.values()})
     heads = {path[0].partition(".")[0] for path in paths.values()}
@@ -174,17 +175,14 @@ def _optimizers(paths: Mapping[str, tuple[str, ...]]) -> dict[str, None]:
 
 
 def _split(paths: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Take the model's place before the dot, if all names begin with one.
-
-    Who flattens names himself puts model and optimizer side by side.
-    """
+    """Split the prefix of the model or optimizer off flattened names, if every name has one."""
     if all("." in name and name.partition(".")[0] in _SLOTS for name in paths):
         return {name: tuple(name.split(".", 1)) for name in paths}
     return paths
 
 
 def _item(name: str, description: object, source: _Source) -> object:
-    """Return a tensor as where its bytes are; anything else stays unread."""
+    """Return the location of a tensor, or None for any other item."""
     fields = _fields(description)
     if "size" not in fields:
         return _UNREAD
@@ -220,27 +218,27 @@ def _box(chunk: object) -> Box:
 
 
 def _check_cover(shape: tuple[int, ...], boxes: Sequence[Box], budget: Budget) -> None:
-    """Refuse boxes that leave a hole in a tensor, overlap or lie outside it."""
+    """Refuse boxes that overlap, leave a hole in a tensor, or lie outside the tensor."""
     covered = 0
     for start, size in boxes:
         inside = len(start) == len(size) == len(shape) and all(
             at + count <= whole for at, count, whole in zip(start, size, shape, strict=True)
         )
         if not inside:
-            raise FormatError("has a chunk outside of it")
+            raise FormatError("has a chunk that lies outside the tensor")
         covered += math.prod(size)
     if covered < math.prod(shape) or not boxes:
-        raise FormatError("has a hole: not all of its chunks are there")
+        raise FormatError("has a hole: some of its chunks are missing")
     if covered > math.prod(shape) or not _tiled(shape, boxes, budget):
         raise FormatError("has chunks that overlap")
 
 
 def _tiled(shape: tuple[int, ...], boxes: Sequence[Box], budget: Budget) -> bool:
-    """Tell whether boxes fill a tensor, each place once.
+    """Return whether boxes cover each element of a tensor exactly once.
 
-    A function that counts how many boxes cover a place is determined by its jumps, which are
-    at the corners of the boxes, with alternating signs. The boxes fill the tensor if all
-    their jumps cancel but those at its own corners.
+    The number of boxes that cover an element changes at the corners of the boxes, with
+    alternating signs, and these jumps determine it. The boxes tile the tensor if all jumps
+    cancel except those at the corners of the tensor.
     """
     cut = [d for d, whole in enumerate(shape) if any(size[d] != whole for _, size in boxes)]
     budget.make(len(boxes) << len(cut))
@@ -253,7 +251,7 @@ def _tiled(shape: tuple[int, ...], boxes: Sequence[Box], budget: Budget) -> bool
 def _jumps(
     start: tuple[int, ...], size: tuple[int, ...], cut: Sequence[int]
 ) -> dict[tuple[int, ...], int]:
-    """Return the corners of a box in some dimensions, with their signs."""
+    """Return the corners of a box in the given dimensions, with their signs."""
     edges = [((start[d], 1), (start[d] + size[d], -1)) for d in cut]
     return {
         tuple(at for at, _ in corner): math.prod(sign for _, sign in corner)
@@ -263,7 +261,7 @@ def _jumps(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an item is."""
+    """The location of an item."""
 
     file: str
     start: int
@@ -271,11 +269,11 @@ class _Place:
 
 
 class _Source:
-    """The items of a folder: opens their files, each once, and reads the headers of tensors.
+    """The items of a folder. Opens each file once and reads the headers of tensors.
 
     Attributes:
-        files: What was opened, by name.
-        budget: What all headers may ask for.
+        files: The opened files by name.
+        budget: Limits what is built from the headers.
     """
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
@@ -288,19 +286,19 @@ class _Source:
         self._places: dict[tuple[str, tuple[int, ...] | None], object] = {}
 
     def take(self, items: Mapping[object, object]) -> None:
-        """Note where each item is, by its name and its place in the tensor."""
+        """Record the location of each item by its name and its offset in the tensor."""
         for index, info in items.items():
             fields = _fields(index)
             name, start = fields.get("fqn"), fields.get("offset")
             if not isinstance(name, str):
-                raise FormatError(f"has an item called {described(name)}")
+                raise FormatError(f"has an item named {described(name)}")
             key = (name, None if start is None else _sizes(start))
             if key in self._places:
                 raise FormatError("lists an item twice", tensor=name)
             self._places[key] = info
 
     def chunk(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> TensorRef:
-        """Return where the elements of a chunk are."""
+        """Return the location of the elements of a chunk."""
         place = self._place(name, start)
         if place.file not in self.files:
             self.files[place.file] = InputFile(self._folder / place.file)
@@ -330,7 +328,7 @@ class _Source:
             raise FormatError(f"is in the file {file!r}", expected="a file in the same folder")
         if info.get("transform_descriptors"):
             raise FormatError(
-                "is stored compressed or otherwise transformed",
+                "is stored compressed or with another transform",
                 remedy="Save the checkpoint without extensions",
             )
         return _Place(file, place, length)

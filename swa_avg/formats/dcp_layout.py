@@ -1,7 +1,7 @@
-"""The writer of `torch.distributed.checkpoint` folders, as one rank would have written them.
+"""The writer of `torch.distributed.checkpoint` folders, in the form that one rank writes.
 
-One file holds the tensors one behind the other, each as `torch.save` writes a
-tensor; `.metadata` says what is where.
+One file holds all tensors in sequence, each in the format of `torch.save` for one tensor;
+`.metadata` holds the location of each.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _METADATA = ".metadata"
 
 @dataclass(frozen=True)
 class DcpLayout:
-    """A folder of files that lie, as far as places are concerned, one behind the other.
+    """The layout of a folder; positions count through its files as if they were one file.
 
     Attributes:
         items: The torch zip of each storage.
         metadata: The bytes of `.metadata`.
-        provenance: The bytes of the side file as laid out; none where nothing is said.
+        provenance: The provenance text used for the layout, as bytes; empty for none.
     """
 
     items: tuple[ZipLayout, ...]
@@ -46,29 +46,29 @@ class DcpLayout:
 
     @property
     def places(self) -> Sequence[int]:
-        """Where each storage's first byte goes."""
+        """The position of the first byte of each storage."""
         starts = _starts(self.items)
         return [at + item.places[0] for at, item in zip(starts, self.items, strict=True)]
 
     def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes that are no storage's, with their places."""
+        """Yield all bytes outside the storages, with their positions."""
         starts = _starts(self.items)
         for at, item, checksum in zip(starts, self.items, checksums, strict=True):
             for place, data in item.headers([checksum]):
                 yield at + place, data
-        behind = sum(item.size for item in self.items)
-        yield behind, self.metadata
+        after = sum(item.size for item in self.items)
+        yield after, self.metadata
         if self.provenance:
-            yield behind + len(self.metadata), provenance.encode()
+            yield after + len(self.metadata), provenance.encode()
 
 
 def layout(state_dict: OutputStateDict, where: str) -> DcpLayout:
     """Lay out a folder.
 
     Args:
-        state_dict: What is written: contiguous tensors, each alone in its storage but
-            for other names of the same.
-        where: The dotted path at which it stands in what `load` fills.
+        state_dict: The state_dict to write. Its tensors are contiguous, and a storage is
+            shared only by several names of one tensor.
+        where: The dotted path of the state_dict in the nested dict that is given to `load`.
     """
     shapes = {tensor.storage: tensor.shape for tensor in state_dict.tensors.values()}
     items = tuple(
@@ -80,14 +80,14 @@ def layout(state_dict: OutputStateDict, where: str) -> DcpLayout:
 
 
 def _starts(items: Sequence[ZipLayout]) -> list[int]:
-    """Return where each item begins in its file."""
+    """Return the position of each item in its file."""
     return [0, *accumulate(item.size for item in items)][: len(items)]
 
 
 def _entries(
     state_dict: OutputStateDict, items: Sequence[ZipLayout], where: str
 ) -> Iterator[Entry]:
-    """Yield each tensor with the stretch of the file that holds it."""
+    """Yield each tensor with the range of the file that holds it."""
     parents = tuple(where.split(".")) if where else ()
     starts = _starts(items)
     for name, tensor in state_dict.tensors.items():

@@ -1,7 +1,7 @@
-"""The pickle of a DCP folder's `.metadata`, opcode by opcode: neither torch nor its classes exist.
+"""The writer of the `.metadata` pickle of a DCP folder, opcode by opcode, without torch.
 
-torch's own classes are named in it as torch pickles them (protocol 2, the fields that every
-version since 2.4 has), so that the loader of the torch at hand knows them.
+The pickle names torch's classes as torch does (protocol 2, with the fields that every version
+since 2.4 has), so that any of these versions can load it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 _METADATA = "torch.distributed.checkpoint.metadata"
-_CONTIGUOUS = 0  # of _MEM_FORMAT_ENCODING: what torch's planner always notes
+_CONTIGUOUS = 0  # of _MEM_FORMAT_ENCODING: the value that torch's planner always writes
 
 
 class Entry(NamedTuple):
-    """A tensor of a folder, whole in one stretch of one file.
+    """A tensor of a folder, stored in one range of one file.
 
     Attributes:
-        path: Where it stands in what `load` fills.
+        path: Its path in the nested dict that is given to `load`.
         dtype: The name of its dtype in torch.
-        shape: Its sizes.
-        start: The first byte of its stretch.
-        length: The bytes of its stretch.
+        shape: Its shape.
+        start: The first byte of the range.
+        length: The length of the range in bytes.
     """
 
     path: tuple[str, ...]
@@ -33,16 +33,16 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name that the folder knows it by."""
+        """The name of the tensor in the folder."""
         return ".".join(self.path)
 
 
 def dump(entries: Iterable[Entry], file: str) -> bytes:
-    """Return what torch's own planner would have noted of tensors.
+    """Return the pickle that torch's planner writes for tensors.
 
     Args:
         entries: The tensors.
-        file: The name of the file that they are in.
+        file: The name of the file that holds them.
     """
     every = list(entries)
     metadata = {
@@ -90,7 +90,7 @@ def _call(module: str, name: str, argument: bytes) -> bytes:
 
 
 def _object(module: str, name: str, fields: Mapping[str, bytes]) -> bytes:
-    """An object whose fields are set without its class being asked."""
+    """Return the opcodes of an object whose fields are set without calling `__init__`."""
     state = _dict({_plain(field): value for field, value in fields.items()})
     return _new(module, name) + state + pickle.BUILD
 
@@ -105,7 +105,7 @@ def _dict(items: Mapping[bytes, bytes]) -> bytes:
 
 
 def _plain(value: object) -> bytes:
-    """Pickle a plain value by itself; what is cut off are its protocol and its final stop."""
+    """Return the opcodes of a plain value, without the protocol header and the final STOP."""
     return pickle.dumps(value, protocol=2)[2:-1]
 
 

@@ -1,9 +1,9 @@
-"""What was read in the headers of some files, and need not be read again in others.
+"""A cache of parsed headers.
 
-Checkpoints of one run have mostly the same headers, often to the byte. What is
-kept here is told by its bytes, all of them, and has no file in it: of two files
-with equal headers it is equally true. One object serves one run, and is dropped
-when its files are open.
+The headers of checkpoints of one run are mostly the same, often to the byte. The cache is
+keyed by all bytes of a header, and its values do not refer to a file, so they are valid for
+every file with an equal header. One object serves one run, and is dropped when the files of
+the run are open.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MOST_BYTES = 16 << 20
 
 
 class Headers:
-    """Headers that were read before.
+    """A cache of headers that were parsed before.
 
     Attributes:
-        forms: Directories of zip archives.
+        forms: Parsed directories of zip archives, by size.
     """
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Headers:
         self._lock = threading.Lock()
 
     def once(self, read: Callable[[bytes, Budget], _T], data: bytes, budget: Budget) -> _T:
-        """Return `read(data, budget)`, which depends on the bytes only.
+        """Return `read(data, budget)`, which depends only on the bytes.
 
-        Of equal bytes it is the same object, and then nothing is drawn on the budget.
+        For equal bytes the result is the same object and the budget is not charged again.
         """
         if (read, data) in self._read:
             made: _T = self._read[read, data]

@@ -1,6 +1,6 @@
-"""Checkpoint formats: each module is one, with its reader and its writer.
+"""The functions that choose a format: to open a checkpoint, to lay out or to patch an output.
 
-`open_checkpoint` tells them apart by content, never by suffix.
+The format of an input is detected from its content, never from its suffix.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 
 class Form(Enum):
-    """A form of the output."""
+    """The format of an output."""
 
     TORCH = "torch zip"
     SAFETENSORS = "safetensors"
@@ -72,19 +72,19 @@ class Form(Enum):
 
 
 def open_checkpoint(path: str | os.PathLike[str], headers: Headers | None = None) -> Checkpoint:
-    """Read the headers of a checkpoint; its tensors stay on disk, and nothing in it runs.
+    """Read the headers of a checkpoint; its tensors stay on disk, and none of its code runs.
 
     Args:
-        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, or a folder
-            of Hugging Face's or of torch.distributed.checkpoint.
-        headers: What was read of other checkpoints, where they have most of it in common.
+        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, a Hugging
+            Face folder, or a torch.distributed.checkpoint folder.
+        headers: The cache of the headers of other checkpoints.
 
     Returns:
-        The checkpoint, its files open: close it when done.
+        The checkpoint with open files. Close it when done.
 
     Raises:
-        FileError: It cannot be opened.
-        FormatError: It is no checkpoint, or not a sound one.
+        FileError: The checkpoint cannot be opened.
+        FormatError: The path is not a checkpoint, or the checkpoint is damaged.
     """
     path = path_of(path)
     headers = headers or Headers()
@@ -102,10 +102,10 @@ def open_checkpoint(path: str | os.PathLike[str], headers: Headers | None = None
 
 
 def _of_one_time(folder: Checkpoint) -> Checkpoint:
-    """Return a folder whose files were all there at once: none was replaced meanwhile.
+    """Return a folder after checking that none of its files was replaced during opening.
 
-    Of one that is replaced later, what was opened is read; of one that is written to,
-    that is found in the end.
+    If a file is replaced later, the opened one is read. A file that is modified in place
+    is detected at the end of the run.
     """
     try:
         for file in folder.files:
@@ -117,7 +117,7 @@ def _of_one_time(folder: Checkpoint) -> Checkpoint:
 
 
 def _with_provenance(folder: Checkpoint) -> Checkpoint:
-    """Return a folder with what it says of how it was made, if it does."""
+    """Return a folder with its provenance, if it has a provenance file."""
     path = folder.path / PROVENANCE
     if not path.exists():
         return folder
@@ -126,22 +126,22 @@ def _with_provenance(folder: Checkpoint) -> Checkpoint:
     except BaseException:
         folder.close()
         raise
-    said = file.read(0, min(file.size, MOST_PROVENANCE_BYTES))
+    data = file.read(0, min(file.size, MOST_PROVENANCE_BYTES))
     file.close()
-    # What the folder says is of all its files; a record in one of them is an older one.
-    text = said.decode("ascii", "replace")
+    # The provenance of the folder describes all its files; a record in one of them is older.
+    text = data.decode("ascii", "replace")
     return replace(folder, provenance=text, provenance_record=None)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a path looks like a checkpoint, a folder that is one included."""
+    """Return whether a path looks like a checkpoint, either a file or a folder."""
     if path.is_dir():
         return sharded.is_checkpoint(path) or dcp.is_checkpoint(path)
     return single.is_checkpoint(path)
 
 
 def form_of(path: Path, like: Checkpoint) -> Form:
-    """Return the form in which an output is written: as its name says, else as the inputs are.
+    """Return the format of an output: by its suffix, otherwise the format of the inputs.
 
     Args:
         path: The output.
@@ -168,12 +168,12 @@ def layout_for(
     """Lay out the output.
 
     Args:
-        form: Its form.
-        state_dict: What is written.
-        like: The input that a folder's small files are taken from.
-        where: Where the state_dict is in it: the dotted path, which a distributed checkpoint
-            keeps, or the components.
-        shard_bytes: The most bytes in one file of a folder; None takes 5 GB.
+        form: The format.
+        state_dict: The state_dict to write.
+        like: The input from which the small files of a folder are copied.
+        where: The location of the state_dict in the input: the dotted path, which a
+            distributed checkpoint keeps, or the components.
+        shard_bytes: The maximum size of one file of a folder; None means 5 GB.
     """
     if form is Form.FOLDER:
         parts = where.split(" + ") if isinstance(like.tree, Components) else (ROOT,)
@@ -189,15 +189,15 @@ def layout_for(
 def patch(
     checkpoint: Checkpoint, contents: Mapping[Record, bytes], provenance: str
 ) -> Iterator[tuple[Path, int, bytes]]:
-    """Yield what to write into a copy of a checkpoint to replace whole records of it.
+    """Yield the writes that replace whole records in a copy of a checkpoint.
 
     Args:
-        checkpoint: A checkpoint.
-        contents: The bytes of records, as many as they have.
-        provenance: What it is to say of how it was made, as long as what it says now.
+        checkpoint: The checkpoint.
+        contents: The new bytes of each record, of the same length as the old ones.
+        provenance: The new provenance text, of the same length as the old one.
 
     Yields:
-        A file of the checkpoint, a place in it, and the bytes that go there.
+        A file of the checkpoint, a position in it, and the bytes to write there.
     """
     beside = checkpoint.path / PROVENANCE
     if checkpoint.provenance_record:
@@ -206,7 +206,7 @@ def patch(
         yield beside, 0, provenance.encode()
     elif provenance:
         (file,) = checkpoint.files
-        with suppress(ValueError):  # somebody has taken out the room that we left for it
+        with suppress(ValueError):  # another program removed the padding of the provenance
             yield file.path, 0, safetensors.restated(file, provenance)
     places = {file: checksum_places(file) for file in {record.file for record in contents}}
     for record, data in contents.items():
@@ -217,13 +217,13 @@ def patch(
 
 
 def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
-    """Return what to change in a file for it to say how it was made.
+    """Return the changes that add a provenance text to a file.
 
-    None where its format has no room for that: files from before torch 1.6.
+    The result is empty for files from before torch 1.6, whose format has no place for it.
 
     Args:
-        file: A single file that says nothing of the kind yet.
-        provenance: What it is to say.
+        file: A single file without provenance.
+        provenance: The provenance text.
     """
     start = file.read(0, min(9, file.size))
     if start.startswith(zip_directory.MAGIC):
@@ -234,7 +234,7 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
 
 
 def checksum_places(file: InputFile) -> Mapping[int, tuple[int, ...]]:
-    """Return, for the place of each record in a file, the places of its CRC-32, if it has any."""
+    """Map the position of each record in a file to the positions of its CRC-32, if it has one."""
     if file.size < 4 or file.read(0, 4) != zip_directory.MAGIC:
         return {}
     return torch_zip.checksum_places(file)

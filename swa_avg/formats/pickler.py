@@ -1,8 +1,8 @@
-"""The pickler of a state_dict: opcode by opcode, without a tensor existing.
+"""The pickler of a state_dict: it writes opcodes without creating tensors.
 
-What `torch.save` says of a state_dict is said here in the same words (protocol
-2, torch's own rebuild functions and storage types by name), so that every
-version of torch loads it, with `weights_only` too. Nothing is imported for it.
+The pickle has the form that `torch.save` writes (protocol 2, with torch's rebuild functions
+and storage types by name), so that every version of torch loads it, also with
+`weights_only=True`. torch is not imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
 from swa_avg.pickles import STORAGE_DTYPES, Dict, Stream
 
-# Dtypes younger than torch's typed storages are pickled with an untyped one.
+# Dtypes without a typed storage class in torch are pickled with an untyped storage.
 _STORAGE_NAMES = {
     dtype.name: name
     for name, dtype in STORAGE_DTYPES.items()
@@ -24,12 +24,13 @@ _STORAGE_NAMES = {
 
 
 def dump(state_dict: OutputStateDict) -> bytes:
-    """Return the pickle that `torch.save` would make of a state_dict.
+    """Return the pickle that `torch.save` writes for a state_dict.
 
-    Its storages are referred to by their numbers.
+    The keys of its storages are their numbers.
 
     Returns:
-        A pickle that `torch.load(weights_only=True)` takes, if there is no `io.BytesIO` in it.
+        A pickle that `torch.load(weights_only=True)` accepts, unless it contains an
+        `io.BytesIO`.
     """
     parts = [pickle.PROTO, b"\x02", *_ordered_dict()]
     parts += _set_items(
@@ -42,7 +43,7 @@ def dump(state_dict: OutputStateDict) -> bytes:
 
 
 def dump_tensor(tensor: OutputTensor, storage: OutputStorage) -> bytes:
-    """Return the pickle that `torch.save` would make of one tensor."""
+    """Return the pickle that `torch.save` writes for one tensor."""
     return b"".join([pickle.PROTO, b"\x02", *_tensor(tensor, storage), pickle.STOP])
 
 
@@ -53,12 +54,12 @@ def _item(value: object, storages: Sequence[OutputStorage]) -> bytes:
 
 
 def _value(value: object) -> bytes:
-    """Pickle a plain value by itself; what is cut off are its protocol and its final stop."""
+    """Return the opcodes of a plain value, without the protocol header and the final STOP."""
     return pickle.dumps(_restored(value), protocol=2)[2:-1]
 
 
 def _restored(value: object) -> object:
-    """Return plain containers with the OrderedDicts and streams of the input as such again."""
+    """Return a value with placeholders replaced by OrderedDicts and `io.BytesIO` objects."""
     if isinstance(value, dict):
         kind = OrderedDict if isinstance(value, Dict | OrderedDict) else dict
         return kind((key, _restored(item)) for key, item in value.items())
@@ -78,7 +79,7 @@ def _set_items(items: Iterator[tuple[object, bytes]]) -> Iterator[bytes]:
 
 
 def _tensor(tensor: OutputTensor, storage: OutputStorage) -> Iterator[bytes]:
-    """The call that makes a tensor: `_rebuild_tensor_v2`, or v3 with its dtype."""
+    """Yield the call that builds a tensor: `_rebuild_tensor_v2`, or v3 with the dtype."""
     typed = _STORAGE_NAMES.get(storage.dtype.name)
     yield _global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
     yield pickle.MARK
@@ -90,7 +91,7 @@ def _tensor(tensor: OutputTensor, storage: OutputStorage) -> Iterator[bytes]:
     yield _value(storage.numel if typed else storage.nbytes)
     yield pickle.TUPLE + pickle.BINPERSID
     yield from map(_value, (tensor.offset, tensor.shape, tensor.stride, False))
-    yield from _ordered_dict()  # its backward hooks: none
+    yield from _ordered_dict()  # no backward hooks
     if not typed:
         yield _global("torch", storage.dtype.name)
     yield pickle.TUPLE + pickle.REDUCE

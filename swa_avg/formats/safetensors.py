@@ -1,9 +1,8 @@
-"""The safetensors format: a JSON header, then the tensors without a gap.
+"""The safetensors format: a JSON header, followed by the tensors without gaps.
 
-Reading checks what the format promises: no duplicate key, no hole, no overlap,
-no trailing byte. Writing gives, byte for byte, what safetensors' own
-`save_file` gives for the same tensors and the same (sorted) metadata. The
-format carries no checksums.
+The reader checks the guarantees of the format: no duplicate keys, no holes, no overlaps, no
+trailing bytes. The writer produces the same bytes as `save_file` of the safetensors library
+for the same tensors and the same (sorted) metadata. The format has no checksums.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from swa_avg.storage import InputFile
 from swa_avg.tensors import SAFETENSORS_DTYPES, Record, Stored, View, contiguous_stride
 
 _METADATA = "__metadata__"
-# The order in which safetensors lays out dtypes: the most aligned first.
+# The order in which safetensors lays out dtypes: the largest alignment first.
 _ORDER = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 "
     "F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL"
@@ -36,11 +35,11 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
 
     Args:
         file: The file.
-        headers: What was read of other files.
-        budget: What the header may ask for.
+        headers: The cache of headers.
+        budget: Limits what is built from the header.
 
     Raises:
-        FormatError: The header is not sound, or does not fit the file.
+        FormatError: The header is damaged, or does not match the size of the file.
     """
     try:
         data, start = _raw_header(file)
@@ -54,7 +53,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
             f"has a header that cannot be read ({error})",
             file=file.path,
             expected="safetensors",
-            remedy="The file is damaged or no checkpoint",
+            remedy="The file is damaged or not a checkpoint",
         ) from error
     if start + header.size != file.size:
         raise FormatError(
@@ -80,14 +79,14 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Header:
-    """What a header says, whichever file it is of.
+    """A parsed header, independent of its file.
 
     Attributes:
         tree: The tensors by name.
-        places: Where each storage begins, counted from the end of the header.
-        size: Bytes of all storages.
-        metadata: The text beside them.
-        provenance: What an average of ours says of how it was made.
+        places: The position of each storage, counted from the end of the header.
+        size: The size of all storages in bytes.
+        metadata: The metadata.
+        provenance: The provenance text of an average that swa-avg wrote; otherwise empty.
     """
 
     tree: Mapping[str, View]
@@ -98,7 +97,7 @@ class _Header:
 
 
 def _raw_header(file: InputFile) -> tuple[bytes, int]:
-    """Return the header's bytes, and where the tensors begin."""
+    """Return the bytes of the header, and the position at which the tensors begin."""
     (length,) = struct.unpack("<Q", file.read(0, 8))
     if length > min(MOST_SAFETENSORS_HEADER, file.size - 8):
         raise ValueError(f"{length} bytes long")
@@ -109,19 +108,19 @@ def _entries(data: bytes) -> dict[str, Any]:
     """Return the entries of a header."""
     header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(header, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return header
 
 
 def _parsed(data: bytes, budget: Budget) -> _Header:
-    """Read a header, and check that its tensors leave no hole and do not overlap."""
+    """Parse a header, and check that its tensors leave no holes and do not overlap."""
     budget.json(data)
     header = _entries(data)
     budget.hold(len(header))
     metadata = header.pop(_METADATA, None)
     metadata = {} if metadata is None else metadata
     if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{_METADATA} is no map of text to text")
+        raise ValueError(f"{_METADATA} is not a map of strings to strings")
     tree = {name: _tensor(name, entry) for name, entry in header.items()}
     places = {tree[name].stored: entry["data_offsets"][0] for name, entry in header.items()}
     end = 0
@@ -130,8 +129,8 @@ def _parsed(data: bytes, budget: Budget) -> _Header:
             raise ValueError("tensors that overlap or leave a hole")
         end += stored.nbytes
     provenance = metadata.pop(PROVENANCE, "")
-    # Tied names that safetensors' own save_model left out: alias → the name kept.
-    # A file of format "pt" may well hold a tensor called pt.
+    # save_model of safetensors leaves out tied names and records them as alias → kept name.
+    # The key "format" is no alias: a file of format "pt" can hold a tensor named pt.
     for alias, kept in metadata.items():
         if alias != "format" and alias not in tree and kept in header:
             tree[alias] = tree[kept]
@@ -139,7 +138,7 @@ def _parsed(data: bytes, budget: Budget) -> _Header:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of a JSON object's pairs; a name that occurs twice is an error."""
+    """Return the pairs of a JSON object as a dict; raise ValueError for a duplicate name."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("a name occurs twice")
@@ -147,7 +146,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Mapping[str, Any]) -> View:
-    name.encode()  # half a surrogate pair is no text, as safetensors has it
+    name.encode()  # raises for a lone surrogate, which safetensors does not allow
     dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
     if dtype is None:
         raise ValueError(f"dtype {entry['dtype']}")
@@ -165,11 +164,11 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> View:
 
 @dataclass(frozen=True)
 class SafetensorsLayout:
-    """A safetensors file of which every byte has its place before the first is written.
+    """The layout of a safetensors file.
 
     Attributes:
-        entries: The header, as JSON will have it.
-        places: Where each storage's first byte goes.
+        entries: The content of the JSON header.
+        places: The position of the first byte of each storage.
         size: The size of the whole file in bytes.
     """
 
@@ -179,13 +178,13 @@ class SafetensorsLayout:
 
     @property
     def files(self) -> Mapping[str, int]:
-        """None: it is a single file."""
+        """Empty: the output is a single file."""
         return {}
 
     def headers(
         self, checksums: Sequence[int], provenance: str = ""
     ) -> Iterator[tuple[int, bytes]]:
-        """Yield the header; the format carries no checksums."""
+        """Yield the header; the format has no checksums."""
         text = self.entries.get(_METADATA, {})
         if PROVENANCE in text:
             text = text | {PROVENANCE: provenance}
@@ -195,13 +194,13 @@ class SafetensorsLayout:
 
 
 def layout(state_dict: OutputStateDict) -> SafetensorsLayout:
-    """Give every byte of a state_dict's safetensors file its place.
+    """Lay out the safetensors file of a state_dict.
 
-    Of names tied to one storage the first is written; the others are recorded
-    as `alias: name` in the metadata, as safetensors' own `save_model` does.
+    If several names share one storage, the first is written, and the others are recorded
+    as `alias: name` in the metadata, like `save_model` of the safetensors library does.
 
     Raises:
-        OutputError: A name or dtype that the format cannot hold.
+        OutputError: The format cannot hold a name or dtype.
     """
     names: dict[int, str] = {}
     text = dict(state_dict.text)
@@ -235,14 +234,14 @@ def layout(state_dict: OutputStateDict) -> SafetensorsLayout:
 
 
 def _encoded(entries: Mapping[str, Any]) -> bytes:
-    """Return a header as the file has it: its length, and JSON filled up with spaces."""
+    """Return the bytes of a header: its length, and the JSON padded with spaces."""
     encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     return struct.pack("<Q", len(encoded)) + encoded
 
 
 def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
-    """Return what to change in a file for its metadata to say how it was made."""
+    """Return the change that adds a provenance text to the metadata of a file."""
     data, start = _raw_header(file)
     entries = _entries(data)
     text = entries.pop(_METADATA, {}) | {PROVENANCE: provenance}
@@ -250,19 +249,19 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
 
 
 def restated(file: InputFile, provenance: str) -> bytes:
-    """Return the header of a file that says anew how it was made; it is as long as before.
+    """Return the header of a file with a new provenance text and the same length.
 
     Raises:
-        ValueError: There is no room for it.
+        ValueError: The text does not fit.
     """
     data, start = _raw_header(file)
     entries = _entries(data)
     text = entries.pop(_METADATA)
     text[PROVENANCE] = provenance.rstrip()
-    # A quotation mark takes two characters in a text within JSON: spaces make up for them.
+    # A quotation mark takes two characters in a JSON string. Spaces fill the remaining length.
     spare = start - len(_encoded({_METADATA: text, **entries}))
     if spare < 0:
-        raise ValueError("the provenance does not fit in its place")
+        raise ValueError("the provenance does not fit")
     text[PROVENANCE] += " " * spare
     return _encoded({_METADATA: text, **entries})
 
@@ -271,7 +270,7 @@ def _check_name(name: str) -> None:
     encodable = name.encode("utf-8", "replace").decode("utf-8") == name
     if name == _METADATA or not encodable:
         raise OutputError(
-            "is a name that safetensors cannot hold",
+            "has a name that safetensors cannot store",
             tensor=name,
             remedy="Write a .pt file instead",
         )
@@ -281,7 +280,7 @@ def _rank(state_dict: OutputStateDict, key: int, name: str) -> int:
     dtype = state_dict.storages[key].dtype
     if dtype.safetensors is None:
         raise OutputError(
-            f"has dtype {dtype}, which safetensors cannot hold",
+            f"has dtype {dtype}, which safetensors cannot store",
             tensor=name,
             remedy="Write a .pt file instead",
         )

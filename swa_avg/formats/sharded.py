@@ -1,9 +1,8 @@
-"""Hugging Face folders: one file of weights, or shards and an index that says what is where.
+"""Hugging Face folders: one file of weights, or shards with an index of the tensors.
 
-What `save_pretrained`, `Trainer`, `accelerate`, PEFT, diffusers and sentence-transformers
-write. A folder is read from its index alone: a shard that nothing in it names is not
-opened, and the index leads nowhere but into its own folder. Of a folder of several
-models each is read as if it were alone.
+`save_pretrained`, `Trainer`, `accelerate`, PEFT, diffusers and sentence-transformers write
+such folders. Only shards that the index lists are opened, and the index may only list files
+in its own folder. In a folder of several models each model is read separately.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from swa_avg.tensors import View
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder holds weights under a name that says so, or models that do."""
+    """Return whether a folder, or a model in it, holds a file with a known name of weights."""
     return bool(components(folder))
 
 
 def read(folder: Path, headers: Headers) -> Checkpoint:
-    """Read the headers of all files of a folder's weights.
+    """Read the headers of all files of weights in a folder.
 
     Args:
         folder: The folder.
-        headers: What was read of other files.
+        headers: The cache of headers.
 
     Raises:
-        FormatError: An index or a shard is not sound.
+        FormatError: An index or a shard is damaged.
         FileError: A shard is missing or cannot be opened.
     """
     names = components(folder)
@@ -71,7 +70,7 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
 
 
 def _located(model: Checkpoint) -> object:
-    """Return what a model's files hold, its tensors with their places."""
+    """Return the content of a model's files, with the location of each tensor."""
     if not isinstance(model.tree, dict):
         return model.tree
     return {
@@ -81,7 +80,7 @@ def _located(model: Checkpoint) -> object:
 
 
 def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
-    """Read the headers of the one model whose weights lie in a folder itself."""
+    """Read the headers of the model whose weights are directly in a folder."""
     first, *more = candidates(folder)
     others = [one for one in more if (one.stem, one.variant) != (first.stem, first.variant)]
     if others and not first.is_usual:
@@ -89,7 +88,7 @@ def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
         raise FormatError(
             f"has several {what} ({first.path.name}, {others[0].path.name})",
             file=folder,
-            remedy="Give the one folder or file that is meant",
+            remedy="Give the path of the file or folder to use",
         )
     if first.is_index:
         return _read_shards(folder, first.path, headers, budget)
@@ -124,7 +123,7 @@ def _read_shards(folder: Path, path: Path, headers: Headers, budget: Budget) -> 
 
 
 def _aliases(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) -> dict[str, str]:
-    """Return the tied names that shards record in their metadata, with the shard of each."""
+    """Return the tied names in the metadata of shards, with the shard of each."""
     return {
         name: shard
         for shard, opened in shards.items()
@@ -134,15 +133,15 @@ def _aliases(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) ->
 
 
 def _other_models(first: Weights) -> Iterator[str]:
-    """Say if accelerate saved more models than one."""
+    """Yield a note if accelerate saved more than one model."""
     pattern = f"{first.stem}_[0-9]*.{first.suffix}"
     others = sorted(other.name for other in first.path.parent.glob(pattern))
     if others:
-        yield f"{listed(others)}: another model's; not read"
+        yield f"{listed(others)}: from another model; not read"
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Return which file each tensor is in, having checked that it is in the index's folder."""
+    """Return the file of each tensor, after checking that it is in the folder of the index."""
     index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -150,7 +149,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not (isinstance(shard, str) and is_inside(shard)):
             raise FormatError(
-                f"names the file {shard!r}",
+                f"lists the file {shard!r}",
                 file=path,
                 tensor=name,
                 expected="a file in the same folder",
@@ -161,10 +160,10 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _tensor(shard: Checkpoint, name: str) -> object:
     if not isinstance(shard.tree, dict) or name not in shard.tree:
         raise FormatError(
-            "is not in the shard that the index names",
+            "is not in the shard that the index gives",
             file=shard.path,
             tensor=name,
-            remedy="The shards are not all of one checkpoint",
+            remedy="The shards are from different checkpoints",
         )
     found = shard.tree[name]
     return shard.located(found) if isinstance(found, View) else found
@@ -177,4 +176,4 @@ def _notes(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) -> I
         assert isinstance(shard.tree, dict)
         more = sum(1 for tensor in shard.tree if weight_map.get(tensor) != name)
         if more:
-            yield f"{name} holds {more} tensors that the index does not name; left out"
+            yield f"{name} holds {more} tensors that the index does not list; left out"

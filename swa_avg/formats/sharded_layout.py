@@ -1,10 +1,10 @@
-"""The writer of Hugging Face folders, as `save_pretrained` would have written them.
+"""The writer of Hugging Face folders, in the form that `save_pretrained` writes.
 
-Safetensors files under the name that the weights of the input have, in shards with an
-index where they are large; a sub-folder for each component; and the small files that
-a model is not complete without (configuration, tokenizer, templates, its own code). A
-link among these is followed only within the folder, or as the hub's cache is made of
-them: elsewhere it would bring another file of the user along.
+The output has safetensors files with the names of the input's weights, in shards with an
+index if they are large; a sub-folder for each component; and copies of the small files that
+belong to the model (configuration, tokenizer, templates, code). A symbolic link among these
+is followed only inside the folder or into the Hugging Face cache: any other link could copy
+an unrelated file of the user.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from swa_avg.storage import InputFile, is_remote
 SHARD_BYTES = 5_000_000_000
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken")
 _MOST_SIDE_BYTES = 100_000_000
-# What belongs to the run, not to the model.
+# Files that belong to the run, not to the model.
 _OF_THE_RUN = ("trainer_state.json", PROVENANCE)
-# Where transformers puts further chat templates.
+# The folder of additional chat templates of transformers.
 _TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A safetensors file of the output: its name, and which storages of all it holds."""
+    """A safetensors file of the output: its name, and the numbers of its storages."""
 
     name: str
     layout: Layout
@@ -48,12 +48,12 @@ class _Shard:
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A folder of files that lie, as far as places are concerned, one behind the other.
+    """The layout of a folder; positions count through its files as if they were one file.
 
     Attributes:
-        shards: Its safetensors files.
-        others: Its other files, by name.
-        notes: What a user should know about files that are not in it.
+        shards: The safetensors files.
+        others: The bytes of the other files, by name.
+        notes: Notes for the user about files that are left out.
     """
 
     shards: tuple[_Shard, ...]
@@ -62,7 +62,7 @@ class FolderLayout:
 
     @property
     def files(self) -> Mapping[str, int]:
-        """The size of each file, in their order."""
+        """The size of each file, in order."""
         sizes = {shard.name: shard.layout.size for shard in self.shards}
         return sizes | {name: len(data) for name, data in self.others.items()}
 
@@ -73,7 +73,7 @@ class FolderLayout:
 
     @property
     def places(self) -> Sequence[int]:
-        """Where each storage's first byte goes, in the order of the storages."""
+        """The position of the first byte of each storage, in the order of the storages."""
         places: dict[int, int] = {}
         start = 0
         for shard in self.shards:
@@ -83,7 +83,7 @@ class FolderLayout:
         return [places[storage] for storage in range(len(places))]
 
     def headers(self, checksums: Sequence[int], provenance: str) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes that are no storage's, with their places."""
+        """Yield all bytes outside the storages, with their positions."""
         start = 0
         for shard in self.shards:
             for place, data in shard.layout.headers(checksums, ""):
@@ -100,22 +100,22 @@ def layout(
     where: Sequence[str] = (ROOT,),
     shard_bytes: int = SHARD_BYTES,
 ) -> FolderLayout:
-    """Lay out a folder of safetensors files as `save_pretrained` writes it.
+    """Lay out a folder of safetensors files in the form that `save_pretrained` writes.
 
     Args:
-        state_dict: What is written.
-        like: A folder of the same model: its small files go along, and its weights'
-            names are taken over.
-        where: The components that are written. Names of the state_dict begin with
-            the component and a slash, but for ROOT, or where it is the only one.
-        shard_bytes: The most bytes of tensors in one file, unless one tensor has more.
+        state_dict: The state_dict to write.
+        like: A folder of the same model, from which the small files and the names of the
+            files of weights are taken.
+        where: The components to write. Names in the state_dict begin with the component and
+            a slash, except for ROOT and for a component that is written alone.
+        shard_bytes: The maximum size of the tensors in one file; a larger tensor has its own.
     """
     shards: list[_Shard] = []
     indices: dict[str, bytes] = {}
     for component, members in _members(state_dict, where).items():
         weights = next(candidates(like / component if component != ROOT else like))
         before = "" if component == ROOT else f"{component}/"
-        # The names of a component that is written alone are those of its own files.
+        # A component that is written alone keeps the names of its own files.
         prefix = before if len(where) > 1 else ""
         groups = _grouped(state_dict, members, shard_bytes)
         made = []
@@ -133,15 +133,15 @@ def layout(
 
 
 def _parts(like: Path, where: Sequence[str]) -> tuple[str, ...]:
-    """Return the sub-folders whose small files belong to what is written.
+    """Return the sub-folders whose small files belong to the output.
 
-    What speaks of all models goes along only where all of them do.
+    The files of the folder itself belong to it only if all components are written.
     """
     return tuple(where) if _not_written(like, where) else (ROOT, *where, *declared(like))
 
 
 def _not_written(like: Path, where: Sequence[str]) -> list[str]:
-    """Return the components that are not written, and are no averages of others."""
+    """Return the components that are not written and are not averages of other components."""
     names = components(like)
     passed = {name for pair in averages(names).items() if set(pair) & set(where) for name in pair}
     return [name for name in names if name not in where and name not in passed]
@@ -156,7 +156,7 @@ def _left_out(like: Path, where: Sequence[str]) -> Iterator[str]:
 def _members(state_dict: OutputStateDict, where: Sequence[str]) -> dict[str, list[int]]:
     """Return the storages of each component, in their order."""
     members: dict[str, dict[int, None]] = {component: {} for component in where}
-    # Of `a/b` and `a` the longer one: a component may lie in another one.
+    # The longest match wins: the component `a/b` may lie inside the component `a`.
     inner = sorted((one for one in where if one != ROOT), key=len, reverse=True)
     for name, tensor in state_dict.tensors.items():
         home = next((one for one in inner if name.startswith(f"{one}/")), ROOT)
@@ -167,7 +167,7 @@ def _members(state_dict: OutputStateDict, where: Sequence[str]) -> dict[str, lis
 def _grouped(
     state_dict: OutputStateDict, members: Sequence[int], shard_bytes: int
 ) -> list[tuple[int, ...]]:
-    """Deal storages out into shards, in their order."""
+    """Divide storages into shards, in order."""
     groups: list[list[int]] = [[]]
     filled = 0
     for number in members:
@@ -181,7 +181,7 @@ def _grouped(
 
 
 def _part(state_dict: OutputStateDict, group: tuple[int, ...], prefix: str) -> OutputStateDict:
-    """Return the state_dict of one shard, its storages numbered anew, names without `prefix`."""
+    """Return the state_dict of one shard, with renumbered storages and names without `prefix`."""
     numbers = {storage: number for number, storage in enumerate(group)}
     items = {
         name.removeprefix(prefix): replace(tensor, storage=numbers[tensor.storage])
@@ -193,7 +193,7 @@ def _part(state_dict: OutputStateDict, group: tuple[int, ...], prefix: str) -> O
 
 
 def _index(state_dict: OutputStateDict, shards: Sequence[_Shard], prefix: str) -> bytes:
-    """Return the index of shards; a tied name is in its keeper's metadata, not in the index."""
+    """Return the index of shards; tied names are in the metadata of their shard instead."""
     first: dict[int, str] = {}
     for name, tensor in state_dict.tensors.items():
         first.setdefault(tensor.storage, name.removeprefix(prefix))
@@ -205,11 +205,11 @@ def _index(state_dict: OutputStateDict, shards: Sequence[_Shard], prefix: str) -
 
 @dataclass(frozen=True)
 class SideFiles:
-    """Small files, and which ones were left out.
+    """The small files of a folder.
 
     Attributes:
-        contents: The bytes of each, by its path in the folder.
-        notes: What was left out and why.
+        contents: The bytes of each file, by its path in the folder.
+        notes: The files that were left out, and why.
     """
 
     contents: dict[str, bytes]
@@ -221,7 +221,7 @@ def side_files(folder: Path, parts: Iterable[str]) -> SideFiles:
 
     Args:
         folder: The folder.
-        parts: The paths of those of its sub-folders that belong to the model; `.` is itself.
+        parts: The paths of the sub-folders that belong to the model; `.` is the folder itself.
     """
     contents: dict[str, bytes] = {}
     leaving: list[str] = []
@@ -245,7 +245,7 @@ def side_files(folder: Path, parts: Iterable[str]) -> SideFiles:
 
 
 def _wanted(folder: Path, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """Yield the small files by their kind, whatever they are or lead to."""
+    """Yield the files to copy, before their size and links are checked."""
     for part in dict.fromkeys(parts):
         for inner in (part, f"{part}/{_TEMPLATES}"):
             home = folder / inner if inner != "." else folder
@@ -256,9 +256,9 @@ def _wanted(folder: Path, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
 
 
 def leaves(path: Path, folder: Path) -> bool:
-    """Tell whether a path in a folder leads, by a link, to a file outside of it.
+    """Return whether a path in a folder is a link to a file outside the folder.
 
-    What lies in the `blobs` of the hub's cache is not outside for a folder of its `snapshots`.
+    For a folder in `snapshots` of the Hugging Face cache, files in `blobs` count as inside.
     """
     if is_remote(path):
         return False
@@ -270,6 +270,6 @@ def leaves(path: Path, folder: Path) -> bool:
 
 
 def links_note(folder: Path, names: list[str]) -> str:
-    """Return what the user should know about links that were not followed."""
+    """Return a note about links that were not followed."""
     what = "links that lead" if len(names) > 1 else "a link that leads"
     return f"{folder}: {listed(names)}: {what} out of the folder; not copied"

@@ -1,4 +1,4 @@
-"""A checkpoint that is one file: which format it has is told by its content, never its suffix."""
+"""Checkpoints that are a single file: the format is detected from the content, not the suffix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from swa_avg.formats.headers import Headers
 from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 
-# What people name .pt by mistake: the first bytes, and what they are.
+# Other files that are given as checkpoints by mistake: their first bytes and their type.
 _STRANGERS = (
     (b"\x1f\x8b", "a gzip file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
@@ -28,12 +28,12 @@ def open_file(path: Path, headers: Headers, budget: Budget | None = None) -> Che
 
     Args:
         path: The file.
-        headers: What was read of other files.
-        budget: What its headers may ask for, where it is a part of a larger checkpoint.
+        headers: The cache of headers.
+        budget: The budget of the checkpoint that the file is a part of, if any.
 
     Raises:
-        FileError: It cannot be opened.
-        FormatError: It is no checkpoint, or not a sound one.
+        FileError: The file cannot be opened.
+        FormatError: The file is not a checkpoint, or is damaged.
     """
     file = InputFile(path)
     try:
@@ -44,7 +44,7 @@ def open_file(path: Path, headers: Headers, budget: Budget | None = None) -> Che
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell whether a file begins like a checkpoint; all zip archives do."""
+    """Return whether a file begins like a checkpoint; every zip archive does."""
     file = InputFile(path)
     try:
         start = file.read(0, min(512, file.size))
@@ -60,18 +60,18 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
 
     Args:
         file: The file.
-        headers: What was read of other files.
-        budget: What its headers may ask for.
+        headers: The cache of headers.
+        budget: Limits what is built from the headers.
 
     Raises:
-        FormatError: It is no checkpoint, or not a sound one.
+        FormatError: The file is not a checkpoint, or is damaged.
     """
     if file.size == 0:
         raise FormatError("is empty", file=file.path, expected="a checkpoint")
     start = file.read(0, min(512, file.size))
     if start.startswith(zip_directory.MAGIC):
         return torch_zip.read(file, headers, budget)
-    # torch takes what is both for a tar archive, which may hold other tensors.
+    # torch reads a file that is both as a tar archive, which can hold other tensors.
     if torch_legacy.is_legacy(start) and not _is_tar(start):
         return torch_legacy.read(file, budget)
     if start[8:9] == b"{":
@@ -91,7 +91,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
 
 
 def _is_tar(start: bytes) -> bool:
-    """Tell whether a file that begins so is a tar archive, of whatever age."""
+    """Return whether a file that begins with `start` is a tar archive, old or new."""
     import tarfile
 
     if start[257:262] == b"ustar":

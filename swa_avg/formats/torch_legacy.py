@@ -1,9 +1,8 @@
-"""What `torch.save` wrote before torch 1.6, and still writes when asked to.
+"""The format of `torch.save` before torch 1.6, which newer versions write on request.
 
-Pickles that follow each other - a magic number, a version, the machine, the
-object, the keys of its storages - and then the storages, each with its count of
-elements before it. Where a storage lies is known only when all before it is.
-The format carries no checksums.
+The file is a sequence of pickles (a magic number, a version, the machine, the object, the
+keys of its storages), followed by the storages, each preceded by its number of elements. The
+position of a storage depends on all storages before it. The format has no checksums.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ _WINDOW = 1 << 16
 
 
 def is_legacy(start: bytes) -> bool:
-    """Tell whether a file that begins so is one: by its magic number, in any protocol."""
+    """Return whether a file begins with the magic number of this format, in any protocol."""
     binary = _MAGIC.to_bytes(10, "little")
     return binary in start[:32] or start.startswith(b"L%d" % _MAGIC)
 
 
 def read(file: InputFile, budget: Budget) -> Checkpoint:
-    """Read the pickles of a legacy torch file, and where its storages lie.
+    """Read the pickles of a legacy torch file, and locate its storages.
 
     Args:
         file: The file.
-        budget: What its pickles may ask for.
+        budget: Limits what is built from the pickles.
 
     Raises:
-        FormatError: The file is not sound.
+        FormatError: The file is damaged.
     """
     try:
         pickled, records, end = _read(file, budget)
@@ -46,7 +45,7 @@ def read(file: InputFile, budget: Budget) -> Checkpoint:
         raise
     located = pickled.located(records, file.path)
     more = file.size - end
-    notes = ["is of torch's format before 1.6, without checksums: damage to it cannot be found"]
+    notes = ["has the format of torch before 1.6, without checksums: damage cannot be detected"]
     if more:
         notes.append(f"{more} bytes follow the checkpoint; not read")
     name = "torch before 1.6"
@@ -62,10 +61,10 @@ def read(file: InputFile, budget: Budget) -> Checkpoint:
 
 
 def _read(file: InputFile, budget: Budget) -> tuple[Pickled, dict[str, Record], int]:
-    """Return what was saved, where its storages are, and where the last one ends."""
+    """Return the saved object, the location of its storages, and the end of the last one."""
     stream = _Stream(file, budget)
     if unpickler.load_plain(stream, budget) != _MAGIC:
-        raise FormatError("has another magic number than torch's")
+        raise FormatError("does not have the magic number of torch")
     version = unpickler.load_plain(stream, budget)
     if version != _VERSION:
         raise FormatError(f"has version {described(version)}", expected=f"{_VERSION}")
@@ -81,7 +80,7 @@ def _read(file: InputFile, budget: Budget) -> tuple[Pickled, dict[str, Record], 
 def _storages(
     file: InputFile, place: int, keys: object, wanted: Mapping[str, Stored]
 ) -> tuple[dict[str, Record], int]:
-    """Return where each storage lies, and where the last one ends."""
+    """Return the location of each storage, and the end of the last one."""
     records: dict[str, Record] = {}
     for key in keys if isinstance(keys, list) else [keys]:
         storage = wanted.get(key) if isinstance(key, str) else None
@@ -107,7 +106,7 @@ def _storages(
 
 
 class _Stream:
-    """The pickles at the start of a file, read ahead window by window."""
+    """A stream over the pickles at the start of a file, read in windows."""
 
     def __init__(self, file: InputFile, budget: Budget) -> None:
         self._file = file
@@ -139,7 +138,7 @@ class _Stream:
         raise FormatError("holds a pickle of unreasonable size")
 
     def _look_ahead(self, count: int) -> None:
-        """Begin the window here, with the next `count` bytes as far as the file has them."""
+        """Move the window to the current position, with at least `count` bytes if available."""
         if count > MOST_STRING_BYTES:
             raise FormatError("holds a pickle of unreasonable size")
         length = min(max(count, _WINDOW), self._file.size - self._place)

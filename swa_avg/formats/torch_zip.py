@@ -1,7 +1,7 @@
-"""Torch's zip format (since 1.6): `.pt`, `.pth`, `.ckpt`, `.bin`.
+"""The zip format of torch (since 1.6): `.pt`, `.pth`, `.ckpt`, `.bin`.
 
-One stored record `data.pkl` is the pickle, each `data/KEY` a storage. TorchScript
-archives look the same from outside and are refused.
+The stored record `data.pkl` is the pickle, and each `data/KEY` is a storage. TorchScript
+archives have the same structure and are refused.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _ZIP64_END = struct.Struct("<4sQHHIIQQQQ")
 _ZIP64_LOCATOR = struct.Struct("<4sIQI")
 _END = struct.Struct("<4sHHHHIIH")
 _DOS_DATE = 0x21  # 1980-01-01, so that equal inputs give equal bytes
-_UNCHECKED = "carries no checksums: damage to it cannot be found"
-_PROVENANCE = f"/{PROVENANCE}".encode()  # torch.load looks at no record that it does not know
+_UNCHECKED = "has no checksums: damage cannot be detected"
+_PROVENANCE = f"/{PROVENANCE}".encode()  # torch.load ignores unknown records
 
 
 def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
@@ -46,11 +46,11 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
 
     Args:
         file: The archive.
-        headers: What was read of other files.
-        budget: What the headers may ask for.
+        headers: The cache of headers.
+        budget: Limits what is built from the headers.
 
     Raises:
-        FormatError: The archive or its pickle is not sound, or is TorchScript.
+        FormatError: The archive or its pickle is damaged, or the archive is TorchScript.
     """
     directory = zip_directory.read(file, headers.forms, budget)
     pickled = directory.record(file, "data.pkl")
@@ -71,7 +71,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     except FormatError as error:
         error.file = error.file or str(file.path)
         raise
-    said = directory.record(file, PROVENANCE)
+    record = directory.record(file, PROVENANCE)
     records = found.located(directory.records(file, "data/"), file.path)
     return Checkpoint(
         file.path,
@@ -79,15 +79,15 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
         found.tree,
         (file,),
         notes=() if any(directory.checksums) else (_UNCHECKED,),
-        provenance=_provenance(said),
-        provenance_record=said,
+        provenance=_provenance(record),
+        provenance_record=record,
         records=records,
         budget=budget,
     )
 
 
 def _checked(record: Record) -> bytes:
-    """Return a small record's bytes, having checked them against their checksum."""
+    """Return the bytes of a small record, after verifying its checksum."""
     data = record.file.read(record.offset, record.length)
     if record.crc32 is not None and crc32(data) != record.crc32:
         raise FormatError(
@@ -111,11 +111,11 @@ def _provenance(record: Record | None) -> str:
 
 
 def checksum_places(file: InputFile) -> dict[int, tuple[int, ...]]:
-    """Return where an archive keeps its checksums.
+    """Return the positions of the checksums in an archive.
 
     Returns:
-        For the place of each record's first byte, the places of its CRC-32: beside the
-        data and in the directory. Records without a checksum are left out.
+        A map from the position of each record's first byte to the positions of its CRC-32:
+        next to the data and in the directory. Records without a checksum are left out.
     """
     directory = zip_directory.read(file, {}, Budget())
     return {
@@ -129,7 +129,7 @@ def checksum_places(file: InputFile) -> dict[int, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A record of the output: its header's place, its data's place, what it holds."""
+    """A record of the output: the positions of its header and its data, and its content."""
 
     name: bytes
     header: int
@@ -138,27 +138,27 @@ class _Entry:
     data: bytes | None = None  # None for a storage, whose bytes come from elsewhere
 
     def extra(self, offset: int | None = None) -> bytes:
-        """The zip64 field, where a number needs more than 32 bits."""
+        """Return the ZIP64 field, if a number needs more than 32 bits."""
         numbers = [self.length, self.length] if self.length >= FULL else []
         if offset is not None and offset >= FULL:
             numbers.append(offset)
         return struct.pack(f"<HH{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
     def fixed(self, checksum: int) -> tuple[int, ...]:
-        """The fields that the local header and the directory share."""
+        """Return the fields that the local header and the directory share."""
         size = min(self.length, FULL)
         version = 45 if self.length >= FULL or self.header >= FULL else 20
         return version, UTF8, 0, 0, _DOS_DATE, checksum, size, size, len(self.name)
 
     def local(self, checksum: int) -> bytes:
-        """The local header, padded so that the data begin at `start`."""
+        """Return the local header, padded so that the data begins at `start`."""
         extra = self.extra()
         padding = self.start - self.header - _LOCAL.size - len(self.name) - len(extra)
         extra += b"FB" + struct.pack("<H", padding - 4) + b"Z" * (padding - 4)
         return _LOCAL.pack(MAGIC, *self.fixed(checksum), len(extra)) + self.name + extra
 
     def central(self, checksum: int) -> bytes:
-        """The entry of the directory."""
+        """Return the entry of the directory."""
         extra = self.extra(self.header)
         version, *rest = self.fixed(checksum)
         fields = (version, version, *rest, len(extra), 0, 0, 0, 0, min(self.header, FULL))
@@ -167,18 +167,18 @@ class _Entry:
 
 @dataclass(frozen=True)
 class ZipLayout:
-    """A torch zip of which every byte has its place before the first is written."""
+    """The layout of a torch zip."""
 
     entries: tuple[_Entry, ...]
 
     @property
     def files(self) -> Mapping[str, int]:
-        """None: it is a single file."""
+        """Empty: the output is a single file."""
         return {}
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where each storage's first byte goes."""
+        """The position of the first byte of each storage."""
         return tuple(entry.start for entry in self.entries if entry.data is None)
 
     @property
@@ -194,7 +194,7 @@ class ZipLayout:
     def headers(
         self, checksums: Sequence[int], provenance: str = ""
     ) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes that are no storage's, with their places."""
+        """Yield all bytes outside the storages, with their positions."""
         entries = self.entries
         if entries[-1].name.endswith(_PROVENANCE):
             entries = (*entries[:-1], replace(entries[-1], data=provenance.encode()))
@@ -207,7 +207,7 @@ class ZipLayout:
         yield self._directory, self._tail(every)
 
     def _tail(self, checksums: Sequence[int]) -> bytes:
-        """The directory, and the records that say where it is."""
+        """Return the directory, and the end records with its position."""
         directory = b"".join(
             entry.central(checksum) for entry, checksum in zip(self.entries, checksums, strict=True)
         )
@@ -215,7 +215,7 @@ class ZipLayout:
 
 
 def _end(count: int, size: int, start: int) -> bytes:
-    """Return the records that say where the directory is: `size` bytes from `start` on."""
+    """Return the end records for a directory of `size` bytes at `start`."""
     counted = min(count, 0xFFFF)
     end = _END.pack(b"PK\x05\x06", 0, 0, counted, counted, min(size, FULL), min(start, FULL), 0)
     if counted == count < 0xFFFF and max(size, start) < FULL:
@@ -227,7 +227,7 @@ def _end(count: int, size: int, start: int) -> bytes:
 
 
 def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
-    """Return what to change in an archive for a last record to say how it was made."""
+    """Return the changes that append a provenance record to an archive."""
     directory = zip_directory.read(file, {}, Budget())
     first, end = directory.start, directory.end
     name = f"{directory.root}{PROVENANCE}".encode()
@@ -236,22 +236,22 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
     put_in = entry.local(crc32(data)) + data
     line = entry.central(crc32(data))
     size = end - first + len(line)
-    behind = line + _end(len(directory.entries) + 1, size, first + len(put_in))
-    return Splice(first, 0, put_in), Splice(end, file.size - end, behind)
+    tail = line + _end(len(directory.entries) + 1, size, first + len(put_in))
+    return Splice(first, 0, put_in), Splice(end, file.size - end, tail)
 
 
 def layout(state_dict: OutputStateDict) -> ZipLayout:
-    """Give every byte of a state_dict's torch zip its place.
+    """Lay out the torch zip of a state_dict.
 
-    The records have torch's names and its alignment to 64 bytes; the folder
-    is always `archive`, so that the output's name is not part of its bytes.
+    Records are named and aligned to 64 bytes as in torch. The folder is always `archive`, so
+    that the bytes of an output do not depend on its file name.
     """
-    said = state_dict.provenance.encode()
-    return _layout(pickler.dump(state_dict), state_dict.storages, said)
+    provenance = state_dict.provenance.encode()
+    return _layout(pickler.dump(state_dict), state_dict.storages, provenance)
 
 
 def layout_tensor(storage: OutputStorage, shape: tuple[int, ...]) -> ZipLayout:
-    """Give every byte of the torch zip of one contiguous tensor its place."""
+    """Lay out the torch zip of one contiguous tensor."""
     tensor = OutputTensor(0, 0, shape, contiguous_stride(shape))
     return _layout(pickler.dump_tensor(tensor, storage), (storage,))
 
@@ -275,7 +275,7 @@ def _layout(
 
 
 def _entry(name: bytes, place: int, length: int, data: bytes | None) -> _Entry:
-    """Give a record its place: its header at `place`, its bytes aligned."""
+    """Return a record with its header at `place` and its data aligned."""
     sizes = 20 if length >= FULL else 0
     start = place + _LOCAL.size + len(name) + sizes + 4
     return _Entry(name, place, start + -start % _ALIGNMENT, length, data)

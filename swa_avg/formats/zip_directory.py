@@ -1,9 +1,9 @@
-"""The directory of a zip archive: where its records are, each claim of it checked.
+"""The directory of a zip archive: the positions of its records, with all fields checked.
 
-Only what `torch.save` writes: records stored, not compressed, on one disk, in
-ZIP64 where that is needed. What a reader could take for one thing and another
-reader for something else is refused: two records of one name, records that
-overlap, a local header that names another record, bytes behind the archive.
+Only archives like those of `torch.save` are read: records are stored, not compressed, on one
+disk, in ZIP64 if necessary. Archives that two readers could interpret differently are
+refused: two records with one name, records that overlap, a local header that contradicts the
+directory, bytes after the end of the archive.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from swa_avg.tensors import Record
 MAGIC = b"PK\x03\x04"
 UTF8 = 0x800
 _ENCRYPTED = 0x1
-_DESCRIPTOR = 0x8  # the checksum stands behind the data
-_ZIP64 = 1  # the ZIP64 field among the extra ones
+_DESCRIPTOR = 0x8  # the checksum follows the data
+_ZIP64 = 1  # the kind of the ZIP64 extra field
 # Magic, flags, lengths of name and extra fields.
 _LOCAL = struct.Struct("<4s2xH18xHH")
 # Magic, flags, method, CRC-32, sizes as stored and unpacked, lengths of name, extra fields
 # and comment, place of the local header.
 _LINE = struct.Struct("<4s4xHH4xIIIHHH8xI")
 _EXTRA = struct.Struct("<HH")
-_ALIGNMENT = 64  # of records, by which the extra fields of local headers are long
-_DENSE = 1 << 17  # bytes from one local header to the next: what a read from disk takes along
-_OBJECTS = 8  # that are made of a record
-# Where a local header and a line have their checksum.
+_ALIGNMENT = 64  # of records; the extra field of a local header is at most about this long
+_DENSE = 1 << 17  # mean bytes between local headers up to which one large read is faster
+_OBJECTS = 8  # objects built per record
+# The offset of the checksum in a local header and in a line of the directory.
 _LOCAL_CHECKSUM, _LINE_CHECKSUM = 14, 16
 
 
 class Entry(NamedTuple):
-    """A record as the directory has it, but for its checksum.
+    """A record of the directory, without its checksum.
 
     Attributes:
-        name: Its name in the folder that all records are in.
-        flags: How it is stored.
-        length: Its bytes.
-        header: The place of its local header.
-        line: The place of its line in the directory.
+        name: Its name, without the folder that all records are in.
+        flags: Its flags.
+        length: Its size in bytes.
+        header: The position of its local header.
+        line: The position of its line in the directory.
     """
 
     name: str
@@ -64,12 +64,12 @@ class Directory:
     Attributes:
         root: The folder that all records are in, with its slash; empty if there is none.
         entries: The records, in the order of the directory.
-        numbers: Which of them has which name, in small letters: torch's reader of archives
-            takes large and small ones for the same.
-        starts: The place of each one's first byte.
-        checksums: The CRC-32 of each; 0 if none was computed.
-        start: The place of the directory, behind all records.
-        end: Where its last line ends.
+        numbers: The number of each record by its name in lower case, because torch's reader
+            ignores case.
+        starts: The position of the first byte of each record.
+        checksums: The CRC-32 of each record; 0 if none was computed.
+        start: The position of the directory, after all records.
+        end: The position at which its last line ends.
     """
 
     root: str
@@ -81,11 +81,11 @@ class Directory:
     end: int
 
     def record(self, file: InputFile, name: str) -> Record | None:
-        """Return where a record is in a file that has this directory, if it is there.
+        """Return a record of a file with this directory, or None if there is no such record.
 
         Args:
             file: The file.
-            name: Its name, in small letters.
+            name: The name of the record, in lower case.
         """
         number = self.numbers.get(name)
         if number is None:
@@ -93,11 +93,11 @@ class Directory:
         return _record(file, self.entries[number], self.starts[number], self.checksums[number])
 
     def records(self, file: InputFile, folder: str) -> dict[str, Record]:
-        """Return where all records of a folder are in a file that has this directory.
+        """Return all records of a folder in a file with this directory.
 
         Args:
             file: The file.
-            folder: How their names begin; the result has only what comes after.
+            folder: The prefix of their names; the keys of the result do not have it.
         """
         return {
             entry.name[len(folder) :]: _record(file, entry, start, checksum)
@@ -109,7 +109,7 @@ class Directory:
 
 
 def _record(file: InputFile, entry: Entry, start: int, checksum: int) -> Record:
-    # A checksum of 0 over data means that torch was told not to compute any.
+    # A checksum of 0 for a record with data means that torch was set not to compute checksums.
     known = checksum if checksum or not entry.length else None
     return Record(file, start, entry.length, known)
 
@@ -119,11 +119,11 @@ def read(file: InputFile, forms: dict[int, Form], budget: Budget) -> Directory:
 
     Args:
         file: The archive.
-        forms: What was learned of earlier ones, by the size of their directories.
-        budget: What it may ask for.
+        forms: The directories of earlier archives, by size.
+        budget: Limits what is built from the directory.
 
     Raises:
-        FormatError: It is not whole, or says what is not so.
+        FormatError: The archive is incomplete, damaged or inconsistent.
     """
     try:
         start, size, count = find_directory(file)
@@ -142,17 +142,17 @@ def read(file: InputFile, forms: dict[int, Form], budget: Budget) -> Directory:
 
 @dataclass(frozen=True)
 class Form:
-    """A directory that was read: those of one run differ in little, and are checked by that.
+    """A parsed directory, used to read the similar directories of other archives quickly.
 
-    Another one is of the same form if each byte of it, and of the local headers, is
-    the same but for the checksums and the name of the folder. What was found out
-    about the records then is true of it too.
+    Another directory has the same form if all its bytes, and those of the local headers, are
+    equal except for the checksums and the name of the folder. It then has the same records
+    at the same positions, and needs no further checks.
 
     Attributes:
-        directory: What was read.
+        directory: The parsed directory.
         lines: The bytes of the directory.
         heads: The bytes of each local header.
-        root: How many bytes of each name are the folder.
+        root: The length of the folder in each name, in bytes.
     """
 
     directory: Directory
@@ -161,7 +161,7 @@ class Form:
     root: int
 
     def fitted(self, file: InputFile, lines: bytes, start: int) -> Directory | None:
-        """Return the directory of a file if it is of this form, else None."""
+        """Return the directory of a file if it has this form, otherwise None."""
         root = lines[_LINE.size : _LINE.size + self.root]
         if start != self.directory.start or root.find(b"/") != self.root - 1:
             return None
@@ -188,13 +188,13 @@ class Form:
 
 
 class _Mask:
-    """Headers that follow each other, but for the checksum and the name of the folder in each."""
+    """A sequence of headers, compared without the checksum and the folder name in each."""
 
     def __init__(
         self, headers: bytes, lengths: Sequence[int], checksum: int, name: int, root: int
     ) -> None:
-        before, between, behind = checksum, name - checksum - 4, name + root
-        fields = (f"{before}sI{between}s{root}s{length - behind}s" for length in lengths)
+        before, between, after = checksum, name - checksum - 4, name + root
+        fields = (f"{before}sI{between}s{root}s{length - after}s" for length in lengths)
         self._struct = struct.Struct("<" + "".join(fields))
         self._same = self._parts(headers)[0]
 
@@ -203,13 +203,13 @@ class _Mask:
         return (parts[0::5], parts[2::5], parts[4::5]), parts[1::5], parts[3::5]
 
     def checksums(self, headers: bytes, root: bytes) -> tuple[int, ...] | None:
-        """Return the checksums of other headers if all else is the same, in the folder `root`."""
+        """Return the checksums of other headers if they match with the folder `root`, or None."""
         same, checksums, roots = self._parts(headers)
         return checksums if same == self._same and roots.count(root) == len(roots) else None
 
 
 def checksum_places(file: InputFile, entry: Entry, start: int) -> tuple[int, int]:
-    """Return where an archive keeps the CRC-32 of a record: beside its data, in the directory."""
+    """Return the two positions of a record's CRC-32: next to its data, and in the directory."""
     beside = entry.header + _LOCAL_CHECKSUM
     if entry.flags & _DESCRIPTOR:
         end = start + entry.length
@@ -218,7 +218,7 @@ def checksum_places(file: InputFile, entry: Entry, start: int) -> tuple[int, int
 
 
 def refuse_torchscript(file: InputFile) -> NoReturn:
-    """Refuse an archive that is a program, whose sources are compressed."""
+    """Refuse a TorchScript archive, which is a program with compressed sources."""
     raise ForeignError(
         "is a TorchScript archive",
         file=file.path,
@@ -228,10 +228,10 @@ def refuse_torchscript(file: InputFile) -> NoReturn:
 
 
 def _form(file: InputFile, lines: bytes, start: int, count: int) -> Form:
-    """Read a directory, line by line, and check all that it says."""
+    """Parse a directory line by line, and check it."""
     read = list(_lines(file, lines, start))
     if len(read) != count:
-        refuse_broken(file, f"{len(read)} records where there are to be {count}")
+        refuse_broken(file, f"{len(read)} records instead of {count}")
     roots = {raw.partition(b"/")[0] for raw, *_ in read}
     root = next(iter(roots)) + b"/" if len(roots) == 1 else b""
     entries = [
@@ -259,18 +259,18 @@ _Line = tuple[bytes, int, int, int, int, int]
 
 
 def _lines(file: InputFile, lines: bytes, start: int) -> Iterator[_Line]:
-    """Yield of each line its name, flags, length, checksum, the local header's place, its own."""
+    """Yield the name, flags, length, checksum, header position and position of each line."""
     place = 0
     while place < len(lines):
         magic, flags, method, checksum, stored, length, named, extra, comment, header = (
             _LINE.unpack_from(lines, place)
         )
-        behind = place + _LINE.size + named
-        name = lines[place + _LINE.size : behind]
-        if magic != b"PK\x01\x02" or behind + extra + comment > len(lines):
+        after = place + _LINE.size + named
+        name = lines[place + _LINE.size : after]
+        if magic != b"PK\x01\x02" or after + extra + comment > len(lines):
             refuse_broken(file, "its directory is damaged")
         if FULL in (stored, length, header):
-            fields = lines[behind : behind + extra]
+            fields = lines[after : after + extra]
             length, stored, header = _wide(file, fields, (length, stored, header))
         if method or stored != length or flags & _ENCRYPTED:
             if b"/code/" in name:
@@ -283,11 +283,11 @@ def _lines(file: InputFile, lines: bytes, start: int) -> Iterator[_Line]:
                 remedy="Save it again with torch.save",
             )
         yield name, flags, length, checksum, header, start + place
-        place = behind + extra + comment
+        place = after + extra + comment
 
 
 def _wide(file: InputFile, extra: bytes, numbers: tuple[int, ...]) -> Iterator[int]:
-    """Yield numbers of a line, those that need more than 32 bits from its ZIP64 field."""
+    """Yield numbers of a line; numbers of more than 32 bits come from its ZIP64 field."""
     place = 0
     while place + _EXTRA.size <= len(extra):
         kind, length = _EXTRA.unpack_from(extra, place)
@@ -307,7 +307,7 @@ def _wide(file: InputFile, extra: bytes, numbers: tuple[int, ...]) -> Iterator[i
 def _heads(
     file: InputFile, entries: Sequence[Entry], names: Sequence[bytes], end: int
 ) -> list[bytes]:
-    """Return the local header of each record, having compared it with the directory."""
+    """Return the local header of each record, after comparing it with the directory."""
     places = [entry.header for entry in entries]
     least = [_LOCAL.size + len(name) for name in names]
     if any(place + length > end for place, length in zip(places, least, strict=True)):
@@ -321,7 +321,7 @@ def _heads(
         length = _LOCAL.size + named + extra
         if magic != MAGIC or flags & _ENCRYPTED or head[_LOCAL.size : _LOCAL.size + named] != name:
             raise FormatError(
-                f"has another local header than its directory says, at {entry.name}",
+                f"has a local header that does not match the directory, for {entry.name}",
                 file=file.path,
                 remedy="The file is damaged",
             )
@@ -333,7 +333,7 @@ def _heads(
 def _read_all(file: InputFile, places: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
     """Read short pieces of a file."""
     if places and places[-1] - places[0] < len(places) * _DENSE:
-        # Piece by piece a cold disk would seek for each.
+        # One large read instead of a seek for each piece on a cold disk.
         announce([(file, places[0], places[-1] - places[0])])
     with reading_ahead(zip(repeat(file), places, lengths)):
         return file.read_pieces(places, lengths)
@@ -350,4 +350,4 @@ def _check_apart(
     if any(before > start for (_, before), (start, _) in pairwise(spans)):
         raise FormatError("holds records that overlap", file=file.path)
     if spans and spans[-1][1] > end:
-        raise FormatError("holds a record that ends outside the file", file=file.path)
+        raise FormatError("holds a record that reaches into the directory", file=file.path)

@@ -1,6 +1,6 @@
-"""The end of a zip archive: where its directory is, in the old form and in ZIP64.
+"""The end records of a zip archive, with the position of its directory: classic and ZIP64.
 
-An archive whose two ends say different things is refused, and so is one with bytes behind it.
+An archive is refused if its two end records contradict each other, or if bytes follow it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NoReturn
 from swa_avg.errors import FormatError
 from swa_avg.storage import InputFile
 
-FULL = 0xFFFFFFFF  # in a field of 32 bits: the number is in the ZIP64 field
+FULL = 0xFFFFFFFF  # in a 32-bit field: the number is in the ZIP64 field
 # Magic, disks, records on this disk and on all, the directory's size and start, the comment.
 _END = struct.Struct("<4sHHHHIIH")
 _ZIP64_END = struct.Struct("<4s12xIIQQQQ")
@@ -20,9 +20,9 @@ _LONGEST_COMMENT = 0xFFFF
 
 
 def refuse_broken(file: InputFile, why: str) -> NoReturn:
-    """Refuse an archive that is cut, damaged or contradicts itself."""
+    """Refuse an archive that is cut short, damaged or inconsistent."""
     raise FormatError(
-        f"is not a whole zip archive ({why})",
+        f"is not a complete zip archive ({why})",
         file=file.path,
         expected="a checkpoint written by torch.save",
         remedy="The file is cut short or damaged",
@@ -30,40 +30,40 @@ def refuse_broken(file: InputFile, why: str) -> NoReturn:
 
 
 def find_directory(file: InputFile) -> tuple[int, int, int]:
-    """Return the place and size of the directory, and how many records it lists."""
+    """Return the position and size of the directory, and its number of records."""
     first = max(0, file.size - _END.size - _LONGEST_COMMENT)
     tail = file.read(max(first, file.size - _END.size), min(file.size, _END.size))
-    if not tail.startswith(b"PK\x05\x06"):  # a comment is the exception
+    if not tail.startswith(b"PK\x05\x06"):  # the archive may end with a comment
         tail = file.read(first, file.size - first)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0:
-        refuse_broken(file, "it has no end")
+        refuse_broken(file, "its end record is missing")
     _, disk, other, here, count, size, start, comment = _END.unpack_from(tail, at)
     end = file.size - len(tail) + at
-    behind = file.size - end - _END.size - comment
-    if behind > 0:
+    appended = file.size - end - _END.size - comment
+    if appended > 0:
         raise FormatError(
-            f"has {behind} bytes behind its end",
+            f"has {appended} bytes after its end",
             file=file.path,
             expected="a checkpoint written by torch.save",
             remedy="Something was appended to it",
         )
     numbers = _zip64(file, end)
     if numbers:
-        # torch writes them always, not only where 32 bits do not do.
+        # torch always writes them, even where 32 bits are enough.
         short = (0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, FULL, FULL)
         if (disk, other, here, count, size, start) != tuple(map(min, numbers[1:], short)):
-            refuse_broken(file, "it has two ends that differ")
+            refuse_broken(file, "its two end records differ")
         end, disk, other, here, count, size, start = numbers
-    if disk or other or here != count or behind < 0:
-        refuse_broken(file, "it has further parts")
+    if disk or other or here != count or appended < 0:
+        refuse_broken(file, "it is split into several files")
     if start + size != end:
-        refuse_broken(file, "its directory is elsewhere")
+        refuse_broken(file, "its directory is not where its end record says")
     return start, size, count
 
 
 def _zip64(file: InputFile, end: int) -> tuple[int, ...]:
-    """Return the place of the ZIP64 end and its numbers; nothing if the archive has none."""
+    """Return the position of the ZIP64 end record and its numbers; empty if there is none."""
     place = end - _ZIP64_LOCATOR.size
     if place < 0:
         return ()
@@ -71,8 +71,8 @@ def _zip64(file: InputFile, end: int) -> tuple[int, ...]:
     if magic != b"PK\x06\x07":
         return ()
     if found + _ZIP64_END.size > place:
-        refuse_broken(file, "its ZIP64 end is elsewhere")
+        refuse_broken(file, "its ZIP64 end record is not where its locator says")
     magic, *numbers = _ZIP64_END.unpack(file.read(found, _ZIP64_END.size))
     if magic != b"PK\x06\x06":
-        refuse_broken(file, "its ZIP64 end is elsewhere")
+        refuse_broken(file, "its ZIP64 end record is not where its locator says")
     return found, *numbers

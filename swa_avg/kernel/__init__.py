@@ -1,7 +1,7 @@
-"""The exact mean: the same byte range of every input in, one range of the output out.
+"""The exact mean of the same byte range of every input, written to one range of the output.
 
-In: the works of a plan. Out: bytes in their places, checksums, inner products. Knows
-nothing of formats or of names.
+In: the works of a plan. Out: bytes of the output, checksums, inner products. This wing
+does not know file formats or the meaning of names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from swa_avg.kernel.tasks import share as share
     from swa_avg.kernel.tasks import works_in as works_in
 
-# Imported at first use: numpy takes a tenth of a second.
+# Imported at first use, because importing numpy takes a tenth of a second.
 _HOME = {
     "Findings": "findings",
     "Records": "findings",

@@ -1,7 +1,7 @@
-"""The processor's floating-point environment: as C begins with it, whatever others have set.
+"""The processor's floating-point environment, set to C's default while the kernel computes.
 
-Flush-to-zero, another rounding mode and numpy's reaction to overflow are settings of a
-thread, which a user's module may have changed. What is computed here does not depend on them.
+Flush-to-zero, the rounding mode and numpy's error handling are settings of a thread. A
+user's module may have changed them; the results of the kernel do not depend on that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROOM = 256  # bytes: no processor's fenv_t has more
 
 @contextmanager
 def default_arithmetic() -> Iterator[None]:
-    """Compute as IEEE 754 has it by default, in this thread, until the end of the context."""
+    """Use the default environment of IEEE 754 in this thread, until the end of the context."""
     environment = _environment()
     before = environment.exchange() if environment else None
     try:
@@ -33,7 +33,7 @@ def default_arithmetic() -> Iterator[None]:
 
 
 class _Environment:
-    """The functions of C's <fenv.h> for the whole of it."""
+    """The functions of C's <fenv.h> that get and set the environment."""
 
     def __init__(self) -> None:
         library = ctypes.PyDLL(None)
@@ -44,14 +44,14 @@ class _Environment:
             self._default = ctypes.byref((ctypes.c_char * _ROOM).in_dll(library, "_FE_DFL_ENV"))
 
     def exchange(self) -> Any:
-        """Set the default; return what was set before."""
+        """Set the default environment; return the previous one."""
         before = ctypes.create_string_buffer(_ROOM)
         self._get(before)
         self._set(self._default)
         return before
 
     def restore(self, before: Any) -> None:
-        """Set what `exchange` has returned."""
+        """Set an environment that `exchange` returned."""
         self._set(before)
 
 
@@ -60,13 +60,13 @@ def _environment() -> _Environment | None:
     try:
         return _Environment()
     except (OSError, AttributeError, TypeError, ValueError):
-        return None  # no such library: as on Windows
+        return None  # no such library, for example on Windows
 
 
 class RoundingDetector:
-    """The processor's note, kept for each thread, that some operation had to round.
+    """The processor's FE_INEXACT flag of this thread: some operation had to round.
 
-    Of the C standard's <fenv.h>: FE_INEXACT stays set until it is cleared.
+    It is defined in the C standard's <fenv.h>, and stays set until it is cleared.
     """
 
     _INEXACT: ClassVar = {
@@ -79,21 +79,21 @@ class RoundingDetector:
 
     def __init__(self) -> None:
         self._mask = self._INEXACT[os.uname().machine]
-        library = ctypes.PyDLL(None)  # PyDLL: the call is too short to give up the GIL for
+        library = ctypes.PyDLL(None)  # PyDLL keeps the GIL: the call is too short to release it
         self._clear = library.feclearexcept
         self._test = library.fetestexcept
 
     def clear(self) -> None:
-        """Forget earlier roundings."""
+        """Clear the flag."""
         self._clear(self._mask)
 
     def raised(self) -> bool:
-        """Tell whether any operation has rounded since `clear`."""
+        """Return whether any operation has rounded since `clear`."""
         return bool(self._test(self._mask))
 
 
 class AlwaysRounded(RoundingDetector):
-    """Where the processor cannot be asked: every addition is taken to have rounded."""
+    """A detector for machines without the flag: every addition counts as rounded."""
 
     def __init__(self) -> None:
         pass
@@ -108,9 +108,9 @@ class AlwaysRounded(RoundingDetector):
 
 @cache
 def rounding_detector() -> RoundingDetector:
-    """Return a detector that was seen to work with the operations that it is asked about.
+    """Return a detector that has been tested on the operations that the kernel uses.
 
-    One rounding in the last element must be noticed, and none where there is none.
+    It must detect a single rounding in the last element, and report none if there is none.
     """
     try:
         detector = RoundingDetector()

@@ -1,4 +1,4 @@
-"""What one worker works with: its buffers, and what it does with one cell in them."""
+"""The buffers of one worker, and the computation of one cell in them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ _ALIGNED = 64
 
 
 class _Buffer:
-    """Memory that is seen as bytes and as elements; views of it are made once."""
+    """Memory with views as bytes and as elements; views are cached."""
 
     def __init__(self) -> None:
         self._bytes = memoryview(b"")
         self._views: dict[tuple[str, int, int], tuple[memoryview, Array]] = {}
 
     def view(self, dtype: DType, numel: int, start: int = 0) -> tuple[memoryview, Array]:
-        """Return a part of it as bytes and as elements; complex numbers as two real ones each.
+        """Return a part of the memory as bytes and as elements.
+
+        A complex number becomes two real elements.
 
         Args:
-            dtype: Of the elements.
-            numel: How many they are.
-            start: The byte where they begin. What is larger than any before begins at 0.
+            dtype: The dtype of the elements.
+            numel: The number of elements.
+            start: The first byte. If the memory has to grow, earlier views are invalid.
         """
         key = dtype.name, numel, start
         if key not in self._views:
@@ -57,8 +59,8 @@ class _Buffer:
             self._bytes = memoryview(mmap(-1, size))
 
 
-class Desk:
-    """The buffers of one worker; they are as large as the largest cell so far needs.
+class Buffers:
+    """The buffers of one worker; they grow to the size of the largest cell.
 
     Args:
         at_once: How many numbers of all inputs are in float64 at once.
@@ -75,10 +77,10 @@ class Desk:
         """Return the bytes of one cell of an average.
 
         Args:
-            work: What is averaged.
-            readers: Its inputs.
-            cell: Which elements.
-            gram: Takes up the inner products of these elements.
+            work: The averaged work.
+            readers: The readers of its inputs.
+            cell: The elements.
+            gram: Receives the inner products of these elements.
 
         Raises:
             NonFiniteError: An element is not finite in some input, or becomes so by rounding.
@@ -94,7 +96,7 @@ class Desk:
     def means(
         self, work: Work, readers: Sequence[Reader], cell: Cell | Box, gram: Gram | None
     ) -> Iterator[tuple[int, memoryview]]:
-        """Yield 1 and the mean of the last input, 2 and that of the last two, and so on.
+        """Yield 1 and the mean of the last input, 2 and the mean of the last two, and so on.
 
         Arguments and errors are those of `mean`.
         """
@@ -118,7 +120,7 @@ class Desk:
     def without_mean(
         self, work: Work, readers: Sequence[Reader], cell: Cell | Box
     ) -> tuple[memoryview, bool]:
-        """Return the bytes of one cell of what is not averaged, and whether all inputs agree.
+        """Return the bytes of one cell of a work without a mean, and whether all inputs agree.
 
         Raises:
             NonFiniteError: A finite element becomes infinite by rounding.

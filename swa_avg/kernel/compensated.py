@@ -1,11 +1,11 @@
-"""Sums and quotients of float64 numbers with what they lose; and rational arithmetic for the rest.
+"""Sums and quotients of float64 numbers with error terms, and rational arithmetic for the rest.
 
-* What an addition loses is recovered by TwoSum (Knuth, The Art of Computer Programming
-  vol. 2, 4.2.2, theorem B) and kept in a second float64.
-* What is still missing from a quotient is put into its last bit: rounded to
-  odd, it can be rounded once more (see `rounding`).
-* What does not fit in two float64, which takes exponents more than 2^53 apart, what is
-  too small for its own rest, and what is too near to a tie is done element by element.
+* TwoSum (Knuth, The Art of Computer Programming vol. 2, 4.2.2, theorem B) computes the
+  rounding error of each addition. The errors are added up in a second float64.
+* A quotient is rounded to odd, so that it can be rounded once more (see `rounding`).
+* Rational arithmetic computes, element by element, the sums that do not fit in two float64
+  numbers (their exponents differ by more than 53), quotients that are too small for an
+  error term, and quotients too close to a tie.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
 
 _SPLITTER = 2.0**27 + 1
-# A quotient below may lack more than two float64 can hold: what is missing from it is subnormal.
+# Below this quotient the error term may be subnormal, and two float64 are not enough.
 _LEAST_QUOTIENT = 2.0**-960
-_BESIDE = 1 + 2.0**-30  # so near to a tie what is missing may lie on either side of it
+_BESIDE = 1 + 2.0**-30  # a result this close to a tie may be on either side of it
 
 
 class Block(NamedTuple):
-    """Inputs of one dtype: a row of elements of each."""
+    """Inputs of one dtype, one row of elements for each input."""
 
     values: Array
     dtype: DType
@@ -39,7 +39,7 @@ Rows = Sequence[Block]
 
 
 class Sum(NamedTuple):
-    """A sum as high + low (None: zero), and where even that is not all of it."""
+    """A sum as high + low (None for zero), and the elements where that is not exact."""
 
     high: Array
     low: Array | None = None
@@ -47,7 +47,7 @@ class Sum(NamedTuple):
 
 
 def count_of(rows: Rows) -> int:
-    """Return how many rows there are."""
+    """Return the number of rows."""
     return sum(len(block.values) for block in rows)
 
 
@@ -67,22 +67,22 @@ def lost(a: Array, b: Array, total: Array) -> Array:
 
 
 def refine(mean: Array, high: Array, low: Array, count: int, dtype: DType) -> Array:
-    """Make `mean` the float64 nearest to (high + low) / count; to odd, if it is rounded again.
+    """Set `mean` to (high + low) / count, rounded to nearest, or to odd for a smaller dtype.
 
     Args:
-        mean: Where it goes.
+        mean: The result.
         high: The sum.
-        low: What is missing from it.
-        count: What it is divided by, up to 2^26.
-        dtype: What it will be rounded to.
+        low: The error term of the sum.
+        count: The divisor, at most 2^26.
+        dtype: The dtype that the result will be rounded to.
 
     Returns:
-        Where that is not sure.
+        The elements for which the result is not certain.
     """
     total = high + low
     rest = lost(high, low, total)
     np.divide(total, count, out=mean)
-    # total - mean * count, exactly: the product of half a significand and a count is exact.
+    # total - mean * count, exact because half a significand times a count is exact.
     # (Dekker, "A floating-point technique for extending the available precision",
     # Numerische Mathematik 18, 1971.)
     scaled = mean * _SPLITTER
@@ -94,7 +94,7 @@ def refine(mean: Array, high: Array, low: Array, count: int, dtype: DType) -> Ar
     quotient = mean.copy()
     np.add(quotient, step, out=mean)
     tail = step - (mean - quotient)
-    # Where the step went in whole, it is a few bits long: its product with count is exact.
+    # Where the whole step was added, it has few bits, and its product with count is exact.
     left = missing - step * count
     small = (np.abs(mean) < _LEAST_QUOTIENT) & (total != 0)
     if dtype.significand < 53:
@@ -107,7 +107,7 @@ def refine(mean: Array, high: Array, low: Array, count: int, dtype: DType) -> Ar
 
 
 def _round_to_odd(mean: Array, tail: Array) -> None:
-    """Where something is missing from `mean`, make its last bit 1, toward what is missing."""
+    """Round `mean` to odd: where `tail` is not zero, make the last bit 1 in its direction."""
     even = (mean.view(np.int64) & 1) == 0
     move = even & (tail != 0)
     if move.any():
@@ -116,9 +116,9 @@ def _round_to_odd(mean: Array, tail: Array) -> None:
 
 
 def exact_means(rows: Rows, weights: Sequence[int], places: Array, dtype: DType) -> Array:
-    """Return the means of some elements in float64, by rational arithmetic.
+    """Return the means of some elements in float64, computed by rational arithmetic.
 
-    They are rounded to odd where they will be rounded again, to a smaller `dtype`.
+    They are rounded to odd if they will be rounded again, to a smaller `dtype`.
     """
     columns = [wide(row[places], kind).tolist() for row, kind in each(rows)]
     odd = dtype.significand < 53

@@ -1,9 +1,9 @@
-"""Elements of every dtype as numpy arrays: what carries them, and the ways to numbers and back.
+"""Elements of every dtype in numpy arrays, and conversion to numbers and back.
 
-numpy knows neither bfloat16 nor float8. These, and float16, travel as signed integers of
-their bits. Each of these formats is float32's own with fewer bits of exponent and of fraction:
-shifted into place, its bits are those of a float32 that is too small by a power of two.
-Everything here is exact, or rounds once: to the nearest, ties to even.
+numpy has no bfloat16 and no float8. These dtypes, and float16, are stored as signed integers
+with the same bits. Each of these formats is like float32 with fewer bits of exponent and
+fraction: shifted left, its bits are those of a float32 that is too small by a power of two.
+Every function is exact, or rounds once to nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ if TYPE_CHECKING:
 _SIGNED: Mapping[int, np.dtype[Any]] = {n: np.dtype(f"i{n}") for n in (1, 2, 4, 8)}
 _UNSIGNED: Mapping[int, np.dtype[Any]] = {n: np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 _WIDE: Mapping[str, np.dtype[Any]] = {f"float{8 * n}": np.dtype(f"f{n}") for n in (4, 8)}
-_FRACTION, _BIAS = 23, 127  # of float32
+_FRACTION, _BIAS = 23, 127  # float32's bits of fraction, and bias of the exponent
 _SIGN = 1 << 31
 _INFINITY = 0x7F800000
 
 
 def carrier(dtype: DType) -> np.dtype[Any]:
-    """Return what carries elements: float32 and float64 themselves, of others the bits.
+    """Return the numpy dtype that stores a dtype: itself for float32 and float64, else integers.
 
-    Complex numbers are carried in their parts.
+    A complex number is stored as two elements, its real and imaginary parts.
     """
     one = part(dtype)
     return _WIDE.get(one.name) or _SIGNED[one.itemsize]
 
 
 def bits(values: Array) -> Array:
-    """Return the bits of elements as signed integers: the same memory."""
+    """Return the bits of elements as signed integers, in the same memory."""
     return values.view(_SIGNED[values.itemsize])
 
 
 def is_small(dtype: DType) -> bool:
-    """Tell whether a dtype is a real one of which numpy has no arithmetic, or a slow one."""
+    """Return whether a dtype is real and numpy has no arithmetic for it, or only a slow one."""
     return dtype.kind is Kind.FLOAT and dtype.name not in _WIDE
 
 
 def scale(dtype: DType) -> float:
-    """Return by what a number of this dtype is larger than what `widen_scaled` makes of it."""
+    """Return the factor between a number of this dtype and the result of `widen_scaled`."""
     return math.ldexp(1.0, _BIAS - FORMATS[dtype.name].bias) if is_small(dtype) else 1.0
 
 
 def widen_scaled(values: Array, out: Array, dtype: DType) -> None:
-    """Write the numbers of a small dtype into a float32 array, each over `scale`.
+    """Write the numbers of a small dtype into a float32 array, divided by `scale`.
 
-    Their sums have the same bits as those of the numbers themselves; what is not finite
-    comes out as if its bits were those of a number, but in bfloat16.
+    Sums of the results have the same significands as sums of the numbers. Except for
+    bfloat16, the bits of NaN and infinity are converted as if they were numbers.
     """
-    form, made = FORMATS[dtype.name], out.view(np.int32)
-    np.left_shift(values, _FRACTION - form.fraction, out=made, dtype=np.int32)
+    form, shifted = FORMATS[dtype.name], out.view(np.int32)
+    np.left_shift(values, _FRACTION - form.fraction, out=shifted, dtype=np.int32)
     if form.bias != _BIAS:
         exponent = 8 * dtype.itemsize - 1 - form.fraction
         mask = _SIGN | (((1 << exponent) - 1) << _FRACTION) | ((1 << _FRACTION) - 1)
-        np.bitwise_and(made, np.int32(mask - (1 << 32)), out=made)
+        np.bitwise_and(shifted, np.int32(mask - (1 << 32)), out=shifted)
 
 
 def widen(values: Array, out: Array, dtype: DType) -> None:
-    """Write elements into a float64 array, or if it has room for them a float32 one, exactly."""
+    """Write elements exactly into a float64 array, or into a float32 one that can hold them."""
     if not is_small(dtype):
         np.copyto(out, values)
         return
@@ -85,15 +85,15 @@ def widen(values: Array, out: Array, dtype: DType) -> None:
 
 def wide(values: Array, dtype: DType) -> Array:
     """Return elements as float64."""
-    made = np.empty(values.shape, np.float64)
-    widen(values, made, dtype)
-    return made
+    numbers = np.empty(values.shape, np.float64)
+    widen(values, numbers, dtype)
+    return numbers
 
 
 def narrow(values: Array, out: Array, dtype: DType) -> None:
-    """Round float32 numbers to a dtype, once: to the nearest, ties to even.
+    """Round float32 numbers to a dtype once, to nearest, ties to even.
 
-    What is too large becomes infinite, or NaN where there is no infinity.
+    Numbers that are too large become infinity, or NaN if the dtype has no infinity.
     """
     if dtype.name == "float32":
         np.copyto(out, values)
@@ -106,13 +106,13 @@ def narrow(values: Array, out: Array, dtype: DType) -> None:
 
 
 def _narrow_bfloat16(single: Array, out: Array) -> None:
-    """Cut the lower half off, after adding what carries where it is more than half."""
-    made = single >> 16
-    made &= 1
-    made += 0x7FFF
-    made += single
-    made >>= 16
-    np.copyto(out, made, casting="unsafe")
+    """Add half of the last bit that stays, then cut off the lower 16 bits."""
+    rounded = single >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += single
+    rounded >>= 16
+    np.copyto(out, rounded, casting="unsafe")
     size = single & (_SIGN - 1)
     if size.max(initial=0) > _INFINITY:
         out[size > _INFINITY] = 0x7FC0
@@ -121,23 +121,24 @@ def _narrow_bfloat16(single: Array, out: Array) -> None:
 def _narrow_float8(single: Array, out: Array, form: Format) -> None:
     shift = _FRACTION - form.fraction
     size = single & (_SIGN - 1)
-    made = size - ((_BIAS - form.bias) << _FRACTION)
-    made += ((made >> shift) & 1) + ((1 << (shift - 1)) - 1)
-    made >>= shift
-    # The sum with a power of two of which the last bit is the format's least number.
+    rounded = size - ((_BIAS - form.bias) << _FRACTION)
+    rounded += ((rounded >> shift) & 1) + ((1 << (shift - 1)) - 1)
+    rounded >>= shift
+    # Subnormal results: adding a power of two whose last bit is the format's smallest number
+    # rounds to a multiple of that number.
     least = np.float32(math.ldexp(1.0, 1 - form.bias - form.fraction + _FRACTION))
     tiny = (size.view(np.float32) + least).view(np.uint32) - least.view(np.uint32)
-    made = np.where(size < (1 - form.bias + _BIAS) << _FRACTION, tiny, made)
-    no_number = 0x80 if form.unsigned_zero else 0x7F
-    made[made > form.largest] = form.largest + 1 if form.infinite else no_number
-    made[size > _INFINITY] = no_number
+    rounded = np.where(size < (1 - form.bias + _BIAS) << _FRACTION, tiny, rounded)
+    nan = 0x80 if form.unsigned_zero else 0x7F
+    rounded[rounded > form.largest] = form.largest + 1 if form.infinite else nan
+    rounded[size > _INFINITY] = nan
     signed = (single >> 31) << 7
-    made |= np.where(made == 0, 0, signed) if form.unsigned_zero else signed
-    np.copyto(out, made, casting="unsafe")
+    rounded |= np.where(rounded == 0, 0, signed) if form.unsigned_zero else signed
+    np.copyto(out, rounded, casting="unsafe")
 
 
 def fill(out: Array, value: float, dtype: DType) -> None:
-    """Make all elements the same number, which the dtype has."""
+    """Set all elements to one number, which the dtype can represent."""
     if is_small(dtype):
         one = np.empty(1, out.dtype)
         narrow(np.array([value], np.float32), one, dtype)
@@ -147,7 +148,7 @@ def fill(out: Array, value: float, dtype: DType) -> None:
 
 
 def all_finite(values: Array, dtype: DType) -> bool:
-    """Tell whether all elements are finite, by their bits."""
+    """Return whether all elements are finite, by their bits."""
     if not values.size:
         return True
     form, signed = FORMATS[dtype.name], bits(values)
@@ -166,22 +167,22 @@ def non_finite(values: Array, dtype: DType) -> Array:
 
 
 def negative_zeros(values: Array) -> Array | None:
-    """Return which elements have no bit set but the sign; None if none of them."""
+    """Return which elements have only the sign bit set, or None if there are none."""
     signed, least = bits(values), _least(values)
     return np.equal(signed, least) if signed.min() == least else None
 
 
 def negative_zero(dtype: DType) -> int:
-    """Return the bits of -0, as a signed integer; of +0 where the dtype has no other."""
+    """Return the bits of -0 as a signed integer, or those of +0 if the dtype has no -0."""
     return 0 if FORMATS[dtype.name].unsigned_zero else -(1 << 8 * dtype.itemsize - 1)
 
 
 def _magnitude(values: Array) -> Any:
-    """Return all bits but the sign."""
+    """Return the mask of all bits except the sign."""
     signed = _SIGNED[values.itemsize]
     return signed.type((1 << 8 * values.itemsize - 1) - 1)
 
 
 def _least(values: Array) -> int:
-    """Return the least signed integer: the sign bit alone."""
+    """Return the smallest signed integer: only the sign bit is set."""
     return -(1 << 8 * values.itemsize - 1)

@@ -1,17 +1,17 @@
-"""The exact mean of tensors, rounded once. The arithmetic only; knows no files.
+"""The exact mean of tensors, rounded once: the arithmetic, without any files.
 
-A float64 sum of float32 numbers is nearly always exact, but not always, and a
-mean that is rounded to float64 and then to float32 has been rounded twice.
-Both are put right here at almost no cost: the processor notes when an addition had to
-round. Where it did, it is done again with care (see `compensated`).
+A float64 sum of float32 numbers is nearly always exact, but not always, and a mean that
+is rounded to float64 and then to float32 is rounded twice. This module avoids both at
+almost no cost. The processor sets a flag when an addition had to round. Such a sum is
+computed again with error terms (see `compensated`).
 
-The quotient of an exact float64 sum by a count needs no such care. Were it
-rounded onto a tie m of a dtype of up to 24 bits, |sum - count * m| would be at
-most count * ulp(m) / 2, which is less than ulp(sum); but for counts of up to 2^26
-both are multiples of ulp(sum), so they are equal, and the tie is a true one.
+The quotient of an exact float64 sum by a count does not need that. Suppose that it is
+rounded to a tie m of a dtype of up to 24 bits. Then |sum - count * m| is at most
+count * ulp(m) / 2, which is less than ulp(sum). For counts of up to 2^26, both are
+multiples of ulp(sum), so they are equal, and the exact quotient is that tie.
 
-A weight of up to 26 bits times a number of up to 24 is exact in float64; a
-float64 is cut into two halves first (Dekker 1971).
+A weight of up to 26 bits times a number of up to 24 bits is exact in float64. A float64
+number is split into two halves first (Dekker 1971).
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
 
 MOST_WEIGHT = 1 << 26
-# How many numbers of all rows are added up at once. Fewer stay in the processor's second cache;
-# but threads of Python take turns at each call of numpy, which then should be fewer and longer.
+# How many numbers of all rows are added up at once. The smaller amount fits in the L2 cache.
+# Beside other threads, calls of numpy should be fewer and longer, because they contend for the GIL.
 ALONE = 160 * 1024
 BESIDE_THREADS = 640 * 1024
-MOST_OF_ONE = 16 * 1024  # of one input, where there is a mean of each number of inputs
+MOST_OF_ONE = 16 * 1024  # numbers of one input, when running means are computed
 _LEAST_ROWS = 5
 _ALIGNED = 64
 _LOWER_HALF = (1 << 27) - 1  # of a float64's significand
 
 
 class Averager:
-    """Averages rows, in buffers that it keeps, with the processor as `default_arithmetic` sets it.
+    """Averages rows, in buffers that it reuses. Call it within `default_arithmetic`.
 
-    Used by one thread: the processor's note of a rounding is kept for each thread.
+    One instance is for one thread: the processor's rounding flag is kept for each thread.
 
     Args:
-        at_once: How many numbers of all rows it adds up at once.
-        rounded: Tells whether an addition had to round; by default what works here.
+        at_once: How many numbers of all rows are added up at once.
+        rounded: Detects additions that were rounded; by default one that works on this machine.
     """
 
     def __init__(self, at_once: int = ALONE, rounded: RoundingDetector | None = None) -> None:
@@ -64,15 +64,15 @@ class Averager:
     def mean_into(self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int] = ()) -> None:
         """Write the mean of the rows into `out`, correctly rounded: to nearest, ties to even.
 
-        The order of the rows does not matter. Elements that are the same in all rows keep
-        their bits, NaN and infinity included.
+        The result does not depend on the order of the rows. Elements that are the same in
+        all rows keep their bits, NaN and infinity included.
 
         Args:
-            rows: What is averaged, each as long as `out`.
-            out: Where the mean goes, one-dimensional, what carries `dtype`.
+            rows: The rows to average, each as long as `out`.
+            out: The result, a one-dimensional array of the `carrier` of `dtype`.
             dtype: The dtype of `out`.
-            weights: How often each row counts, 1 to `MOST_WEIGHT`; empty where each
-                counts once. A sum of more than `MOST_WEIGHT` is slow.
+            weights: How often each row counts, 1 to `MOST_WEIGHT`; empty if each counts
+                once. The mean is slow if they add up to more than `MOST_WEIGHT`.
 
         Raises:
             NonFiniteError: An element is not finite in some row, or becomes so by rounding.
@@ -91,10 +91,10 @@ class Averager:
     ) -> Iterator[int]:
         """Write the mean of the first row into `out`, then of the first two, and so on.
 
-        Each is what `mean_into` gives for so many. The arguments are those of `mean_into`.
+        Each mean is the same as that of `mean_into`, and so are the arguments.
 
         Yields:
-            Of how many rows the mean is in `out` now: 1 to all.
+            The number of rows whose mean is in `out` now, from 1 to all.
         """
         self._resize(out.size)
         singly = [Block(values[None], kind) for values, kind in each(rows)]
@@ -105,12 +105,12 @@ class Averager:
             yield done
 
     def _resize(self, size: int) -> None:
-        """Make the columns as long as what is added up at once."""
+        """Make the columns at least `size` long."""
         if self._columns.shape[1] < size:
             self._columns = np.empty((5, size))
 
     def _mean(self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int]) -> None:
-        """Write the mean of so many numbers as are added up at once."""
+        """Write the mean of one step of `mean_into`."""
         high = self._columns[0, : out.size]
         if weights or len(rows) > 1:
             total = self._sum(rows, weights, high)
@@ -129,15 +129,15 @@ class Averager:
     ) -> Sum:
         """Return the sum of all rows times their weights.
 
-        Where the plain sum had to round, it is done again with care; what comes after
-        such a one, which is of the same kind, is done with care at once.
+        If the plain sum had to round, the sum is computed again with error terms. The next
+        sums, whose numbers are similar, then use error terms from the start.
 
         Args:
             rows: The rows.
-            weights: How often each counts; empty where each counts once.
-            high: Where the plain sum goes.
-            numbers: Their numbers, over the dtype's `scale`, if they are of one dtype
-                and each counts once.
+            weights: How often each counts; empty if each counts once.
+            high: The buffer for the plain sum.
+            numbers: The numbers of the rows, divided by the dtype's `scale`, if all rows
+                have one dtype and each counts once.
         """
         if not self._careful:
             self._rounded.clear()
@@ -160,7 +160,7 @@ class Averager:
                 np.add(high, addend, out=high)
 
     def _sums(self, rows: Rows, weights: Sequence[int]) -> Iterator[Sum]:
-        """Yield the sum after each row, with what additions have lost."""
+        """Yield the sum after each row, with the rounding errors of the additions."""
         size = rows[0].values.shape[1]
         high, new = self._columns[:2, :size]
         low: Array | None = None
@@ -180,7 +180,7 @@ class Averager:
             yield Sum(high, low, unsure)
 
     def _addends(self, rows: Rows, weights: Sequence[int]) -> Iterator[Sequence[Array]]:
-        """Yield for each row the float64 numbers, 1 or 2, that add up to it times its weight."""
+        """Yield for each row one or two float64 arrays whose sum is the row times its weight."""
         size = rows[0].values.shape[1]
         whole, upper = self._columns[2:4, :size]
         for number, (values, dtype) in enumerate(each(rows)):
@@ -200,7 +200,7 @@ class Averager:
     def _finish(
         self, total: Sum, out: Array, dtype: DType, rows: Rows, weights: Sequence[int]
     ) -> None:
-        """Divide the sum of the rows by how many count, and round it into `out`."""
+        """Divide the sum of the rows by the sum of the weights, and round it into `out`."""
         count, unsure = sum(weights) or count_of(rows), total.unsure
         mean = self._columns[4, : out.size]
         if count > MOST_WEIGHT:

@@ -1,10 +1,10 @@
-"""The mean of numbers of up to 11 bits (float16, bfloat16, float8), in float32 where it is exact.
+"""The mean of numbers of up to 11 bits (float16, bfloat16, float8), in float32 if that is exact.
 
-They mostly have an exact sum even in float32; where they have, all is done in it, which is
-much less work. Its quotient by a count, were it rounded onto a tie m between results of 11
-bits, would be the tie itself: |sum - count * m| would be at most count * ulp(m) / 2, which is
-less than ulp(sum); but for counts that leave the bits of a tie room both are multiples of
-ulp(sum), so they are equal.
+The sum of such numbers is usually exact in float32, which is much faster than float64. The
+quotient of an exact sum by a count is then correctly rounded too: suppose that it is rounded
+to a tie m between results of 11 bits. Then |sum - count * m| is at most count * ulp(m) / 2,
+which is less than ulp(sum). For counts of up to `MOST_ROWS`, both are multiples of ulp(sum),
+so they are equal, and the quotient is the tie itself.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from swa_avg.tensors import DType
 if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
 
-# So many: a tie between results of 11 bits has 12, and its product with the count is to be
-# exact in 24.
+# A tie between results of 11 bits has 12 bits; its product with a count must fit in 24.
 MOST_ROWS = 1 << 11
-_MOST_WAITED = 64  # sums that are not tried in float32 after one that was not exact in it
+_MOST_WAITED = 64  # sums that skip float32 after a sum that was not exact in it
 
 
 class FewBits:
-    """Rows of few bits as float32, in a buffer that it keeps, and their mean.
+    """Converts rows of few bits to float32, in a reused buffer, and computes their mean.
 
     Args:
-        rounded: Tells whether an addition had to round.
+        rounded: Detects additions that were rounded.
     """
 
     def __init__(self, rounded: RoundingDetector) -> None:
@@ -39,7 +38,7 @@ class FewBits:
         self._waited = self._waiting = 0
 
     def widened(self, rows: Array, dtype: DType) -> Array:
-        """Return rows of a small dtype as float32 numbers, each over the dtype's `scale`."""
+        """Return rows of a small dtype as float32 numbers, divided by the dtype's `scale`."""
         if self._buffer.size < rows.size:
             self._buffer = np.empty(rows.size, np.float32)
         single = self._buffer[: rows.size].reshape(rows.shape)
@@ -49,17 +48,17 @@ class FewBits:
     def averaged(self, single: Array, kind: DType, out: Array, dtype: DType) -> bool:
         """Write the mean of rows into `out`, if their sum is exact in float32.
 
-        Where it was not, it likely is not in what follows either: that is not tried for a
-        while, and for the longer the more often it was in vain.
+        After a sum that is not exact, the next ones are probably not exact either. So some
+        calls return False at once, and more of them after each further failure.
 
         Args:
-            single: What `widened` has made of them, of up to `MOST_ROWS`.
-            kind: Their dtype.
-            out: Where the mean goes.
+            single: The result of `widened`, of up to `MOST_ROWS` rows.
+            kind: The dtype of the rows.
+            out: The result.
             dtype: The dtype of `out`, of up to 24 bits.
 
         Returns:
-            Whether it was exact. If not, `out` is as it was.
+            Whether the sum was exact. If not, `out` is unchanged.
         """
         if self._waited < self._waiting:
             self._waited += 1
@@ -71,7 +70,7 @@ class FewBits:
             self._waiting = min(_MOST_WAITED, 2 * self._waiting + 1)
             return False
         self._waiting = 0
-        # A power of two in the divisor changes nothing but the quotient's exponent.
+        # A power of two in the divisor changes only the exponent of the quotient.
         np.divide(mean, np.float32(len(single) / scale(kind)), out=mean)
         narrow(mean, out, dtype)
         return True

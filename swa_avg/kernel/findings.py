@@ -1,7 +1,7 @@
-"""What averaging finds out beside the mean: checksums, differences, inner products.
+"""The results of averaging besides the mean: checksums, differences, inner products.
 
-Each task finds out its part, which is sent as plain numbers, from one thread, process
-or rank to another. What all tasks have found becomes one by `merge`.
+Each task has findings of its own. They are sent between threads, processes and ranks as
+plain numbers, and `merge` combines the findings of all tasks.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Plain = dict[str, Any]
 class Records:
     """All records that works read, numbered in the same way in every process.
 
-    Most works have nothing to say of them: they are numbered when one has.
+    Most tasks have no findings for single records, so the numbers are computed when needed.
 
     Args:
-        works: What reads them.
+        works: The works that read the records.
     """
 
     def __init__(self, works: Sequence[Work]) -> None:
@@ -35,18 +35,18 @@ class Records:
 
     @cached_property
     def all(self) -> Sequence[Record]:
-        """The records by their numbers; of one that several works read any number will do."""
+        """The records by number; a record that several works read has several numbers."""
         sources = (source for work in self._works for source in work.sources)
         return [record for source in sources for record in source.records]
 
     @cached_property
     def numbers(self) -> Mapping[Record, int]:
-        """Their numbers."""
+        """One number for each record."""
         return dict(zip(self.all, range(len(self.all)), strict=True))
 
 
 def shared(works: Sequence[Work]) -> frozenset[Record]:
-    """Return the records that several works look at, as they are in the last input."""
+    """Return the records that several works share, judged by the last input."""
     last = [work.sources[-1].records if work.sources else () for work in works]
     times = Counter(chain.from_iterable(last))
     return frozenset(
@@ -59,22 +59,22 @@ def shared(works: Sequence[Work]) -> frozenset[Record]:
 
 
 class Findings:
-    """What a task has found, or several.
+    """The findings of one task or of several.
 
     Attributes:
-        ledger: The checksums of what was read.
-        written: For each output the checksums of what was written, by the work's number.
+        ledger: The checksums of the bytes read.
+        written: For each output, the checksums of the bytes written, by the work's number.
         differing: The numbers of copied works that are not the same in all inputs.
         grams: The inner products of each group.
         bytes_read: Bytes read from all inputs.
     """
 
     def __init__(self, outputs: int, kept: Container[Record] = ()) -> None:
-        """Begin with nothing.
+        """Create empty findings.
 
         Args:
-            outputs: How many outputs are written.
-            kept: Records whose checksums are kept though they are the recorded ones.
+            outputs: The number of outputs.
+            kept: Records whose checksums are kept even if the file records them.
         """
         self.ledger = Ledger(kept)
         self.written: list[dict[int, list[Piece]]] = [defaultdict(list) for _ in range(outputs)]
@@ -90,10 +90,10 @@ class Findings:
             self.grams[group] = gram
 
     def plain(self, records: Records) -> Plain:
-        """Return it as numbers and names, which JSON can hold, for another's `merge`."""
+        """Return the findings as numbers and names that JSON can hold, for `merge`."""
         return {
             "read": self.bytes_read,
-            # Two plain lists: there may be very many.
+            # Two flat lists, because there may be very many records.
             "found": [records.numbers[record] for record in self.ledger.found],
             "crcs": [*self.ledger.found.values()],
             "pieces": [
@@ -105,21 +105,21 @@ class Findings:
                 for of_output in self.written
             ],
             "differing": sorted(self.differing),
-            # As text a float64 keeps all its bits.
+            # JSON text keeps all bits of a float64.
             "grams": [
                 [group, gram.products.tolist(), gram.square] for group, gram in self.grams.items()
             ],
         }
 
     def merge(self, other: Plain, records: Records) -> None:
-        """Add what was found elsewhere, of other tasks of the same works.
+        """Add the findings of other tasks of the same works.
 
         Args:
-            other: What `plain` returned there.
-            records: Those of the works.
+            other: The result of `plain`.
+            records: The records of the works.
 
         Raises:
-            FormatError: All of a record has been read, and its bytes are not those that were saved.
+            FormatError: A record is now complete, and its checksum is wrong.
         """
         self.bytes_read += other["read"]
         for number, crc in zip(other["found"], other["crcs"], strict=True):

@@ -1,6 +1,6 @@
-"""How far checkpoints are from each other: inner products of their differences, by groups.
+"""Inner products of the differences between checkpoints, by group of tensors.
 
-Summed up chunk by chunk while the mean is computed; no tensor is read twice.
+They are summed chunk by chunk while the mean is computed, so no tensor is read twice.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from swa_avg.tensors import DType
 if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
 
-_AT_ONCE = 128 * 1024  # numbers of all inputs, in float64
+_AT_ONCE = 128 * 1024  # numbers of all inputs, converted to float64 at once
 
 
 class Gram:
-    """The inner products of one group of tensors, so far.
+    """The inner products of one group of tensors, added up so far.
 
     Attributes:
-        products: float64, N by N: of x_i - x_0 and x_j - x_0, i and j the inputs.
-        square: Of the mean with itself.
+        products: The float64 matrix, N by N, of <x_i - x_0, x_j - x_0> for inputs i and j.
+        square: The inner product of the mean with itself.
     """
 
     def __init__(self, count: int) -> None:
@@ -33,9 +33,10 @@ class Gram:
         self.square = 0.0
 
     def add_chunk(self, rows: Rows, mean: Array, dtype: DType) -> None:
-        """Add what one chunk has to them.
+        """Add the inner products of one chunk.
 
-        What is not finite is the same in all inputs, and counts as no difference.
+        An element that is not finite is the same in all inputs, and counts as a difference
+        of 0.
 
         Args:
             rows: The inputs, N rows of the length of the chunk.

@@ -1,9 +1,9 @@
-"""The kernel: the byte ranges of N inputs in, one range of the output out.
+"""The kernel: it reads a byte range of N inputs and writes the mean to the output.
 
-The works are cut into cells. For a cell the same range of every input is read into
-a row of one buffer; the mean of the rows is written to the place that the output has
-for it. Processes, or threads, take tasks of many cells. Memory does not grow with
-the model. Knows no format.
+The works are cut into cells. For each cell, the same range of every input is read into
+a row of one buffer, and the mean of the rows is written to its place in the output.
+Processes or threads run tasks of many cells. The memory use does not depend on the size
+of the model. This module knows no file format.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from swa_avg.errors import NotFiniteError
 from swa_avg.kernel.arithmetic import default_arithmetic
-from swa_avg.kernel.buffers import Desk
+from swa_avg.kernel.buffers import Buffers
 from swa_avg.kernel.exact import ALONE, BESIDE_THREADS, MOST_OF_ONE
 from swa_avg.kernel.findings import Findings, Plain, Records, shared
 from swa_avg.kernel.inner_products import Gram
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 
-_CHECKS = 1024  # checksums that are compared in one task
-_WORTH_FORKING = 32 * 1024 * 1024  # bytes; what is less takes less time than the forks
+_CHECKS = 1024  # checksums compared in one task
+_WORTH_FORKING = 32 * 1024 * 1024  # bytes; reading less takes less time than forking
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What all tasks share.
+    """The data that all tasks share.
 
     Attributes:
-        output: The file that is written.
-        places: Where each work's bytes begin in it.
-        works: What is computed.
-        chunk: How many elements are averaged at once, at most.
-        groups: For each work the number of the group, 0 or more, to the inner products
-            of which it counts; -1 for none. Empty where none are wanted.
-        partials: As many outputs as there are checkpoints, less one, or none: number
-            k - 1 receives, at the same places, the mean of the last k sources of each
-            averaged work, and of every other work the same bytes as `output`.
+        output: The output that is written.
+        places: The offset of each work in the output.
+        works: The works to compute.
+        chunk: The maximum number of elements averaged at once.
+        groups: For each work, the number of the group of tensors whose inner products it
+            adds to; -1 for none. Empty if no inner products are computed.
+        partials: Further outputs, one fewer than there are checkpoints, or none. Output
+            number k - 1 receives the mean of the last k sources of each averaged work,
+            and the same bytes as `output` for every other work.
     """
 
     output: Output
@@ -64,39 +64,39 @@ class Kernel:
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """All that is written; number k - 1 is of the last k sources."""
+        """All outputs; number k - 1 receives the mean of the last k sources."""
         return (*self.partials, self.output)
 
     def tasks(self, threads: int) -> list[list[Item]]:
-        """Return all that is to be done, in order, a few tasks for each of so many threads."""
+        """Return all tasks in order, several for each thread."""
         groups = [self.group(number) for number in range(len(self.works))]
         elements = min(self.chunk, MOST_OF_ONE) if self.partials else self.chunk
         chunking = Chunking.for_threads(threads, elements)
         return list(tasks(self.works, groups, chunking, threads))
 
     def group(self, number: int) -> int:
-        """Return the group to which a work's inner products count; -1 for none."""
+        """Return the group whose inner products a work adds to; -1 for none."""
         averaged = self.works[number].treatment is Treatment.AVERAGED
         return self.groups[number] if self.groups and averaged else -1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found while averaging.
+    """The results of averaging, besides the output itself.
 
     Attributes:
-        checksums: The CRC-32 of each storage as written.
+        checksums: The CRC-32 of each storage of the output.
         differing: Names of copied tensors that are not the same in all inputs.
         bytes_read: Bytes read from all inputs.
-        crcs: The CRC-32, whole, of every record that was read and of which the file
-            records none, and of some others. (Where it records one, that was compared.)
-            Equal length and CRC: the same bytes, but for one chance in 2^32.
-        grams: For each group that has an averaged work, the float64 matrix of
-            <x_i - x_0, x_j - x_0>, i and j the sources, summed over its averaged works
-            in float64. Complex numbers count as twice as many real ones. What is not
-            finite (it is then the same in all sources) counts as no difference.
-        squares: For each of these groups the squared norm of the mean as written;
-            what is not finite is left out.
+        crcs: The CRC-32 of every record that was read and for which the file records no
+            checksum, and of some others. A recorded checksum has been compared. Records
+            of equal length and CRC have the same bytes, except for one chance in 2^32.
+        grams: For each group with an averaged work, the float64 matrix of
+            <x_i - x_0, x_j - x_0>, where i and j are sources, summed over the works of the
+            group. A complex number counts as two real ones. An element that is not finite
+            is the same in all sources, and counts as a difference of 0.
+        squares: For each of these groups, the squared norm of the written mean, without
+            the elements that are not finite.
         partial_checksums: The same as `checksums` for each of the kernel's `partials`.
     """
 
@@ -113,12 +113,12 @@ def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outco
     """Compute all works and write them.
 
     Args:
-        kernel: What to do.
-        workers: How many processes or threads do it.
-        progress: Called in the calling thread with the bytes read since the last call.
+        kernel: The works and the output.
+        workers: The number of processes or threads.
+        progress: Is called in the calling thread with the bytes read since the last call.
 
     Raises:
-        SwaAvgError: The first problem, in the order of the tasks, that any of them met.
+        SwaAvgError: The error of the first task, in their order, that failed.
     """
     findings = compute(kernel, kernel.tasks(workers), workers, progress)
     return settle(kernel, findings, workers)
@@ -127,32 +127,32 @@ def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outco
 @default_arithmetic()
 def compute(
     kernel: Kernel,
-    dealt: Sequence[Sequence[Item]],
+    task_list: Sequence[Sequence[Item]],
     workers: int,
     progress: Progress | None = None,
 ) -> Findings:
-    """Do tasks: all of a kernel, or of several ranks one's part.
+    """Run tasks: all tasks of a kernel, or the share of one rank.
 
     Args:
-        kernel: What they belong to.
-        dealt: The tasks.
-        workers: How many processes or threads do them.
-        progress: Called in the calling thread with the bytes read since the last call.
+        kernel: The kernel of the tasks.
+        task_list: The tasks.
+        workers: The number of processes or threads.
+        progress: Is called in the calling thread with the bytes read since the last call.
 
     Returns:
-        What was found; `settle` makes sure of it, once all tasks are done.
+        The findings of these tasks; `settle` checks the merged findings of all tasks.
 
     Raises:
-        SwaAvgError: The first problem, in the order of the tasks, that any of them met.
+        SwaAvgError: The error of the first task, in their order, that failed.
     """
-    job = _Job(kernel, dealt)
+    job = _Job(kernel, task_list)
     findings = Findings(len(kernel.outputs))
-    with ExitStack() as ended:
-        total = bytes_read(dealt, kernel.works)
-        results = _begun(job, workers, total, ended)
-        ended.callback(job.stop.set)
-        # Only now: processes are not forked beside a thread.
-        ahead = ended.enter_context(LookAhead(dealt, kernel.works, workers, total))
+    with ExitStack() as stack:
+        total = bytes_read(task_list, kernel.works)
+        results = _start(job, workers, total, stack)
+        stack.callback(job.stop.set)
+        # Started after the fork: a process must not be forked while other threads run.
+        ahead = stack.enter_context(LookAhead(task_list, kernel.works, workers, total))
         ahead.start()
         for number, found in results:
             findings.merge(found, job.records(number))
@@ -162,27 +162,27 @@ def compute(
     return findings
 
 
-def _begun(job: _Job, workers: int, total: int, ended: ExitStack) -> Results[Plain]:
-    """Have the tasks done: by processes where that is possible and worth it, else by threads."""
-    count = len(job.dealt)
+def _start(job: _Job, workers: int, total: int, stack: ExitStack) -> Results[Plain]:
+    """Start the tasks: in processes if that is possible and worthwhile, else in threads."""
+    count = len(job.task_list)
     if workers > 1 and total >= _WORTH_FORKING and can_fork():
         with suppress(OSError):
-            return ended.enter_context(in_processes(job.do, count, workers))
+            return stack.enter_context(in_processes(job.run, count, workers))
     job.at_once = BESIDE_THREADS if workers > 1 else ALONE
-    return ended.enter_context(in_threads(job.do, count, workers))
+    return stack.enter_context(in_threads(job.run, count, workers))
 
 
 @default_arithmetic()
 def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
-    """Make sure of what all tasks together have read, and sum up.
+    """Check the checksums of all records that were read, and return the results.
 
     Args:
-        kernel: What was done.
-        findings: What all tasks have found.
-        threads: How many threads compare checksums.
+        kernel: The kernel whose tasks have run.
+        findings: The merged findings of all tasks.
+        threads: The number of threads that compare checksums.
 
     Raises:
-        FormatError: What was read is not what was saved.
+        FormatError: The checksum of an input is wrong.
     """
     ledger = findings.ledger
     left = ledger.open
@@ -210,18 +210,18 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
 
 
 class _Job:
-    """Tasks of a kernel, and what they have in common.
+    """Tasks of a kernel, and the data that they share.
 
     Attributes:
-        kernel: What they belong to.
-        dealt: The tasks.
-        at_once: How many numbers a worker has in float64 at once.
-        stop: Set where what is not done yet is not needed any more.
+        kernel: The kernel of the tasks.
+        task_list: The tasks.
+        at_once: How many numbers a worker holds in float64 at once.
+        stop: Is set when the remaining work is no longer needed.
     """
 
-    def __init__(self, kernel: Kernel, dealt: Sequence[Sequence[Item]]) -> None:
+    def __init__(self, kernel: Kernel, task_list: Sequence[Sequence[Item]]) -> None:
         self.kernel = kernel
-        self.dealt = dealt
+        self.task_list = task_list
         self.at_once = ALONE
         self.stop = threading.Event()
         self._shared = shared(kernel.works)
@@ -229,25 +229,25 @@ class _Job:
         self._local = threading.local()
 
     def records(self, number: int) -> Records:
-        """Return the records of one task."""
+        """Return the input records of one task."""
         works = self.kernel.works
-        return Records([works[n] for n in works_in([self.dealt[number]])])
+        return Records([works[n] for n in works_in([self.task_list[number]])])
 
-    def do(self, number: int) -> Plain:
-        """Do one task; return what was found."""
+    def run(self, number: int) -> Plain:
+        """Run one task and return its findings."""
         with default_arithmetic():
-            return self._done(number)
+            return self._run_task(number)
 
-    def _done(self, number: int) -> Plain:
-        if not hasattr(self._local, "desk"):
-            self._local.desk = Desk(self.at_once)
+    def _run_task(self, number: int) -> Plain:
+        if not hasattr(self._local, "buffers"):
+            self._local.buffers = Buffers(self.at_once)
         findings = Findings(len(self._outputs), self._shared)
-        for item in self.dealt[number]:
-            self._do(item, self._local.desk, findings)
+        for item in self.task_list[number]:
+            self._run_item(item, self._local.buffers, findings)
         return findings.plain(self.records(number))
 
-    def _do(self, item: Item, desk: Desk, findings: Findings) -> None:
-        """Do one item, cell by cell."""
+    def _run_item(self, item: Item, buffers: Buffers, findings: Findings) -> None:
+        """Compute and write one item, cell by cell."""
         work = self.kernel.works[item.number]
         readers = readers_of(item, self.kernel.works)
         writers = [
@@ -259,7 +259,7 @@ class _Job:
             if self.stop.is_set():
                 return
             try:
-                for numbers, data in self._computed(item, readers, cell, gram, desk, findings):
+                for numbers, data in self._compute(item, readers, cell, gram, buffers, findings):
                     for number in numbers:
                         writers[number].write(data)
             except NonFiniteError as error:
@@ -271,31 +271,31 @@ class _Job:
             findings.add_gram(group, gram)
         findings.bytes_read += sum(reader.close(findings.ledger) for reader in readers)
 
-    def _computed(
+    def _compute(
         self,
         item: Item,
         readers: Sequence[Reader],
         cell: Cell | Box,
         gram: Gram | None,
-        desk: Desk,
+        buffers: Buffers,
         findings: Findings,
     ) -> Iterator[tuple[Iterable[int], memoryview]]:
-        """Yield the bytes of a cell, with the numbers of the outputs they are for."""
+        """Yield the bytes of a cell, with the numbers of the outputs that receive them."""
         work = self.kernel.works[item.number]
         everywhere = range(len(self._outputs))
         if work.treatment is not Treatment.AVERAGED:
-            data, same = desk.without_mean(work, readers, cell)
+            data, same = buffers.without_mean(work, readers, cell)
             if not same:
                 findings.differing.add(item.number)
             yield everywhere, data
         elif len(everywhere) == 1:
-            yield everywhere, desk.mean(work, readers, cell, gram)
+            yield everywhere, buffers.mean(work, readers, cell, gram)
         else:
-            for count, data in desk.means(work, readers, cell, gram):
+            for count, data in buffers.means(work, readers, cell, gram):
                 yield (count - 1,), data
 
     def _refuse(self, item: Item, error: NonFiniteError) -> None:
-        """Raise what makes an element not finite: damage, if it is that."""
+        """Raise the error for an element that is not finite; if the file is damaged, that one."""
         parts = 2 if self.kernel.works[item.number].dtype.kind is Kind.COMPLEX else 1
         work = self.kernel.works[item.number_at(error.element // parts)]
         if error.source is None:

@@ -1,11 +1,10 @@
-"""What the kernel's page cache is told: which ranges come next, and which are done with.
+"""Advice for the operating system's page cache: the ranges read next, and those not needed again.
 
-N files that are read in turn, a little of each, are slow from a cold disk unless
-it knows what comes next. A thread of its own tells it, some tasks ahead: where the
-disk is busy, telling it takes time. Inputs of more than half the memory would push
-everybody else's files out of the cache; their ranges are given up as soon as they
-are read, but for those that were in the cache before, which somebody may need.
-Smaller inputs stay, so that a second run finds them.
+Reading a little of each of N files in turn is slow on a cold disk without read-ahead. A
+separate thread requests the ranges some tasks early, because these calls block while the
+disk is busy. Inputs larger than half the memory would evict all other files from the
+cache, so their ranges are dropped after they are read, except for ranges that were cached
+before. Smaller inputs stay in the cache for a second run.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from swa_avg.kernel.tasks import Bundle, Item, Strip
 from swa_avg.planning import Work
 from swa_avg.storage import InputFile
 
-_AT_ONCE = 1024 * 1024  # of a longer range Linux heeds the start only
-_WASTE = 2  # times as much as is needed may lie between the ends of a bundle
-_MORE_TASKS = 2  # than there are threads
+_AT_ONCE = 1024 * 1024  # Linux reads only the start of a longer range
+_WASTE = 2  # a bundle may span this many times the bytes that it needs
+_MORE_TASKS = 2  # tasks requested early, in addition to one for each thread
 
 Range = tuple[InputFile, int, int]
 
 
 class LookAhead(AbstractContextManager["LookAhead"]):
-    """Tells the kernel about the tasks to come, and those done.
+    """Advises the page cache on the tasks that come next, and on those that are done.
 
     Args:
-        tasks: All tasks, in the order in which they will be begun.
-        works: What they refer to.
-        threads: How many are done at once.
-        total: How many bytes they read.
+        tasks: All tasks, in the order in which they start.
+        works: The works of the tasks.
+        threads: How many tasks run at once.
+        total: How many bytes the tasks read.
     """
 
     def __init__(
@@ -42,32 +41,32 @@ class LookAhead(AbstractContextManager["LookAhead"]):
         self._tasks, self._works = tasks, works
         self._room = threading.Semaphore(threads + _MORE_TASKS)
         self._stop = threading.Event()
-        self._gives_up = total > _memory() // 2
+        self._drops = total > _memory() // 2
         self._cold: dict[int, list[Range]] = {}
-        self._thread = threading.Thread(target=self._tell, name="swa-avg-ahead", daemon=True)
+        self._thread = threading.Thread(target=self._advise, name="swa-avg-ahead", daemon=True)
 
     def start(self) -> None:
-        """Begin, in a thread of its own, which is ended with the context."""
+        """Start the thread, which stops at the end of the context."""
         self._thread.start()
 
     def done(self, number: int) -> None:
-        """Note that a task is done."""
+        """Drop the ranges of a finished task, if the inputs are too large for the cache."""
         for file, offset, length in self._cold.pop(number, ()):
             file.will_not_read(offset, length)
         self._room.release()
 
-    def _tell(self) -> None:
-        with suppress(OSError):  # an interrupted run may close the files before it has stopped
-            self._tell_all()
+    def _advise(self) -> None:
+        with suppress(OSError):  # an interrupted run may close the files before the thread stops
+            self._advise_all()
 
-    def _tell_all(self) -> None:
+    def _advise_all(self) -> None:
         for number, task in enumerate(self._tasks):
             self._room.acquire()
             if self._stop.is_set():
                 return
             cold = []
             for file, offset, length in _ranges(task, self._works):
-                if self._gives_up and not file.is_cached(offset):
+                if self._drops and not file.is_cached(offset):
                     cold.append((file, offset, length))
                 for start in range(offset, offset + length, _AT_ONCE):
                     if self._stop.is_set():
@@ -84,7 +83,7 @@ class LookAhead(AbstractContextManager["LookAhead"]):
 
 
 def _memory() -> int:
-    """Return the bytes of memory of this machine."""
+    """Return the size of this machine's memory in bytes."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -92,7 +91,7 @@ def _memory() -> int:
 
 
 def _ranges(task: Sequence[Item], works: Sequence[Work]) -> Iterator[Range]:
-    """Yield the ranges of files that a task reads; what is read in boxes is left to itself."""
+    """Yield the ranges of files that a task reads, without items that are read in boxes."""
     for item in task:
         if isinstance(item, Strip):
             for source in works[item.number].sources:

@@ -1,7 +1,7 @@
-"""Reading the inputs of one item of work, piece by piece, with the checksums of what is read.
+"""Reading the inputs of one item of work cell by cell, with checksums of the bytes read.
 
-A reader fills a buffer with the elements of a cell, in the order of the output.
-It is asked for each cell of its item once, in their order.
+A reader fills a buffer with the elements of a cell, in the order of the output. Each cell
+of the item is read once, in order.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from swa_avg.tensors import (
     whole,
 )
 
-_SPARE = memoryview(bytearray(4096))  # for what lies between records; nobody looks at it
+_SPARE = memoryview(bytearray(4096))  # receives the bytes between records, which are not used
 
 
 class Reader(Protocol):
     """Reads one input of an item.
 
     Attributes:
-        dtype: Of its elements.
+        dtype: The dtype of the input.
     """
 
     dtype: DType
@@ -47,7 +47,7 @@ class Reader(Protocol):
         """
 
     def close(self, ledger: Ledger) -> int:
-        """Hand over the checksums of what was read; return how many bytes that was."""
+        """Add the checksums of the bytes read to the ledger; return the number of bytes."""
 
 
 def readers_of(item: Item, works: Sequence[Work]) -> Sequence[Reader]:
@@ -69,31 +69,31 @@ def readers_of(item: Item, works: Sequence[Work]) -> Sequence[Reader]:
 
 
 class RangeReader:
-    """Reads a range of a tensor that lies in C order."""
+    """Reads a range of a tensor that is stored in C order."""
 
     def __init__(self, source: TensorRef, strip: Strip, name: str) -> None:
         self.dtype = source.dtype
         self._record, self._name = source.record, name
         self._read = source.record.file.read_into
-        # Bytes from the record's start: of the strip, and of what is not seen yet.
+        # Offsets in the record: of the strip, and of the next byte to read.
         self._first = self._next = (source.offset + strip.start) * self.dtype.itemsize
         self._crc = 0
 
     def read(self, cell: Cell, buffer: memoryview) -> None:
-        """Read on from where the last cell ended."""
+        """Read the next cell, which begins where the last one ended."""
         self._read(buffer, self._record.offset + self._next)
         self._crc = crc32(buffer, self._crc)
         self._next += len(buffer)
 
     def close(self, ledger: Ledger) -> int:
-        """Hand over the checksum of all cells together."""
+        """Add the checksum of all cells together."""
         length = self._next - self._first
         ledger.add(self._record, self._name, Piece(self._first, length, self._crc))
         return length
 
 
 class BundleReader:
-    """Reads several small tensors of one checkpoint, with few calls where they are neighbours."""
+    """Reads several small tensors of one checkpoint; adjacent ones with a single call."""
 
     def __init__(self, works: Sequence[Work], number: int, slices: Sequence[slice]) -> None:
         self.dtype = works[0].sources[number].dtype
@@ -101,7 +101,7 @@ class BundleReader:
         self._crcs: list[int] = []
 
     def read(self, cell: Cell, buffer: memoryview) -> None:
-        """Read all of them; `cell` is the only one."""
+        """Read all tensors; a bundle has only one cell."""
         views = [buffer[cut] for cut in self._slices]
         file: InputFile | None = None
         pieces: list[memoryview] = []
@@ -125,7 +125,7 @@ class BundleReader:
         self._crcs = [crc32(view) for view in views]
 
     def close(self, ledger: Ledger) -> int:
-        """Hand over the checksum of each tensor."""
+        """Add the checksum of each tensor."""
         for work, cut, crc in zip(self._works, self._slices, self._crcs, strict=True):
             source = work.sources[self._number]
             record, length = source.record, cut.stop - cut.start
@@ -138,19 +138,19 @@ class BundleReader:
 
 
 class BoxReader:
-    """Reads boxes of a tensor of any strides, whole or in parts."""
+    """Reads boxes of a tensor with any strides, whole or in parts."""
 
     def __init__(self, source: TensorRef, stretch: Stretch, work: Work) -> None:
         self.dtype = source.dtype
         self._source, self._name = source, work.name
         self._averaged = work.treatment is Treatment.AVERAGED
-        # Strides of the boxes' shape, where ranges can be read; None where boxes must be.
+        # The strides of the shape that is cut into boxes, if a box is one range; else None.
         self._steps = stretch.steps if whole(source) else None
         self._bytes_read = 0
         self._pieces: dict[Record, Piece] = {}
 
     def read(self, cell: Box, buffer: memoryview) -> None:
-        """Read a box; its elements are in C order of the box."""
+        """Read a box; the elements in the buffer are in C order."""
         if not buffer:
             return
         record = self._source.record
@@ -165,14 +165,14 @@ class BoxReader:
         self._bytes_read += len(buffer)
 
     def _seen(self, record: Record, start: int, data: memoryview) -> None:
-        """Take what was read into the checksum, if it follows what was read before."""
+        """Extend the checksum by a range that directly follows the ranges read before."""
         piece = self._pieces.get(record, Piece(start, 0, 0))
         if start == piece.start + piece.length:
             crc = crc32(data, piece.crc)
             self._pieces[record] = Piece(piece.start, piece.length + len(data), crc)
 
     def close(self, ledger: Ledger) -> int:
-        """Hand over the checksums of what was read without gaps, if they are of use."""
+        """Add the checksums of contiguous ranges, if they are needed."""
         for record in self._source.records:
             if self._averaged or record.crc32 is not None:
                 ledger.add(record, self._name, self._pieces.get(record))

@@ -1,4 +1,4 @@
-"""What sums do not keep: numbers that are not finite, and zeros that are negative."""
+"""Corrections of a mean: elements that are not finite, and negative zeros."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 
 def settle(out: Array, rows: Rows, weights: Sequence[int], dtype: DType) -> None:
-    """Put right what sums do not keep.
+    """Correct the elements of a mean for which a sum gives the wrong result.
+
+    An element with the same NaN, infinity or negative zero in all rows keeps its bits.
 
     Args:
         out: The mean of the rows.
-        rows: What was averaged.
+        rows: The rows that were averaged.
         weights: How often each row counts.
         dtype: The dtype of `out`.
 
     Raises:
         NonFiniteError: An element is not finite, and not the same in all rows.
     """
-    # What is not finite in the rows is not so in the mean either, but for dtypes of which
-    # such bits are taken for those of numbers.
+    # NaN and infinity in a row make the mean not finite too, except in dtypes whose non-finite
+    # bit patterns were added as if they were numbers: their rows are checked as well.
     odd = [block for block in rows if is_small(block.dtype) and block.dtype.name != "bfloat16"]
     if not (all_finite(out, dtype) and all(all_finite(*block) for block in odd)):
         _settle_non_finite(out, rows, weights, dtype)
@@ -48,12 +50,12 @@ def settle(out: Array, rows: Rows, weights: Sequence[int], dtype: DType) -> None
             return
         negative = zeros if negative is None else negative & zeros
     if negative is not None:
-        made = bits(out)
-        made[negative & (made == 0)] = negative_zero(dtype)
+        mean_bits = bits(out)
+        mean_bits[negative & (mean_bits == 0)] = negative_zero(dtype)
 
 
 def _settle_non_finite(out: Array, rows: Rows, weights: Sequence[int], dtype: DType) -> None:
-    """Put right the elements that came out NaN or infinite, or refuse them."""
+    """Correct the elements of the mean that are NaN or infinite, or refuse them."""
     wrong = non_finite(out, dtype)
     for row, kind in each(rows):
         wrong |= non_finite(row, kind)
@@ -77,5 +79,5 @@ def _settle_non_finite(out: Array, rows: Rows, weights: Sequence[int], dtype: DT
             first = int(bad.argmax())
             value = float(wide(column[~same][first : first + 1], kind)[0])
             raise NonFiniteError(source, int(rest[first]), value)
-    # Finite in every input: only the sum, or the rounding to a smaller dtype, overflowed.
+    # The rest is finite in every input: the sum, or the rounding to `dtype`, overflowed.
     round_at(rest, exact_means(rows, weights, rest, dtype), out, dtype)

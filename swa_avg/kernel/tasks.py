@@ -1,8 +1,8 @@
-"""How the work is dealt out: tasks of about equal reading, in the order of the output.
+"""The division of the work into tasks that read about equally much, in the order of the output.
 
-Most tensors lie in all inputs in C order: they are averaged by ranges, and small
-ones together, as if they were one. The others, and those that are not averaged,
-are cut into boxes. Reads nothing.
+Most tensors are in C order in all inputs. They are averaged by ranges, and small ones
+together, as if they were one tensor. All others, and tensors that are not averaged, are
+cut into boxes. This module reads nothing.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from itertools import accumulate, chain
 from swa_avg.planning import Treatment, Work
 from swa_avg.tensors import Box, TensorRef, boxes, contiguous_stride, whole
 
-# Elements that are averaged at once, at most, and at least; in between the bytes of all inputs
-# tell. They are so many that threads hand the interpreter's lock to each other seldom.
+# The maximum and the minimum of elements averaged at once. Between them the bytes of all inputs
+# decide. Large chunks make threads contend for the GIL less often.
 CHUNK = 256 * 1024
 _LEAST_CHUNK = 4096
-_CHUNK_BYTES = 2 * 1024 * 1024  # of all inputs of one chunk
-_CHUNKS_BYTES = 48 * 1024 * 1024  # of those that all threads have at once
+_CHUNK_BYTES = 2 * 1024 * 1024  # of one chunk, in all inputs together
+_CHUNKS_BYTES = 48 * 1024 * 1024  # of the chunks of all threads together
 _LEAST_CHUNK_BYTES = 1024 * 1024
-_STRIDED = 2  # times as many where inputs lie in another order than the output
-_TOGETHER = 256  # small works: a read takes up to 1024 pieces, and there are gaps between them
-_TASK_BYTES = 64 * 1024 * 1024  # of all inputs together
+_STRIDED = 2  # the factor for chunks whose inputs are in another order than the output
+_TOGETHER = 256  # small works in a bundle: one read has up to 1024 pieces, including gaps
+_TASK_BYTES = 64 * 1024 * 1024  # of one task, in all inputs together
 _LEAST_TASK_BYTES = 4 * 1024 * 1024
-_TASKS = 16  # for each thread, so that none has long to wait for another at the end
+_TASKS = 16  # tasks for each thread, so that all threads finish at about the same time
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Consecutive elements: what is averaged at once."""
+    """Consecutive elements that are averaged at once."""
 
     start: int
     numel: int
@@ -40,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Consecutive elements of one averaged work of which all inputs lie in C order."""
+    """Consecutive elements of one averaged work whose inputs are all in C order."""
 
     number: int
     start: int
@@ -52,7 +52,7 @@ class Strip:
         return self.number
 
     def cells(self) -> Iterator[Cell]:
-        """Yield its chunks."""
+        """Yield the chunks."""
         end = self.start + self.numel
         for at in range(self.start, end, self.chunk):
             yield Cell(at, min(self.chunk, end - at))
@@ -60,14 +60,14 @@ class Strip:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Small works, treated alike, whose elements are averaged as if they were one's."""
+    """Small works with the same treatment, averaged as if they were one work."""
 
     numbers: tuple[int, ...]
-    bounds: tuple[int, ...]  # where each begins, and the last one ends
+    bounds: tuple[int, ...]  # the first element of each work, and the end of the last one
 
     @property
     def number(self) -> int:
-        """One that stands for all."""
+        """The number of the first work, which represents all."""
         return self.numbers[0]
 
     def number_at(self, element: int) -> int:
@@ -75,7 +75,7 @@ class Bundle:
         return self.numbers[bisect_right(self.bounds, element) - 1]
 
     def cells(self) -> Iterator[Cell]:
-        """Yield its only chunk."""
+        """Yield the only chunk."""
         yield Cell(0, self.bounds[-1])
 
 
@@ -86,14 +86,14 @@ class Stretch:
     number: int
     boxes: tuple[Box, ...]
     start: int  # the first element, counted in C order of the work's shape
-    steps: tuple[int, ...]  # between neighbours in the shape that was cut into boxes
+    steps: tuple[int, ...]  # the strides of the shape that was cut into boxes
 
     def number_at(self, element: int) -> int:
         """Return the number of the work to which an element of a cell belongs."""
         return self.number
 
     def cells(self) -> Iterator[Box]:
-        """Yield its boxes."""
+        """Yield the boxes."""
         yield from self.boxes
 
 
@@ -102,11 +102,12 @@ Item = Strip | Bundle | Stretch
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How many elements are averaged at once.
+    """Limits on the elements averaged at once.
 
     Attributes:
-        elements: At most so many.
-        bytes: What they have in all inputs together, if it is not few elements then.
+        elements: The maximum number of elements.
+        bytes: The maximum of bytes in all inputs together; a minimum of elements goes
+            before it.
     """
 
     elements: int
@@ -114,7 +115,7 @@ class Chunking:
 
     @classmethod
     def for_threads(cls, threads: int, elements: int = CHUNK) -> Chunking:
-        """Return what suits so many threads."""
+        """Return the limits for a number of threads."""
         share = _CHUNKS_BYTES // threads
         return cls(elements, max(_LEAST_CHUNK_BYTES, min(_CHUNK_BYTES, share)))
 
@@ -122,8 +123,8 @@ class Chunking:
         """Return how many elements of a work are averaged at once.
 
         Args:
-            work: It.
-            flat: Whether its inputs lie in C order: if not, larger boxes are read faster.
+            work: The work.
+            flat: Whether its inputs are in C order. If not, larger boxes are faster to read.
         """
         fitting = self.bytes // _bytes_each(work)
         if flat:
@@ -132,9 +133,9 @@ class Chunking:
 
 
 def buffer_bytes(works: Sequence[Work], threads: int) -> int:
-    """Return how many bytes of buffers threads need at most: all that grows with the inputs.
+    """Return the maximum size of all threads' buffers, which grows with the number of inputs.
 
-    A thread has a chunk of all inputs, and of the output.
+    Each thread holds one chunk of all inputs and of the output.
     """
     chunking = Chunking.for_threads(threads)
     most = 0
@@ -148,13 +149,13 @@ def buffer_bytes(works: Sequence[Work], threads: int) -> int:
 def tasks(
     works: Sequence[Work], groups: Sequence[int], chunking: Chunking, threads: int
 ) -> Iterator[list[Item]]:
-    """Deal works out into tasks, a few for each thread.
+    """Divide works into tasks, several for each thread.
 
     Args:
-        works: What is to be done.
-        groups: For each work the group whose inner products it counts to, or -1.
-        chunking: How many elements are averaged at once.
-        threads: How many threads there are.
+        works: The works.
+        groups: For each work the group whose inner products it adds to, or -1.
+        chunking: The limits on the elements averaged at once.
+        threads: The number of threads.
     """
     total = sum(math.prod(work.shape) * _bytes_each(work) for work in works)
     enough = min(_TASK_BYTES, max(_LEAST_TASK_BYTES, total // (_TASKS * threads)))
@@ -171,34 +172,34 @@ def tasks(
 
 
 def share(
-    dealt: Sequence[Sequence[Item]], works: Sequence[Work], number: int, count: int
+    task_list: Sequence[Sequence[Item]], works: Sequence[Work], number: int, count: int
 ) -> list[Sequence[Item]]:
-    """Return the tasks that one of several workers takes: neighbours, an equal part by bytes.
+    """Return one rank's share of the tasks: consecutive tasks, about equal in bytes.
 
     Args:
-        dealt: All tasks, the same for every worker.
-        works: What they refer to.
-        number: Which of the workers it is, counted from 0.
-        count: How many there are.
+        task_list: All tasks, the same for every rank.
+        works: The works of the tasks.
+        number: The number of the rank, counted from 0.
+        count: The number of ranks.
     """
-    costs = [sum(_cost(item, works) for item in task) for task in dealt]
+    costs = [sum(_cost(item, works) for item in task) for task in task_list]
     total = sum(costs) or 1
-    # Whose part the middle of a task lies in takes it.
+    # A task belongs to the rank whose share contains the middle of the task.
     owners = (
         (2 * end - cost) * count // (2 * total)
         for end, cost in zip(accumulate(costs), costs, strict=True)
     )
-    return [task for task, owner in zip(dealt, owners, strict=True) if owner == number]
+    return [task for task, owner in zip(task_list, owners, strict=True) if owner == number]
 
 
-def bytes_read(dealt: Iterable[Sequence[Item]], works: Sequence[Work]) -> int:
+def bytes_read(task_list: Iterable[Sequence[Item]], works: Sequence[Work]) -> int:
     """Return how many bytes tasks read."""
-    return sum(_cost(item, works) for task in dealt for item in task)
+    return sum(_cost(item, works) for task in task_list for item in task)
 
 
-def works_in(dealt: Iterable[Sequence[Item]]) -> list[int]:
-    """Return the numbers of the works of which tasks do something, in order."""
-    items = (item for task in dealt for item in task)
+def works_in(task_list: Iterable[Sequence[Item]]) -> list[int]:
+    """Return the numbers of the works in some tasks, in order."""
+    items = (item for task in task_list for item in task)
     each = (item.numbers if isinstance(item, Bundle) else (item.number,) for item in items)
     return list(dict.fromkeys(chain.from_iterable(each)))
 
@@ -221,7 +222,7 @@ def _bytes_each(work: Work) -> int:
 def _items(
     works: Sequence[Work], groups: Sequence[int], chunking: Chunking, enough: int
 ) -> Iterator[tuple[Item, int]]:
-    """Yield items with the bytes that they read; small works wait until they fill a chunk."""
+    """Yield items and the bytes that they read; small works are collected into bundles."""
     waiting: list[int] = []
     bounds = [0]
     for number, work in enumerate(works):
@@ -247,7 +248,7 @@ def _items(
 
 
 def _in_order(sources: Sequence[TensorRef]) -> bool:
-    """Tell whether all inputs lie in C order, so that ranges of them can be read."""
+    """Return whether all inputs are in C order, so that ranges of them can be read."""
     if not sources:
         return True
     stride = sources[-1].stride
@@ -257,7 +258,7 @@ def _in_order(sources: Sequence[TensorRef]) -> bool:
 
 
 def _alike(a: int, b: int, works: Sequence[Work], groups: Sequence[int]) -> bool:
-    """Tell whether two averaged works can be averaged together."""
+    """Return whether two averaged works can be in one bundle."""
     one, other = works[a], works[b]
     return (
         groups[a] == groups[b]
@@ -271,7 +272,7 @@ def _alike(a: int, b: int, works: Sequence[Work], groups: Sequence[int]) -> bool
 def _stretches(
     number: int, work: Work, flat: bool, most: int, enough: int
 ) -> Iterator[tuple[Stretch, int]]:
-    """Cut a work into boxes of at most `most` elements, `enough` together.
+    """Cut a work into boxes of at most `most` elements, in items of about `enough` elements.
 
     Inputs in C order are cut as if they had one dimension.
     """

@@ -1,8 +1,8 @@
-"""Numbered tasks that are done side by side, by threads or by forked processes.
+"""Numbered tasks that run in parallel, in threads or in forked processes.
 
-Python's threads hand the interpreter's lock to each other at each call of torch, which costs
-as much as the calls where these are short; processes do not. torch's DataLoader forks its
-workers in the same way. Knows nothing of what is done.
+Python's threads pass the GIL to each other at each call of numpy. For short calls that costs
+as much as the calls themselves, so processes are faster. torch's DataLoader forks its workers
+in the same way. This module does not know what a task does.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from typing import Any, TypeVar
 from swa_avg.errors import SwaAvgError
 
 _T = TypeVar("_T")
-Task = Callable[[int], _T]  # is given a task's number
+Task = Callable[[int], _T]  # is called with a task's number
 Results = Iterator[tuple[int, _T]]
-# What a terminal sends to all its processes.
+# The signals that a terminal sends to all its processes.
 _FOR_ALL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 _ENDING = [*_FOR_ALL, signal.SIGTERM]
-_FAREWELL = 0.5  # seconds for threads that must not write any more
-_IN_STORE = 2  # tasks that a process has, so that it need not wait for the next one
+_GRACE = 0.5  # seconds to wait for running threads after an interrupt
+_QUEUED = 2  # tasks given to a process at once, so that it never waits for the next one
 
 
 def can_fork() -> bool:
-    """Tell whether processes may do the work.
+    """Return whether the work can be done in forked processes.
 
-    Not where there are other threads: a forked process would wait for their locks for ever.
+    It cannot if there are other threads: a forked process could wait forever for their locks.
     """
     alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
     return sys.platform == "linux" and alone
@@ -45,26 +45,26 @@ def can_fork() -> bool:
 
 @contextmanager
 def in_threads(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]]:
-    """Do tasks 0, 1, … `count` - 1 in threads.
+    """Run tasks 0, 1, … `count` - 1 in threads.
 
     Args:
-        do: Does one of them.
-        count: How many there are.
-        workers: How many are done at once.
+        do: Runs one task.
+        count: The number of tasks.
+        workers: How many tasks run at once.
 
     Yields:
-        What gives the number of each task when it is done, and what came of it. It raises
-        what the earliest of the tasks that failed has raised.
+        An iterator over the number and the result of each task, in the order in which they
+        finish. If tasks fail, it raises the error of the one with the lowest number.
     """
     pool = ThreadPoolExecutor(workers, "swa-avg")
     numbers = {pool.submit(do, number): number for number in range(count)}
     try:
         yield _done(numbers)
     except BaseException as error:
-        # Ctrl-C does not wait for a thread that waits for a server.
+        # Ctrl-C must not wait for a thread that waits for a server.
         stays = isinstance(error, Exception)
         pool.shutdown(wait=stays, cancel_futures=True)
-        futures.wait([one for one in numbers if one.running()], None if stays else _FAREWELL)
+        futures.wait([one for one in numbers if one.running()], None if stays else _GRACE)
         raise
     pool.shutdown()
 
@@ -72,7 +72,7 @@ def in_threads(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]]:
 def _done(numbers: Mapping[Future[_T], int]) -> Results[_T]:
     for future in as_completed(numbers):
         if future.exception():
-            # An earlier one may be about to fail too: what is raised must not be chance.
+            # An earlier task may still fail: the same error must be raised in every run.
             for earlier in numbers:
                 earlier.result()
         yield numbers[future], future.result()
@@ -80,39 +80,40 @@ def _done(numbers: Mapping[Future[_T], int]) -> Results[_T]:
 
 @contextmanager
 def in_processes(do: Task[_T], count: int, workers: int) -> Iterator[Results[_T]]:
-    """Do tasks 0, 1, … `count` - 1 in processes, which have what this one has in memory.
+    """Run tasks 0, 1, … `count` - 1 in forked processes, which see the memory of this one.
 
-    Arguments and what is yielded are those of `in_threads`. What comes of a task must be
-    small, for it is sent. Where a process is killed, `SwaAvgError` is raised.
+    Arguments and yielded values are those of `in_threads`. The result of a task should be
+    small, because it is sent through a pipe. If a process is killed, the iterator raises
+    `SwaAvgError`.
 
     Raises:
-        OSError: The system has no room for more processes.
+        OSError: The system does not allow more processes.
     """
-    crew: list[_Worker] = []
+    processes: list[_Worker] = []
     try:
         for _ in range(min(workers, count)):
-            crew.append(_Worker.start(do))
-        yield _answers(crew, count)
+            processes.append(_Worker.start(do))
+        yield _results(processes, count)
     finally:
-        for worker in crew:
+        for worker in processes:
             worker.end()
 
 
-def _answers(crew: Sequence[_Worker], count: int) -> Results[Any]:
-    """Deal out tasks, and yield what comes of them."""
+def _results(workers: Sequence[_Worker], count: int) -> Results[Any]:
+    """Send tasks to the workers, and yield the results."""
     numbers = iter(range(count))
     failed: dict[int, Exception] = {}
-    for worker in [*crew] * _IN_STORE:
-        worker.give(next(numbers, None))
-    while busy := {worker.line: worker for worker in crew if worker.busy}:
-        for line in wait([*busy]):
-            assert isinstance(line, Connection)
-            number, result, error = busy[line].take()
+    for worker in [*workers] * _QUEUED:
+        worker.send(next(numbers, None))
+    while busy := {worker.pipe: worker for worker in workers if worker.tasks}:
+        for pipe in wait([*busy]):
+            assert isinstance(pipe, Connection)
+            number, result, error = busy[pipe].receive()
             if error is not None:
                 failed[number] = error
                 continue
-            # Those that are given out are done to their end: an earlier one may fail too.
-            busy[line].give(None if failed else next(numbers, None))
+            # After a failure the tasks already sent still run: an earlier one may fail too.
+            busy[pipe].send(None if failed else next(numbers, None))
             yield number, result
     if failed:
         raise failed[min(failed)]
@@ -123,26 +124,26 @@ class _Worker:
     """A forked process.
 
     Attributes:
-        process: It.
-        line: What it is told through, and tells.
-        busy: How many tasks it has.
+        process: The process.
+        pipe: The connection for task numbers and results.
+        tasks: The number of tasks that it has not finished.
     """
 
     process: BaseProcess
-    line: Connection
-    busy: int = 0
+    pipe: Connection
+    tasks: int = 0
 
     @classmethod
     def start(cls, do: Task[_T]) -> _Worker:
-        """Fork it."""
+        """Fork a process."""
         context = multiprocessing.get_context("fork")
         mine, its = context.Pipe()
         process = context.Process(target=_serve, args=(do, its, mine), daemon=True)
-        # One that comes now is heeded when it is clear whose it is.
+        # A signal that arrives during the fork is delivered after both processes are set up.
         signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             with warnings.catch_warnings():
-                # Of threads that Python knows nothing of, as numpy's: they take part in no fork.
+                # The warning is for threads unknown to Python, such as numpy's: they are not used.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
         finally:
@@ -150,38 +151,37 @@ class _Worker:
         its.close()
         return cls(process, mine)
 
-    def give(self, number: int | None) -> None:
-        """Give it a task, if there is one."""
+    def send(self, number: int | None) -> None:
+        """Send a task to the process, if there is one."""
         if number is not None:
-            self.busy += 1
-            with suppress(OSError):  # it has died: that is seen when its answer is taken
-                self.line.send(number)
+            self.tasks += 1
+            with suppress(OSError):  # the process has died; `receive` reports it
+                self.pipe.send(number)
 
-    def take(self) -> tuple[int, Any, Exception | None]:
-        """Return the number of a task, what came of it, and what it has raised."""
+    def receive(self) -> tuple[int, Any, Exception | None]:
+        """Return the number of a finished task, its result, and its error."""
         try:
-            number, result, error = self.line.recv()
+            number, result, error = self.pipe.recv()
         except (EOFError, OSError) as gone:
             self.process.join()
             raise SwaAvgError(
-                f"a process that did a part of the work has died (exit code "
-                f"{self.process.exitcode})",
-                remedy="Is there too little memory? --threads 1 needs the least",
+                f"a worker process died (exit code {self.process.exitcode})",
+                remedy="If the machine ran out of memory, use --threads 1, which needs the least",
             ) from gone
-        self.busy -= 1
+        self.tasks -= 1
         return number, result, error
 
     def end(self) -> None:
-        """End it; what it is doing is not needed any more."""
+        """Kill the process; its unfinished tasks are no longer needed."""
         self.process.kill()
         self.process.join()
         self.process.close()
-        self.line.close()
+        self.pipe.close()
 
 
 def _serve(do: Task[_T], line: Connection, other: Connection) -> None:
-    """Do tasks until no more come."""
-    for number in _FOR_ALL:  # who has forked us ends us, and says what has happened
+    """Run tasks until the pipe is closed."""
+    for number in _FOR_ALL:  # the parent process handles these, and kills its workers
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)

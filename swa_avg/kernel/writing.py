@@ -1,4 +1,4 @@
-"""Writing what is computed of one item of work to its places, with the checksums of it."""
+"""Writing the results of one item of work to the output, and their checksums."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Writer(Protocol):
         """Write the next cell.
 
         Raises:
-            OutputError: The system refuses.
+            OutputError: The system reports an error.
         """
 
     def pieces(self) -> Iterator[tuple[int, Piece]]:
-        """Yield the numbers of the works, each with the checksum of what was written of it."""
+        """Yield the numbers of the works, each with the checksum of its written bytes."""
 
 
 def writer_to(output: Output, item: Item, places: Sequence[int], dtype: DType) -> Writer:
-    """Return what writes an item.
+    """Return the writer of an item.
 
     Args:
-        output: Where to.
-        item: What is computed.
-        places: Where each work's bytes begin in the output.
-        dtype: What is written.
+        output: The output to write to.
+        item: The item.
+        places: The offset of each work in the output.
+        dtype: The dtype in the output.
     """
     if isinstance(item, Bundle):
         return _BundleWriter(output, item, places, dtype.itemsize)

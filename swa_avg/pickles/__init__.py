@@ -1,7 +1,7 @@
-"""Pickles, read without running them: what torch pickled becomes plain values and views.
+"""Reading pickles without running them.
 
-In: bytes of a pickle, and a `Budget` that limits what they may make. Out: containers,
-plain values, and a `View` for each tensor. Knows nothing of file formats.
+In: the bytes of a pickle, and a `Budget` that limits how much is built from them. Out:
+containers, plain values, and a `View` for each tensor. Does not depend on file formats.
 """
 
 from swa_avg.pickles import unpickler

@@ -1,8 +1,8 @@
-"""The state_dict of a whole pickled `nn.Module`, read from what its pickle says of it.
+"""The state_dict of a pickled `nn.Module`, read from its pickle.
 
-`torch.save(model)` writes each module as an object with its `__dict__`. The
-class stays unknown and nothing of it runs: where a module keeps its
-parameters, buffers and children is torch's own and the same for all of them.
+`torch.save(model)` writes each module as an object with its `__dict__`. The class is not
+imported and none of its code runs. This works because torch stores parameters, buffers and
+children under the same attributes in every module.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from swa_avg.pickles.pickled import Inert
 
 
 def state_dict_of(value: Inert) -> dict[object, object] | None:
-    """Return what `state_dict()` of a pickled module holds, or None if it is no module.
+    """Return the entries of a pickled module's `state_dict()`, or None if it is not a module.
 
-    The order is that of `state_dict()`: of each module its parameters, its
-    persistent buffers, then its children.
+    The order is the same as in `state_dict()`: the parameters of a module, its persistent
+    buffers, then its children.
     """
     if _parts(value) is None:
         return None
@@ -46,9 +46,9 @@ def buffers_of(value: Inert) -> set[str]:
 def _modules(
     value: Inert, budget: Budget
 ) -> Iterator[tuple[str, Mapping[str, dict[object, object]]]]:
-    """Yield the `__dict__` of a module and of all below it, in order, each with its prefix.
+    """Yield the `__dict__` of a module and of its descendants, in order, each with its prefix.
 
-    Modules that hold each other can make a small file name endlessly many tensors.
+    The budget limits the walk: modules that contain each other would never end.
     """
     waiting: list[tuple[str, object, int]] = [("", value, 0)]
     while waiting:
@@ -66,7 +66,7 @@ def _modules(
 def _own(
     parts: Mapping[str, dict[object, object]], budget: Budget
 ) -> Iterator[tuple[object, object]]:
-    """Yield the parameters and persistent buffers that a module holds itself."""
+    """Yield the module's own parameters and persistent buffers."""
     left_out = _left_out(parts, budget)
     for name, tensor in parts["_parameters"].items():
         if tensor is not None:
@@ -77,7 +77,7 @@ def _own(
 
 
 def _left_out(parts: Mapping[str, dict[object, object]], budget: Budget) -> Set[object]:
-    """Return which buffers of a module are not persistent: a set, or a list in old files."""
+    """Return the names of a module's non-persistent buffers; old files store them as a list."""
     names: object = parts.get("_non_persistent_buffers_set")
     if isinstance(names, list | tuple):
         budget.make(len(names))

@@ -1,6 +1,7 @@
-"""What a pickle is read into: plain containers, and stand-ins for all that is not plain.
+"""The values that a pickle is read into: plain containers, and placeholders for other objects.
 
-Nothing here reads a pickle. A stand-in does nothing, whatever it stands for.
+A placeholder keeps the pickled data of an object and has none of its behaviour. This module
+does not read pickles.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from swa_avg.tensors import DTYPES, DType, Record, Stored
 
 @dataclass(frozen=True)
 class Global:
-    """A class or function that a pickle names. It stays a name."""
+    """The name of a class or function in a pickle. It is never imported."""
 
     module: str
     name: str
@@ -26,13 +27,13 @@ class Global:
 
 
 def described(value: object) -> str:
-    """Return a few words for anything; what a pickle builds can have an endless repr."""
+    """Return a short description of any value; the repr of an unpickled value can be huge."""
     return str(value) if isinstance(value, Global | str | int) else f"<{type(value).__name__}>"
 
 
 @dataclass(eq=False, repr=False)
 class Inert:
-    """An object whose class is not ours: what the pickle says of it, and no behaviour."""
+    """A placeholder for an object of any other class: its pickled data without behaviour."""
 
     cls: object
     args: tuple[Any, ...] = ()
@@ -45,24 +46,24 @@ class Inert:
 
 
 class Dict(dict[Any, Any]):
-    """An OrderedDict or defaultdict, with the attributes pickled beside its items."""
+    """An OrderedDict or defaultdict, with the attributes that were pickled with it."""
 
     state: Any = None
 
 
 @dataclass(eq=False, repr=False)
 class Stream:
-    """An `io.BytesIO`, as modules keep extra state in one.
+    """A pickled `io.BytesIO`. Some modules store their extra state in one.
 
     Attributes:
-        state: What the pickle says of it: its bytes, where it is read next, and attributes.
+        state: Its pickled state: its bytes, its position, and its attributes.
     """
 
     state: Any = None
 
     @property
     def content(self) -> bytes | None:
-        """Its bytes, or None where the pickle says something else of it."""
+        """Its bytes, or None if its state has another form."""
         state = self.state
         known = isinstance(state, tuple) and len(state) == 3 and isinstance(state[0], bytes)
         return state[0] if known and state[2] is None else None
@@ -71,7 +72,7 @@ class Stream:
         return isinstance(other, Stream) and self.content == other.content
 
     def __hash__(self) -> int:
-        return hash(Stream)  # equal ones have equal hashes; as a key it is rare
+        return hash(Stream)  # equal streams have equal hashes; streams are rarely keys
 
     def __repr__(self) -> str:
         return f"io.BytesIO({self.content!r})"
@@ -79,13 +80,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class UnreadableTensor:
-    """A tensor of a kind that cannot be averaged: sparse, quantized, without data."""
+    """A tensor that cannot be averaged: sparse, quantized, or without data."""
 
     what: str
 
 
 def holds_stream(value: object) -> bool:
-    """Tell whether a plain value is a stream, or has one inside."""
+    """Return whether a plain value is a stream or contains one."""
     if isinstance(value, dict):
         return any(map(holds_stream, value.values()))
     if isinstance(value, list | tuple):
@@ -95,14 +96,14 @@ def holds_stream(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage as a pickle refers to it.
+    """A reference to a storage in a pickle.
 
     Attributes:
-        stored: Its name and its size.
-        kind: The class that the pickle gives it.
-        dtype: The element type of that class; None for an untyped one.
-        start: The element at which it begins, if it is a part of that storage.
-        numel: How many elements it has.
+        stored: The name and size of the storage.
+        kind: The name of its class.
+        dtype: The element type of that class; None for an untyped storage.
+        start: The first element, if the reference is to a part of the storage.
+        numel: The number of elements.
     """
 
     stored: Stored
@@ -114,11 +115,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class Pickled:
-    """What a pickle holds, wherever its storages are.
+    """The content of a pickle, independent of where its storages are.
 
     Attributes:
-        tree: Plain containers, numbers and strings, `View`s, and `Inert` for the rest.
-        storages: The storages that it refers to, by name.
+        tree: Plain containers, numbers and strings, `View`s, and `Inert` for other objects.
+        storages: The storages that the pickle refers to, by name.
     """
 
     tree: object
@@ -128,11 +129,11 @@ class Pickled:
         """Find the storages in a file.
 
         Args:
-            records: Its records by the names of the storages.
-            file: The file's name for messages.
+            records: The records of the file, by the names of the storages.
+            file: The path of the file, used in messages.
 
         Raises:
-            FormatError: One is not there, or is not as large as it must be.
+            FormatError: A storage is missing or has the wrong size.
         """
         found: dict[Stored, Record] = {}
         for name, stored in self.storages.items():
@@ -151,17 +152,17 @@ class Pickled:
 
 
 def storage_dtype(kind: object) -> DType | None:
-    """Return the dtype of a storage class; None where it has none of its own.
+    """Return the dtype of a storage class, or None if the class does not determine it.
 
     Raises:
-        FormatError: It is no storage class that is known here.
+        FormatError: The class is not a known storage class.
     """
     if not isinstance(kind, Global) or kind.module.split(".")[0] != "torch":
         raise FormatError(f"holds a storage of {described(kind)}")
     if kind.name in ("UntypedStorage", "_UntypedStorage"):
         return None
     if kind.name not in STORAGE_DTYPES:
-        raise FormatError(f"holds a storage of {kind}, a type unknown here")
+        raise FormatError(f"holds a storage of {kind}, which is not a known type")
     return STORAGE_DTYPES[kind.name]
 
 
@@ -180,7 +181,7 @@ STORAGE_DTYPES: Mapping[str, DType | None] = {
         "CharStorage": "int8",
         "ByteStorage": "uint8",
         "BoolStorage": "bool",
-        # Quantized: the rebuild function that uses them makes the tensor unreadable.
+        # Quantized: their rebuild function returns an UnreadableTensor.
         "QInt8Storage": "int8",
         "QUInt8Storage": "uint8",
         "QInt32Storage": "int32",

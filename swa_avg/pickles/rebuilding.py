@@ -1,7 +1,7 @@
-"""The few functions that a pickle may call: ours, which build plain containers and `View`s.
+"""The functions that a pickle may call: replacements that build plain containers and `View`s.
 
-Torch, Python and numpy write their names into pickles. Whatever else a pickle
-calls gives an inert object.
+The table `REBUILD` maps the names that torch, Python and numpy write into pickles to the
+replacements. A call of any other name gives an `Inert` object.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from swa_avg.errors import FormatError
 from swa_avg.pickles.pickled import Dict, Global, Inert, Stream, UnreadableTensor, described
 from swa_avg.tensors import DTYPES, DType, View
 
-# What sets the elements of a tensor when it is assigned to (torch 2.13).
+# The attributes of a tensor whose assignment sets its elements (torch 2.13).
 _CONTENTS = frozenset(("data", "real", "imag"))
 
 
@@ -22,10 +22,10 @@ class Machine(Protocol):
     """The part of the unpickler that these functions need."""
 
     def call(self, function: object, args: Any) -> Any:
-        """Return what calling a name gives."""
+        """Return the result of calling a name."""
 
     def key(self, key: Any) -> Any:
-        """Return a key of a dict or an element of a set, if it is cheap to hash."""
+        """Return a dict key or set element unchanged, after checking that it is cheap to hash."""
 
     def tensor(
         self,
@@ -35,7 +35,7 @@ class Machine(Protocol):
         stride: object,
         dtype: DType | None = None,
     ) -> View | UnreadableTensor:
-        """Return a tensor of a storage, having checked that it lies inside."""
+        """Return a tensor of a storage, after checking that it lies inside the storage."""
 
 
 def _rebuild_tensor_v2(
@@ -69,7 +69,7 @@ def _rebuild_tensor_v3(
 
 
 def _unless_lazy(metadata: object, tensor: object) -> object:
-    """A conjugate or negative view stores the bytes of another tensor than it means."""
+    """Return the tensor, unless it is a conjugate or negative view: its values are not stored."""
     if metadata:
         return UnreadableTensor("lazily conjugated or negated tensor (save its resolve_conj())")
     return tensor
@@ -95,13 +95,13 @@ def _rebuild_parameter(
 
 
 def _check_state(state: object) -> None:
-    """Refuse attributes of a tensor that torch would set, and its elements with them."""
+    """Refuse attributes of a tensor whose assignment would change its elements."""
     parts = state if isinstance(state, tuple) else (state,)
     for part in parts:
         setting = _CONTENTS.intersection(part) if isinstance(part, dict) else ()
         if setting:
             raise FormatError(
-                "holds a tensor that is given another content after it was made",
+                "holds a tensor whose content is replaced after it is created",
                 remedy="Save it again with torch.save",
             )
 
@@ -111,7 +111,7 @@ def _unreadable(what: str) -> Callable[..., UnreadableTensor]:
 
 
 def _rebuild_bytes(machine: Machine, text: Any = "", encoding: str = "latin1") -> bytes:
-    """Bytes as protocols 0 to 2 spell them: text in latin-1."""
+    """Return bytes that protocols 0 to 2 store as latin-1 text."""
     known = isinstance(text, str) and encoding in ("latin1", "latin-1")
     return text.encode("latin1") if known else b""
 
@@ -122,7 +122,7 @@ _NUMPY_FORMATS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", "i1": "b", "i2": "
 
 
 def _rebuild_numpy_scalar(machine: Machine, dtype: Any, raw: Any = b"") -> object:
-    """A numpy number, as metrics are often saved, becomes a Python one."""
+    """Return a numpy number, a common type of saved metrics, as a Python number."""
     code = dtype.args[0] if isinstance(dtype, Inert) and dtype.args else None
     if code not in _NUMPY_FORMATS or not isinstance(raw, bytes):
         return Inert(Global("numpy", "scalar"), (dtype, raw))
@@ -136,7 +136,7 @@ def _rebuild_complex(machine: Machine, real: float = 0, imag: float = 0) -> comp
 
 
 def _reconstruct(machine: Machine, cls: object, base: object, state: Any = None) -> object:
-    """An object as protocols 0 and 1 spell it: its class, a builtin base and that one's value."""
+    """Return an object from protocols 0 and 1: its class, a builtin base and the base's value."""
     made = Inert(cls)
     if described(base) in ("builtins.dict", "__builtin__.dict") and isinstance(state, dict):
         made.entries = state
@@ -160,7 +160,7 @@ def _counter(machine: Machine, counts: Any = None) -> object:
 
 
 def _container(make: Callable[[Machine, Any], Any]) -> Callable[..., Any]:
-    """A container of the values of another; of what is none, an object."""
+    """Return a function that copies a container, and gives `Inert` for any other value."""
 
     def rebuild(machine: Machine, values: object = ()) -> Any:
         if not isinstance(values, dict | list | tuple | set | frozenset):
@@ -193,7 +193,7 @@ REBUILD: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_nested_tensor": _unreadable("nested tensor"),
     "torch._utils._rebuild_meta_tensor_no_storage": _unreadable("meta tensor, which has no data"),
     "torch._utils._rebuild_wrapper_subclass": _unreadable("tensor subclass without a storage"),
-    "torch._utils._rebuild_device_tensor_from_numpy": _unreadable("tensor of a foreign device"),
+    "torch._utils._rebuild_device_tensor_from_numpy": _unreadable("tensor of another device type"),
     "torch.Size": _container(lambda machine, values: tuple(values)),
     "collections.OrderedDict": _container(_ordered),
     "collections.Counter": _counter,

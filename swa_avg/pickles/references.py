@@ -1,7 +1,7 @@
-"""The storages that a pickle refers to, and the tensors that look at them.
+"""The storages that a pickle refers to, and the tensors that are views of them.
 
-What `torch.load` would read is the measure. It takes a storage for what the first reference
-to it says; where a later one says something else, the file is refused.
+The result is the same as from `torch.load`, which takes the type and size of a storage from
+the first reference to it. A file is refused if a later reference contradicts the first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TEXT_REFERENCE = re.compile(
 
 
 class References:
-    """What one pickle refers to.
+    """The storages that one pickle refers to.
 
     Attributes:
         storages: The storages by name.
@@ -31,21 +31,21 @@ class References:
     def __init__(self) -> None:
         self.storages: dict[str, Stored] = {}
         self._whole: dict[str, Storage] = {}
-        # Parts of storages, which files before torch 1.6 name in the same namespace.
+        # Parts of storages. In files from before torch 1.6 they share a namespace with storages.
         self._parts: dict[str, Storage] = {}
 
     def resolve(self, pid: Any) -> object:
-        """Return what a persistent id stands for: a storage, or a module beside its source.
+        """Return the storage, or the module stored with its source, that a persistent id names.
 
         Raises:
-            FormatError: It is neither, or contradicts an earlier one.
+            FormatError: The id names neither, or contradicts an earlier one.
         """
         if isinstance(pid, str):
             pid = _spelled_out(pid)
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-            return pid[1]  # of a module that is saved whole torch once kept the source, too
+            return pid[1]  # old versions of torch stored the source of a pickled module, too
         if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
-            raise FormatError("holds a reference that is no storage")
+            raise FormatError("holds a reference to something other than a storage")
         _, kind, key, location, numel, *view = pid
         if not (isinstance(key, str) and type(numel) is int and numel >= 0):
             raise FormatError(f"storage {described(key)} has {described(numel)} elements")
@@ -66,18 +66,18 @@ class References:
         if (known.stored.nbytes, known.kind) != (nbytes, _name(kind)):
             raise FormatError(
                 f"storage {key} is a {known.kind} of {known.stored.nbytes} bytes",
-                expected=f"a {_name(kind)} of {nbytes}, as it is elsewhere in the file",
+                expected=f"a {_name(kind)} of {nbytes}, as elsewhere in the file",
                 remedy="The file is damaged",
             )
         return known
 
     def _part(self, whole: Storage, view: object) -> Storage:
         if not (isinstance(view, tuple) and len(view) == 3 and isinstance(view[0], str)):
-            raise FormatError("holds a storage that is an impossible part of another")
+            raise FormatError("holds a part of a storage that lies outside the storage")
         name, start, numel = view
         inside = type(start) is type(numel) is int and 0 <= start <= start + numel <= whole.numel
         if not inside:
-            raise FormatError("holds a storage that is an impossible part of another")
+            raise FormatError("holds a part of a storage that lies outside the storage")
         made = Storage(whole.stored, whole.kind, whole.dtype, start, numel)
         if name in self._whole or self._parts.setdefault(name, made) != made:
             raise FormatError(f"has two storages named {name}")
@@ -86,17 +86,18 @@ class References:
     def tensor(
         self, storage: object, offset: object, shape: object, stride: object, dtype: DType | None
     ) -> View | UnreadableTensor:
-        """Return a tensor of a storage, having checked that it lies inside.
+        """Return a tensor of a storage, after checking that it lies inside the storage.
 
         Args:
             storage: The storage.
-            offset: Its first element.
-            shape: Its sizes.
-            stride: Elements between neighbours.
-            dtype: Its element type, where that is not the storage's.
+            offset: The tensor's first element.
+            shape: Its shape.
+            stride: Its strides, in elements.
+            dtype: Its dtype, if that is not the dtype of the storage.
 
         Raises:
-            FormatError: It does not, or is impossible.
+            FormatError: The tensor does not lie inside the storage, or its shape or stride is
+                impossible.
         """
         if not isinstance(storage, Storage):
             return UnreadableTensor("tensor whose storage is of an unknown kind")
@@ -117,7 +118,7 @@ def _name(kind: object) -> str:
 
 
 def _view(dtype: DType, shape: object, stride: object, storage: Storage, offset: object) -> View:
-    """Return a tensor whose sizes are sizes."""
+    """Return a tensor, after checking that its shape, stride and offset are valid numbers."""
     if not (isinstance(shape, tuple | list) and isinstance(stride, tuple | list)):
         raise FormatError("holds a tensor without a shape or stride")
     for number in (offset, *shape, *stride):
@@ -131,10 +132,10 @@ def _view(dtype: DType, shape: object, stride: object, storage: Storage, offset:
 
 
 def check_shape(shape: tuple[int, ...] | list[int]) -> None:
-    """Refuse a shape that no tensor can have.
+    """Refuse an impossible shape.
 
     Raises:
-        FormatError: It has too many dimensions, or more elements than can be counted.
+        FormatError: The shape has too many dimensions, or more elements than can be counted.
     """
     if len(shape) > MOST_DIMENSIONS:
         raise FormatError(
@@ -145,7 +146,7 @@ def check_shape(shape: tuple[int, ...] | list[int]) -> None:
 
 
 def _check_inside(view: View, storage: Storage) -> None:
-    """Refuse a tensor that looks outside its storage, or is larger than it."""
+    """Refuse a tensor that reaches outside its storage, or is expanded to far more bytes."""
     itemsize, numel, room = view.dtype.itemsize, view.numel, view.stored.nbytes
     unit = storage.dtype.itemsize if storage.dtype else 1
     end = (view.offset + view.extent) * itemsize
@@ -159,9 +160,9 @@ def _check_inside(view: View, storage: Storage) -> None:
 
 
 def _spelled_out(pid: str) -> tuple[Any, ...]:
-    """Return a reference to a storage as protocol 0 has it: the text of what others hold."""
+    """Parse a reference to a storage in protocol 0, which stores the tuple as text."""
     found = _TEXT_REFERENCE.fullmatch(pid)
     if not found:
-        raise FormatError(f"holds a reference that is no storage, {described(pid)}")
+        raise FormatError(f"holds a reference to something other than a storage, {described(pid)}")
     module, name, key, location, numel = found.groups()
     return "storage", Global(module, name), key, location, int(numel)

@@ -1,10 +1,9 @@
-"""The closed unpickler.
+"""An unpickler that runs no code from the file.
 
-Nothing that a pickle names is ever looked up, imported or called. A name becomes
-an inert `Global`; calling one gives an inert `Inert`, except for the few functions
-in `REBUILD`, which are ours. The stack machine is the standard library's own, in
-Python, with every opcode replaced that could call, hash or allocate what a file
-asks for.
+Names in a pickle are never looked up, imported or called. A name becomes a `Global`, and a
+call of it gives an `Inert`, except for the names in `REBUILD`, which have replacements in
+this package. The stack machine is the Python version of the standard library's, in which
+every opcode is replaced that could call, hash or allocate something on behalf of the file.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ from swa_avg.pickles.rebuilding import REBUILD
 from swa_avg.pickles.references import References
 from swa_avg.tensors import DType, View
 
-# torch's own classes of tensors, which a pickle may call: torch.Tensor, torch.cuda.FloatTensor.
+# Tensor classes of torch that a pickle may call: torch.Tensor, torch.cuda.FloatTensor.
 _TENSOR = re.compile(r"torch(\.\w+)*\.(\w*Tensor|tensor|Parameter|Buffer)", re.ASCII)
-_LONGEST_INT = 1024  # bytes; Python refuses to print much longer ones
+_LONGEST_INT = 1024  # bytes; Python refuses to print much longer integers
 
 
 class Readable(Protocol):
-    """Bytes that are read one after the other."""
+    """A stream of bytes."""
 
     def read(self, count: int, /) -> bytes:
         """Return the next `count` bytes."""
 
     def readline(self) -> bytes:
-        """Return the bytes up to the next newline, which is included."""
+        """Return the bytes up to and including the next newline."""
 
     def tell(self) -> int:
-        """Return how many bytes have been read."""
+        """Return the number of bytes read so far."""
 
 
 def load(data: bytes | Readable, budget: Budget) -> Pickled:
     """Read a pickle, running nothing.
 
     Args:
-        data: The pickle, protocol 0 to 5; of a stream it is what comes next.
-        budget: What it may still make.
+        data: The pickle, of protocol 0 to 5; in a stream it begins at the current position.
+        budget: Limits how much is built.
 
     Raises:
-        FormatError: Anything about the pickle that is not sound.
+        FormatError: The pickle is damaged or not supported.
     """
     try:
         machine = _Unpickler(io.BytesIO(data) if isinstance(data, bytes) else data, budget)
@@ -57,22 +56,22 @@ def load(data: bytes | Readable, budget: Budget) -> Pickled:
     except FormatError:
         raise
     except (Exception, RecursionError) as error:
-        # Whatever a hostile pickle makes the machine trip over is a fault of the file.
+        # Any exception in the stack machine means that the pickle is malformed.
         raise FormatError(
             f"holds a pickle that cannot be read ({type(error).__name__}: {error})",
-            remedy="The file is damaged or no checkpoint",
+            remedy="The file is damaged or not a checkpoint",
         ) from error
 
 
 def load_plain(data: bytes | Readable, budget: Budget) -> object:
-    """Read a pickle that has no storages.
+    """Read a pickle that refers to no storages.
 
     Raises:
-        FormatError: It has, or is not sound.
+        FormatError: The pickle refers to a storage, or is damaged or not supported.
     """
     pickled = load(data, budget)
     if pickled.storages:
-        raise FormatError("refers to a storage where none belongs")
+        raise FormatError("refers to a storage where none is allowed")
     return pickled.tree
 
 
@@ -96,7 +95,7 @@ class _Unpickler(pickle._Unpickler):
         self.pop_mark: Callable[[], list[Any]]
 
     def load(self) -> object:
-        """Run the pickle to its end, by as many opcodes as the budget allows."""
+        """Run the pickle to its end, for at most as many opcodes as the budget allows."""
         read, dispatch = self.stream.read, self.dispatch
         left = MOST_OBJECTS - self.budget.objects
         try:
@@ -110,10 +109,10 @@ class _Unpickler(pickle._Unpickler):
             made: object = stop.value
             return made
         self.budget.make(left + 1)
-        raise AssertionError("a budget that is not kept")
+        raise AssertionError("the budget did not stop the pickle")
 
     def load_frame(self) -> None:
-        self.read(8)  # what is in a frame follows at once; nothing is to be gained by its length
+        self.read(8)  # the length of the frame is not needed: its content follows directly
 
     def find_class(self, module: str, name: str) -> Any:
         return Global(module, name)
@@ -134,7 +133,7 @@ class _Unpickler(pickle._Unpickler):
         return rebuild(self, *args)
 
     def _draw_copies(self, args: tuple[Any, ...]) -> None:
-        """Draw what a function may copy: honest pickles copy what they hold once."""
+        """Limit what a function may copy: a pickle of torch.save copies each value once."""
         for arg in args:
             if isinstance(arg, str | bytes | bytearray):
                 self.copied_bytes += len(arg)
@@ -142,7 +141,7 @@ class _Unpickler(pickle._Unpickler):
                 self.copied += len(arg)
         many = self.copied > self.steps + FREE_COPIES
         if many or self.copied_bytes > self.stream.tell() + FREE_COPIES:
-            raise FormatError("holds a few values that it copies without end")
+            raise FormatError("copies its values too many times")
 
     def load_reduce(self) -> None:
         args = self.stack.pop()
@@ -161,7 +160,7 @@ class _Unpickler(pickle._Unpickler):
 
     def load_inst(self) -> None:
         module, name = (self.readline()[:-1].decode("ascii") for _ in range(2))
-        args = tuple(self.pop_mark())  # first: it changes what `append` is
+        args = tuple(self.pop_mark())  # before `append`, which it replaces
         self.append(self.call(Global(module, name), args))
 
     def load_obj(self) -> None:
@@ -173,7 +172,7 @@ class _Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if isinstance(target, View):
             raise FormatError(
-                "holds a tensor that is given another content after it was made",
+                "holds a tensor whose content is replaced after it is created",
                 remedy="Save it again with torch.save",
             )
         if isinstance(target, Dict) and isinstance(state, dict):
@@ -220,7 +219,7 @@ class _Unpickler(pickle._Unpickler):
     def load_additems(self) -> None:
         values = self.pop_mark()
         if not isinstance(self.stack[-1], set):
-            raise FormatError("adds elements to what is no set")
+            raise FormatError("adds elements to something other than a set")
         self.stack[-1].update(map(self.key, values))
 
     def load_frozenset(self) -> None:
@@ -274,7 +273,7 @@ for _code, _load in (
 
 
 def _unless_tensor(function: object, args: tuple[Any, ...]) -> object:
-    """An unknown object does no harm, but a tensor of an unknown kind must not get lost."""
+    """Return a placeholder for a call; a tensor of an unknown kind is marked as unreadable."""
     name = str(function) if isinstance(function, Global) else ""
     if name.startswith(("torch._utils._rebuild_", "torch._tensor.")) or _TENSOR.fullmatch(name):
         return UnreadableTensor(f"tensor of an unknown kind ({name})")

@@ -1,12 +1,12 @@
-"""Which checkpoints are averaged, and what happens to each of their tensors.
+"""The plan of an average: which checkpoints take part, and what happens to each tensor.
 
-In: paths and options. Out: a `Selection` and a `Plan`, from headers alone. Knows nothing
-of how a mean is computed.
+In: paths and options. Out: a `Selection` and a `Plan`, made from headers alone. This wing
+does not know how a mean is computed.
 """
 
 from swa_avg.planning import start_from
 from swa_avg.planning.glance import refuse_unlike
-from swa_avg.planning.inputs import Inputs, expand, meant
+from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.opening import Opened, open_all
 from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, select
@@ -29,8 +29,8 @@ __all__ = [
     "Work",
     "base_of",
     "expand",
+    "find_inputs",
     "make_plan",
-    "meant",
     "open_all",
     "ranges_of",
     "refuse_unlike",

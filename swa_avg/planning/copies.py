@@ -1,9 +1,9 @@
-"""Which of several checkpoints are one and the same, under two names.
+"""Detection of checkpoints that are given twice, as links or copies.
 
-`last.ckpt` and `model_best.pth.tar` are links to an epoch's file, or copies of it; counted
-twice, they would weigh twice. Links are told by the file system, copies by the checksums in
-their headers. Where some have none, a few bytes of each tensor are read, and the rest only of
-those that still look alike: no byte is read twice, however many checkpoints there are.
+`last.ckpt` and `model_best.pth.tar` are often links to an epoch's file, or copies of it, and
+would weigh twice in the average. Links are found by inode, copies by the checksums in their
+headers. If a checkpoint has no checksums, a few bytes of each tensor are compared, and the
+rest is read only for checkpoints that are still equal. No byte is read twice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from swa_avg.checkpoints import StateDict
 from swa_avg.storage import is_remote
 from swa_avg.tensors import Piece, Record, TensorRef, combined, with_gaps
 
-# The first look, by which most differ; and the second, into the middle of each tensor, since
-# those of a frozen backbone are the same. Behind a URL each of them would be a request.
+# Most checkpoints differ in the first sample. The second one reads the middle of each tensor,
+# because the tensors of a frozen backbone are equal. It is skipped for URLs, where each read is
+# a request.
 _FEW, _FEW_BYTES = 8, 4096
 _MANY, _MANY_BYTES = 4096, 256
 
@@ -26,11 +27,11 @@ _MANY, _MANY_BYTES = 4096, 256
 def copies(
     states: Sequence[StateDict], by_sample: bool = False
 ) -> Iterator[tuple[StateDict, StateDict, str]]:
-    """Yield each checkpoint that is the same as an earlier one, that one, and why they are.
+    """Yield each checkpoint that equals an earlier one, the earlier one, and the reason.
 
     Args:
         states: The state_dicts of the checkpoints.
-        by_sample: Read no more than a sample of any, and say that it is no more.
+        by_sample: Compare only a sample of the bytes; the reason says so.
     """
     links: dict[object, StateDict] = {}
     for state in states:
@@ -41,48 +42,48 @@ def copies(
             links[files] = state
     apart = list(links.values())
     if all(map(_has_checksums, apart)):
-        yield from _alike(_split(_split([apart], _glance), _headers_and_checksums))
+        yield from _repeats(_split(_split([apart], _checksums), _headers_and_checksums))
         return
-    looks = {id(state): _Look(state) for state in apart}
+    samples = {id(state): _Sample(state) for state in apart}
     groups = _split([apart], _headers)
-    groups = _split(groups, lambda state: looks[id(state)].few())
-    groups = _split(groups, lambda state: looks[id(state)].many())
-    told = [group for group in groups if not by_sample or all(map(_has_checksums, group))]
-    presumed = [group for group in groups if group not in told]
-    yield from _alike(_split(told, lambda state: looks[id(state)].whole()))
-    yield from _alike(presumed, "in a sample of its bytes ")
+    groups = _split(groups, lambda state: samples[id(state)].few())
+    groups = _split(groups, lambda state: samples[id(state)].many())
+    certain = [group for group in groups if not by_sample or all(map(_has_checksums, group))]
+    presumed = [group for group in groups if group not in certain]
+    yield from _repeats(_split(certain, lambda state: samples[id(state)].whole()))
+    yield from _repeats(presumed, ", in a sample of its bytes,")
 
 
-def _alike(
+def _repeats(
     groups: Iterable[Sequence[StateDict]], how: str = ""
 ) -> Iterator[tuple[StateDict, StateDict, str]]:
     for first, *others in groups:
         for other in others:
-            yield other, first, f"holds {how}the same weights as"
+            yield other, first, f"has{how} the same weights as"
 
 
 def _split(
     groups: Iterable[Sequence[StateDict]], key: Callable[[StateDict], object]
 ) -> list[list[StateDict]]:
-    """Split groups by what copies have in common; who is alone in a group drops out."""
-    made = []
+    """Split groups by a key that is equal for copies; drop groups of one."""
+    result = []
     for group in groups:
         parts: defaultdict[object, list[StateDict]] = defaultdict(list)
         for state in group if len(group) > 1 else ():
             parts[key(state)].append(state)
-        made += [part for part in parts.values() if len(part) > 1]
-    return made
+        result += [part for part in parts.values() if len(part) > 1]
+    return result
 
 
-def _glance(state: StateDict) -> object:
-    """Return what copies have in common at least, and others hardly ever: told quickly."""
+def _checksums(state: StateDict) -> object:
+    """Return a key that is fast to compute, and equal for copies and rarely for others."""
     return tuple(sorted(ref.record.crc32 or 0 for ref in state.tensors.values()))
 
 
 def _headers(state: StateDict) -> object:
-    """Return what the headers of copies have in common, but for checksums."""
+    """Return a key of the headers without checksums, which is equal for copies."""
     described = tuple((*_described(name, ref), _lengths(ref)) for name, ref in _sorted(state))
-    return described, len(_records(state))  # of two, one may be tied
+    return described, len(_records(state))  # the number of records differs if one has ties
 
 
 def _headers_and_checksums(state: StateDict) -> object:
@@ -109,13 +110,13 @@ def _has_checksums(state: StateDict) -> bool:
 
 
 def _records(state: StateDict) -> list[Record]:
-    """Return the stretches of bytes that a state_dict's tensors lie in, by their names."""
+    """Return the records of a state_dict's tensors, in the order of the names."""
     found = (record for _, ref in _sorted(state) for record in ref.records)
     return [record for record in dict.fromkeys(found) if record.length]
 
 
-class _Look:
-    """What was read of a checkpoint so far: pieces of its records, each byte once."""
+class _Sample:
+    """The checksums of the bytes that were read of a checkpoint, each byte once."""
 
     def __init__(self, state: StateDict) -> None:
         self._records = _records(state)
@@ -132,7 +133,7 @@ class _Look:
         return tuple(self._read(one, one.length // 2, _MANY_BYTES) for one in some)
 
     def whole(self) -> object:
-        """Return the checksums of all records: those that are recorded, else of all bytes."""
+        """Return the checksums of all records, recorded or computed from all bytes."""
         return tuple(
             combined(with_gaps(record, self._pieces[record]))
             if record.crc32 is None
@@ -141,7 +142,7 @@ class _Look:
         )
 
     def _read(self, record: Record, start: int, length: int) -> int:
-        """Return the checksum of a piece; of what was read before only the rest is read."""
+        """Return the checksum of a piece, without the bytes that were read before."""
         pieces = self._pieces[record]
         start = max([start, *(piece.start + piece.length for piece in pieces)])
         length = min(length, record.length - start)
@@ -151,5 +152,5 @@ class _Look:
 
 
 def _spread(records: Sequence[Record], most: int) -> Sequence[Record]:
-    """Return some of many records, evenly from all."""
+    """Return at most `most` records, evenly spaced."""
     return records[:: -(-len(records) // most) or 1]

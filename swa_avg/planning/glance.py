@@ -1,7 +1,7 @@
-"""A glance at what must be the same in all checkpoints, before all of them is read.
+"""An early check of tensors that must be the same in all checkpoints.
 
-Headers with checksums tell; of others a few kilobytes are compared. Tensors that differ
-further behind are found while averaging.
+Before the checkpoints are read, it compares the first few kilobytes of these tensors.
+Tensors that differ after that are found while averaging.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _MOST_BYTES = 16 << 10
 
 
 def refuse_unlike(planned: Sequence[Planned], states: Sequence[StateDict]) -> None:
-    """Refuse tensors of which a glance tells that they are not the same, as they must be.
+    """Refuse tensors that must be the same and already differ in their first bytes.
 
     Raises:
-        MismatchError: Some are not; it holds those that were looked at.
+        MismatchError: Some tensors differ; it lists those that were compared.
     """
     last = states[-1]
     if len(states) < 2 or any(is_remote(state.checkpoint.path) for state in states):
-        return  # each request to a server takes its time
+        return  # requests to a server are slow
     must = [tensor for tensor in planned if tensor.must_agree][:_MOST_TENSORS]
     unlike = [
         tensor.refusal(last.checkpoint.path)
@@ -38,7 +38,7 @@ def refuse_unlike(planned: Sequence[Planned], states: Sequence[StateDict]) -> No
 
 
 def _differ(refs: Sequence[TensorRef]) -> bool:
-    """Tell whether the first bytes of tensors are seen to differ."""
+    """Return whether the first bytes of contiguous tensors differ."""
     if any(ref.parts or not ref.contiguous for ref in refs):
         return False
     return len({_beginning(ref) for ref in refs}) > 1

@@ -1,6 +1,6 @@
-"""Which files and folders are meant: patterns expanded, folders looked into, what is excluded.
+"""The input paths: patterns are expanded, folders are searched, excluded files are left out.
 
-Nothing is opened here but the first bytes of the files in a folder.
+This module reads only the first bytes of the files in a folder.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _MAGIC = re.compile(r"[*?[]")
 
 @dataclass
 class Inputs:
-    """The paths that are meant.
+    """The input paths.
 
     Attributes:
         paths: The paths, in the order given.
-        found: Those of them that nobody named: they were in a folder that was given.
-        excluded: What was left out by a pattern.
-        notes: What the user should know.
+        found: The paths that were found in a given folder, not named by the user.
+        excluded: The paths that --exclude left out.
+        notes: Notes for the user.
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -40,19 +40,20 @@ class Inputs:
 
 
 def expand(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> list[Path]:
-    """Return the paths that are meant: see `meant`."""
-    return meant(patterns, exclude).paths
+    """Return the paths of `find_inputs`."""
+    return find_inputs(patterns, exclude).paths
 
 
-def meant(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Inputs:
-    """Return the paths that are meant, a pattern that the shell left alone expanded.
+def find_inputs(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = ()) -> Inputs:
+    """Return the input paths, with patterns expanded that the shell has not expanded.
 
     Args:
         patterns: Files, folders, or patterns of them.
-        exclude: Patterns of paths or names that are left out, before anything is opened.
+        exclude: Patterns of paths or names to leave out, before any file is opened.
 
     Raises:
-        SelectionError: A pattern matches nothing, or nothing was given or is left.
+        SelectionError: A pattern matches nothing, nothing was given, or --exclude leaves
+            out everything.
     """
     given = [path for pattern in patterns for path in _matching(path_of(pattern), str(pattern))]
     inputs = Inputs()
@@ -60,10 +61,10 @@ def meant(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = (
         if matches(path, exclude):
             inputs.excluded.append(path)
         else:
-            _look(path, exclude, inputs, alone=len(given) == 1)
+            _add(path, exclude, inputs, alone=len(given) == 1)
     if not inputs.paths and inputs.excluded:
         raise SelectionError(
-            "--exclude leaves out all that was given: "
+            "--exclude leaves out all of the inputs: "
             + listed([str(path) for path in inputs.excluded])
         )
     if not inputs.paths:
@@ -72,14 +73,14 @@ def meant(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[str] = (
 
 
 def _matching(path: Path, text: str) -> list[Path]:
-    """Return a path, or those that there are of a pattern."""
-    # A file may be called `run[1].pt`: what exists is no pattern.
+    """Return the path itself, or the matches of a pattern."""
+    # The name of a file may be `run[1].pt`: an existing path is not a pattern.
     if not _MAGIC.search(text) or (path.exists() if is_remote(path) else os.path.lexists(path)):
         return [path]
     if is_remote(path):
         found = remote_matches(path)
     else:
-        # Path.glob would not leave them as the user wrote them.
+        # Path.glob would change the paths as the user wrote them.
         found = [path_of(match) for match in sorted(glob(text, recursive=True))]  # noqa: PTH207
     if not found:
         raise SelectionError("matches no file", file=text, remedy="Check the pattern")
@@ -87,16 +88,16 @@ def _matching(path: Path, text: str) -> list[Path]:
 
 
 def matches(path: Path, patterns: Iterable[str]) -> bool:
-    """Tell whether a path, or its name alone, matches one of the patterns."""
+    """Return whether a path, or its name alone, matches one of the patterns."""
     return any(fnmatchcase(text, p) for p in patterns for text in (str(path), path.name))
 
 
 def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
-    """Return the option that leaves out some paths and none of the others; empty for none.
+    """Return the --exclude options that leave out exactly some paths; empty if there are none.
 
     Args:
-        paths: What is to be left out.
-        others: What is to stay.
+        paths: The paths to leave out.
+        others: The paths to keep.
     """
     read = names.read_all(paths)
     short = dict.fromkeys(names.read(path).pattern for path in paths)
@@ -110,8 +111,8 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     return ""
 
 
-def _look(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> None:
-    """Take a file, or a folder that is a checkpoint, or else the checkpoints in it."""
+def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> None:
+    """Add a file, a folder that is a checkpoint, or the checkpoints in a folder."""
     try:
         if not path.is_dir():
             inputs.paths.append(path)
@@ -119,7 +120,7 @@ def _look(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> No
         own = is_checkpoint(path)
         children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
         if own:
-            children = [child for child in children if _is_of_run(child)]
+            children = [child for child in children if _is_of_same_run(child)]
         left_out = [child for child in children if matches(child, exclude)]
         found = [
             child
@@ -130,7 +131,9 @@ def _look(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> No
         ]
         if not own and not found and not left_out:
             raise SelectionError(
-                "is a folder without checkpoints", file=path, remedy=_further_down(path, children)
+                "is a folder without checkpoints",
+                file=path,
+                remedy=_remedy_in_subfolders(path, children),
             )
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror}", file=path) from error
@@ -141,13 +144,13 @@ def _look(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> No
     else:
         inputs.paths.append(path)
     if own and found:
-        inputs.notes.append(_of_run(path, found, alone))
+        inputs.notes.append(_note_on_run_folder(path, found, alone))
 
 
-def _is_of_run(child: Path) -> bool:
-    """Tell whether something beside a model is a checkpoint of the same run by its name.
+def _is_of_same_run(child: Path) -> bool:
+    """Return whether a path beside a model is a checkpoint of the same run, by its name.
 
-    `checkpoint-500` is, of Trainer, PEFT or diffusers; `1_Pooling` and a shard are not.
+    `checkpoint-500` of Trainer, PEFT or diffusers is one; `1_Pooling` and shards are not.
     """
     name = names.read(child)
     nouns = {word for word in re.split(r"[^a-z]+", child.name.lower()) if word}
@@ -156,19 +159,22 @@ def _is_of_run(child: Path) -> bool:
     return (worded or numbered) and not name.parts and not name.average
 
 
-def _of_run(path: Path, found: Sequence[Path], alone: bool) -> str:
-    """Say which of the two is taken: the model at the top of a run's folder, or its checkpoints."""
+def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
+    """Return the note that says whether a folder's own model or its checkpoints are used."""
     if alone:
         option = exclusion(found, [path])
-        instead = f"; {option} takes the model instead" if option else ""
-        return f"{path}: the model at its top is left out, its checkpoints are taken{instead}"
-    return f"{path}: the model at its top is taken, not the {len(found)} checkpoints in it"
+        instead = f"; to use that model instead, give {option}" if option else ""
+        return (
+            f"{path}: the checkpoints in this folder are used, and the model beside them is "
+            f"left out{instead}"
+        )
+    return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
-def _further_down(path: Path, children: Sequence[Path]) -> str:
-    """Say where checkpoints are, if the folders in a folder hold some."""
+def _remedy_in_subfolders(path: Path, children: Sequence[Path]) -> str:
+    """Return the pattern to give, if sub-folders contain checkpoints."""
     for child in children:
         if child.is_dir() and any(is_checkpoint(inner) for inner in child.iterdir()):
             pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
-            return f"Folders in it hold some: give {pattern}"
+            return f"Its sub-folders contain checkpoints: give {pattern}"
     return ""

@@ -1,7 +1,7 @@
-"""The inputs, opened: headers read, state_dicts found, what holds no model left out.
+"""Opening the inputs: headers are read, state_dicts found, files without a model left out.
 
-In a folder there may be anything; what nobody named is left out and said. What was
-named must be a checkpoint.
+A folder may contain other files. Those are left out with a note. A file that the user
+named must contain a model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _OPENERS = 16  # URLs that are opened at once
 
 @dataclass
 class Opened:
-    """What was opened.
+    """The opened inputs.
 
     Attributes:
         states: The state_dicts, in the order of the inputs.
-        notes: What the user should know.
+        notes: Notes for the user.
     """
 
     states: list[StateDict] = field(default_factory=list)
@@ -38,13 +38,13 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
     """Open checkpoints and find their state_dicts.
 
     Args:
-        inputs: Which.
-        keys: Where in them, if the user said so.
-        ema: Take the averaged weights that the run has kept.
-        closing: What closes them.
+        inputs: The paths.
+        keys: The paths of the state_dict in each checkpoint, if the user gave them.
+        ema: Use the averaged weights that the training run kept.
+        closing: Closes the checkpoints.
 
     Raises:
-        SwaAvgError: One is not sound, or a named one holds no model.
+        SwaAvgError: A checkpoint is damaged, or a named file contains no model.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     others: dict[Path, str] = {}
@@ -71,7 +71,7 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
         raise next(iter(without_ema.values()))
     if not opened.states:
         _refuse(others, inputs)
-        # What holds only integers is a state_dict, if not much of a model.
+        # A file with nothing but integers still counts as a state_dict.
         opened.states += map(finder.find, whole)
         return opened
     _leave_out(inputs, others, opened, _OTHERS)
@@ -79,17 +79,17 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
     return opened
 
 
-# What is said of several files in a folder, and of one that was named.
-_OTHERS = ("left out, as they hold no model: {}", "holds {}, no model")
+# The note on files in a folder, and the error for a file that the user named.
+_OTHERS = ("left out, because they contain no model: {}", "contains {} and no model")
 _WITHOUT_EMA = (
-    "left out, as they hold no averaged weights: {}",
+    "left out, because they contain no averaged weights: {}",
     "has no averaged weights, unlike the others",
 )
 
 
 def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint | ForeignError]]:
-    """Yield the checkpoints, or what some file in a folder is instead."""
-    headers = Headers()  # what they have in common is read once
+    """Yield the checkpoints, and the error of each file in a folder that is none."""
+    headers = Headers()  # equal headers are parsed once
 
     def read(path: Path) -> Checkpoint | ForeignError:
         try:
@@ -101,9 +101,9 @@ def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint
 
     allow_files(sum(_files_in(path) for path in inputs.paths if not is_remote(path)))
     with RequestPool(_OPENERS) as pool:
-        # A request takes its time, so URLs are opened side by side.
-        side_by_side = any(map(is_remote, inputs.paths))
-        opened = (pool.map if side_by_side else map)(read, inputs.paths)
+        # Requests are slow, so URLs are opened in parallel.
+        in_parallel = any(map(is_remote, inputs.paths))
+        opened = (pool.map if in_parallel else map)(read, inputs.paths)
         for path, checkpoint in zip(inputs.paths, opened, strict=True):
             if isinstance(checkpoint, Checkpoint):
                 closing.callback(checkpoint.close)
@@ -111,23 +111,23 @@ def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint
 
 
 def _files_in(path: Path) -> int:
-    """Return how many files a checkpoint keeps open, at most."""
+    """Return the maximum number of files that a checkpoint keeps open."""
     with suppress(OSError):
         return len(os.listdir(path))  # noqa: PTH208 - not a Path for each
     return 1
 
 
 def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
-    """Refuse inputs of which none is a model, as far as their content tells."""
+    """Raise the error for inputs that all contain something other than a model."""
     for path, other in others.items():
         if other != NO_WEIGHTS or path in inputs.found:
-            raise LayoutError(f"holds {other}, no model", file=path)
+            raise LayoutError(f"contains {other} and no model", file=path)
 
 
 def _leave_out(
     inputs: Inputs, left: Mapping[Path, str], opened: Opened, words: tuple[str, str]
 ) -> None:
-    """Leave out what nobody named, in one note; refuse what somebody did."""
+    """Leave out files found in a folder, in one note; refuse files that the user named."""
     named = [path for path in left if path not in inputs.found]
     if named:
         kept = [state.checkpoint.path for state in opened.states]
@@ -138,5 +138,5 @@ def _leave_out(
             remedy=f"{option} leaves it out" if option else "",
         )
     if left:
-        said = [f"{path} ({what})" if what else str(path) for path, what in left.items()]
-        opened.notes.append(words[0].format(listed(said)))
+        shown = [f"{path} ({what})" if what else str(path) for path, what in left.items()]
+        opened.notes.append(words[0].format(listed(shown)))

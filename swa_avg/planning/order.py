@@ -1,7 +1,7 @@
-"""The order of checkpoints, and the numbers by which the user tells them apart.
+"""The order of checkpoints, and the numbers (epoch, step) that identify them for the user.
 
-What the files record goes before what their names say, and one source counts for all
-of them where it can: frameworks count epochs from 0 in one place and from 1 in another.
+Recorded numbers take precedence over numbers in names. All checkpoints use the same source
+if possible, because frameworks count epochs from 0 in one place and from 1 in another.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from swa_avg.checkpoints import Name, Number, StateDict, names, words
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A checkpoint and what its name says.
+    """A checkpoint with its parsed name.
 
     Attributes:
-        state: Its state_dict.
-        name: What its name says.
+        state: The state_dict.
+        name: The parsed name.
     """
 
     state: StateDict
@@ -28,17 +28,17 @@ class Member:
 
     @property
     def path(self) -> Path:
-        """Its path, as the user named it."""
+        """The path as the user wrote it."""
         return self.name.path
 
     @property
     def recorded(self) -> tuple[Number | None, Number | None]:
-        """The epoch and the step that it records."""
+        """The recorded epoch and step."""
         return self.state.epoch, self.state.step
 
     @property
     def is_placed(self) -> bool:
-        """Whether it or its name says anything of its place in the run."""
+        """Whether the file or its name contains an epoch, a step or another number."""
         return self.name.is_placed or self.recorded != (None, None)
 
 
@@ -49,10 +49,10 @@ def members(states: Sequence[StateDict]) -> list[Member]:
 
 
 def ordered(given: Sequence[Member]) -> list[Member]:
-    """Put checkpoints into the order of the run.
+    """Return checkpoints in the order of the run.
 
-    Those that say nothing of their place come first, and the last one (`last.pt`,
-    `model_final.pth`) comes last.
+    Checkpoints without any number come first, except for those named as the last one
+    (`last.pt`, `model_final.pth`), which come last.
     """
     natural_order = sorted(given, key=lambda member: natural(member.path))
     placed = [member for member in natural_order if member.is_placed]
@@ -68,7 +68,7 @@ def ordered(given: Sequence[Member]) -> list[Member]:
 
 
 def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
-    """Return by what checkpoints are sorted: the first differing one decides."""
+    """Return the sort keys of checkpoints, the most important first."""
     recorded = [
         numbers
         for numbers in (
@@ -78,7 +78,7 @@ def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
         if _is_complete(numbers)
     ]
     kinds = list(_NAMED)
-    # Where several numbers run (a date and a time), natural order alone is that of all of them.
+    # If several numbers vary (a date and a time), only the natural order respects all of them.
     if len({member.name.shape for member in placed}) < len({m.name.series for m in placed}):
         kinds.remove("number")
     named = [[_NAMED[kind](member) for member in placed] for kind in kinds]
@@ -105,7 +105,7 @@ _RECORDED: dict[str, Callable[[Member], Number | None]] = {
 
 
 def _either(given: Sequence[Member], kind: str) -> list[Number | None]:
-    """Return the number of each checkpoint: all recorded, all named, or as each has it."""
+    """Return a number for each checkpoint: all recorded, all from names, or a mix of both."""
     named = [_NAMED[kind](member) for member in given]
     recorded = [_RECORDED[kind](member) if kind in _RECORDED else None for member in given]
     if _is_complete(recorded) or _is_complete(named):
@@ -118,10 +118,10 @@ def _is_complete(numbers: Sequence[Number | None]) -> bool:
 
 
 def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
-    """Return by which numbers the user tells checkpoints apart, and the number of each.
+    """Return the measure that identifies checkpoints for the user, and the number of each.
 
-    Epochs, if they or their names say them; else steps; else the number in the name. A
-    measure that all have goes before one that some have.
+    The measure is the epoch, the step, or the number in the name: the first one that the
+    most checkpoints have.
     """
     measures = [
         ("epoch", _either(given, "epoch")),
@@ -139,7 +139,7 @@ def _number(name: Name) -> Number | None:
 
 
 def natural(path: Path) -> tuple[tuple[int, int, str], ...]:
-    """Return a sorting key that puts epoch_2 before epoch_10.
+    """Return a sort key that puts epoch_2 before epoch_10.
 
     Digits sort as numbers, and before letters.
     """

@@ -1,7 +1,8 @@
-"""What happens to each tensor, and why; decided from the headers alone.
+"""The plan of an average: what happens to each tensor, and why. Only headers are read.
 
-All checkpoints are compared with the last one, whose names, order, shapes and
-strides the output has. Every disagreement is found before a tensor is read.
+All checkpoints are compared with the last one. The output has the names, the order, the
+shapes and the strides of the last one. Every disagreement in the headers is found before
+a tensor is read.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ _RESET = {"running_mean": 0.0, "running_var": 1.0, BN_COUNTER: 0.0}
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One storage of the output, and the input tensors it is made from.
+    """One storage of the output, and the input tensors that it is made from.
 
     Attributes:
-        name: The tensor it is named after in messages.
-        treatment: What is done with it.
-        shape: Its sizes, the outermost dimension in memory first.
-        sources: The same tensor in each checkpoint that takes part, dimensions in
-            the order of `shape`. Of a copied or kept one the last is written, the others
+        name: The name of its tensor, for messages.
+        treatment: The treatment of the tensor.
+        shape: The sizes, the outermost dimension in memory first.
+        sources: The same tensor in each checkpoint, with dimensions in the order of
+            `shape`. If it is copied or kept, the last source is written, and the others
             are compared with it.
-        dtype: Its dtype in the output.
-        fill: What a reset one is filled with.
-        weights: How many checkpoints each source stands for; empty where each is one.
+        dtype: The dtype in the output.
+        fill: The value of a reset tensor.
+        weights: The number of checkpoints in each source; empty if each is one.
     """
 
     name: str
@@ -66,12 +67,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of BatchNorm means and variances before they are read, by name of the work.
+    """The names of BatchNorm means and variances, sorted by what the headers show.
 
     Attributes:
-        alike: Those that are the same in all inputs, as those of frozen layers are.
-        unfit: Those that are not, or do not stay what they are in the inputs.
-        compared: Those of which averaging will tell.
+        alike: Statistics that are the same in all inputs, for example of frozen layers.
+        unfit: Statistics that differ between inputs, or are reset or averaged.
+        compared: Statistics that are compared while averaging.
     """
 
     alike: tuple[str, ...] = ()
@@ -81,14 +82,14 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be done.
+    """The plan of one average.
 
     Attributes:
-        tensors: Each tensor of the output, in its order.
-        works: What is computed: one for each storage of the output.
-        state_dict: What is written.
-        notes: What the user should know.
-        statistics: What is known of BatchNorm statistics.
+        tensors: The tensors of the output, in order.
+        works: The works to compute, one for each storage of the output.
+        state_dict: The state_dict to write.
+        notes: Notes for the user.
+        statistics: The BatchNorm statistics, as far as headers show.
     """
 
     tensors: tuple[Planned, ...]
@@ -99,36 +100,36 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of tensors that are read from all checkpoints."""
+        """The bytes of tensors to read from all checkpoints."""
         return sum(source.nbytes for work in self.works for source in work.sources)
 
     @property
     def ranges(self) -> Iterator[tuple[InputFile, int, int]]:
-        """What is read of which file: the first byte and how many, in the order of the output."""
+        """The ranges to read: file, first byte and length, in the order of the output."""
         return ranges_of(self.works)
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many tensors are treated how."""
+        """The number of tensors of each treatment."""
         treated = Counter(tensor.treatment.value for tensor in self.tensors)
         return {treatment.value: treated[treatment.value] for treatment in Treatment}
 
     @property
     def families(self) -> dict[str, int]:
-        """How many tensors of each family are taken from one checkpoint, or reset."""
+        """The number of tensors of each family that are taken from one checkpoint or reset."""
         apart = (Treatment.KEPT, Treatment.RESET)
         return dict(Counter(t.family for t in self.tensors if t.treatment in apart))
 
     @property
     def stale(self) -> bool:
-        """Whether there may be BatchNorm statistics that fit none of the averaged weights."""
+        """Whether some BatchNorm statistics may not fit the averaged weights."""
         return self.stale_after(self.statistics.compared)
 
     def stale_after(self, differing: Container[str]) -> bool:
-        """Tell whether there are BatchNorm statistics that fit none of the averaged weights.
+        """Return whether some BatchNorm statistics do not fit the averaged weights.
 
         Args:
-            differing: The works that are not the same in all inputs, of those compared.
+            differing: The compared works that are not the same in all inputs.
         """
         means = any(
             work.treatment is Treatment.AVERAGED and len(work.sources) > 1 for work in self.works
@@ -137,21 +138,21 @@ class Plan:
         return means and bool(known.unfit or [name for name in known.compared if name in differing])
 
     def frozen_after(self, differing: Container[str]) -> list[str]:
-        """Return the BatchNorm statistics that are the same in all of several inputs."""
+        """Return the BatchNorm statistics that are the same in all inputs."""
         same = [name for name in self.statistics.compared if name not in differing]
         return [*self.statistics.alike, *same]
 
 
 def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] = ()) -> Plan:
-    """Plan the average of checkpoints that are in their order.
+    """Plan the average of checkpoints.
 
     Args:
-        states: Their state_dicts.
-        rules: How tensors are treated.
-        counts: How many checkpoints each stands for; by default one.
+        states: The state_dicts, in the order of the run.
+        rules: The rules for tensors.
+        counts: The number of checkpoints in each state_dict; 1 by default.
 
     Raises:
-        MismatchError: They do not agree; it holds all disagreements.
+        MismatchError: The checkpoints do not agree; it lists all disagreements.
     """
     last = states[-1]
     counts = tuple(counts) or (1,) * len(states)
@@ -160,12 +161,12 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     planned = treatments(states, rules, sum(counts), families)
     _refuse([e for state in states[:-1] for e in _differences(state, last, rules, planned)])
     _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
-    made, untied = ties(
+    all_ties, untied = ties(
         states, {name: (p.treatment, p.of_first) for name, p in planned.items()}, rules.strides
     )
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
-    for tie in made:
+    for tie in all_ties:
         work, base = _work(tie.base, states, planned[tie.base], rules, counts)
         for name in tie.names:
             views[name] = _view(last.tensors[name], last.tensors[tie.base], base, len(works))
@@ -174,7 +175,7 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     if len(states) > 1:
         notes += family_notes(families, last.checkpoint.path)
     if untied:
-        notes.append(f"{listed(untied)}: tied in some checkpoints only; written untied")
+        notes.append(f"{listed(untied)}: tied only in some checkpoints; written untied")
     return Plan(
         tuple(planned.values()),
         tuple(works),
@@ -190,7 +191,7 @@ def _refuse(disagreements: Sequence[SwaAvgError]) -> None:
 
 
 def _unlike(planned: Planned, states: Sequence[StateDict]) -> bool:
-    """Tell whether headers say already that what must be the same is not."""
+    """Return whether the headers show that a tensor differs that must be the same."""
     if not planned.must_agree:
         return False
     return same_bytes([state.tensors[planned.name] for state in states]) is False
@@ -199,7 +200,7 @@ def _unlike(planned: Planned, states: Sequence[StateDict]) -> bool:
 def _statistics(
     works: Sequence[Work], planned: Mapping[str, Planned], states: Sequence[StateDict]
 ) -> Statistics:
-    """Sort the BatchNorm means and variances by what is known of them."""
+    """Sort the BatchNorm means and variances by what the headers show."""
     alike, unfit, compared = [], [], []
     for work in works:
         if not planned[work.name].statistic or work.name.rpartition(".")[2] == BN_COUNTER:
@@ -259,7 +260,7 @@ def _differences(
 def _work(
     name: str, states: Sequence[StateDict], planned: Planned, rules: Rules, counts: Sequence[int]
 ) -> tuple[Work, OutputTensor]:
-    """Return what is computed for a tensor, and how it lies in its new storage."""
+    """Return the work for a tensor, and the tensor's layout in its new storage."""
     ref = states[-1].tensors[name]
     keeps = rules.strides and is_dense(ref.shape, ref.stride)
     stride = ref.stride if keeps else contiguous_stride(ref.shape)
@@ -276,7 +277,7 @@ def _work(
 
 
 def _sources(planned: Planned, states: Sequence[StateDict]) -> tuple[TensorRef, ...]:
-    """Return what a tensor is made from; of one that is taken from one input, that is the last."""
+    """Return the sources of a tensor; a tensor that is taken from one input has it last."""
     every = tuple(state.tensors[planned.name] for state in states)
     if planned.treatment is Treatment.RESET:
         return ()
@@ -290,7 +291,7 @@ def _sources(planned: Planned, states: Sequence[StateDict]) -> tuple[TensorRef, 
 
 
 def _view(ref: TensorRef, base: TensorRef, written: OutputTensor, storage: int) -> OutputTensor:
-    """Return how a tensor looks at the new storage of its family's base."""
+    """Return the layout of a tied tensor in the new storage of the tie's base."""
     if (ref.offset, ref.shape, ref.stride) == (base.offset, base.shape, base.stride):
         return OutputTensor(storage, 0, written.shape, written.stride)
     return OutputTensor(storage, ref.offset - base.offset, ref.shape, ref.stride)
@@ -301,14 +302,14 @@ def _output(
 ) -> OutputStateDict:
     storages = tuple(OutputStorage(work.dtype, math.prod(work.shape)) for work in works)
     items = {name: views[name] if name in views else last.values[name] for name in last.order}
-    # What transformers looks for before it loads a safetensors file.
+    # transformers requires this entry to load a safetensors file.
     text = dict(last.checkpoint.metadata) or {"format": "pt"}
     text = {name: value for name, value in text.items() if name not in views}
     return OutputStateDict(storages, items, last.metadata, text)
 
 
 def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
-    """Yield what the user should know about the checkpoints."""
+    """Yield notes for the user on the checkpoints."""
     for state in states:
         for note in state.checkpoint.notes:
             yield f"{state.checkpoint.path}: {note}"
@@ -317,17 +318,26 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         yield f"{last.checkpoint.path}: {note}"
     if last.averages:
         where = listed(last.averages)
-        yield f"{last.checkpoint.path}: has averages too, at {where}; not used (--ema takes them)"
+        yield (
+            f"{last.checkpoint.path}: also contains averaged weights, at {where}; not used "
+            "(to average them, use --ema)"
+        )
     if last.dropped and not rules.wrapper:
         names = listed(last.dropped)
-        yield f"{names}: no tensor and no plain value; left out (--keep-wrapper keeps it)"
+        yield (
+            f"{names}: neither a tensor nor a plain value; left out (to keep it, use "
+            "--keep-wrapper)"
+        )
     if last.values and not rules.strides:
-        yield f"{listed(list(last.values))}: no tensor; left out, for want of a place in the output"
+        yield (
+            f"{listed(list(last.values))}: not a tensor; left out, because this format stores "
+            "only tensors"
+        )
     streams = [name for name, value in last.values.items() if holds_stream(value)]
     if streams and rules.strides and not rules.wrapper:
         yield (
             f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
-            "takes the output with weights_only=False only"
+            "needs weights_only=False to load the output"
         )
     differing = [
         name
@@ -339,8 +349,8 @@ def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
 
 
 def ranges_of(works: Iterable[Work]) -> Iterator[tuple[InputFile, int, int]]:
-    """Yield what is read for some works, of which file: the first byte and how many."""
+    """Yield the ranges to read for some works: file, first byte and length."""
     for work in works:
         for source in work.sources:
-            # Whole records: their checksums are over all of them.
+            # Whole records, because a checksum covers the whole record.
             yield from ((rec.file, rec.offset, rec.length) for rec in source.records)

@@ -1,4 +1,4 @@
-"""Which of the given checkpoints take part, and in which order."""
+"""The selection of checkpoints: which of the given ones take part, and in which order."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from swa_avg.planning.order import Member, measured, members, ordered
 
 @dataclass(frozen=True)
 class Choice:
-    """Which checkpoints are wanted of those that are given; by default all.
+    """Which of the given checkpoints to average; all by default.
 
     Attributes:
-        last: So many of the latest, of those that the rest leaves.
-        epochs: `A:B` or `A:B:STEP`, both ends in, each of them optional: epochs as the
-            checkpoints or their names say them, else steps, else the numbers in their names.
-        best: So many of the best by `metric`.
-        metric: The metric's name.
-        mode: Whether it should be small (min) or large (max); needed where its name,
-            unlike that of a loss or an accuracy, does not tell.
-        exclude: Patterns of paths or names that are left out, unopened.
+        last: The number of latest checkpoints to take, after the other options.
+        epochs: `A:B` or `A:B:STEP`, with both ends included and each end optional. The
+            numbers are epochs in the checkpoints or their names, else steps, else the
+            numbers in the names.
+        best: The number of best checkpoints by `metric` to take.
+        metric: The name of the metric.
+        mode: min if lower values of the metric are better, max if higher ones are. It can be
+            left out if the name shows that, for example loss or accuracy.
+        exclude: Patterns of paths or names to leave out; these files are not opened.
 
     Raises:
-        ValueError: There is no such choice.
+        ValueError: An option has an invalid value, or another option is missing.
     """
 
     last: int | None = None
@@ -45,19 +46,24 @@ class Choice:
     def __post_init__(self) -> None:
         for name, count in (("last", self.last), ("best", self.best)):
             if count is not None and count < 1:
-                raise ValueError(f"{name} {count}: at least one checkpoint must be wanted")
+                raise ValueError(f"{name} must be at least 1, not {count}")
         if self.epochs is not None:
             _Span.parse(self.epochs)
-        if (self.best is None) != (self.metric is None) or (self.mode and not self.metric):
-            raise ValueError("best, metric and mode go together: best 5 by metric val_loss")
+        if self.best is not None and not self.metric:
+            raise ValueError("best needs a metric, for example val_loss")
+        if self.best is None and (self.metric is not None or self.mode):
+            raise ValueError("metric and mode need best: how many of the best checkpoints to take")
         if self.mode not in (None, *metrics.MODES):
-            raise ValueError(f"mode {self.mode}: it is min or max")
+            raise ValueError(f"mode must be min or max, not {self.mode}")
         if self.metric is not None and self.better is None:
-            raise ValueError(f"is a small or a large {self.metric} good? Give the mode, min or max")
+            raise ValueError(
+                f"it is unknown whether a lower or a higher {self.metric} is better; give the "
+                "mode, min or max"
+            )
 
     @property
     def better(self) -> str | None:
-        """Whether a small or a large metric is good (min or max), if that is known."""
+        """Whether lower (min) or higher (max) values of the metric are better; None if unknown."""
         return self.mode or metrics.mode_of(self.metric or "")
 
 
@@ -66,7 +72,7 @@ ALL = Choice()
 
 @dataclass(frozen=True)
 class _Span:
-    """The numbers `first`, `first + step`, … up to `last`, which is in."""
+    """The numbers `first`, `first + step`, … up to and including `last`."""
 
     first: int
     last: int | None
@@ -76,10 +82,10 @@ class _Span:
     def parse(cls, text: str) -> _Span:
         parts = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", text)
         if not parts:
-            raise ValueError(f"epochs {text}: they are A:B or A:B:STEP, as in 10:20 or 10:")
+            raise ValueError(f"epochs must be A:B or A:B:STEP, as in 10:20 or 10:, not {text}")
         span = cls(int(parts[1] or 0), int(parts[2]) if parts[2] else None, int(parts[3] or 1))
         if span.step < 1 or (span.last is not None and span.last < span.first):
-            raise ValueError(f"epochs {text}: there are none from A to B by STEP")
+            raise ValueError(f"epochs {text} contains no epoch: B is below A, or STEP is 0")
         return span
 
     def __contains__(self, number: Number) -> bool:
@@ -89,12 +95,12 @@ class _Span:
 
 @dataclass(frozen=True)
 class Selection:
-    """The checkpoints that are averaged, in their order.
+    """The checkpoints to average, in the order of the run.
 
     Attributes:
         chosen: The checkpoints, the earliest first.
-        scores: The metric of each of them, by path, if they were chosen by one.
-        notes: What the user should know: what was named twice, what was passed over.
+        scores: The metric of each of them, by path, if a metric chose them.
+        notes: Notes for the user, for example on copies and on files left out.
     """
 
     chosen: tuple[StateDict, ...]
@@ -105,18 +111,19 @@ class Selection:
 def select(
     candidates: Sequence[StateDict], choice: Choice = ALL, by_sample: bool = False
 ) -> Selection:
-    """Put checkpoints into order, count none of them twice, and take those that are wanted.
+    """Order checkpoints, drop copies, and apply a choice.
 
-    What is no checkpoint of the run is left out and said, or refused: see `series`.
+    Files that are not checkpoints of the run are left out with a note, or refused: see
+    `series`.
 
     Args:
         candidates: The checkpoints.
-        choice: Which of them are wanted.
-        by_sample: Tell copies without checksums by a sample of their bytes.
+        choice: Which of them to take.
+        by_sample: Detect copies without checksums by a sample of their bytes.
 
     Raises:
-        SelectionError: That leaves none, or a checkpoint lacks what it is chosen by.
-        MismatchError: They cannot be of one run.
+        SelectionError: No checkpoint is left, or one does not record the metric.
+        MismatchError: The checkpoints cannot be of one run.
     """
     notes: list[str] = []
     given = series.without_averages(members(candidates), notes)
@@ -127,10 +134,10 @@ def select(
     if choice.epochs is not None:
         chosen = _of_epochs(chosen, choice.epochs, notes)
     if choice.best is not None and choice.metric is not None:
-        scores = _scored(chosen, choice.metric)
+        scores = _scores(chosen, choice.metric)
         chosen = _best(chosen, scores, choice, notes)
     if choice.last is not None:
-        _say_if_few(chosen, choice.last, "last", notes)
+        _note_if_few(chosen, choice.last, "last", notes)
         chosen = chosen[-choice.last :]
     return Selection(
         tuple(member.state for member in chosen),
@@ -140,10 +147,10 @@ def select(
 
 
 def _distinct(ordered: Sequence[Member], notes: list[str], by_sample: bool) -> list[Member]:
-    """Return each checkpoint once, and note which were there twice.
+    """Return each checkpoint once, and add a note for each copy.
 
-    Of several that one counts whose name tells its place as the others' names do: of
-    `best.pt` and `epoch_3.pt` only the latter does.
+    Of several copies, the one is kept whose name has a number and belongs to the largest
+    series: `epoch_3.pt` and not `best.pt`.
     """
     usual = Counter(member.name.series for member in ordered)
     preferred = sorted(
@@ -159,7 +166,7 @@ def _distinct(ordered: Sequence[Member], notes: list[str], by_sample: bool) -> l
 
 
 def _of_epochs(given: list[Member], text: str, notes: list[str]) -> list[Member]:
-    """Return the checkpoints of a span of epochs."""
+    """Return the checkpoints in a range of epochs."""
     span = _Span.parse(text)
     what, numbers = measured(given)
     numbered = [(m, n) for m, n in zip(given, numbers, strict=True) if n is not None]
@@ -167,8 +174,8 @@ def _of_epochs(given: list[Member], text: str, notes: list[str]) -> list[Member]
     if not chosen:
         there = listed([str(number) for _, number in numbered], 8)
         raise SelectionError(
-            f"--epochs {text} leaves no checkpoint",
-            expected=f"some of those that there are, by {what}: {there or 'none'}",
+            f"--epochs {text} matches no checkpoint",
+            expected=f"a range with some of these, by {what}: {there or 'none'}",
         )
     notes += [
         f"{member.path}: has no {what if member.is_placed else 'number in its name'}; "
@@ -177,22 +184,21 @@ def _of_epochs(given: list[Member], text: str, notes: list[str]) -> list[Member]
         if number is None
     ]
     if what == "step":
-        notes.append(f"--epochs {text} is by step: the checkpoints do not say their epochs")
+        notes.append(f"--epochs {text} selects by step, because the checkpoints have no epochs")
     return chosen
 
 
-def _scored(given: Sequence[Member], metric: str) -> dict[Path, Score]:
-    """Return the metric of each checkpoint, recorded in the same place for all."""
+def _scores(given: Sequence[Member], metric: str) -> dict[Path, Score]:
+    """Return the metric of each checkpoint, recorded in the same place in all of them."""
     found = [metrics.scores(member.state.checkpoint, metric) for member in given]
     lacking = [member for member, scores in zip(given, found, strict=True) if not scores]
     if lacking:
         path = lacking[0].path
         rest = [member.path for member in given if member not in lacking]
         option = exclusion([member.path for member in lacking], rest) if rest else ""
-        remedy = f"Looked at {metrics.looked_at(lacking[0].state.checkpoint)}"
-        remedy += f"; {option} leaves {'it' if len(lacking) == 1 else 'all such'} out" * bool(
-            option
-        )
+        remedy = f"Searched {metrics.looked_at(lacking[0].state.checkpoint)}"
+        left = "it" if len(lacking) == 1 else "all such checkpoints"
+        remedy += f"; {option} leaves out {left}" * bool(option)
         raise SelectionError(f"records no {metric}", file=path, remedy=remedy)
     for where in found[0]:
         if all(where in scores for scores in found):
@@ -200,31 +206,31 @@ def _scored(given: Sequence[Member], metric: str) -> dict[Path, Score]:
     first = next(iter(found[0]))
     lacks = next(m for m, scores in zip(given, found, strict=True) if first not in scores)
     raise SelectionError(
-        f"records {metric} elsewhere than {given[0].path} ({first})",
+        f"records {metric} in another place than {given[0].path} ({first})",
         file=lacks.path,
-        remedy="Only what all record in the same place can be compared",
+        remedy="A metric can be compared only if all checkpoints record it in the same place",
     )
 
 
 def _best(
     given: list[Member], scores: Mapping[Path, Score], choice: Choice, notes: list[str]
 ) -> list[Member]:
-    """Return the best checkpoints in their order; of equal ones the later."""
+    """Return the best checkpoints in the order of the run; later ones win ties."""
     values = [scores[member.path].value for member in given]
     finite = [number for number, value in enumerate(values) if math.isfinite(value)]
     if not finite:
-        raise SelectionError(f"--best finds no checkpoint whose {choice.metric} is a finite number")
+        raise SelectionError(f"no checkpoint has a finite {choice.metric} for --best")
     notes += [
-        f"{member.path}: its {choice.metric} is {value}; not among the best"
+        f"{member.path}: {choice.metric} is {value}; left out by --best"
         for member, value in zip(given, values, strict=True)
         if not math.isfinite(value)
     ]
     sign = 1 if choice.better == "max" else -1
     ranked = sorted(finite, key=lambda number: (sign * values[number], number))
-    _say_if_few(ranked, choice.best or 0, "best", notes)
+    _note_if_few(ranked, choice.best or 0, "best", notes)
     return [given[number] for number in sorted(ranked[-(choice.best or 0) :])]
 
 
-def _say_if_few(there: Sequence[object], wanted: int, what: str, notes: list[str]) -> None:
+def _note_if_few(there: Sequence[object], wanted: int, what: str, notes: list[str]) -> None:
     if len(there) < wanted:
         notes.append(f"--{what} {wanted}: there are only {len(there)}")

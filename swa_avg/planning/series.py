@@ -1,8 +1,8 @@
-"""What a set of checkpoints is: one run, or what must not be averaged together.
+"""Checks that a set of checkpoints belongs to one run.
 
-Parts of one model, averages that another tool made beside the checkpoints, and several
-series of names each get an answer: refused, left out, or said. Which words say so is
-in `names`; the order of the checkpoints is in `order`.
+Parts of one model are refused. Averages among the checkpoints are left out with a note.
+Several series of names are refused if they cannot be of one run, else there is a note.
+`names` reads the names, and `order` orders the checkpoints.
 """
 
 from __future__ import annotations
@@ -25,42 +25,45 @@ _INDEX = "*.index.json"
 
 
 def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
-    """Leave out averages among checkpoints, and note which they are.
+    """Leave out averages among checkpoints, and note which ones.
 
-    Ours say so themselves, torch's AveragedModel has a counter, and of those of other
-    tools the name says it. Where all inputs are such, they are the checkpoints: but for
-    ours, which weigh as much as what they were made from.
+    Averages of swa-avg are recognised by their metadata, those of torch's AveragedModel by
+    their counter, and averages of other tools by their names. If all inputs are averages of
+    other tools, they are the checkpoints. Averages of swa-avg never are, because each
+    weighs as much as the checkpoints that it was made from.
 
     Raises:
-        SelectionError: Nothing but averages of ours was given.
+        SelectionError: All inputs are averages of swa-avg.
     """
     ours = [member for member in given if provenance.of(member.state.checkpoint)]
     if ours and len(ours) == len(given):
         raise SelectionError(
-            "is an average already, and nothing else was given",
+            "is already an average, and no other checkpoints were given",
             file=ours[0].path,
-            remedy="To add checkpoints to it, or to write it anew, give it with --start-from",
+            remedy="To add checkpoints to it, or to write it again, give it with --start-from",
         )
     notes += [
-        f"{member.path}: is an average already; left out (--start-from takes it)" for member in ours
+        f"{member.path}: is already an average; left out (to include it, use --start-from)"
+        for member in ours
     ]
     rest = [member for member in given if member not in ours]
     averages = [member for member in rest if _is_average(member)]
     if averages and not _are_checkpoints(averages, rest):
         one = len(averages) == 1
         notes.append(
-            f"left out, as {'an average' if one else 'averages'} among checkpoints: "
+            f"left out, because {'it is an average' if one else 'they are averages'}: "
             f"{listed([str(member.path) for member in averages])}; "
-            f"to average {'it' if one else 'them'}, give nothing else"
+            f"to average {'it' if one else 'them'}, give no other checkpoints"
         )
         rest = [member for member in rest if member not in averages]
     return rest
 
 
 def _are_checkpoints(averages: Sequence[Member], given: Sequence[Member]) -> bool:
-    """Tell whether what says that it is an average is what was given: nothing but a best or last.
+    """Return whether apparent averages are the checkpoints themselves.
 
-    A run may be called so: swa_run_epoch_1.pt to swa_run_epoch_9.pt, and best.pt.
+    They are if the other inputs are only a best or a last checkpoint. The name of the run
+    may contain "swa": swa_run_epoch_1.pt to swa_run_epoch_9.pt, and best.pt.
     """
     others = [member for member in given if member not in averages]
     loose = all(member.name.role and not member.is_placed for member in others)
@@ -73,7 +76,7 @@ def _is_average(member: Member) -> bool:
 
 
 def refuse_parts(given: Sequence[Member]) -> None:
-    """Refuse parts of one model: a rank has no mean with another.
+    """Refuse parts of one model, such as the files of two ranks.
 
     Raises:
         MismatchError: Two inputs are different parts.
@@ -84,7 +87,7 @@ def refuse_parts(given: Sequence[Member]) -> None:
             continue
         (this, *_), (other, *_) = list(parts.values())[:2]
         raise _disagreement(
-            f"holds {_of_parts(this)} of a model, and {other.path} {_of_parts(other)}",
+            f"contains {_of_parts(this)} of a model, but {other.path} contains {_of_parts(other)}",
             file=this.path,
             expected="whole checkpoints, or the same part of each",
             remedy=_for_parts(parts),
@@ -93,11 +96,11 @@ def refuse_parts(given: Sequence[Member]) -> None:
 
 def _of_parts(member: Member) -> str:
     parts = (f"{label} {number}" for label, number in member.name.parts)
-    return ", ".join(parts) or "no part"
+    return ", ".join(parts) or "all of it"
 
 
 def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
-    """Say what to do about parts: give a folder, a part by itself, or merge them."""
+    """Return the remedy for parts: give a folder, average each part, or merge them."""
     every = [member for group in parts.values() for member in group]
     folders = [] if any(is_remote(m.path) for m in every) else [m.path.parent for m in every]
     folders = list(dict.fromkeys(folders))
@@ -109,15 +112,15 @@ def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
         pattern = escape(str(name.path).removesuffix(name.text)) + name.part_pattern
         matching = [member for member in every if fnmatchcase(str(member.path), pattern)]
         if matching == list(several[0]):
-            return f"Average each part by itself, as in {quote(pattern)}"
+            return f"Average each part separately, as in {quote(pattern)}"
     return "Merge them into one file first, with the framework that wrote them"
 
 
 def refuse_mixed(given: Sequence[Member]) -> None:
     """Refuse series that cannot be of one run.
 
-    Two series cannot that have several places of the run in common, or whose tensors
-    have no name in common.
+    Two series cannot be of one run if they have several epochs or steps in common, or no
+    tensor name in common.
 
     Raises:
         MismatchError: There are such series.
@@ -140,9 +143,9 @@ def refuse_mixed(given: Sequence[Member]) -> None:
         places = _places(one) & _places(other)
         if len(places) > 1:
             option = _leaving_out(other, given)
-            merge = "averages of several runs are merged with --start-from"
+            merge = "to merge averages of several runs, use --start-from"
             raise _disagreement(
-                f"has {len(places)} epochs or steps in common with {one[0].path} and those like it",
+                f"has {len(places)} epochs or steps in common with the series of {one[0].path}",
                 file=other[0].path,
                 expected="checkpoints of one run",
                 remedy=f"{option}; {merge}" if option else merge.capitalize(),
@@ -154,16 +157,17 @@ def _disagreement(found: str, **where: Any) -> MismatchError:
 
 
 def _leaving_out(group: Sequence[Member], given: Sequence[Member]) -> str:
-    """Return a remedy that leaves out a group of checkpoints and no other, if there is one."""
+    """Return a remedy that leaves out exactly one group of checkpoints, if there is one."""
     rest = [member.path for member in given if member not in group]
     option = exclusion([member.path for member in group], rest)
     return f"{option} leaves {'it' if len(group) == 1 else 'them'} out" if option else ""
 
 
 def _places(group: Sequence[Member]) -> set[object]:
-    """Return the places of a series in the run: as recorded, else as its names say.
+    """Return the epochs and steps of a series: the recorded ones, else those in the names.
 
-    What all of a series record alike is no place: many scripts record a constant.
+    Equal values in all files of a series do not count, because many scripts record a
+    constant.
     """
     recorded = {member.recorded for member in group}
     if len(recorded) > 1:
@@ -172,14 +176,14 @@ def _places(group: Sequence[Member]) -> set[object]:
 
 
 def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
-    """Yield what the user should know of the checkpoints that are averaged together."""
+    """Yield notes for the user on the checkpoints that are averaged together."""
     yield from _on_series(chosen)
     yield from _on_places(chosen)
     placed = [member for member in chosen if member.is_placed]
     if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
         yield (
-            "neither the checkpoints nor their names tell the order of the run; "
-            f"{chosen[-1].path} counts as the last"
+            "neither the checkpoints nor their names contain an epoch or a step; "
+            f"{chosen[-1].path} is used as the last one"
         )
 
 
@@ -189,10 +193,10 @@ def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
         len(group) > 1 or group[0].is_placed for group in series.values()
     ):
         return
-    said = [_described(group) for group in series.values()]
+    described = [_described(group) for group in series.values()]
     smallest = min(series.values(), key=len)
     option = _leaving_out(smallest, chosen)
-    yield f"averaged together: {listed(said, 5)}" + (f"; {option}" if option else "")
+    yield f"averaged together: {listed(described, 5)}" + (f"; {option}" if option else "")
 
 
 def _described(group: Sequence[Member]) -> str:
@@ -202,15 +206,15 @@ def _described(group: Sequence[Member]) -> str:
 
 
 def _on_places(chosen: Sequence[Member]) -> Iterator[str]:
-    """Yield which checkpoints record the same step, or have the same place in their names."""
-    for (_, said, _), group in _grouped(chosen, _own_place).items():
-        if said and len(group) > 1:
+    """Yield notes on checkpoints with the same step, or the same numbers in their names."""
+    for (_, shared, _), group in _grouped(chosen, _own_place).items():
+        if shared and len(group) > 1:
             *paths, last = [str(member.path) for member in group]
-            yield f"{listed(paths)} and {last} {said}, with different weights"
+            yield f"{listed(paths)} and {last} {shared}, but their weights differ"
 
 
 def _own_place(member: Member) -> tuple[object, str, object]:
-    """Return what no two checkpoints of a run have in common, and how to say that two have."""
+    """Return a key that is unique in a run, with the text for two checkpoints that share it."""
     epoch, step = member.recorded
     if step is not None:
         return "step", f"record the same step, {step}", step
@@ -222,7 +226,7 @@ def _own_place(member: Member) -> tuple[object, str, object]:
 
 
 def _series(given: Sequence[Member]) -> Mapping[str, list[Member]]:
-    """Group checkpoints by their series; names in which several numbers run are one."""
+    """Group checkpoints by their series; names in which several numbers vary are one series."""
     series = _grouped(given, lambda member: member.name.series)
     alone = all(len(group) == 1 for group in series.values())
     places = {member.name.place for member in given}

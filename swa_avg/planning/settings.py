@@ -1,4 +1,4 @@
-"""How checkpoints are averaged: all options of one average in one place."""
+"""The options of one average."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Options:
-    """How checkpoints are averaged; each default is what most want.
+    """The options of one average.
 
     Attributes:
-        bn_buffers: Where BatchNorm statistics come from: last, first, mean or reset.
-        dtype: What floating tensors are written in: keep, float32, bfloat16 or float16.
-        force: Replace an output that exists.
-        key: The dotted path to the state_dict in each checkpoint, where it is not found;
-            or several paths, which make up one model.
-        ema: Average the averaged weights (EMA, SWA) that the run has kept instead; False
-            averages the raw weights and nothing else. None averages the raw weights, and
-            refuses where a kept wrapper makes it a question which of the two is meant.
-        keep_wrapper: Write the last checkpoint's own file, whatever its form, with only
-            the averaged tensors replaced in it.
-        max_shard_size: The most bytes of tensors in one file of a folder; by default 5 GB.
-        choice: Which of the checkpoints are wanted; by default all.
-        start_from: Averages to go on from, each of which weighs as much as all the
-            checkpoints that it was made from.
-        distances: Report how far the checkpoints lie from their mean.
-        verify: Read all of the output again before it takes its place, and average a
-            sample of its elements anew.
-        by_sample: Tell copies without checksums by a sample of their bytes, as a dry run does.
+        bn_buffers: The source of BatchNorm statistics: last, first, mean or reset.
+        dtype: The dtype of floating tensors in the output: keep, float32, bfloat16 or float16.
+        force: Replace an existing output.
+        key: The dotted path of the state_dict in each checkpoint, if it is not found
+            automatically; or several paths, which together are one model.
+        ema: True averages the averaged weights (EMA, SWA) that the training run kept, False
+            the raw weights. None averages the raw weights, but refuses a checkpoint with
+            both if `keep_wrapper` is set.
+        keep_wrapper: Write a copy of the last checkpoint's file, in which only the averaged
+            tensors are replaced.
+        max_shard_size: The maximum bytes of tensors in one file of a folder; 5 GB by default.
+        choice: Which of the checkpoints to average; all by default.
+        start_from: Averages to continue from. Each weighs as much as all the checkpoints
+            that it was made from.
+        distances: Report the distances of the checkpoints from their mean.
+        verify: Read the whole output again before the commit, and recompute a sample of its
+            elements.
+        by_sample: Detect copies without checksums by a sample of their bytes, as in a dry run.
 
     Raises:
-        ValueError: There is no such option, or two do not go together.
+        ValueError: An option has an unknown value, or two options exclude each other.
     """
 
     bn_buffers: str = "last"
@@ -55,14 +55,16 @@ class Options:
     by_sample: bool = False
 
     def __post_init__(self) -> None:
-        if self.bn_buffers not in BN_BUFFERS or self.dtype not in OUTPUT_DTYPES:
-            raise ValueError(f"no such option: {self.bn_buffers!r}, {self.dtype!r}")
+        if self.bn_buffers not in BN_BUFFERS:
+            raise ValueError(f"bn_buffers is {self.bn_buffers!r}; use {', '.join(BN_BUFFERS)}")
+        if self.dtype not in OUTPUT_DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; use {', '.join(OUTPUT_DTYPES)}")
         if self.keep_wrapper and self.dtype != "keep":
-            raise ValueError("a file that is kept keeps its dtypes too")
+            raise ValueError("keep_wrapper cannot change the dtype; use dtype keep")
 
     @property
     def described(self) -> dict[str, object]:
-        """Those that the output's tensors depend on, where they are not the defaults."""
+        """The options that affect the output's tensors and differ from their defaults."""
         names = ("bn_buffers", "dtype", "key", "ema")
         return {name: getattr(self, name) for name in names if self._is_set(name)}
 

@@ -1,4 +1,4 @@
-"""Averages to go on from: how many checkpoints each of them stands for, and which."""
+"""Averages given with --start-from: how many checkpoints each was made from, and which."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NUMBERS = (Kind.FLOAT, Kind.EXACT)
 
 @dataclass(frozen=True)
 class Base:
-    """An average to go on from.
+    """An average given with --start-from.
 
     Attributes:
-        state: Its state_dict.
-        sources: What it was made from; itself, where it does not say.
-        batchnorm: Where its BatchNorm statistics come from, as far as it says.
+        state: The state_dict of the average.
+        sources: The checkpoints it was made from; only itself if it does not record them.
+        batchnorm: The origin of its BatchNorm statistics, if it records that.
     """
 
     state: StateDict
@@ -29,17 +29,18 @@ class Base:
 
     @property
     def count(self) -> int:
-        """How many checkpoints it stands for: what it weighs."""
+        """The number of checkpoints it was made from, which is its weight."""
         return sum(source.count for source in self.sources)
 
 
 def base_of(state: StateDict) -> Base:
-    """Return an average to go on from.
+    """Return the average in a state_dict.
 
-    One of ours says what it was made from; torch's `AveragedModel` counts in `n_averaged`.
+    An average of swa-avg records the checkpoints it was made from. torch's `AveragedModel`
+    records their number in `n_averaged`.
 
     Raises:
-        ProvenanceError: It does not say how many checkpoints it stands for.
+        ProvenanceError: It does not record how many checkpoints it was made from.
     """
     known = provenance.of(state.checkpoint)
     if known:
@@ -47,21 +48,21 @@ def base_of(state: StateDict) -> Base:
     count, why = _count(state.n_averaged)
     if not count:
         raise ProvenanceError(
-            f"does not say how many checkpoints it is the average of{why}",
+            f"does not record how many checkpoints it was made from{why}",
             file=state.checkpoint.path,
-            expected="an average that swa-avg wrote, or an AveragedModel's state_dict",
-            remedy="Average all of the checkpoints anew",
+            expected="an average written by swa-avg, or an AveragedModel's state_dict",
+            remedy="Average all of the checkpoints again, without --start-from",
         )
     (source,) = sources_of([state], fingerprints([state], {}))
     return Base(state, (replace(source, count=count),))
 
 
 def _count(counter: TensorRef | None) -> tuple[int, str]:
-    """Return the number that an AveragedModel's counter holds, or why it is no such number."""
+    """Return the value of an AveragedModel's counter, or 0 and what is wrong with it."""
     if counter is None:
         return 0, ""
     if counter.numel != 1 or counter.dtype.kind not in _NUMBERS or counter.dtype.name == "bool":
-        return 0, f": {_COUNTER} is of shape {list(counter.shape)} and dtype {counter.dtype}"
+        return 0, f": {_COUNTER} has shape {list(counter.shape)} and dtype {counter.dtype}"
     verify((record, _COUNTER) for record in counter.records)
     (value,) = read_numbers(counter)
     if 1 <= value <= provenance.MOST_COUNT and value == int(value):
@@ -70,10 +71,10 @@ def _count(counter: TensorRef | None) -> tuple[int, str]:
 
 
 def refuse_repeats(bases: Sequence[Base]) -> None:
-    """Refuse averages that were made from the same checkpoint: it would count twice.
+    """Refuse averages made from the same checkpoint, which would count twice.
 
     Raises:
-        ProvenanceError: Two of them were.
+        ProvenanceError: Two averages have a checkpoint in common.
     """
     counted: list[Source] = []
     for base in bases:

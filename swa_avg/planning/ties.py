@@ -1,8 +1,8 @@
-"""Which names of a state_dict look at the same elements.
+"""Tied weights: names of a state_dict that share elements.
 
-Tied weights (an embedding and the output layer) are two names of one tensor;
-views are names of parts of it. They are averaged once and stay tied, if they
-are tied in every checkpoint alike.
+Tied weights (an embedding and the output layer) are two names of one tensor; views are
+names of parts of it. They are averaged once and stay tied in the output if they are tied
+in the same way in every checkpoint.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from swa_avg.tensors import TensorRef, is_dense
 
 @dataclass(frozen=True, slots=True)
 class Tie:
-    """Names that look at one stretch of elements.
+    """Names that share one range of elements.
 
     Attributes:
-        base: The name whose tensor covers all that the others look at.
-        names: All of them, `base` among them, in the order of the state_dict.
+        base: The name of the tensor that covers the elements of all others.
+        names: All names, including `base`, in the order of the state_dict.
     """
 
     base: str
@@ -30,34 +30,34 @@ class Tie:
 def ties(
     states: Sequence[StateDict], treatments: Mapping[str, object], views: bool
 ) -> tuple[list[Tie], list[str]]:
-    """Sort the names of the last state_dict into ties.
+    """Group the names of the last state_dict into ties.
 
     Args:
         states: The checkpoints, all with the same names.
-        treatments: What happens to each; names with different ones cannot stay tied.
-        views: Whether the output can hold views; else only equal views stay tied.
+        treatments: The treatment of each name; names with different ones cannot stay tied.
+        views: Whether the output can store views. If not, only equal views stay tied.
 
     Returns:
-        The ties, and the names that are tied in some of the checkpoints only.
+        The ties, and the names that are tied only in some of the checkpoints.
     """
     tensors = states[-1].tensors
-    made: list[Tie] = []
+    found: list[Tie] = []
     untied: list[str] = []
     for names in _overlapping(tensors.items(), treatments):
         tie = _tie(names, tensors) if views else None
         for part in [tie] if tie else _equal(names, tensors):
-            if all(_alike(part, state, states[-1]) for state in states[:-1]):
-                made.append(part)
+            if all(_tied_alike(part, state, states[-1]) for state in states[:-1]):
+                found.append(part)
             else:
-                made += [Tie(name, (name,)) for name in part.names]
+                found += [Tie(name, (name,)) for name in part.names]
                 untied += part.names
     untied += (name for name in _tied_before(states) if name not in untied)
     place = {name: number for number, name in enumerate(tensors)}
-    return sorted(made, key=lambda tie: place[tie.names[0]]), untied
+    return sorted(found, key=lambda tie: place[tie.names[0]]), untied
 
 
 def _tied_before(states: Sequence[StateDict]) -> dict[str, None]:
-    """Return names that are one tensor in some checkpoint, but not in the last."""
+    """Return names that are one tensor in an earlier checkpoint, but not in the last one."""
     found: dict[str, None] = {}
     last = states[-1].tensors
     for state in states[:-1]:
@@ -76,10 +76,10 @@ def _tied_before(states: Sequence[StateDict]) -> dict[str, None]:
 def _overlapping(
     tensors: Iterable[tuple[str, TensorRef]], treatments: Mapping[str, object]
 ) -> Iterator[list[str]]:
-    """Yield names whose tensors share elements, directly or through each other."""
+    """Yield groups of names whose tensors share elements, directly or through other names."""
     by_storage: dict[object, list[tuple[int, int, int, str]]] = {}
     for number, (name, ref) in enumerate(tensors):
-        # Empty tensors have no elements to share; they are told apart by their number.
+        # Empty tensors share no elements; their number makes the key unique.
         key = (ref.record, ref.dtype.name, treatments[name]) if ref.numel else number
         span = (ref.offset, ref.offset + ref.extent, number, name)
         by_storage.setdefault(key, []).append(span)
@@ -96,7 +96,7 @@ def _overlapping(
 
 
 def _tie(names: list[str], tensors: Mapping[str, TensorRef]) -> Tie | None:
-    """Return a tie of views, if one of the tensors covers all the others look at."""
+    """Return a tie of views, if one of the tensors covers the elements of all others."""
     start = min(tensors[name].offset for name in names)
     end = max(tensors[name].offset + tensors[name].extent for name in names)
     for name in names:
@@ -107,7 +107,7 @@ def _tie(names: list[str], tensors: Mapping[str, TensorRef]) -> Tie | None:
 
 
 def _equal(names: list[str], tensors: Mapping[str, TensorRef]) -> list[Tie]:
-    """Return a tie for each distinct way of looking at the storage."""
+    """Return a tie for each distinct view of the storage."""
     by_view: dict[object, list[str]] = {}
     for name in names:
         ref = tensors[name]
@@ -115,8 +115,8 @@ def _equal(names: list[str], tensors: Mapping[str, TensorRef]) -> list[Tie]:
     return [Tie(equal[0], tuple(equal)) for equal in by_view.values()]
 
 
-def _alike(tie: Tie, state: StateDict, last: StateDict) -> bool:
-    """Tell whether names are tied in a checkpoint just as they are in the last."""
+def _tied_alike(tie: Tie, state: StateDict, last: StateDict) -> bool:
+    """Return whether names are tied in a checkpoint in the same way as in the last one."""
     if len(tie.names) == 1 or state.views is last.views:
         return True
     base, base_last = state.tensors[tie.base], last.tensors[tie.base]
@@ -125,7 +125,7 @@ def _alike(tie: Tie, state: StateDict, last: StateDict) -> bool:
         if ref.record != base.record or ref.dtype != base.dtype:
             return False
         same_here = (ref.offset, ref.stride) == (base.offset, base.stride)
-        if _sees_all(ref_last, base_last):
+        if _is_same_view(ref_last, base_last):
             if not same_here or ref.shape != base.shape:
                 return False
         elif (ref.offset - base.offset, ref.stride, base.stride) != (
@@ -137,6 +137,6 @@ def _alike(tie: Tie, state: StateDict, last: StateDict) -> bool:
     return True
 
 
-def _sees_all(ref: TensorRef, base: TensorRef) -> bool:
-    """Tell whether a view is the base itself, under another name."""
+def _is_same_view(ref: TensorRef, base: TensorRef) -> bool:
+    """Return whether a view is the base itself under another name."""
     return (ref.offset, ref.shape, ref.stride) == (base.offset, base.shape, base.stride)

@@ -1,4 +1,4 @@
-"""What happens to each tensor, and why: decided by its name, its dtype and what is beside it."""
+"""The treatment of each tensor and its reason, by name, dtype and neighbouring tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from swa_avg.errors import LayoutError, SwaAvgError, listed
 from swa_avg.pickles import Inert, buffers_of
 from swa_avg.tensors import DType, Kind, TensorRef
 
-# In which names of tensors there are scales of others.
+# Names of tensors that contain the scales of quantised weights.
 _SCALE = re.compile(r"scale|absmax|zero|scb", re.IGNORECASE)
 _CODES_OR_TABLE = (
-    f"If it holds codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
-    f"{BEFORE_QUANTISATION[1:]}. If it is a table, leave it out of the files"
+    f"If it contains codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
+    f"{BEFORE_QUANTISATION[1:]}. If it is a table, remove it from the files"
 )
 
 
 class Treatment(Enum):
-    """What is done with a tensor."""
+    """The treatment of a tensor."""
 
     AVERAGED = "averaged"
     KEPT = "kept"
@@ -38,13 +38,13 @@ class Treatment(Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """How the user wants tensors treated.
+    """The rules for tensors, from the user's options and the output's format.
 
     Attributes:
-        bn_buffers: Where BN statistics come from: last, first, mean or reset.
-        dtype: The dtype that floating tensors are written in; None keeps theirs.
+        bn_buffers: The source of BatchNorm statistics: last, first, mean or reset.
+        dtype: The dtype of floating tensors in the output; None keeps their own.
         strides: Whether the output's format keeps strides and views.
-        wrapper: Whether the output is the last checkpoint's own file.
+        wrapper: Whether the output is a copy of the last checkpoint's file.
     """
 
     bn_buffers: str = "last"
@@ -58,16 +58,16 @@ class Planned:
     """One tensor of the output.
 
     Attributes:
-        name: Its name.
-        treatment: What is done with it.
-        reason: Why.
-        dtype: Its dtype in the output.
-        shape: Its shape.
+        name: The name.
+        treatment: The treatment.
+        reason: The reason for the treatment.
+        dtype: The dtype in the output.
+        shape: The shape.
         family: The family that it belongs to; empty for none.
-        statistic: Whether it is a BatchNorm statistic or its counter.
-        of_first: Whether a kept one is that of the first checkpoint, not the last.
-        must_agree: Whether a copied one must be the same in all checkpoints.
-        remedy: What the user can do where it is not.
+        statistic: Whether it is a BatchNorm statistic or counter.
+        of_first: Whether a kept tensor is taken from the first checkpoint, not the last.
+        must_agree: Whether a copied tensor must be the same in all checkpoints.
+        remedy: The remedy if it is not the same.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Planned:
 
     @property
     def alone(self) -> bool:
-        """Whether it is taken from one checkpoint, whatever the others have."""
+        """Whether it is taken from one checkpoint and not compared with the others."""
         return self.treatment is Treatment.KEPT and not self.statistic
 
     def refusal(self, path: object) -> SwaAvgError:
-        """Return the error that says that it is not the same in all checkpoints."""
+        """Return the error for a tensor that is not the same in all checkpoints."""
         what = f"is part of {self.family}" if self.family else f"{self.dtype} cannot be averaged"
         return SwaAvgError(
             f"differs between checkpoints, and {what}",
@@ -103,10 +103,10 @@ def treatments(
     """Decide what happens to each tensor of an average.
 
     Args:
-        states: The state_dicts, the last one last.
-        rules: How the user wants tensors treated.
-        count: How many checkpoints they stand for.
-        families: To which families tensors belong.
+        states: The state_dicts, in the order of the run.
+        rules: The rules for tensors.
+        count: The number of checkpoints in all state_dicts together.
+        families: The family of each tensor that has one.
     """
     last = states[-1]
     buffers = _buffers(last)
@@ -116,25 +116,25 @@ def treatments(
 
 
 def family_notes(families: Mapping[str, Family], path: object) -> Iterator[str]:
-    """Yield what the user should know of families, one line for each kind.
+    """Yield notes for the user on families, one for each kind.
 
     Args:
-        families: To which families tensors belong.
+        families: The family of each tensor that has one.
         path: The last checkpoint.
     """
-    said: dict[str, list[str]] = {}
+    by_note: dict[str, list[str]] = {}
     for name, family in families.items():
         if family.note:
-            said.setdefault(family.note, []).append(name)
-    for note, names in said.items():
+            by_note.setdefault(family.note, []).append(name)
+    for note, names in by_note.items():
         first = families[names[0]]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        kept = f" are those of {path}: they" if first.way is Way.KEPT else ":"
+        kept = f": taken from {path}; they" if first.way is Way.KEPT else ":"
         yield f"{names[0]}{more} ({first.name}){kept} {note}"
 
 
 def no_weights(state: StateDict) -> Iterator[LayoutError]:
-    """Yield why the tensors of a checkpoint are no weights that could be averaged, if so."""
+    """Yield an error if the tensors of a checkpoint are not weights that can be averaged."""
     tensors, path = state.tensors, state.checkpoint.path
     sizes = _recorded_shapes(at(state.checkpoint.tree, "param_shapes"))
     empty = [name for name, ref in tensors.items() if ref.shape == (0,)]
@@ -142,16 +142,16 @@ def no_weights(state: StateDict) -> Iterator[LayoutError]:
     floats = [name for name, ref in tensors.items() if ref.dtype.kind is Kind.FLOAT]
     if partitioned or (len(empty) > 1 and 2 * len(empty) > len(floats)):
         yield LayoutError(
-            f"holds empty stand-ins for {len(empty)} tensors ({listed(empty)}), "
-            "as DeepSpeed ZeRO-3 leaves them",
+            f"contains empty placeholders for {len(empty)} tensors ({listed(empty)}), "
+            "as written by DeepSpeed ZeRO-3",
             file=path,
-            remedy="Run zero_to_fp32.py, which stands beside such checkpoints, and average "
-            "what it writes",
+            remedy="Run zero_to_fp32.py, which DeepSpeed puts beside its checkpoints, and "
+            "average its outputs",
         )
     packed = [name for name in state.dropped if name.endswith("_packed_params")]
     if packed:
         yield LayoutError(
-            f"holds quantised weights (torch.ao.nn.quantized), {listed(packed)}",
+            f"contains quantised weights (torch.ao.nn.quantized): {listed(packed)}",
             file=path,
             remedy=BEFORE_QUANTISATION,
         )
@@ -159,7 +159,7 @@ def no_weights(state: StateDict) -> Iterator[LayoutError]:
 
 @dataclass(frozen=True)
 class _Decision:
-    """What decides on a tensor."""
+    """Decides on the treatment of tensors."""
 
     states: Sequence[StateDict]
     rules: Rules
@@ -168,7 +168,7 @@ class _Decision:
     scaled: frozenset[str]
 
     def __call__(self, name: str, ref: TensorRef, family: Family | None) -> Planned:
-        """Decide on a tensor."""
+        """Return the plan for a tensor."""
         floating = ref.dtype.kind is Kind.FLOAT
         dtype = self.rules.dtype if self.rules.dtype and floating else ref.dtype
         plain = Planned(name, Treatment.AVERAGED, f"mean of {self.count}", dtype, ref.shape)
@@ -178,7 +178,7 @@ class _Decision:
             return self._without_mean(plain, ref)
         if name in self.buffers:
             of = self.states[-1].checkpoint.path
-            reason = f"buffer of {of}: not trained, so AveragedModel keeps the last one, too"
+            reason = f"buffer of {of}: not trained; AveragedModel keeps the last one too"
             return replace(plain, treatment=Treatment.KEPT, reason=reason, family="buffer")
         return plain
 
@@ -228,7 +228,7 @@ class _Decision:
 
 
 def _recorded_shapes(groups: object) -> dict[object, tuple[int, ...]]:
-    """Return the shapes that DeepSpeed records of parameters: one dict, or one a group."""
+    """Return the parameter shapes that DeepSpeed records, in one dict or one for each group."""
     found: dict[object, tuple[int, ...]] = {}
     for group in groups if isinstance(groups, list | tuple) else [groups]:
         shapes = group.items() if isinstance(group, dict) else ()
@@ -237,7 +237,7 @@ def _recorded_shapes(groups: object) -> dict[object, tuple[int, ...]]:
 
 
 def _buffers(state: StateDict) -> frozenset[str]:
-    """Return the names that a file says are buffers: a whole module's, or a list beside."""
+    """Return the names of buffers, from a pickled module or from DeepSpeed's list of names."""
     tree = state.checkpoint.tree
     value = at(tree, state.where)
     if isinstance(value, Inert):

@@ -1,7 +1,7 @@
-"""Which average is best, judged by a function of the user's.
+"""The search for the best average, scored by the user's `evaluate` function.
 
 In: a planned average and an `evaluate` function. Out: the best average and the scores of
-all that were tried. Knows nothing of screens.
+all candidates. Does not print.
 """
 
 from swa_avg.search import candidates, plot, sweeping

@@ -1,6 +1,6 @@
-"""Averages that are tried: each is judged in its temporary file, and all are reported.
+"""Candidate averages: scores each one in its temporary file and reports all of them.
 
-Knows how a candidate is judged, not how candidates are chosen.
+Does not choose the candidates.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from swa_avg.formats import open_checkpoint
 from swa_avg.search.scores import Judge, Scale
 from swa_avg.storage import AtomicFile, RemoteFile
 
-# Called before each step with how many are done, and what comes now.
+# Called before each step with the number of completed steps and the name of the next one.
 Progress = Callable[[int, str], None]
 File = AtomicFile | RemoteFile
 
 
 @dataclass(frozen=True)
 class Tried:
-    """An average that was judged.
+    """The score of a candidate average.
 
     Attributes:
-        members: The numbers of its checkpoints, from 0, in their order.
+        members: The numbers of its checkpoints, from 0, in order.
         score: Its score.
     """
 
@@ -35,18 +35,18 @@ class Tried:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Which averages were tried, and what became the output.
+    """The scores of a search, and the average that became the output.
 
     Attributes:
-        greedy: Whether it was a greedy soup; else a sweep over the last 1, 2, 3, …
-        scale: What was measured, and which way is better.
-        paths: The checkpoints, in their order.
-        singles: The score of each, as it is.
-        tried: The averages, in the order in which they were tried.
-        best: Which of them is the output.
-        average: How the output was averaged.
-        batchnorm: Its BatchNorm statistics, if they were recomputed.
-        notes: What the user should know about these.
+        greedy: Whether the search was a greedy soup; otherwise a sweep over the last 1, 2, 3, …
+        scale: The name of the score, and whether low or high is better.
+        paths: The checkpoints, in order.
+        singles: The score of each checkpoint on its own.
+        tried: The averages, in the order in which they were scored.
+        best: The index of the output in `tried`.
+        average: The report of the output.
+        batchnorm: The report of its BatchNorm statistics, if they were recomputed.
+        notes: Notes about the BatchNorm statistics.
     """
 
     greedy: bool
@@ -60,7 +60,7 @@ class SweepReport:
     notes: tuple[str, ...] = ()
 
     def noting(self, notes: tuple[str, ...]) -> SweepReport:
-        """Return the same, with more notes about the output."""
+        """Return a copy with more notes about the output."""
         average = replace(self.average, notes=(*self.average.notes, *notes))
         return replace(self, average=average)
 
@@ -70,13 +70,13 @@ class SweepReport:
         return self.tried[self.best]
 
     def added(self, place: int) -> int:
-        """Return which checkpoint an average has that those before it had not tried yet."""
+        """Return the one checkpoint of an average that no earlier average contains."""
         before = {member for one in self.tried[:place] for member in one.members}
         (new,) = set(self.tried[place].members) - before
         return new
 
     def to_dict(self) -> dict[str, object]:
-        """Return it as what JSON can hold: the report of the output, and the search."""
+        """Return a dict for JSON: the report of the output, and the search."""
         search = {
             "greedy": self.greedy,
             "metric": self.scale.name,
@@ -95,8 +95,8 @@ class SweepReport:
         if self.batchnorm is None:
             return content
         stale = {"stale": bool(self.batchnorm.unreached)}
-        said = {"batchnorm": self.batchnorm.to_json(), "batchnorm_notes": list(self.notes)}
-        return content | stale | said
+        recomputed = {"batchnorm": self.batchnorm.to_json(), "batchnorm_notes": list(self.notes)}
+        return content | stale | recomputed
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Found:
     """The best average, in a file that is not committed yet.
 
     Attributes:
-        file: Becomes the output when it is committed.
-        averaging: How it was averaged.
-        report: What was tried.
+        file: The temporary file, which becomes the output when it is committed.
+        averaging: The plan of the average.
+        report: The report of the search.
     """
 
     file: File
@@ -116,7 +116,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An average that is judged, in a file that is not committed."""
+    """A scored average, in a file that is not committed."""
 
     file: File
     averaging: Averaging
@@ -127,12 +127,12 @@ class Candidate:
 
 
 class Bench:
-    """Where checkpoints and averages are judged, one after the other.
+    """Scores checkpoints and averages, one after the other.
 
     Args:
-        judge: Who judges.
-        bn: Who recomputes the BatchNorm statistics of each average, if that is wanted.
-        progress: Is told of each step.
+        judge: Loads weights into the model and calls `evaluate`.
+        bn: Recomputes the BatchNorm statistics of each average; None leaves them as they are.
+        progress: Called before each step.
     """
 
     def __init__(
@@ -145,17 +145,17 @@ class Bench:
 
     @property
     def scale(self) -> Scale:
-        """What is measured; known when something has been."""
+        """The scale of the scores; known after the first one."""
         return self._judge.scale
 
     def begin(self, step: str) -> None:
-        """Say what comes now."""
+        """Report the start of a step."""
         if self._progress:
             self._progress(self._done, step)
         self._done += 1
 
     def singles(self, states: Sequence[StateDict]) -> tuple[float, ...]:
-        """Return the score of each checkpoint as it is."""
+        """Return the score of each checkpoint on its own."""
         scores = []
         for state in states:
             path = str(state.checkpoint.path)
@@ -164,17 +164,17 @@ class Bench:
         return tuple(scores)
 
     def candidate(
-        self, file: File, averaging: Averaging, report: Report, members: Iterable[int], whose: str
+        self, file: File, averaging: Averaging, report: Report, members: Iterable[int], label: str
     ) -> Candidate:
-        """Judge an average, when its BatchNorm statistics are recomputed."""
-        self.begin(whose)
+        """Score an average, after recomputing its BatchNorm statistics if that is wanted."""
+        self.begin(label)
         options = averaging.options
-        # Our own output holds nothing but the state_dict.
+        # Without --keep-wrapper the output is a plain state_dict.
         key, ema = (options.key, options.ema) if options.keep_wrapper else ((), None)
         batchnorm = self._bn.recompute(file, key, ema) if self._bn else None
         checkpoint = open_checkpoint(file.path)
         try:
-            score = self._judge.score(find_state_dict(checkpoint, key, ema), whose)
+            score = self._judge.score(find_state_dict(checkpoint, key, ema), label)
         finally:
             checkpoint.close()
         return Candidate(file, averaging, report, tuple(members), score, batchnorm)

@@ -1,7 +1,7 @@
-"""The picture of a search: scores against how many checkpoints are averaged.
+"""The plot of a search: scores against the number of averaged checkpoints.
 
-Needs matplotlib (the extra `plot`), which is imported when a picture is asked for. The
-same search gives the same bytes of SVG and HTML: no date, no random names.
+Needs matplotlib (the extra `plot`), which is imported only to draw a plot. The same search
+gives the same bytes of SVG and HTML: the plot has no date and no random names.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".html")
-_SIZE = 5.5, 3.6  # inches: a column and a half of most papers
+_SIZE = 5.5, 3.6  # inches: about one and a half columns of a paper
 _DPI = 200
-# Of the palette of Okabe and Ito, which the colour-blind can tell apart, and grey.
+# Two colours of the colour-blind-safe palette of Okabe and Ito, and grey.
 _AVERAGE, _SINGLE, _BEST = "#0072B2", "#8C8C8C", "#D55E00"
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "swa-avg",
     "text.parse_math": False,  # a metric's name may have a $ in it
-    "svg.fonttype": "none",  # words stay words: to be searched, read aloud, edited
+    "svg.fonttype": "none",  # keep text as text, so that it can be searched and edited
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -40,13 +40,13 @@ _STYLE: dict[Any, Any] = {
 
 
 def check_plot(path: Path) -> str:
-    """Refuse, before any work, a picture that could not be drawn.
+    """Check, before any work, that a plot can be drawn.
 
     Returns:
-        Its suffix.
+        The suffix of its name.
 
     Raises:
-        OutputError: Its suffix names no form that we know, or matplotlib is not there.
+        OutputError: The suffix is not supported, or matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError("cannot be drawn", file=path, expected=f"a name in {', '.join(SUFFIXES)}")
@@ -60,11 +60,11 @@ def check_plot(path: Path) -> str:
 
 
 def drawn(report: SweepReport, suffix: str) -> bytes:
-    """Return a picture of a search.
+    """Return the plot of a search as the bytes of a file.
 
     Args:
-        report: The search.
-        suffix: .png, .svg or .html, which is a page with the SVG in it.
+        report: The report of the search.
+        suffix: .png, .svg or .html; .html is a page that contains the SVG.
     """
     from matplotlib import rc_context
 
@@ -108,24 +108,24 @@ def _figure(report: SweepReport) -> Figure:
 
 
 def _places(report: SweepReport) -> tuple[list[int], tuple[str, str, str]]:
-    """Return the places along the axis; what the two series and the axis are called."""
+    """Return the x values, and the labels of the two series and the x axis."""
     places = list(range(1, len(report.paths) + 1))
     recomputed = ", BatchNorm recomputed" if report.batchnorm else ""
     if report.greedy:
         return places, (
-            f"soup of the best so far{recomputed}",
-            "the checkpoint alone",
-            "checkpoints tried, the best first",
+            f"best soup so far{recomputed}",
+            "checkpoint alone",
+            "checkpoints tried, best first",
         )
     return places, (
         f"average of the last n{recomputed}",
-        "the n-th from the end alone",
+        "n-th checkpoint from the end, alone",
         "number n of checkpoints averaged, counted from the end of the run",
     )
 
 
 def _averages(report: SweepReport) -> list[float]:
-    """Return what is drawn as the averages' scores; of a soup that of the best so far."""
+    """Return the plotted scores of the averages; for a greedy soup, the best score so far."""
     scores = [one.score for one in report.tried]
     if not report.greedy:
         return scores
@@ -141,7 +141,7 @@ def _mark_best(axes: Axes, report: SweepReport, place: int, score: float) -> Non
     axes.plot([place], [score], "o", gid="best", markersize=10, markeredgewidth=1.6, **ring)
     above = report.scale.mode == "max"
     count = len(report.winner.members)
-    # Text near the ends must not leave the picture.
+    # Keep the text inside the plot near both ends.
     share = (place - 1) / max(len(report.paths) - 1, 1)
     side: Literal["left", "center", "right"] = "center"
     if not 0.25 < share < 0.75:
@@ -165,7 +165,7 @@ def _title(report: SweepReport) -> str:
 
 
 def _page(svg: str, title: str) -> str:
-    """Return a page that shows a picture, and is one file."""
+    """Return an HTML page that contains the SVG."""
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{escape(title)}</title>\n"

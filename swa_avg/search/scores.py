@@ -1,8 +1,8 @@
-"""How good a model is, as the user's own function says: scores, and which way is better.
+"""Scores: calls the user's `evaluate` and decides whether low or high is better.
 
-`evaluate(model)` returns a number, or a mapping of names to numbers of which one
-counts. Whether a small or a large one is good is asked, or told by the metric's
-name; it is never guessed. Knows no averages.
+`evaluate(model)` returns a number, or a mapping of names to numbers of which one is the
+score. Whether low or high is better follows from `--mode` or from the metric's name; it
+is never guessed. This module does not know about averages.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import nn
 from swa_avg.batchnorm import (
     Recompute,
     Session,
-    found,
     importable,
+    load_attribute,
     load_weights,
     model_of,
     read_state,
@@ -38,30 +38,30 @@ Evaluate = Callable[[nn.Module], object]
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured.
+    """The meaning of a score.
 
     Attributes:
-        name: What the score is called.
-        mode: Whether a small (min) or a large (max) one is good.
+        name: The name of the score.
+        mode: Whether low (min) or high (max) scores are better.
     """
 
     name: str
     mode: str
 
     def is_better(self, one: float, other: float) -> bool:
-        """Tell whether a score is better than another, and not just as good."""
+        """Return whether `one` is strictly better than `other`."""
         return one < other if self.mode == "min" else one > other
 
 
 class Judge:
-    """The user's `evaluate`, and the model that it is given.
+    """The user's `evaluate` function and the model that it scores.
 
     Args:
-        evaluate: Is called with the model, in eval mode, where and as it was made.
-        model: Takes the weights to be judged.
+        evaluate: Called with the model in eval mode; device and dtype are left as they are.
+        model: The model into which the weights are loaded.
         called: The name of `evaluate`.
-        metric: The name of the score, and of its entry where there are several.
-        mode: min or max, where neither name tells.
+        metric: The name of the score, and its key if `evaluate` returns a mapping.
+        mode: min or max; None derives it from the names.
     """
 
     def __init__(
@@ -81,24 +81,24 @@ class Judge:
 
     @property
     def scale(self) -> Scale:
-        """What is measured; known when something has been."""
-        assert self._scale is not None, "nothing has been judged yet"
+        """The scale of the scores; known after the first one."""
+        assert self._scale is not None, "no model has been scored yet"
         return self._scale
 
-    def score(self, state: StateDict, whose: str) -> float:
+    def score(self, state: StateDict, label: str) -> float:
         """Return the score of a state_dict.
 
         Args:
-            state: Is loaded into the model.
-            whose: What it is, for people.
+            state: The state_dict, which is loaded into the model.
+            label: The name of the state_dict in messages.
 
         Raises:
-            DataError: `evaluate` raises, or gives no finite number; or the model does
-                not take these weights.
-            SelectionError: Nothing tells which way is better.
+            DataError: `evaluate` raises or does not return a finite number, or the weights
+                do not fit the model.
+            SelectionError: It is not known whether low or high is better.
         """
         load_weights(self.model, read_state(state))
-        doing = f"{self._called} of {whose}: "
+        doing = f"{self._called} of {label}: "
         with users_code(f"{type(self.model).__name__}.eval(): "):
             self.model.eval()
         with same_draws(), users_code(doing):
@@ -109,17 +109,17 @@ class Judge:
         return _number(result if entry is None else result[entry], doing)  # type: ignore[index]
 
     def _entry(self, result: Mapping[Any, object], doing: str) -> Any:
-        """Return the key of the entry that counts."""
+        """Return the key of the score in a mapping."""
         if self._metric in result:
             return self._metric
         if self._metric is None and len(result) == 1:
             return next(iter(result))
         there = listed([str(key) for key in result], 10) or "nothing"
-        found = f"gives {there}" + (f", but no {self._metric}" if self._metric else "")
-        raise DataError(doing + found, remedy="Say which of them counts with --metric NAME")
+        found = f"returns {there}" + (f", but not {self._metric}" if self._metric else "")
+        raise DataError(doing + found, remedy="Choose one with --metric NAME")
 
     def _measured(self, entry: Any) -> Scale:
-        """Say what is measured, from what the user calls it."""
+        """Return the scale, from `--mode` or from the names of the metric and `evaluate`."""
         if entry is not None:
             names = [str(entry)]
         else:
@@ -129,8 +129,8 @@ class Judge:
             modes = {self._mode}
         if len(modes) != 1:
             raise SelectionError(
-                f"nothing tells whether a small or a large {names[0]} is good",
-                remedy="Say it with --mode min or --mode max",
+                f"the name {names[0]} does not show whether low or high values are better",
+                remedy="Give --mode min or --mode max",
             )
         return Scale(names[0], modes.pop())
 
@@ -144,26 +144,27 @@ def judged(
     metric: str | None = None,
     mode: str | None = None,
 ) -> Iterator[tuple[Judge, Session | None]]:
-    """Load the user's code; inside the `with` it can still import.
+    """Load the user's code, which can import modules until the context ends.
 
     Args:
         evaluate: `MOD:ATTR` of the function.
-        recompute: What to recompute BatchNorm statistics with, if that is wanted.
-        model: `MOD:ATTR` of the model; by default `model` of the data's module, else
-            of `evaluate`'s.
+        recompute: The options for recomputing BatchNorm statistics; None leaves them as
+            they are.
+        model: `MOD:ATTR` of the model; by default `model` of the module of `--data`, or of
+            the module of `evaluate`.
         metric: As for `Judge`.
         mode: As for `Judge`.
 
-    Returns:
-        Who judges, and who recomputes BatchNorm statistics.
+    Yields:
+        The judge, and the session that recomputes BatchNorm statistics or None.
 
     Raises:
-        DataError: Something that is named is not there, or of no use.
+        DataError: A module or an attribute does not exist or has the wrong type.
     """
     folder = recompute.folder if recompute else Path.cwd()
     with ExitStack() as opened:
         opened.enter_context(importable(folder))
-        module, function = found(evaluate, folder)
+        module, function = load_attribute(evaluate, folder)
         if not callable(function):
             raise DataError(
                 f"{evaluate} is of type {type(function).__name__}",
@@ -172,7 +173,7 @@ def judged(
         called = evaluate.rpartition(":")[2].rpartition(".")[2]
         bn: Session | None = None
         if recompute:
-            if model is None and not hasattr(found(recompute.data, folder)[0], "model"):
+            if model is None and not hasattr(load_attribute(recompute.data, folder)[0], "model"):
                 model = f"{evaluate.rpartition(':')[0]}:model"
             bn = opened.enter_context(session(replace(recompute, model=model)))
         network = bn.model if bn else model_of(module, evaluate, model, folder)
@@ -180,16 +181,16 @@ def judged(
 
 
 def _number(value: object, doing: str) -> float:
-    """Return a score as a float: a number, or a tensor of one element.
+    """Convert a score, a number or a tensor of one element, to a float.
 
     Raises:
-        DataError: It is no finite number.
+        DataError: The score is not a finite number.
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise DataError(
-            f"{doing}gives a {type(value).__name__}",
+            f"{doing}returns a {type(value).__name__}",
             expected="a number, or a mapping of names to numbers",
         )
     try:
@@ -197,5 +198,5 @@ def _number(value: object, doing: str) -> float:
     except OverflowError:  # an int or a fraction that is larger than any float
         number = math.inf
     if not math.isfinite(number):
-        raise DataError(f"{doing}gives {number}", expected="a finite number")
+        raise DataError(f"{doing}returns {number}", expected="a finite number")
     return number

@@ -1,9 +1,9 @@
-"""Which average is best: candidates are averaged, judged, and the best becomes the output.
+"""The two searches: both average and score candidates, and keep the best as the output.
 
-The sweep tries the last 1, 2, 3, … of the chosen checkpoints, all of them averaged in
-one reading of the files; the greedy soup tries whether one more makes it better. Each
-single checkpoint is judged beside them, as it is. Candidates are temporary files beside
-the output; all but the best of them vanish. Prints nothing.
+The sweep averages the last 1, 2, 3, … of the chosen checkpoints while it reads the files
+once. The greedy soup adds a checkpoint if that improves the score. Each checkpoint is also
+scored on its own. Candidates are temporary files beside the output; all but the best are
+removed. Does not print.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from swa_avg.storage import AtomicFolder, is_remote
 
 @contextmanager
 def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Iterator[Found]:
-    """Average the last 1, 2, 3, … checkpoints, all in one reading, and find the best.
+    """Average the last 1, 2, 3, … checkpoints while reading the files once; find the best.
 
-    Of equal scores that of more checkpoints counts as the best.
+    Of equally good averages, the one of more checkpoints is the best.
 
     Raises:
-        SwaAvgError: There is no room, or something cannot be averaged or judged.
+        SwaAvgError: The disk is full, or averaging or scoring fails.
     """
     chosen = averaging.selection.chosen
     count = len(chosen)
@@ -52,8 +52,8 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
             average = ending(averaging, number)
             report = average.complete(file, replace(outcome, checksums=checksums[number - 1]))
             members = range(count - number, count)
-            whose = f"the average of the last {number}"
-            candidates.append(bench.candidate(file, average, report, members, whose))
+            label = f"the average of the last {number}"
+            candidates.append(bench.candidate(file, average, report, members, label))
         best = candidates[0]
         for candidate in candidates:
             if not bench.scale.is_better(best.score, candidate.score):
@@ -63,15 +63,16 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
 
 @contextmanager
 def greedy(averaging: Averaging, bench: Bench, threads: int | None = None) -> Iterator[Found]:
-    """Add one checkpoint after the other, the best first, as long as the average gets better.
+    """Try the checkpoints from best to worst; add each one that improves the average.
 
     The greedy soup of Wortsman et al. 2022, "Model soups: averaging weights of multiple
-    fine-tuned models improves accuracy without increasing inference time", recipe 1. Unlike
-    there, a checkpoint that changes nothing does not join. Each average is made anew from
-    the files, so it is exact. Of checkpoints that are equally good the later comes first.
+    fine-tuned models improves accuracy without increasing inference time", recipe 1. In
+    contrast to the paper, a checkpoint that leaves the score equal is not added. Each
+    average is computed from the files, so it is exact. Of equally good checkpoints, the
+    later one is tried first.
 
     Raises:
-        SwaAvgError: There is no room, or something cannot be averaged or judged.
+        SwaAvgError: The disk is full, or averaging or scoring fails.
     """
     chosen = averaging.selection.chosen
     _check_room(averaging, 2)
@@ -89,8 +90,8 @@ def greedy(averaging: Averaging, bench: Bench, threads: int | None = None) -> It
                 average = trial.enter_context(planned(paths, averaging.output, options))
                 file = _output(average, trial)
                 report = average.write(file, threads=threads)
-                whose = f"the average with {chosen[number].checkpoint.path}"
-                candidates.append(bench.candidate(file, average, report, members, whose))
+                label = f"the average with {chosen[number].checkpoint.path}"
+                candidates.append(bench.candidate(file, average, report, members, label))
                 if best is None or bench.scale.is_better(candidates[-1].score, best.score):
                     best = candidates[-1]
                     kept.close()
@@ -100,9 +101,9 @@ def greedy(averaging: Averaging, bench: Bench, threads: int | None = None) -> It
 
 
 def ending(averaging: Averaging, count: int) -> Averaging:
-    """Return the average of the last `count` checkpoints, laid out as that of all."""
+    """Return the average of the last `count` checkpoints, with the layout of the whole one."""
     chosen = averaging.selection.chosen[-count:]
-    # What is copied or kept is the last one's, or the same in all, whatever the count.
+    # Copied and kept tensors come from the last checkpoint, whatever the count.
     works = tuple(replace(work, sources=work.sources[-count:]) for work in averaging.plan.works)
     state_dict = averaging.plan.state_dict
     plan = replace(make_plan(chosen, averaging.rules), works=works, state_dict=state_dict)
@@ -111,27 +112,27 @@ def ending(averaging: Averaging, count: int) -> Averaging:
 
 
 def _check_room(averaging: Averaging, count: int) -> None:
-    """Refuse, before anything is read, what does not fit on the disk."""
+    """Refuse a search whose temporary files do not fit on the disk, before reading."""
     output = averaging.output
     place = gettempdir() if is_remote(output) else Path(os.path.realpath(output)).parent
     needed = count * averaging.layout.size
     try:
         free = shutil.disk_usage(place).free
     except OSError:
-        return  # no such folder: who opens the file says so
+        return  # a missing folder is reported when the file is opened
     if needed > free:
         raise OutputError(
-            f"needs {in_bytes(needed)} beside it to compare {counted(count, 'average')}, and "
-            f"{in_bytes(free)} are free",
+            f"comparing {counted(count, 'average')} needs {in_bytes(needed)} of disk space "
+            f"beside the output, but {in_bytes(free)} are free",
             file=output,
-            remedy="Compare fewer with --last, or write to another place with -o",
+            remedy="Compare fewer with --last, or write to another disk with -o",
         )
 
 
 def _output(averaging: Averaging, opened: ExitStack) -> File:
     """Open a temporary file for an average."""
     file = averaging.open_output()
-    assert not isinstance(file, AtomicFolder), "folders are refused before"
+    assert not isinstance(file, AtomicFolder), "folders have been refused before"
     opened.enter_context(file)
     return file
 
@@ -178,46 +179,50 @@ def sweep(
     progress: Progress | None = None,
     **options: Any,
 ) -> SweepReport:
-    """Find out which average of checkpoints is best, and write that one.
+    """Find the best average of checkpoints and write it.
 
-    The averages of the last 1, 2, 3, … checkpoints are made in one reading of the files
-    and judged; so is each checkpoint by itself. As many files as there are checkpoints,
-    each of the output's size, lie beside the output meanwhile; with `soup` two.
+    The files are read once to average the last 1, 2, 3, … checkpoints. Each average and
+    each single checkpoint is scored. The search needs one temporary file of the output's
+    size for each checkpoint, or two with `soup`.
 
     Args:
         checkpoints: Files, folders, or patterns of them.
         output: The file to write.
         evaluate: `evaluate(model)` returns a number, or a mapping of names to numbers. The
-            model is in eval mode, where and as it was given.
-        model: Takes the weights; afterwards it has those that were judged last.
-        soup: Make a greedy soup instead: a checkpoint joins, the best first, if the
-            average gets better (Wortsman et al. 2022, "Model soups", recipe 1).
-        metric: What the number is called, or which entry of a mapping counts.
-        mode: Whether a small (min) or a large (max) one is good; needed where neither
-            `metric` nor the name of `evaluate` or of the only entry tells.
-        batches: Recompute the BatchNorm statistics of each average over these; something
-            that can be iterated over again and again.
+            model is in eval mode; its device and dtype are not changed.
+        model: The model into which the weights are loaded. Afterwards it holds the weights
+            that were scored last.
+        soup: Make a greedy soup instead: try the checkpoints from best to worst and add each
+            one that improves the average (Wortsman et al. 2022, "Model soups", recipe 1).
+        metric: The name of the score, or its key if `evaluate` returns a mapping.
+        mode: Whether low (min) or high (max) scores are better. Needed if the name of the
+            metric or of `evaluate` does not imply it.
+        batches: Batches to recompute the BatchNorm statistics of each average with. They
+            are iterated over once for each average.
         forward: As for `recompute_batchnorm`; so are `device`, `estimator`, `amp` and
             `max_batches`.
-        device: Where BatchNorm statistics are recomputed.
+        device: The device on which BatchNorm statistics are recomputed.
         estimator: population or torch.
         amp: off, bf16 or fp16.
-        max_batches: Use only so many batches.
-        threads: How many processes or threads average; by default one for each usable core.
-        progress: Called before each step with how many are done, and what comes now.
-        **options: The fields of `Options`, by name, but for `start_from`, `distances`
-            and the BatchNorm statistics of the first checkpoint.
+        max_batches: The largest number of batches to use.
+        threads: The number of worker processes or threads; by default one per usable core.
+        progress: Called before each step with the number of completed steps and the name of
+            the next one.
+        **options: The fields of `Options`, by name, except `start_from`, `distances` and
+            `bn_buffers="first"`.
 
     Returns:
-        What was tried, and how the output was made.
+        The report of the search.
 
     Raises:
-        SwaAvgError: Nothing was written; the error says why.
-        ValueError: An option has no such value, or does not go with a search.
+        SwaAvgError: The search failed, and nothing was written.
+        ValueError: An option has an invalid value or cannot be combined with a search.
     """
     wanted = Options(**options)
     if wanted.start_from or wanted.distances or wanted.bn_buffers == "first":
-        raise ValueError("start_from, distances and bn_buffers=first do not go with a search")
+        raise ValueError(
+            "start_from, distances and bn_buffers=first cannot be combined with a search"
+        )
     called = getattr(evaluate, "__name__", "score")
     judge = Judge(evaluate, model, called, metric, mode)
     bn = None

@@ -1,8 +1,8 @@
-"""Putting what is written in its target's place: modes, renames, and forcing names to disk.
+"""Moving a finished file or folder to its target: modes, renames, syncing the folder.
 
-What was known of the target when the work began is checked again in the step that puts
-the output there: a file that came meanwhile is another's work. Knows nothing of what is
-written, and raises what the system says.
+The state of the target when the run began is compared again in the step that moves the
+output there, so that a file written by another program meanwhile is not lost. This
+module does not look into the files, and raises the system's errors unchanged.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 
 from swa_avg.storage import temporary
 
-# What a file system or kernel says to a call that it does not know.
+# The errors with which a file system or kernel rejects a call that it does not support.
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
-_CURRENT = -100  # AT_FDCWD: paths count from the current folder
+_CURRENT = -100  # AT_FDCWD: paths are relative to the current folder
 _NO_REPLACE = 1  # RENAME_NOREPLACE
 _EXCHANGE = 2  # RENAME_EXCHANGE
 
-# What tells a file from every other one, and from a later state of itself: device, inode,
-# size, and the nanosecond of its last change. None where there is no file.
+# The identity of a file and of its contents: device, inode, size, and last change in
+# nanoseconds. None if there is no file.
 State = tuple[int, int, int, int] | None
 
 
 class ReplacedError(Exception):
-    """What has the target's name is not what was there when the work began."""
+    """The target is not the file or folder that was there when the run began."""
 
 
 def state_of(path: Path) -> State:
-    """Return what is known of a file that may not be there."""
+    """Return the state of a file, or None if it does not exist."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -42,10 +42,10 @@ def state_of(path: Path) -> State:
 
 
 def put_new(path: Path, final: Path) -> None:
-    """Give a file or folder its name, which nothing may have.
+    """Rename a file or folder to `final`, which must not exist.
 
     Raises:
-        FileExistsError: Something has it.
+        FileExistsError: It exists.
     """
     try:
         _rename(path, final, _NO_REPLACE)
@@ -56,13 +56,13 @@ def put_new(path: Path, final: Path) -> None:
 
 
 def _put_new_file(path: Path, final: Path) -> None:
-    """Give a file its name by a second link, which never takes the place of anything."""
+    """Rename a file by a hard link, which never replaces an existing file."""
     try:
         final.hardlink_to(path)
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, errno.EMLINK):
             raise
-        # Neither way: all that is left is to look first.
+        # No hard links either: check first, then rename.
         if os.path.lexists(final):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
         path.rename(final)
@@ -71,7 +71,7 @@ def _put_new_file(path: Path, final: Path) -> None:
 
 
 def _put_new_folder(path: Path, final: Path) -> None:
-    """Give a folder its name by taking the place of an empty one that is made for it."""
+    """Rename a folder by creating an empty one at `final` and replacing that."""
     final.mkdir()
     try:
         path.rename(final)
@@ -82,13 +82,13 @@ def _put_new_folder(path: Path, final: Path) -> None:
 
 
 def put_over(path: Path, final: Path, state: State) -> None:
-    """Put a file in the place of the one that was seen, and of no other.
+    """Replace the file at `final`, but only if it still has the given state.
 
-    Where the system can, the two change places and what comes out is looked at; else
-    there is a moment between the look and the rename.
+    The two files are exchanged in one step and the old one is then compared. A system
+    without that step leaves a short time between the comparison and the rename.
 
     Raises:
-        ReplacedError: It is another one, or was written to; all is as it was.
+        ReplacedError: The file was replaced or written to; nothing has changed.
     """
     if state_of(final) != state:
         raise ReplacedError
@@ -107,18 +107,18 @@ def put_over(path: Path, final: Path, state: State) -> None:
 
 
 def take_mode(path: Path, replaced: Path) -> None:
-    """Give a file or folder the mode of what it will replace, if there is anything."""
+    """Copy the mode of the file or folder at `replaced` to `path`, if there is one."""
     with suppress(FileNotFoundError):
         path.chmod(stat.S_IMODE(replaced.stat().st_mode))
 
 
 def put_folder(folder: Path, final: Path, check: Callable[[Path], None]) -> None:
-    """Give a folder its name; what has the name gets the other one, or is moved away.
+    """Rename a folder to `final`; exchange it with the folder there, or move that away.
 
     Args:
-        folder: The new one.
-        final: What it will be called.
-        check: Raises if the folder that it is given holds what must not be lost.
+        folder: The new folder.
+        final: The final path.
+        check: Is called with the old folder; raises if that folder must not be replaced.
     """
     try:
         folder.rename(final)
@@ -141,7 +141,7 @@ def put_folder(folder: Path, final: Path, check: Callable[[Path], None]) -> None
 
 
 def _rename(one: Path, other: Path, flags: int) -> None:
-    """Rename in one of the ways of which Linux is capable: no replacing, or changing places."""
+    """Rename by Linux's `renameat2`: without replacing, or by exchanging two names."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
         call = library.renameat2
@@ -153,7 +153,7 @@ def _rename(one: Path, other: Path, flags: int) -> None:
 
 
 def _replace_in_two_steps(folder: Path, final: Path, check: Callable[[Path], None]) -> None:
-    """Move a folder away and put the new one in its place; if that fails, put it back."""
+    """Move the old folder away and rename the new one; on failure move the old one back."""
     replaced = folder.with_suffix(temporary.REPLACED)
     try:
         final.rename(replaced)
@@ -168,7 +168,7 @@ def _replace_in_two_steps(folder: Path, final: Path, check: Callable[[Path], Non
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk, where its file system knows how and we may.
+    """Sync the names in a folder to disk, if its file system and permissions allow it.
 
     Raises:
         OSError: The disk failed.

@@ -1,4 +1,4 @@
-"""A file behind a URL, read in ranges: each request asks for one, and gets that or an error."""
+"""A file behind a URL, read in byte ranges: one request for each range."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ from swa_avg.storage import web
 from swa_avg.storage.prefetch import ReadAhead
 from swa_avg.storage.remote import RemotePath
 
-# What tells one state of a file from the next, under the names that backends give it.
+# The fields that change when a file is rewritten, under the names of the different backends.
 _STAMPS = (
     *("ETag", "etag", "Content-MD5", "Digest", "content_md5", "md5Hash", "crc32c", "generation"),
     *("VersionId", "blob_id", "xet_hash", "checksum", "LastModified", "Last-Modified"),
     *("last_modified", "mtime", "modified", "updated", "created", "size"),
 )
-_PAGE = 64 * 1024  # the least that is fetched for headers
+_PAGE = 64 * 1024  # the smallest request, for headers
 _MOST_PAGES = 16
-_MOST_AT_ONCE = 8 << 20  # bytes of one request
+_MOST_AT_ONCE = 8 << 20  # bytes in one request
 
 
 def stamp(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells one state of a file from the next."""
+    """Return the fields that change when a file is rewritten."""
     return {name: info[name] for name in _STAMPS if info.get(name) is not None}
 
 
 @cache
-def _turns(fs: Any) -> threading.Lock:
-    """Return what lets one thread at a time use a filesystem that is not for several."""
+def _lock_of(fs: Any) -> threading.Lock:
+    """Return the lock of a filesystem that is not thread-safe."""
     return threading.Lock()
 
 
 class RemoteSource:
-    """A remote file, read in ranges.
+    """A remote file, read in byte ranges.
 
     Attributes:
-        size: Its bytes when it was opened.
-        modified: When it was last written, in seconds since 1970, where the store says.
+        size: The size in bytes when the file was opened.
+        modified: The time of the last write in seconds since 1970, or None if it is unknown.
     """
 
     def __init__(self, path: RemotePath) -> None:
-        """Ask for its size and state, and once for its first bytes.
+        """Request the size and the state; on the web, also the first bytes.
 
         Raises:
-            FileError: It is not there, is not for us, or cannot be read in ranges.
+            FileError: The file does not exist, access is denied, or the server does not
+                serve byte ranges.
         """
         self._path = path
         info = path.info(fresh=True)
         if info is None:
             raise FileError("cannot be opened: there is no such file", file=str(path))
         if info["type"] == "directory" or info.get("size") is None:
-            what = "is no file" if info.get("size") is not None else "does not tell its size"
+            what = "is not a file" if info.get("size") is not None else "has no known size"
             raise FileError(what, file=str(path))
         self.size = int(info["size"])
         self._stamp = stamp(info)
@@ -67,19 +68,19 @@ class RemoteSource:
         self._aheads: tuple[ReadAhead, ...] = ()
         self._web = path.protocol in ("http", "https")
         if self._web and self.size:
-            self._page(0)  # before more is asked for: a server may know no ranges
+            self._page(0)  # fails early if the server does not serve byte ranges
 
     @property
     def identity(self) -> tuple[object, object]:
-        """What two URLs of one file have in common."""
+        """A key that is equal for two URLs of one file."""
         return self._path.fs, self._path.key
 
     @property
     def state(self) -> None:
-        """Nothing: see `check_unchanged`."""
+        """None: `check_unchanged` compares remote files."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
+        """Fill the start of `buffer`; return the number of bytes, 0 at the end of the file."""
         for ahead in self._aheads:
             if count := ahead.read_into(buffer, offset):
                 return count
@@ -95,36 +96,36 @@ class RemoteSource:
         return len(data)
 
     def fetch(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` up to `end`, by one request.
+        """Return bytes `start` to `end` by one request.
 
         Raises:
-            FileError: The backend gives up, after as many attempts as it is set to make.
-            FormatError: There are not so many bytes.
+            FileError: The request failed, after the retries that the backend makes.
+            FormatError: The response has fewer bytes.
         """
-        data = self._ask(start, end)
+        data = self._request(start, end)
         if len(data) != end - start:
             self.check_unchanged()
             raise FormatError(
-                f"gave {len(data)} bytes",
+                f"returned {len(data)} bytes",
                 file=str(self._path),
                 expected=f"{end - start} at {start}",
                 remedy="The file was cut short, or its server does not serve ranges",
             )
         return data
 
-    def _ask(self, start: int, end: int) -> bytes:
+    def _request(self, start: int, end: int) -> bytes:
         path, fs = self._path, self._path.fs
         if self._web:
             known = {**self._stamp, "size": self.size}
-            return path.ask(web.fetch, fs, path.key, start, end, known)
-        # Of the backends that are not asynchronous one is known to bear several threads.
+            return path.call(web.fetch, fs, path.key, start, end, known)
+        # hf is the only backend without async that is known to be thread-safe.
         alone = not fs.async_impl and path.protocol != "hf"
-        exactly = {"cache_type": "none"} if path.protocol == "hf" else {}
-        with _turns(fs) if alone else nullcontext():
-            return cast(bytes, path.ask(fs.cat_file, path.key, start=start, end=end, **exactly))
+        options = {"cache_type": "none"} if path.protocol == "hf" else {}
+        with _lock_of(fs) if alone else nullcontext():
+            return cast(bytes, path.call(fs.cat_file, path.key, start=start, end=end, **options))
 
     def check_unchanged(self) -> None:
-        """Raise `FormatError` if the file is not the one that was opened."""
+        """Raise `FormatError` if the file was changed or removed after it was opened."""
         info = self._path.info(fresh=True)
         if info is None:
             raise FormatError("was removed while being read", file=str(self._path))
@@ -133,7 +134,7 @@ class RemoteSource:
 
     @contextmanager
     def reading(self, ahead: ReadAhead) -> Iterator[None]:
-        """Look into what is read ahead before a request is made."""
+        """Read from `ahead` first, until the end of the context."""
         with self._lock:
             self._aheads += (ahead,)
         try:
@@ -143,11 +144,11 @@ class RemoteSource:
                 self._aheads = tuple(other for other in self._aheads if other is not ahead)
 
     def close(self) -> None:
-        """Forget what was read."""
+        """Drop the cached pages."""
         self._pages.clear()
 
     def _page(self, start: int) -> bytes:
-        """Return a page of the file: headers are read in small pieces that lie close together."""
+        """Return a page of the file, cached because headers are read in small adjacent pieces."""
         with self._lock:
             if start in self._pages:
                 self._pages.move_to_end(start)

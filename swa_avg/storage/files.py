@@ -1,9 +1,9 @@
 """Input files, opened once and read at offsets.
 
-A file stays open from the reading of its header to the end of the averaging,
-so that a trainer that renames a new checkpoint over it changes nothing for us,
-and one that writes into it is noticed. What a URL names is read in the same
-way, through `fetching.py`.
+A file stays open from the reading of its header to the end of the averaging.
+So the average does not change when a trainer renames a new checkpoint over the
+file, and a trainer that writes into the file is noticed. Remote files are read
+through the same interface by `fetching.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swa_avg.storage.request_pool import RequestPool
 
 _CHUNK = 1 << 20
 _ANNOUNCED = 1 << 30
-# Of remote files: how much is read ahead, in requests of which size, how many at once.
+# For remote files: how much is read ahead, the size of one request, how many run at once.
 ROOM = 128 << 20
 _LITTLE_ROOM = 16 << 20
 _LEAST_BLOCK = 256 << 10
@@ -32,29 +32,29 @@ _MOST_REQUESTS = 64
 
 
 class Source(Protocol):
-    """Where the bytes of a file come from: this machine's disk, or elsewhere."""
+    """The bytes of a file, on this machine's disk or behind a URL."""
 
     @property
     def size(self) -> int:
-        """Its bytes when it was opened."""
+        """The size in bytes when the file was opened."""
 
     @property
     def modified(self) -> float | None:
-        """When it was last written, in seconds since 1970, where that is known."""
+        """The time of the last write in seconds since 1970, or None if it is unknown."""
 
     @property
     def identity(self) -> tuple[object, object]:
-        """What two names of one file have in common."""
+        """A key that is equal for two names of one file."""
 
     @property
     def state(self) -> tuple[int, int, int, int] | None:
-        """On disk its device, inode, size and last change in nanoseconds; else None."""
+        """Device, inode, size and last change in nanoseconds; None for a remote file."""
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the start of `buffer`; return with how many bytes, 0 at the end of the file."""
+        """Fill the start of `buffer`; return the number of bytes, 0 at the end of the file."""
 
     def check_unchanged(self) -> None:
-        """Raise `FormatError` if the file was written to since it was opened."""
+        """Raise `FormatError` if the file was written to after it was opened."""
 
     def close(self) -> None:
         """Close the file."""
@@ -64,9 +64,9 @@ class InputFile:
     """A regular file, open for reading.
 
     Attributes:
-        path: The name that the user gave.
-        size: Its bytes when it was opened.
-        source: Where its bytes come from.
+        path: The path as the user wrote it.
+        size: The size in bytes when the file was opened.
+        source: The object that reads the bytes.
     """
 
     __slots__ = ("path", "size", "source")
@@ -80,25 +80,25 @@ class InputFile:
 
     @property
     def start(self) -> int:
-        """Where in the file on disk its first byte is: 0, but for a section."""
+        """The offset of the first byte in the file on disk; 0 except for a `Section`."""
         return 0
 
     @property
     def modified(self) -> float | None:
-        """When it was last written, in seconds since 1970, where that is known."""
+        """The time of the last write in seconds since 1970, or None if it is unknown."""
         return self.source.modified
 
     @property
     def identity(self) -> tuple[object, object]:
-        """What two names of one file have in common: on disk its device and inode."""
+        """A key that is equal for two names of one file: on disk, its device and inode."""
         return self.source.identity
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on.
+        """Fill `buffer` with the bytes at `offset`.
 
         Raises:
             FormatError: The file ends before the buffer is full.
-            FileError: The system refuses.
+            FileError: The system reports an error.
         """
         while buffer:
             count = self.source.read_into(buffer, offset)
@@ -107,18 +107,18 @@ class InputFile:
                 raise FormatError(
                     f"ends at byte {offset}",
                     file=self.path,
-                    expected=f"{len(buffer)} bytes more",
+                    expected=f"{len(buffer)} more bytes",
                     remedy="The file was cut short",
                 )
             buffer = buffer[count:]
             offset += count
 
     def read_scattered(self, buffers: Sequence[memoryview], offset: int) -> None:
-        """Fill up to 1024 buffers, one after the other, from `offset` on.
+        """Fill up to 1024 buffers, one after the other, with the bytes at `offset`.
 
         Raises:
             FormatError: The file ends before the buffers are full.
-            FileError: The system refuses.
+            FileError: The system reports an error.
         """
         source = self.source
         if isinstance(source, DiskSource) and source.read_scattered(buffers, self.start + offset):
@@ -128,7 +128,7 @@ class InputFile:
             offset += len(buffer)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset` on; for headers, not for tensors."""
+        """Return `length` bytes at `offset`; for headers, not for tensors."""
         if offset < 0 or length < 0 or offset + length > self.size:
             raise FormatError(
                 f"ends at byte {self.size}",
@@ -141,7 +141,7 @@ class InputFile:
         return bytes(data)
 
     def read_pieces(self, places: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-        """Return what `read` does for each of very many short pieces."""
+        """Return the bytes of many short pieces, as `read` returns each of them."""
         source = self.source
         ends = map(add, places, lengths)
         inside = min(places, default=0) >= 0 and max(ends, default=0) <= self.size
@@ -158,35 +158,35 @@ class InputFile:
                 yield self.read(start, min(_CHUNK, offset + length - start))
 
     def will_read(self, offset: int, length: int) -> None:
-        """Tell the kernel, where it listens, that a range is wanted soon."""
+        """Advise the kernel, where it supports this, that a range is read soon."""
         if isinstance(self.source, DiskSource):
             self.source.will_read(self.start + offset, length)
 
     def will_not_read(self, offset: int, length: int) -> None:
-        """Tell the kernel, where it listens, that a range need not stay in its cache."""
+        """Advise the kernel, where it supports this, that a range can leave its cache."""
         if isinstance(self.source, DiskSource):
             self.source.will_not_read(self.start + offset, length)
 
     def is_cached(self, offset: int) -> bool:
-        """Tell whether a byte is in the kernel's cache; True where it cannot be asked."""
+        """Return whether a byte is in the kernel's cache; True if that is unknown."""
         return not isinstance(self.source, DiskSource) or self.source.is_cached(self.start + offset)
 
     def check_unchanged(self) -> None:
-        """Raise `FormatError` if the file was written to since it was opened."""
+        """Raise `FormatError` if the file was written to after it was opened."""
         self.source.check_unchanged()
 
     def check_in_place(self) -> None:
-        """Raise `FormatError` if its name leads to another file by now."""
+        """Raise `FormatError` if another file now has this file's path."""
         if isinstance(self.source, DiskSource):
             self.source.check_in_place()
 
     def close(self) -> None:
-        """Close the file; reading from it is then an error."""
+        """Close the file; later reads are errors."""
         self.source.close()
 
 
 class Section(InputFile):
-    """A stretch of a file, read as if it were a file of its own. It is never closed by itself."""
+    """A range of a file, read like a separate file. Closing a section leaves the file open."""
 
     __slots__ = ("_start",)
 
@@ -203,15 +203,15 @@ class Section(InputFile):
 
     @property
     def start(self) -> int:
-        """Where in the file on disk its first byte is."""
+        """The offset of the section's first byte in the file on disk."""
         return self._start
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset` on, counted from the section's start."""
+        """Fill `buffer` with the bytes at `offset`, counted from the section's start."""
         super().read_into(buffer, self._start + offset)
 
     def close(self) -> None:
-        """Leave the file open: it is not the section's."""
+        """Do nothing: the file belongs to another object."""
 
 
 @contextmanager
@@ -221,14 +221,17 @@ def reading_ahead(
     together: int = 1,
     room: int = _LITTLE_ROOM,
 ) -> Iterator[None]:
-    """Fetch ranges of remote files before they are asked for; a disk has the kernel for that.
+    """Fetch ranges of remote files before they are read.
+
+    Files on disk are skipped: the kernel reads them ahead.
 
     Args:
-        ranges: What will be read, about in this order: the file, the first byte, how many.
-        threads: How many threads will read.
+        ranges: The ranges in about the order in which they are read: the file, the first
+            byte, the number of bytes.
+        threads: How many threads read.
         together: How many of the files are read at the same time.
-        room: How many bytes may be held of them, all in all. Where the blocks would be less
-            than 256 KiB (many files and threads) it is two of these for each and each.
+        room: How many bytes of all files may be in memory. A block has at least 256 KiB,
+            and each file has at least two blocks per thread, even if that exceeds `room`.
     """
     wanted: dict[RemoteSource, list[Range]] = {}
     for file, offset, length in ranges:
@@ -241,28 +244,29 @@ def reading_ahead(
         return
     share = room // min(together, len(wanted))
     block = min(max(share // (2 * threads), _LEAST_BLOCK), _MOST_BLOCK)
-    with ExitStack() as ended:
-        pool = ended.enter_context(RequestPool(_MOST_REQUESTS))
+    with ExitStack() as stack:
+        pool = stack.enter_context(RequestPool(_MOST_REQUESTS))
         for number, (source, parts) in enumerate(wanted.items()):
             ahead = ReadAhead(source.fetch, parts, block, share, pool)
-            ended.callback(ahead.close)
-            ended.enter_context(source.reading(ahead))
+            stack.callback(ahead.close)
+            stack.enter_context(source.reading(ahead))
             if number < together:
                 ahead.start()
         yield
 
 
 def announce(ranges: Iterable[tuple[InputFile, int, int]]) -> None:
-    """Have the kernel read what comes first of each file, a disk's file, into its cache.
+    """Make the kernel read the first GiB of `ranges` into its cache; for files on disk.
 
     Args:
-        ranges: What will be read, about in this order: the file, the first byte, how many.
+        ranges: The ranges in about the order in which they are read: the file, the first
+            byte, the number of bytes.
     """
     left = _ANNOUNCED
     ends: dict[InputFile, int] = {}
     for file, offset, length in ranges:
         for start in range(max(offset, ends.get(file, 0)), offset + length, _CHUNK):
-            file.will_read(start, _CHUNK)  # of a longer range Linux heeds the start only
+            file.will_read(start, _CHUNK)  # Linux reads only the start of a longer range
             ends[file] = start + _CHUNK
             left -= _CHUNK
             if left <= 0:

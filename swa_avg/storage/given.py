@@ -1,7 +1,7 @@
-"""Paths as the user wrote them, which keep their meaning when the current folder changes.
+"""Paths as the user wrote them, which stay valid when the current folder changes.
 
-`str()` of one is what was written, for messages and reports; `os.fspath()`, which every
-system call asks, is absolute.
+`str(path)` is the path as written, for messages and reports. `os.fspath(path)`, which
+system calls use, is absolute.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ _Plain: Any = type(Path())
 
 
 class GivenPath(_Plain):  # type: ignore[misc]
-    """A path that means what it meant when it was made.
+    """A path that is relative to the folder that was current when it was created.
 
-    What is derived from it (its parent, a file in it, a match of a pattern) means the
-    same folder too.
+    Paths derived from it (the parent, a file in it, a match of a pattern) are relative to
+    the same folder.
     """
 
     _folder: str = ""
 
     @classmethod
     def of(cls, text: str | os.PathLike[str], folder: str | None = None) -> Path:
-        """Return a path as it is written; a relative one begins in `folder`.
+        """Return the path `text`, relative to `folder`.
 
         Args:
             text: The path.
-            folder: By default the current folder.
+            folder: The current folder by default.
         """
-        made = cls(text)
-        made._folder = _current() if folder is None else folder
-        return made
+        path = cls(text)
+        path._folder = _current() if folder is None else folder
+        return path
 
     def _like(self, path: Any) -> Any:
         return GivenPath.of(str(path), self._folder)
@@ -52,7 +52,7 @@ class GivenPath(_Plain):  # type: ignore[misc]
 
     @property
     def parent(self) -> Any:
-        """The folder that it is in."""
+        """The folder that contains the path."""
         return self._like(_Plain(str(self)).parent)
 
     def joinpath(self, *others: Any) -> Any:
@@ -60,31 +60,31 @@ class GivenPath(_Plain):  # type: ignore[misc]
         return self._like(_Plain(str(self)).joinpath(*others))
 
     def with_name(self, name: str) -> Any:
-        """Return it with another name."""
+        """Return the path with another name."""
         return self._like(_Plain(str(self)).with_name(name))
 
     def with_suffix(self, suffix: str) -> Any:
-        """Return it with another suffix."""
+        """Return the path with another suffix."""
         return self._like(_Plain(str(self)).with_suffix(suffix))
 
     def absolute(self) -> Any:
-        """Return it without relation to a current folder."""
+        """Return the absolute path, as a plain `Path`."""
         return _Plain(os.fspath(self))
 
     def resolve(self, strict: bool = False) -> Any:
-        """Return it without links and relation to a current folder."""
+        """Return the absolute path without symbolic links, as a plain `Path`."""
         return _Plain(os.path.realpath(self, strict=strict))
 
     def iterdir(self) -> Iterator[Any]:
-        """Yield what is in the folder."""
+        """Yield the entries of the folder."""
         return (self / name for name in os.listdir(self))  # noqa: PTH208 - Path's own needs this
 
     def glob(self, pattern: str) -> Iterator[Any]:
-        """Yield what matches in the folder."""
+        """Yield the matches of a pattern in the folder."""
         return self._found(self.absolute().glob(pattern))
 
     def rglob(self, pattern: str) -> Iterator[Any]:
-        """Yield what matches in the folder, however deep."""
+        """Yield the matches of a pattern in the folder and below it."""
         return self._found(self.absolute().rglob(pattern))
 
     def _found(self, paths: Iterator[Any]) -> Iterator[Any]:

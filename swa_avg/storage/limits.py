@@ -1,4 +1,4 @@
-"""How many files this process may have open: raised to what the inputs need."""
+"""The limit on open files of this process, raised to what the inputs need."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ try:
 except ImportError:  # no such limits on Windows
     resource = None  # type: ignore[assignment]
 
-# Beside the inputs: modules that are imported, the output's files, loader workers' pipes.
+# Descriptors for other uses: imported modules, the output's files, pipes of loader workers.
 _SPARE_FILES = 256
 _LEAST_SPARE_FILES = 32
 
 
 def allow_files(count: int) -> None:
-    """Raise this process's limit of open files to what so many inputs need, where it is less.
+    """Raise this process's limit on open files if it is too low for `count` inputs.
 
-    Before anything is opened, because the last files that the limit allows are needed to
-    import modules and to write the output.
+    Call it before the first file is opened: importing modules and writing the output
+    need descriptors too.
 
     Args:
         count: How many files will be open at once.
 
     Raises:
-        FileError: The system allows less.
+        FileError: The system allows fewer.
     """
     if resource is None:
         return
@@ -36,16 +36,16 @@ def allow_files(count: int) -> None:
         return
     if hard != endless and count + _LEAST_SPARE_FILES > hard:
         raise FileError(
-            f"{count} files would be open at once, and the system allows {hard}",
-            remedy="Average some of the checkpoints first, then the others with --start-from",
+            f"{count} files would be open at once, but the system allows only {hard}",
+            remedy="Average some of the checkpoints first, then add the others with --start-from",
         )
     wanted = count + _SPARE_FILES if hard == endless else min(count + _SPARE_FILES, hard)
-    with suppress(OSError, ValueError):  # macOS has another limit beside this one
+    with suppress(OSError, ValueError):  # macOS has a second, lower limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def allow_all_files() -> bool:
-    """Raise the limit as far as this process may; tell whether that helped."""
+    """Raise the limit to its maximum for this process; return whether that changed it."""
     if resource is None:
         return False
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

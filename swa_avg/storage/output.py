@@ -1,8 +1,8 @@
-"""The output: whole or not at all.
+"""The output, which appears complete or not at all.
 
-It is written to a temporary file beside its target, forced to disk, and put
-in the target's place by one rename. Until then the target is as it was;
-whatever goes wrong, the temporary file goes.
+It is written to a temporary file beside its target, synced to disk, and renamed
+to the target in one step. Until then the target stays as it is. After any
+failure the temporary file is removed.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from typing import Protocol
 from swa_avg.errors import OutputError
 from swa_avg.storage import commit, temporary
 from swa_avg.storage.commit import State
-from swa_avg.storage.partial import Draft, Drafts, refusal
+from swa_avg.storage.partial import Draft, Drafts, write_error
 from swa_avg.storage.targets import check_replaceable
 
 
 class Output(Protocol):
-    """What an average is written to: one file, or several that count as one."""
+    """The destination of an average: one file, or several with one range of offsets."""
 
     @property
     def path(self) -> Path:
-        """Where its bytes are until it is committed."""
+        """The temporary path until the commit."""
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
 
     def sync(self) -> None:
-        """Force what is written to disk."""
+        """Sync the output to disk."""
 
     def commit(self) -> tuple[str, ...]:
-        """Put it in its target's place; return what the user should know about that."""
+        """Move the output to its target; return notes for the user."""
 
 
 class AtomicFile(AbstractContextManager["AtomicFile"]):
-    """A file that comes into being whole, by `commit`, or not at all.
+    """A file that appears complete, by `commit`, or not at all.
 
-    A symbolic link stays a link: the file behind it is replaced. The mode is the
-    replaced file's, or what the umask leaves of 0666. What killed runs to the same
-    target have left behind goes first. Where it is does not depend on the current
-    folder, once it is open.
+    A symbolic link stays a link: the file behind it is replaced. The output gets the mode
+    of the replaced file, or 0666 minus the umask. Temporary files that killed runs left for the
+    same target are removed first. After the file is open, a change of the current folder
+    has no effect on it.
 
     Attributes:
-        target: The name that the user gave.
-        path: Where its bytes are until it is committed.
-        size: How many they are.
+        target: The path as the user wrote it.
+        path: The temporary path until the commit.
+        size: The size in bytes.
     """
 
     def __init__(self, target: Path, size: int, *, force: bool = True, over: State = None) -> None:
-        """Make room for it beside its target.
+        """Create the temporary file beside the target and allocate its size.
 
         Args:
-            target: The name that the user gives it.
-            size: How many bytes it will have.
-            force: Whether it may replace a file; checked again when it is committed.
-            over: The state of the only file that it may replace, if it may replace but one.
+            target: The path as the user wrote it.
+            size: The size in bytes.
+            force: Whether it may replace a file; checked again at the commit.
+            over: The state of the one file that it may replace; None for no such restriction.
 
         Raises:
-            OutputError: The system refuses.
+            OutputError: The system reports an error.
         """
         self.target = target
         self.size = size
@@ -70,20 +70,20 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         self._over = over
         self._final = Path(os.path.realpath(target))
         try:
-            # A name too long is found here, not at the very end.
-            self._found = commit.state_of(self._final)
+            # A name that is too long fails here, not at the commit.
+            self._before = commit.state_of(self._final)
             temporary.remove_leftovers(self._final)
-            held = False
-            while not held:
+            locked = False
+            while not locked:
                 self.path = temporary.name_beside(self._final)
-                # A signal can come between any two steps: whatever happens, this is done at exit.
+                # A signal can arrive between any two steps; the finalizer runs at exit anyway.
                 self._remove = weakref.finalize(self, temporary.remove, self.path)
                 self._draft = Draft(self.path, target)
-                held = self._draft.hold()
-                if not held:
+                locked = self._draft.lock()
+                if not locked:
                     self._discard()
         except OSError as error:
-            raise refusal(target, error) from error
+            raise write_error(target, error) from error
         try:
             self._draft.reserve(size)
         except BaseException:
@@ -91,39 +91,39 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
             raise
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of `data` at `offset`; may be called from several threads.
+        """Write all of `data` at `offset`; safe from several threads.
 
         Raises:
-            OutputError: The system refuses, for one because the disk is full.
+            OutputError: The system reports an error, such as a full disk.
         """
         self._draft.write(data, offset)
 
     def sync(self) -> None:
-        """Force what is written to disk.
+        """Sync the file to disk.
 
         Raises:
-            OutputError: The system could not; it is not tried again.
+            OutputError: The system reports an error; the call is not repeated.
         """
         self._draft.sync()
 
     def commit(self) -> tuple[str, ...]:
-        """Force the file to disk and put it in the target's place.
+        """Sync the file to disk and rename it to the target.
 
         Returns:
-            What the user should know: another file came meanwhile and was replaced.
+            A note for the user if a file that appeared during the run was replaced.
 
         Raises:
-            OutputError: The system refuses, or a file came meanwhile that may not be
-                replaced; the target is as it was.
+            OutputError: The system reports an error, or a file that must not be replaced
+                appeared during the run; the target is unchanged.
         """
         notes: tuple[str, ...] = ()
-        with _placed(self.target):
+        with _commit_errors(self.target):
             commit.take_mode(self.path, self._final)
             self.sync()
             if self._over:
                 commit.put_over(self.path, self._final, self._over)
             elif self._force:
-                notes = _replacing(self.target, self._found, commit.state_of(self._final))
+                notes = _replacement_notes(self.target, self._before, commit.state_of(self._final))
                 self.path.replace(self._final)
             else:
                 commit.put_new(self.path, self._final)
@@ -139,17 +139,17 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
 
 
 class AtomicFolder(AbstractContextManager["AtomicFolder"]):
-    """A folder of files that comes into being whole, by `commit`, or not at all.
+    """A folder of files that appears complete, by `commit`, or not at all.
 
-    Places count through the files as if they lay one behind the other. A folder that
-    is replaced changes places with the new one in one step, where the system can;
-    else there is a moment between two renames in which neither has the name.
+    Offsets run through the files as if they were concatenated. A folder that exists is
+    exchanged with the new one in one step if the system can do that. If it cannot, the
+    name is missing for a short time between two renames.
 
     Attributes:
-        target: The name that the user gave.
-        path: Where its files are, under their names, until it is committed.
-        files: The sizes of its files by their names, in the order of their places.
-        size: The sum of them.
+        target: The path as the user wrote it.
+        path: The temporary folder of the files until the commit.
+        files: The sizes of the files by name, in the order of their offsets.
+        size: The sum of the sizes.
     """
 
     def __init__(
@@ -160,18 +160,18 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         force: bool = True,
         over: Mapping[str, State] | None = None,
     ) -> None:
-        """Make room for it beside its target.
+        """Create the temporary folder beside the target and allocate the files.
 
         Args:
-            target: The name that the user gives it.
-            files: The size of each of its files, by their names.
-            force: Whether it may replace a folder, which must hold nothing but weights and
-                files of these names; checked again when it is committed.
-            over: The states, by their names, of the files of the only folder that it may
-                replace, if it may replace but one.
+            target: The path as the user wrote it.
+            files: The sizes of the files by name.
+            force: Whether it may replace a folder that contains only weights and files of
+                these names; checked again at the commit.
+            over: The states, by name, of the files of the one folder that it may replace;
+                None for no such restriction.
 
         Raises:
-            OutputError: The system refuses.
+            OutputError: The system reports an error.
         """
         self.target = target
         self.files = dict(files)
@@ -182,34 +182,34 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         self._opened = ExitStack()
         self._drafts = Drafts()
         try:
-            self._found = commit.state_of(self._final)
+            self._before = commit.state_of(self._final)
             temporary.remove_leftovers(self._final)
-            held = False
-            while not held:
+            locked = False
+            while not locked:
                 self.path = temporary.name_beside(self._final)
                 self._remove = weakref.finalize(self, temporary.remove, self.path)
                 self.path.mkdir()
-                held = self._hold()
+                locked = self._lock()
         except OSError as error:
             self._opened.close()
-            raise refusal(target, error) from error
+            raise write_error(target, error) from error
         try:
-            self._make_room(files)
+            self._allocate(files)
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError):
-                raise refusal(target, error) from error
+                raise write_error(target, error) from error
             raise
 
-    def _hold(self) -> bool:
+    def _lock(self) -> bool:
         try:
             folder = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         self._opened.callback(os.close, folder)
-        return temporary.hold(folder, self.path)
+        return temporary.lock_new(folder, self.path)
 
-    def _make_room(self, files: Mapping[str, int]) -> None:
+    def _allocate(self, files: Mapping[str, int]) -> None:
         for name, size in files.items():
             if not (self.path / name).parent.is_dir():
                 (self.path / name).parent.mkdir(parents=True)
@@ -219,18 +219,18 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
             self._drafts.add(draft, size)
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of `data`, which lies in one file, at `offset`.
+        """Write all of `data` at `offset`; it must not cross from one file to the next.
 
         Raises:
-            OutputError: The system refuses, for one because the disk is full.
+            OutputError: The system reports an error, such as a full disk.
         """
         self._drafts.write(data, offset)
 
     def sync(self) -> None:
-        """Force what is written to disk, and the names in the folder.
+        """Sync the files and the names in the folder to disk.
 
         Raises:
-            OutputError: The system could not; it is not tried again.
+            OutputError: The system reports an error; the call is not repeated.
         """
         self._drafts.sync()
         folders = {self.path, *(path.parent for path in self._drafts.paths)}
@@ -238,24 +238,24 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
             for folder in sorted(folders):
                 commit.sync_folder(folder)
         except OSError as error:
-            raise refusal(self.target, error) from error
+            raise write_error(self.target, error) from error
 
     def commit(self) -> tuple[str, ...]:
-        """Force the files to disk and put the folder in the target's place.
+        """Sync the files to disk and rename the folder to the target.
 
         Returns:
-            What the user should know: another folder came meanwhile and was replaced.
+            A note for the user if a folder that appeared during the run was replaced.
 
         Raises:
-            OutputError: The system refuses, or a folder came meanwhile that may not be
-                replaced; the target is as it was.
+            OutputError: The system reports an error, or a folder that must not be replaced
+                appeared during the run; the target is unchanged.
         """
         notes: tuple[str, ...] = ()
-        with _placed(self.target):
+        with _commit_errors(self.target):
             commit.take_mode(self.path, self._final)
             self.sync()
             if self._force:
-                notes = _replacing(self.target, self._found, commit.state_of(self._final))
+                notes = _replacement_notes(self.target, self._before, commit.state_of(self._final))
                 if self._over:
                     self._check(self._final)
                 commit.put_folder(self.path, self._final, self._check)
@@ -278,40 +278,40 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
 
 
 @contextmanager
-def _placed(target: Path) -> Iterator[None]:
-    """Say in one line why an output cannot take its place."""
+def _commit_errors(target: Path) -> Iterator[None]:
+    """Turn the errors of a commit into `OutputError`."""
     try:
         yield
     except commit.ReplacedError as error:
         raise OutputError(
-            "was changed or replaced by another program during this run; it is left alone",
+            "was changed or replaced by another program during this run and was not overwritten",
             file=target,
-            remedy="Start again",
+            remedy="Run the command again",
         ) from error
     except FileExistsError as error:
         raise OutputError(
-            "was made by another program during this run; it is left alone",
+            "was created by another program during this run and was not overwritten",
             file=target,
             remedy="Choose another output, or replace it with --force",
         ) from error
     except OSError as error:
-        raise refusal(target, error) from error
+        raise write_error(target, error) from error
 
 
-def _replacing(target: Path, before: State, now: State) -> tuple[str, ...]:
-    """Say that what will be replaced is not what was there at the start."""
+def _replacement_notes(target: Path, before: State, now: State) -> tuple[str, ...]:
+    """Return a note if the target that will be replaced changed during the run."""
     if now is None or now == before:
         return ()
-    return (f"{target}: another program wrote it during this run; --force has replaced that",)
+    return (f"{target}: another program wrote it during this run, and --force replaced it",)
 
 
 def _sync_name(target: Path, final: Path) -> None:
-    """Force the new name to disk."""
+    """Sync the new name to disk."""
     try:
         commit.sync_folder(final.parent)
     except OSError as error:
         raise OutputError(
-            f"is written, but its name could not be forced to disk: {error.strerror}",
+            f"is written, but its name could not be synced to disk: {error.strerror}",
             file=target,
-            remedy="After a power failure the old one may be back",
+            remedy="A power failure may bring the previous file back",
         ) from error

@@ -1,4 +1,4 @@
-"""Files that are being written and are no output yet: at offsets, from several threads."""
+"""Temporary files of an output, written at offsets from several threads."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from swa_avg.storage.writeback import WriteBack
 
 
 class Draft:
-    """One file that is being written; errors name it as it will be called.
+    """One temporary file; error messages show its final name.
 
     Args:
-        path: Where it is.
-        shown: What it will be called.
-        there: Whether another process has made it; else it must not be there.
+        path: The temporary path.
+        shown: The final path, for messages.
+        existing: Whether another process has created the file; if not, it must not exist.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
     """
 
-    def __init__(self, path: Path, shown: Path, *, there: bool = False) -> None:
+    def __init__(self, path: Path, shown: Path, *, existing: bool = False) -> None:
         self.path = path
         self._shown = shown
-        new = 0 if there else os.O_CREAT | os.O_EXCL
+        new = 0 if existing else os.O_CREAT | os.O_EXCL
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | new, 0o666)
         self._writeback = WriteBack(self._fd)
 
-    def hold(self) -> bool:
-        """Lock the file for as long as it is open; tell whether it is still there."""
-        return temporary.hold(self._fd, self.path)
+    def lock(self) -> bool:
+        """Lock the file while it is open; return whether it still exists."""
+        return temporary.lock_new(self._fd, self.path)
 
     def reserve(self, size: int) -> None:
-        """Make room for all of it, where the file system can: a full disk is found here."""
+        """Allocate `size` bytes if the file system can, so that a full disk is found early."""
         if not size or not hasattr(os, "posix_fallocate"):
             return
         try:
             os.posix_fallocate(self._fd, 0, size)
         except OSError as error:
             if error.errno not in commit.UNSUPPORTED:
-                raise refusal(self._shown, error) from error
+                raise write_error(self._shown, error) from error
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`.
 
         Raises:
-            OutputError: The system refuses, for one because the disk is full.
+            OutputError: The system reports an error, such as a full disk.
         """
         view = memoryview(data)
         while view:
             try:
                 count = os.pwrite(self._fd, view, offset)
             except OSError as error:
-                raise refusal(self._shown, error) from error
+                raise write_error(self._shown, error) from error
             self._writeback.wrote(count)
             view = view[count:]
             offset += count
 
     def sync(self) -> None:
-        """Force what is written to disk.
+        """Sync the file to disk.
 
         Raises:
-            OutputError: The system could not; it is not tried again.
+            OutputError: The system reports an error; the call is not repeated.
         """
         try:
-            # A failed fsync is final: the kernel may have dropped the pages it could not write.
+            # A failed fsync is final: the kernel may have dropped the unwritten pages.
             os.fsync(self._fd)
         except OSError as error:
-            raise refusal(self._shown, error) from error
+            raise write_error(self._shown, error) from error
 
     def close(self) -> None:
-        """Close the file; a thread that is late writes nowhere."""
+        """Close the file; later writes of other threads fail."""
         descriptor, self._fd = self._fd, -1
         os.close(descriptor)
 
 
 class Drafts:
-    """Files that are written as if they lay one behind the other."""
+    """Several files with one range of offsets, as if they were concatenated."""
 
     def __init__(self) -> None:
         self._drafts: list[Draft] = []
@@ -90,82 +90,82 @@ class Drafts:
 
     @property
     def paths(self) -> Iterable[Path]:
-        """Where they are."""
+        """The temporary paths."""
         return (draft.path for draft in self._drafts)
 
     def add(self, draft: Draft, size: int) -> None:
-        """Put a file of so many bytes behind the others."""
+        """Append a file of `size` bytes."""
         self._drafts.append(draft)
         self._starts.append(self._end)
         self._end += size
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of `data`, which lies in one file, at `offset`."""
-        # The last file that starts there: an empty one before it has no bytes to write.
+        """Write all of `data` at `offset`; it must not cross from one file to the next."""
+        # The last file that starts at or before the offset: empty files start there too.
         number = bisect_right(self._starts, offset) - 1
         self._drafts[number].write(data, offset - self._starts[number])
 
     def sync(self) -> None:
-        """Force what is written to disk."""
+        """Sync all files to disk."""
         for draft in self._drafts:
             draft.sync()
 
 
 class JoinedOutput(AbstractContextManager["JoinedOutput"]):
-    """The output that another process has opened, to write a part of it.
+    """An output that another process has opened, and of which this process writes a part.
 
-    Whoever opened it commits it, or takes it away.
+    The process that opened the output commits or removes it.
 
     Attributes:
-        path: Where its bytes are until it is committed.
+        path: The temporary path until the commit.
     """
 
     def __init__(self, path: Path, target: Path, files: Mapping[str, int]) -> None:
-        """Open what is there.
+        """Open the existing temporary files.
 
         Args:
-            path: Where it is.
-            target: What it will be called.
-            files: The sizes of its files by their names; of a single file by an empty one.
+            path: The temporary path.
+            target: The final path.
+            files: The sizes of the files by name; a single file has the empty name.
 
         Raises:
-            OutputError: It is not there, or may not be written.
+            OutputError: A file does not exist or cannot be opened.
         """
         self.path = path
         self._drafts = Drafts()
         with ExitStack() as opened:
             for name, size in files.items():
                 try:
-                    draft = Draft(path / name, target / name, there=True)
+                    draft = Draft(path / name, target / name, existing=True)
                 except FileNotFoundError as error:
                     raise OutputError(
-                        "was opened by rank 0, and is not to be found here",
+                        "was opened by rank 0, but this rank does not find it",
                         file=target,
                         remedy="Write to a file system that all ranks share",
                     ) from error
                 except OSError as error:
-                    raise refusal(target, error) from error
+                    raise write_error(target, error) from error
                 opened.callback(draft.close)
                 self._drafts.add(draft, size)
             self._opened = opened.pop_all()
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of `data`, which lies in one file, at `offset`."""
+        """Write all of `data` at `offset`; it must not cross from one file to the next."""
         self._drafts.write(data, offset)
 
     def sync(self) -> None:
-        """Force what this process has written to disk."""
+        """Sync the writes of this process to disk."""
         self._drafts.sync()
 
     def commit(self) -> tuple[str, ...]:
-        """Leave it to the process that opened it."""
+        """Do nothing: the process that opened the output commits it."""
         return ()
 
     def __exit__(self, *failure: object) -> None:
         self._opened.close()
 
 
-def refusal(target: Path, error: OSError | ValueError) -> OutputError:
-    """Return the error that says that something cannot be written, and the system's reason."""
+def write_error(target: Path, error: OSError | ValueError) -> OutputError:
+    """Return the error for a target that cannot be written, with the system's reason."""
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     return OutputError(f"cannot be written: {reason}", file=target)

@@ -1,7 +1,7 @@
-"""Reading ahead where every request takes its time: ranges that will be read, fetched in blocks.
+"""Prefetching for sources with slow requests: known ranges are fetched in blocks.
 
-Several requests are under way at once, and what has come and was not read yet
-is bounded. Knows neither files nor networks: bytes come from a function.
+Several requests run at once. The amount of data that is fetched but not yet read is
+limited. This module knows neither files nor networks: a function returns the bytes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
-Range = tuple[int, int]  # the first byte, and how many
-Fetch = Callable[[int, int], bytes]  # from the first byte to the one behind the last
+Range = tuple[int, int]  # the first byte, and the number of bytes
+Fetch = Callable[[int, int], bytes]  # from the first byte to one past the last
 
-# Closer ranges are fetched with what is between them: a request costs more than that.
+# Ranges with a smaller gap are fetched together: a second request would cost more.
 _GAP = 64 * 1024
-# Blocks of a few bytes are many: no more than this are asked for at once.
+# Blocks can be tiny and many: at most this many are requested at once.
 _MOST_REQUESTS = 64
 
 
 @dataclass
-class _Held:
-    """A block that was asked for."""
+class _Block:
+    """A block that was requested.
+
+    Attributes:
+        size: Its size in bytes.
+        data: The request.
+        touched: Whether a reader has begun to read it.
+        spent: Whether a reader has reached its end.
+    """
 
     size: int
     data: Future[bytes]
@@ -32,103 +39,103 @@ class _Held:
 
 
 class ReadAhead:
-    """The ranges of one file that will be read, about in their order, by any threads.
+    """Prefetched ranges of one file, read roughly in order, from any thread.
 
-    Whoever reads in a block starts the fetching of those behind it, as far as there
-    is room. A block that was read to its end gives way first.
+    Reading in a block starts the requests for the next blocks, as far as there is room.
+    Blocks that were read to their end are dropped first.
     """
 
     def __init__(
         self, fetch: Fetch, ranges: Iterable[Range], block: int, room: int, pool: Executor
     ) -> None:
-        """Note what will be read.
+        """Plan the blocks; nothing is fetched yet.
 
         Args:
-            fetch: Gives the bytes of a range.
-            ranges: What will be read.
-            block: The most bytes of one request.
-            room: How many bytes may be held or under way; a block that a reader waits
-                for is fetched even where there is none.
-            pool: Fetches.
+            fetch: Returns the bytes of a range.
+            ranges: The ranges that will be read.
+            block: The maximum number of bytes in one request.
+            room: How many bytes may be in memory or requested; a block that a reader
+                waits for is fetched even beyond that.
+            pool: Runs the requests.
         """
         self._fetch = fetch
         self._blocks = list(_blocks(ranges, block))
         self._starts = [start for start, _ in self._blocks]
         self._room = room
         self._pool = pool
-        self._held: dict[int, _Held] = {}
+        self._requested: dict[int, _Block] = {}
         self._unspent = len(self._blocks)
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Fetch the first blocks, before anybody reads."""
+        """Request the first blocks, before the first read."""
         with self._lock:
-            self._go_on_from(0)
+            self._request_from(0)
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fill the start of `buffer`; return with how many bytes, 0 where none were announced."""
+        """Fill the start of `buffer`; return the number of bytes, 0 outside the ranges."""
         number = bisect_right(self._starts, offset) - 1
         if number < 0 or offset >= self._blocks[number][1]:
             return 0
         start, end = self._blocks[number]
         with self._lock:
-            held = self._held.get(number) or self._ask_for(number)
-            held.touched = True
-            self._go_on_from(number + 1)
+            block = self._requested.get(number) or self._request(number)
+            block.touched = True
+            self._request_from(number + 1)
         count = min(len(buffer), end - offset)
-        buffer[:count] = memoryview(held.data.result())[offset - start :][:count]
-        if offset + count == end and not held.spent:
-            self._spend(held)
+        buffer[:count] = memoryview(block.data.result())[offset - start :][:count]
+        if offset + count == end and not block.spent:
+            self._mark_spent(block)
         return count
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """Cancel all requests and make no more."""
         with self._lock:
-            for held in self._held.values():
-                held.data.cancel()
-            self._held.clear()
+            for block in self._requested.values():
+                block.data.cancel()
+            self._requested.clear()
             self._starts.clear()
 
-    def _spend(self, held: _Held) -> None:
-        """Let a block give way; some bytes of it may be read again, but not for long."""
+    def _mark_spent(self, block: _Block) -> None:
+        """Mark a block as read to its end; a late reader may still read a few bytes of it."""
         with self._lock:
-            held.spent = True
+            block.spent = True
             self._unspent -= 1
             if not self._unspent:
-                self._held.clear()
+                self._requested.clear()
 
-    def _go_on_from(self, first: int) -> None:
-        """Ask for the next blocks, as far as there is room."""
+    def _request_from(self, first: int) -> None:
+        """Request the next blocks, as far as there is room."""
         for number in range(first, min(first + _MOST_REQUESTS, len(self._blocks))):
-            if number in self._held:
+            if number in self._requested:
                 continue
-            if not self._make_room(number, lambda held: held.spent):
+            if not self._make_room(number, lambda block: block.spent):
                 return
-            self._ask_for(number)
+            self._request(number)
 
-    def _ask_for(self, number: int) -> _Held:
-        """Ask for a block that somebody waits for, or for which there is room."""
-        # First what was read, then what nobody has begun to read, the last of it first.
-        if not self._make_room(number, lambda held: held.spent):
-            self._make_room(number, lambda held: not held.touched)
+    def _request(self, number: int) -> _Block:
+        """Request a block, and drop others if there is no room."""
+        # First the blocks read to their end, then blocks not begun, the last ones first.
+        if not self._make_room(number, lambda block: block.spent):
+            self._make_room(number, lambda block: not block.touched)
         start, end = self._blocks[number]
-        asked = _Held(end - start, self._pool.submit(self._fetch, start, end))
-        self._held[number] = asked
-        return asked
+        block = _Block(end - start, self._pool.submit(self._fetch, start, end))
+        self._requested[number] = block
+        return block
 
-    def _make_room(self, number: int, may_go: Callable[[_Held], bool]) -> bool:
-        """Drop blocks until another one fits; tell whether it does."""
+    def _make_room(self, number: int, may_drop: Callable[[_Block], bool]) -> bool:
+        """Drop blocks until another one fits; return whether it does."""
         start, end = self._blocks[number]
-        missing = sum(held.size for held in self._held.values()) + end - start - self._room
-        for other in sorted(self._held, reverse=True) if missing > 0 else ():
-            if missing > 0 and may_go(self._held[other]):
-                missing -= self._held[other].size
-                self._held.pop(other).data.cancel()
+        missing = sum(block.size for block in self._requested.values()) + end - start - self._room
+        for other in sorted(self._requested, reverse=True) if missing > 0 else ():
+            if missing > 0 and may_drop(self._requested[other]):
+                missing -= self._requested[other].size
+                self._requested.pop(other).data.cancel()
         return missing <= 0
 
 
 def _blocks(ranges: Iterable[Range], most: int) -> Iterator[Range]:
-    """Yield where blocks begin and end: of ranges that lie close together as one."""
+    """Yield the start and end of each block; ranges with small gaps share blocks."""
     start = end = -1
     for first, length in sorted(ranges):
         if start >= 0 and first <= end + _GAP:

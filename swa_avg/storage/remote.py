@@ -1,9 +1,9 @@
-"""Files that are not on this machine: a URL as a path.
+"""Remote files: a URL with the interface of a path.
 
-fsspec, which torch brings, knows the protocols (`s3`, `gs`, `hf`, `https`,
-`memory`, …) through packages of their own, the extra `remote`; they also retry
-what fails. Neither is imported before a URL is given. Whatever they raise
-becomes one line that names the URL.
+fsspec, a dependency of torch, reads the protocols (`s3`, `gs`, `hf`, `https`,
+`memory`, …) through backend packages, which the extra `remote` installs. The
+backends also retry failed requests. None of these packages is imported unless a
+URL is given. Every error of a backend becomes one line with the URL.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _WEB = ("http://", "https://")
 
 
 def path_of(given: str | os.PathLike[str]) -> Path:
-    """Return the path that is meant: of this machine, or what a URL names.
+    """Return the path for a local path or a URL.
 
     Args:
         given: A path, or a URL: `s3://bucket/run/epoch_1.pt`.
 
     Returns:
-        A `GivenPath`, which keeps its meaning when the current folder changes; for a URL
-        a `RemotePath`, which has as much of its interface as is used.
+        A `GivenPath`, which stays valid when the current folder changes; for a URL a
+        `RemotePath`, which has the part of its interface that swa-avg uses.
 
     Raises:
-        FileError: No installed package knows the protocol.
+        FileError: No installed package supports the protocol.
     """
     if isinstance(given, RemotePath | GivenPath):
         return cast(Path, given)
@@ -46,35 +46,35 @@ def path_of(given: str | os.PathLike[str]) -> Path:
     if not _URL.match(text):
         return GivenPath.of(text)
     path = RemotePath(text)
-    path.fs.invalidate_cache()  # what was listed for an earlier call may be old
+    path.fs.invalidate_cache()  # listings of an earlier call may be out of date
     return cast(Path, path)
 
 
 def is_remote(path: object) -> bool:
-    """Tell whether a path is not one of this machine."""
+    """Return whether a path is a URL of another machine."""
     return isinstance(path, RemotePath)
 
 
 def remote_matches(pattern: Path) -> list[Path]:
-    """Return what there is of a remote pattern."""
+    """Return the matches of a remote pattern, sorted."""
     remote = cast(RemotePath, pattern)
-    found = remote.ask(remote.fs.glob, remote.key, detail=True)
+    found = remote.call(remote.fs.glob, remote.key, detail=True)
     return sorted(cast(Path, remote.of_key(key, info)) for key, info in found.items())
 
 
 class RemotePath:
-    """A URL, with as much of `pathlib.Path` as is used here.
+    """A URL, with the part of `pathlib.Path`'s interface that swa-avg uses.
 
     Attributes:
-        fs: The filesystem of fsspec that it is in.
-        key: Its name there.
+        fs: The fsspec filesystem of the URL.
+        key: The name of the file in that filesystem.
     """
 
     __slots__ = ("_entries", "_folder", "_info", "_url", "fs", "key")
 
     def __init__(self, url: str, fs: Any = None, folder: RemotePath | None = None) -> None:
-        # fsspec makes a filesystem for each thread that asks: what is derived from a path, in
-        # whatever thread, stays in the one that the path is in.
+        # fsspec creates one filesystem for each thread. A path derived from this one keeps this
+        # path's filesystem, in every thread.
         self.fs, self.key = (fs, str(fs._strip_protocol(url))) if fs else _filesystem(url)
         self._url = url.rstrip("/") if self.key.strip("/") else url
         self._folder = folder
@@ -102,34 +102,34 @@ class RemotePath:
 
     @property
     def protocol(self) -> str:
-        """What stands before `://`."""
+        """The text before `://`, in lower case."""
         return self._url.partition("://")[0].lower()
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names that it is made of."""
-        # What follows a question mark is no part of a name where it is a query.
+        """The names between the slashes."""
+        # On the web, the text after a question mark is a query and not part of the name.
         text = urlsplit(self._url).path if self._url.startswith(_WEB) else self._url
         return PurePosixPath(text.partition("://")[2] or text).parts
 
     @property
     def name(self) -> str:
-        """The last of its parts."""
+        """The last of the parts."""
         return self.parts[-1] if self.parts else ""
 
     @property
     def suffix(self) -> str:
-        """The suffix of its name, with the dot."""
+        """The suffix of the name, with the dot."""
         return PurePosixPath(self.name).suffix
 
     @property
     def stem(self) -> str:
-        """Its name without the suffix."""
+        """The name without the suffix."""
         return PurePosixPath(self.name).stem
 
     @property
     def parent(self) -> RemotePath:
-        """The folder that it is in."""
+        """The folder that contains the file."""
         return RemotePath(self._url.partition("?")[0].rstrip("/").rpartition("/")[0], self.fs)
 
     def with_name(self, name: str) -> RemotePath:
@@ -137,53 +137,53 @@ class RemotePath:
         return RemotePath(f"{self.parent}/{name}", self.fs)
 
     def relative_to(self, folder: RemotePath) -> PurePosixPath:
-        """Return the way to it from a folder."""
+        """Return the path relative to a folder."""
         return PurePosixPath(self.key).relative_to(folder.key)
 
     def exists(self) -> bool:
-        """Tell whether there is anything of this name."""
+        """Return whether the file or folder exists."""
         return self.info() is not None
 
     def is_file(self) -> bool:
-        """Tell whether it is there and no folder."""
+        """Return whether it exists and is not a folder."""
         info = self.info()
         return info is not None and info["type"] != "directory"
 
     def is_dir(self) -> bool:
-        """Tell whether it is a folder; on the web there are none."""
+        """Return whether it is a folder; False for http and https."""
         info = None if self._url.startswith(_WEB) else self.info()
         return info is not None and info["type"] == "directory"
 
     def stat(self) -> os.stat_result:
-        """Return its size, and zeros for all else."""
+        """Return a status with the size; all other fields are 0."""
         info = self.info() or {}
         return os.stat_result((0, 0, 0, 0, 0, 0, info.get("size") or 0, 0, 0, 0))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """Return the text of a small file."""
-        return cast(bytes, self.ask(self.fs.cat_file, self.key)).decode(encoding)
+        return cast(bytes, self.call(self.fs.cat_file, self.key)).decode(encoding)
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """Yield what is in a folder."""
+        """Yield the entries of the folder."""
         return (self / name for name in self._listed())
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield what is in a folder and has a name of this pattern."""
+        """Yield the entries of the folder whose names match the pattern."""
         return (self / name for name in self._listed() if fnmatchcase(name, pattern))
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield the files in a folder, however deep, that have a name of this pattern."""
-        found = (self.of_key(key) for key in self.ask(self.fs.find, self.key))
+        """Yield the files in the folder and below it whose names match the pattern."""
+        found = (self.of_key(key) for key in self.call(self.fs.find, self.key))
         return (path for path in found if fnmatchcase(path.name, pattern))
 
     def info(self, *, fresh: bool = False) -> Mapping[str, Any] | None:
-        """Return what the filesystem says of it, None if it is not there.
+        """Return the filesystem's information on the file, or None if it does not exist.
 
         Args:
-            fresh: Whether to ask again, and not to trust what was said before.
+            fresh: Whether to request it again instead of using a cached result.
 
         Raises:
-            FileError: There is no answer, or none for us.
+            FileError: The request failed or was denied.
         """
         if fresh:
             self.fs.invalidate_cache(self.fs._parent(self.key))
@@ -192,38 +192,38 @@ class RemotePath:
             return self._info
         if fresh or self._info is None:
             try:
-                self._info = self.ask(self.fs.info, self.key)
+                self._info = self.call(self.fs.info, self.key)
             except FileError as error:
                 if not self._is_absence(error.__cause__):
                     raise
                 self._info = None
         return self._info
 
-    def ask(self, question: Callable[..., _T], *details: Any, **more: Any) -> _T:
+    def call(self, function: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Call a function of the filesystem.
 
         Raises:
-            FileError: It fails, whatever the backend raises.
+            FileError: The backend raised an error of any kind.
         """
         try:
-            return question(*details, **more)
+            return function(*args, **kwargs)
         except SwaAvgError:
             raise
         except Exception as error:
             raise FileError(f"cannot be read: {reason(error)}", file=str(self)) from error
 
     def _is_absence(self, error: BaseException | None) -> bool:
-        """Tell whether an error says that it is not there."""
-        # The web's backend calls every failure a missing file, and keeps the failure behind it.
+        """Return whether an error means that the file does not exist."""
+        # The HTTP backend raises FileNotFoundError for every failure; the cause is the failure.
         if self._url.startswith(_WEB) and error is not None and error.__cause__ is not None:
             return getattr(error.__cause__, "status", None) in (404, 410)
         return isinstance(error, FileNotFoundError | NotADirectoryError)
 
     def _listed(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return what is in a folder, by name; nothing if there is no such folder."""
+        """Return the entries of the folder by name; none if there is no such folder."""
         if self._entries is None:
             try:
-                found = self.ask(self.fs.ls, self.key, detail=True)
+                found = self.call(self.fs.ls, self.key, detail=True)
             except FileError as error:
                 if not self._is_absence(error.__cause__):
                     raise
@@ -234,7 +234,7 @@ class RemotePath:
         return self._entries
 
     def of_key(self, key: str, info: Mapping[str, Any] | None = None) -> RemotePath:
-        """Return another path of the same filesystem, with what is known of it."""
+        """Return another path in the same filesystem; `info` is cached in it."""
         url = key if _URL.match(key) else f"{self._url.partition('://')[0]}://{key.lstrip('/')}"
         path = RemotePath(url, self.fs)
         path._info = info
@@ -242,7 +242,7 @@ class RemotePath:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Return the filesystem that knows a URL, and the name that it has there."""
+    """Return the filesystem of a URL, and the file's name in it."""
     from fsspec.core import url_to_fs
 
     try:
@@ -251,18 +251,18 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise FileError(
             f"cannot be opened: {reason(error)}",
             file=url,
-            remedy="What is needed comes with: pip install 'swa-avg[remote]'",
+            remedy="To install the packages for URLs: pip install 'swa-avg[remote]'",
         ) from error
-    except Exception as error:  # whatever a backend says of its configuration
+    except Exception as error:  # a backend may raise any error for its configuration
         raise FileError(f"cannot be opened: {reason(error)}", file=url) from error
     return fs, key
 
 
 def reason(error: BaseException) -> str:
-    """Return what a backend means by an error, in one line."""
+    """Return the reason of a backend's error, in one line."""
     if isinstance(error, FileNotFoundError):
         return reason(error.__cause__) if error.__cause__ else "there is no such file"
     if getattr(error, "status", None) and getattr(error, "message", None):
         return f"{error.status} {error.message}"  # type: ignore[attr-defined]
-    said = getattr(error, "strerror", None) or str(error)
-    return " ".join(said.split()) or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__

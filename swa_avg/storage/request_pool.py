@@ -1,8 +1,8 @@
-"""Threads that make requests to servers, and that nobody has to wait for.
+"""A pool of daemon threads for requests to servers.
 
-A server may answer late or never. The threads of `concurrent.futures` are waited for
-whatever happens; these are daemons, and whoever waits for a request is told when it is
-given up. Knows nothing of what is asked.
+A server may answer late or never. Python waits at exit for the threads of
+`concurrent.futures`, so this pool uses daemon threads. When the pool is closed, a caller
+that waits for a request gets an error. The pool does not know what a request does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 class RequestPool(Executor):
-    """Up to so many threads. At the end of the context what is under way is given up."""
+    """A pool of up to `threads` threads. Unfinished requests are cancelled when it is closed."""
 
     def __init__(self, threads: int) -> None:
         self._most = threads
@@ -30,14 +30,14 @@ class RequestPool(Executor):
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(self, ask: Callable[..., Any], /, *details: Any, **more: Any) -> Future[Any]:
-        """Have a thread make a request."""
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run a request in one of the threads."""
         future: Future[Any] = Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError("no more requests are made")
+                raise RuntimeError("the request pool is closed")
             self._unfinished.add(future)
-            self._jobs.put((future, lambda: ask(*details, **more)))
+            self._jobs.put((future, lambda: call(*args, **kwargs)))
             start = len(self._unfinished) > self._threads < self._most
             self._threads += start
         if start:
@@ -45,33 +45,33 @@ class RequestPool(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Give up what is under way. It is never waited for."""
+        """Cancel all unfinished requests, without waiting for them."""
         with self._lock:
             self._closed = True
             left, threads = list(self._unfinished), self._threads
         for future in left:
             if not future.cancel():
-                with suppress(InvalidStateError):  # it is answered in this moment
-                    future.set_exception(FileError("was given up before the server answered"))
+                with suppress(InvalidStateError):  # the response has just arrived
+                    future.set_exception(FileError("was cancelled before the server answered"))
         for _ in range(threads):
             self._jobs.put(None)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            future, ask = job
+            future, call = job
             if future.set_running_or_notify_cancel():
-                _settle(future, ask)
+                _complete(future, call)
             with self._lock:
                 self._unfinished.discard(future)
 
 
-def _settle(future: Future[Any], ask: Callable[[], Any]) -> None:
-    """Give a future what comes of a request, unless that was given up."""
+def _complete(future: Future[Any], call: Callable[[], Any]) -> None:
+    """Store the result or the error of a request in its future, unless it was cancelled."""
     try:
-        answer = ask()
+        result = call()
     except BaseException as error:
         with suppress(InvalidStateError):
             future.set_exception(error)
     else:
         with suppress(InvalidStateError):
-            future.set_result(answer)
+            future.set_result(result)

@@ -1,6 +1,6 @@
-"""The name of an output: what may be written there, and what must not be replaced.
+"""Checks of an output path: whether it can be written, and what must not be replaced.
 
-Nothing is written here; `output` asks again when it puts the output in its place.
+This module writes nothing. `output.py` repeats the checks at the commit.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 
 from swa_avg.errors import OutputError, listed
 from swa_avg.storage.files import InputFile
-from swa_avg.storage.partial import refusal
+from swa_avg.storage.partial import write_error
 from swa_avg.storage.remote import is_remote
 
-# Files of weights in a folder: of Hugging Face, in shards or not, with the number of a further
-# model, for a variant; and of a distributed one.
+# Names of weight files. Hugging Face: with or without shards, the number of another model, or
+# a variant. torch.distributed.checkpoint: one file for each rank and `.metadata`.
 _WEIGHTS = re.compile(
     r"(?P<stem>[^.]+?)(_\d+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?"
     r"|__\d+_\d+\.distcp|\.metadata"
@@ -35,35 +35,36 @@ _STEMS = (
 def check_target(
     target: Path, inputs: Iterable[InputFile], *, force: bool, folder: bool = False
 ) -> None:
-    """Refuse a target that may not be written, before anything is read.
+    """Refuse an output path that must not be written, before any tensor is read.
 
     Args:
-        target: The output.
+        target: The path of the output.
         inputs: Files that must not be overwritten.
-        force: Whether it may be replaced if it exists.
-        folder: Whether it will be a folder.
+        force: Whether an existing output may be replaced.
+        folder: Whether the output is a folder.
 
     Raises:
-        OutputError: It is an input, exists without `force`, or is of another kind.
+        OutputError: The path is an input, exists without `force`, or is a folder where a
+            file is needed, or the reverse.
     """
     try:
         found = target.stat()
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise refusal(target, error) from error
+        raise write_error(target, error) from error
     for file in inputs:
         beneath = folder and _is_beneath(file.path, target)
         if file.identity == (found.st_dev, found.st_ino) or beneath:
             raise OutputError(
-                "holds one of the inputs" if beneath else "is one of the inputs",
+                "contains one of the inputs" if beneath else "is one of the inputs",
                 file=target,
                 remedy="Choose another output with -o",
             )
     fits = stat.S_ISDIR(found.st_mode) if folder else stat.S_ISREG(found.st_mode)
     if not fits:
         raise OutputError(
-            "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file",
+            "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file",
             file=target,
             expected=f"the name of a {'folder' if folder else 'file'} to write",
         )
@@ -76,7 +77,7 @@ def check_target(
 
 
 def _is_beneath(path: Path, folder: Path) -> bool:
-    """Tell whether a file is in a folder, however deep, under either of its names."""
+    """Return whether a file, or the file behind its link, is below a folder."""
     if is_remote(path):
         return False
     places = (Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name))
@@ -84,17 +85,18 @@ def _is_beneath(path: Path, folder: Path) -> bool:
 
 
 def check_replaceable(target: Path, names: Iterable[str], called: Path | None = None) -> None:
-    """Refuse to replace a folder that holds more than weights and what takes its place.
+    """Refuse to replace a folder that contains files other than weights.
 
-    Weights may go where the new folder has files, not from other sub-folders.
+    Files that the new folder has too may be replaced. Weights may be removed from the
+    sub-folders in which the new folder has files, not from other sub-folders.
 
     Args:
-        target: The output, a folder that may exist.
-        names: The files that the new folder will have.
-        called: What it is called, where it has been moved away.
+        target: The folder, which may not exist.
+        names: The files of the new folder.
+        called: The path for messages, if the folder has been moved away.
 
     Raises:
-        OutputError: Something in it would be lost.
+        OutputError: A file in the folder would be lost.
     """
     if not target.is_dir():
         return
@@ -108,14 +110,14 @@ def check_replaceable(target: Path, names: Iterable[str], called: Path | None = 
     )
     if lost:
         raise OutputError(
-            f"holds what would be lost: {listed(lost)}",
+            f"contains files that would be lost: {listed(lost)}",
             file=called or target,
-            remedy="Choose another output with -o, or move it away first",
+            remedy="Choose another output with -o, or move the folder away first",
         )
 
 
 def _are_weights(name: PurePosixPath, new: Iterable[PurePosixPath]) -> bool:
-    """Tell whether a file holds weights, under a usual name or one that a new file has."""
+    """Return whether a file name is one of weights: a usual name, or one of the new files."""
     found = _WEIGHTS.fullmatch(name.name)
     others = (_WEIGHTS.fullmatch(other.name) for other in new)
     stems = {*_STEMS, *(other["stem"] for other in others if other)}

@@ -1,9 +1,9 @@
-"""Temporary names beside a target: whose they are, and whether their writer still lives.
+"""Temporary files beside a target: their names, their locks, and the removal of old ones.
 
-A run that is killed cannot clean up behind itself; the next one to the same target
-does. The name of a temporary file or folder tells the target and the machine. A lock
-on it tells that its writer lives: the system takes the lock away when the writer ends,
-however it ends. Where there are no locks (some network file systems) nothing is removed.
+A run that is killed leaves its temporary files behind. The next run to the same target
+removes them. The name of a temporary file or folder identifies the target and the
+machine. Its writer holds a lock on it; the system releases the lock when the writer
+exits or is killed. Where the file system has no locks, nothing is removed.
 """
 
 from __future__ import annotations
@@ -19,39 +19,38 @@ from contextlib import suppress
 from pathlib import Path
 
 SUFFIX = ".tmp"
-# What is moved out of the way, where two folders cannot change places in one step.
+# The suffix of the old folder, where the system cannot exchange two folders in one step.
 REPLACED = ".old"
 
 
 def name_beside(target: Path) -> Path:
-    """Return a new temporary name beside `target`; it is never too long."""
+    """Return a new temporary path in the folder of `target`, short for every file system."""
     return target.parent / f"{_stem(target)}{secrets.token_hex(8)}{SUFFIX}"
 
 
-def hold(descriptor: int, path: Path) -> bool:
-    """Lock what has just been made at `path`, until `descriptor` is closed.
+def lock_new(descriptor: int, path: Path) -> bool:
+    """Lock the file or folder that was just created at `path`, until `descriptor` is closed.
 
     Returns:
-        False if another run took it for a left-over before it was locked: it is gone,
-        or about to go.
+        False if another run took it for a leftover before it was locked, and removes it.
     """
     try:
         _lock(descriptor)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # no locks here: nobody else can take it for a left-over either
+        return True  # without locks no run removes leftovers
     with suppress(FileNotFoundError):
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     return False
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed runs to the same target, on this machine, have left beside it."""
+    """Remove the temporary files that killed runs on this machine left beside `target`."""
     for path, status in _beside(target):
         folder = stat.S_ISDIR(status.st_mode)
         if path.suffix == REPLACED and not target.exists():
-            continue  # killed between two renames: this is all there is of the old output
+            continue  # a run was killed between two renames: this is the only old output
         flags = os.O_RDONLY if folder else os.O_WRONLY
         with suppress(OSError):
             descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -63,11 +62,11 @@ def remove_leftovers(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there and we may."""
+    """Remove a file, or a folder with its contents; ignore errors."""
     try:
         _remove(path)
     finally:
-        _remove(path)  # a signal may have cut the first one short
+        _remove(path)  # a signal may have interrupted the first call
 
 
 def _remove(path: Path) -> None:
@@ -78,14 +77,14 @@ def _remove(path: Path) -> None:
 
 
 def _stem(target: Path) -> str:
-    # Not the name itself: it may be as long as a name can be. Of locks on another machine
-    # nothing is known for sure, so its files are not ours to judge.
-    whose = os.fsencode(target.name) + b"\0" + platform.node().encode()
-    return f".swa-avg-{hashlib.sha256(whose).hexdigest()[:16]}-"
+    # A hash, because the target's name may have the maximum length already. It includes the
+    # machine, because locks held on another machine may be invisible here.
+    owner = os.fsencode(target.name) + b"\0" + platform.node().encode()
+    return f".swa-avg-{hashlib.sha256(owner).hexdigest()[:16]}-"
 
 
 def _beside(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield the files and folders that bear a temporary name of the target."""
+    """Yield the files and folders with a temporary name of the target."""
     stem = _stem(target)
     with suppress(OSError):
         for name in os.listdir(target.parent):  # noqa: PTH208 - one name, not a Path for each
@@ -99,11 +98,11 @@ def _beside(target: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _lock(descriptor: int) -> None:
-    """Take the lock, at once.
+    """Take the lock without waiting.
 
     Raises:
-        BlockingIOError: Somebody has it.
-        OSError: There are no locks here.
+        BlockingIOError: Another process holds it.
+        OSError: The system or the file system has no locks.
     """
     try:
         import fcntl

@@ -1,16 +1,16 @@
-"""An output that a URL names: written here first, then uploaded, whole or not at all.
+"""An output with a URL: written to this machine first, then uploaded completely or not at all.
 
-Stores take a file from its beginning to its end, the averages come in any order.
-So the temporary folder (`TMPDIR`) must have room for one output. How it becomes
-whole in its place depends on the backend:
+A store receives a file from start to end, but the kernel writes it in any order. So
+the temporary folder (`TMPDIR`) needs space for one output. How the upload becomes
+visible depends on the backend:
 
-- object stores (`s3`, `gs`, `az`, `abfs`) and `hf`: an object, or a commit, is there
-  when its upload is complete, in one request or in parts, and not before;
-- all others (`memory`, `sftp`, …): it is uploaded under a temporary name beside the
-  target, then renamed, which is as much one step as the backend's renaming is.
+- object stores (`s3`, `gs`, `az`, `abfs`) and `hf`: the object, or the commit, appears
+  when its upload is complete, in one request or in several parts;
+- all others (`memory`, `sftp`, …): the file is uploaded under a temporary name beside
+  the target and then renamed, which is as atomic as the backend's rename.
 
-Nothing can be put on the web, and folders are not uploaded: no store can put
-several files in their places at once.
+`http` and `https` are read-only. Folders are not uploaded, because no store can replace
+several files in one step.
 """
 
 from __future__ import annotations
@@ -35,23 +35,27 @@ _READ_ONLY = ("http", "https")
 def check_remote_target(
     target: Path, inputs: Iterable[InputFile], *, force: bool, folder: bool = False
 ) -> None:
-    """Refuse a URL that may not be written, before anything is read.
+    """Refuse a URL that must not be written, before any tensor is read.
 
     Args:
-        target: The output.
+        target: The URL of the output.
         inputs: Files that must not be overwritten.
-        force: Whether it may be replaced if it exists.
-        folder: Whether it would be a folder.
+        force: Whether an existing output may be replaced.
+        folder: Whether the output is a folder.
 
     Raises:
-        OutputError: It is an input, exists without `force`, or can be no output.
+        OutputError: The URL is an input, exists without `force`, or cannot be written.
     """
     remote = _remote(target)
     if remote.protocol in _READ_ONLY:
-        raise OutputError("cannot be written: the web is only read", file=target)
+        raise OutputError(
+            f"cannot be written: {remote.protocol} URLs are read-only",
+            file=target,
+            remedy="Write the output to this machine, then upload it",
+        )
     if folder:
         raise OutputError(
-            "would be a folder, which no store can put in its place at once",
+            "would be a folder, and no store can replace a folder in one step",
             file=target,
             remedy="Write it to this machine and copy it, or name a file: swa.safetensors",
         )
@@ -78,7 +82,7 @@ def check_remote_target(
 
 
 def _check_bucket(remote: RemotePath) -> None:
-    """Refuse a bucket that is not there; of one that may not be asked for, nothing is known."""
+    """Refuse a bucket that does not exist; accept one whose existence is not readable."""
     try:
         remote.fs.info(remote.key.partition("/")[0])
     except FileNotFoundError as error:
@@ -90,27 +94,27 @@ def _check_bucket(remote: RemotePath) -> None:
 
 
 class RemoteFile(AbstractContextManager["RemoteFile"]):
-    """A file behind a URL that comes into being whole, by `commit`, or not at all.
+    """A file behind a URL that appears complete, by `commit`, or not at all.
 
     Attributes:
-        target: The name that the user gave.
-        path: Where its bytes are until it is committed.
-        size: How many they are.
+        target: The URL as the user wrote it.
+        path: The local path until the commit.
+        size: The size in bytes.
     """
 
     def __init__(
         self, target: Path, size: int, *, force: bool = True, over: Source | None = None
     ) -> None:
-        """Make room for it on this machine.
+        """Create a temporary file of the output's size on this machine.
 
         Args:
-            target: The name that the user gives it.
-            size: How many bytes it will have.
+            target: The URL as the user wrote it.
+            size: The size in bytes.
             force: Whether it may replace a file; checked again before the upload.
-            over: The only file that it may replace, if it may replace but one.
+            over: The one file that it may replace; None for no such restriction.
 
         Raises:
-            OutputError: There is no room here.
+            OutputError: The temporary file cannot be created.
         """
         self.target = target
         self.size = size
@@ -121,34 +125,38 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
             folder = self._opened.enter_context(TemporaryDirectory(prefix="swa-avg-"))
             self._local = self._opened.enter_context(AtomicFile(Path(folder, "output"), size))
         except OSError as error:
-            raise OutputError(f"has no room here at first: {error}", file=target) from error
+            raise OutputError(
+                f"cannot be prepared in the temporary folder: {error}",
+                file=target,
+                remedy="Set TMPDIR to a folder with space for the output",
+            ) from error
         except BaseException:
             self._opened.close()
             raise
         self.path = self._local.path
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
-        """Write all of `data` at `offset`; may be called from several threads.
+        """Write all of `data` at `offset`; safe from several threads.
 
         Raises:
-            OutputError: The system refuses, for one because the disk is full.
+            OutputError: The system reports an error, such as a full disk.
         """
         self._local.write(data, offset)
 
     def sync(self) -> None:
-        """Do nothing: what is on this machine's disk does not last."""
+        """Do nothing: the local file is temporary."""
 
     def commit(self) -> tuple[str, ...]:
-        """Upload the file, and let it take the target's place when it is whole there.
+        """Upload the file; it replaces the target when the upload is complete.
 
-        Whether another file is there meanwhile is looked at before the upload: few stores
-        can refuse one in the same step.
+        The target is checked for another program's file before the upload, because few
+        stores can do both in one step.
 
         Returns:
-            Nothing that the user should know.
+            No notes.
 
         Raises:
-            OutputError: The backend gives up; the target is as it was.
+            OutputError: The upload failed; the target is unchanged.
         """
         remote = _remote(self.target)
         self._check_place(remote)
@@ -179,17 +187,17 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
         return ()
 
     def _check_place(self, remote: RemotePath) -> None:
-        """Refuse to replace what came meanwhile.
+        """Refuse to replace a file that appeared or changed during the run.
 
         Raises:
-            OutputError: There is something that may not be replaced.
-            FormatError: The file that was to be replaced has changed.
+            OutputError: A file appeared that must not be replaced.
+            FormatError: The one file that may be replaced has changed.
         """
         if self._over:
             self._over.check_unchanged()
         elif not self._force and remote.info(fresh=True) is not None:
             raise OutputError(
-                "was made by another program during this run; it is left alone",
+                "was created by another program during this run and was not overwritten",
                 file=self.target,
                 remedy="Choose another output, or replace it with --force",
             )

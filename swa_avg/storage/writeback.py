@@ -1,8 +1,7 @@
-"""Telling the kernel to begin to write a file to disk, so that forcing it there takes no time.
+"""Early write-back: the kernel starts to write a file to disk while it is still growing.
 
-Without it the disk is idle while the average is computed, and at the end the
-whole output is waited for. Nothing depends on it: what is written is forced to
-disk in the end all the same.
+Without it the disk is idle while the average is computed, and the final sync has to
+write the whole output. It only saves time: the final sync happens in any case.
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ from functools import cache
 from typing import Any
 
 _EVERY = 32 * 1024 * 1024
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, wait for nothing
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE: start the write-back and do not wait
 
 
 class WriteBack:
-    """Counts what is written to a file, and has it on its way to the disk every 32 MiB."""
+    """Counts the bytes written to a file, and starts its write-back every 32 MiB."""
 
     def __init__(self, fd: int) -> None:
         self._fd, self._waiting = fd, 0
 
     def wrote(self, count: int) -> None:
-        """Note that so many bytes were written; threads may, each losing a few of them."""
+        """Count written bytes; the count is approximate when several threads call it."""
         self._waiting += count
         if self._waiting >= _EVERY:
             self._waiting = 0
@@ -33,7 +32,7 @@ class WriteBack:
 
 @cache
 def _sync_file_range() -> Any:
-    """Return the C library's function, which Linux has; None elsewhere."""
+    """Return the C library's `sync_file_range`, or None on systems other than Linux."""
     try:
         function = ctypes.CDLL(None).sync_file_range
     except (OSError, AttributeError, TypeError):

@@ -1,7 +1,7 @@
-"""What a tensor in a file is: its dtype, shape, stride and byte range.
+"""Tensors in files: dtype, shape, stride and byte range.
 
-In: files. Out: references to tensors, which read boxes of elements and check their
-bytes. Knows nothing of file formats.
+In: files. Out: references to tensors, boxes of their elements, and checksums of their
+bytes. This wing does not know any file format.
 """
 
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps

@@ -1,4 +1,4 @@
-"""CRC-32 of stretches of bytes that are read in any order, piece by piece."""
+"""CRC-32 checksums of byte ranges that are read in pieces, in any order."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ def combined(pieces: list[Piece]) -> int:
 
 
 class Ledger:
-    """Collects the checksums of what was read, and compares them with those recorded.
+    """Collects the checksums of the bytes read, and compares them with the recorded ones.
 
     Args:
-        kept: Records of which `found` is to tell though their checksum is recorded.
+        kept: Records that are added to `found` even if the file records their checksum.
 
     Attributes:
-        found: The checksum of each record that has been read whole, and has none
-            recorded: what is recorded needs no second place.
+        found: The checksum of each completely read record for which the file records none.
     """
 
     def __init__(self, kept: Container[Record] = ()) -> None:
@@ -46,10 +45,12 @@ class Ledger:
         self._names: dict[Record, str] = {}
 
     def add(self, record: Record, name: str, piece: Piece | None) -> None:
-        """Note the checksum of a piece that was read, by the tensor `name`; None: of nothing.
+        """Add the checksum of a piece that was read for the tensor `name`.
+
+        None adds the record without a piece.
 
         Raises:
-            FormatError: It is the whole record, and its bytes are not those that were saved.
+            FormatError: The piece is the whole record, and its checksum is wrong.
         """
         if piece is not None and piece.length == record.length:
             self.settle(record, name, piece.crc)
@@ -61,36 +62,36 @@ class Ledger:
 
     @property
     def open(self) -> list[Record]:
-        """The records of which pieces were read, but not yet the whole."""
+        """The records that have been read in pieces, and are not complete yet."""
         return [record for record in self._pieces if record not in self.found]
 
     def pieces(self) -> Iterator[tuple[Record, str, Sequence[Piece]]]:
-        """Yield the open records, each with a tensor that looks at it and what was read of it."""
+        """Yield the open records, each with the name of one of its tensors and its pieces."""
         for record in self.open:
             yield record, self._names[record], self._pieces[record]
 
     def check(self, record: Record) -> None:
-        """Make up an open record's checksum from its pieces.
+        """Combine the pieces of an open record and check the result.
 
-        What was not read in whole pieces, for one the rest of a storage of which
-        the state_dict holds a view, is read now.
+        Bytes between the pieces are read now, for example the rest of a storage of which
+        the state_dict contains only a view.
 
         Raises:
-            FormatError: Its bytes are not those that were saved.
+            FormatError: The record's checksum is wrong.
         """
         crc = combined(with_gaps(record, self._disjoint(record)))
         self.settle(record, self._names[record], crc)
 
     def settle(self, record: Record, name: str, crc: int) -> None:
-        """Note the checksum of a whole record.
+        """Check the checksum of a whole record.
 
         Raises:
-            FormatError: Its bytes are not those that were saved.
+            FormatError: It differs from the recorded one.
         """
         if record.crc32 is not None and crc != record.crc32:
-            record.file.check_unchanged()  # a run that is still writing it did no damage
+            record.file.check_unchanged()  # a file that is still being written is not damaged
             raise FormatError(
-                "is damaged: its bytes do not have the checksum that the file records",
+                "is damaged: its bytes do not match the checksum in the file",
                 file=record.file.path,
                 tensor=name,
                 remedy="Restore the file from its source, or leave it out",
@@ -99,7 +100,7 @@ class Ledger:
             self.found[record] = crc
 
     def _disjoint(self, record: Record) -> list[Piece]:
-        """Return the pieces without those that overlap an earlier one."""
+        """Return the pieces that do not overlap an earlier one."""
         kept: list[Piece] = []
         for piece in sorted(self._pieces[record]):
             if not kept or piece.start >= kept[-1].start + kept[-1].length:
@@ -108,13 +109,13 @@ class Ledger:
 
 
 def verify(named: Iterable[tuple[Record, str]]) -> None:
-    """Read records whole and compare their checksums, where they carry any.
+    """Read whole records and compare their checksums, if the file records them.
 
     Args:
-        named: Records, each with the name of a tensor that looks at it.
+        named: Records, each with the name of one of its tensors.
 
     Raises:
-        FormatError: The bytes of one are not those that were saved.
+        FormatError: A checksum is wrong.
     """
     ledger = Ledger()
     for record, name in named:
@@ -125,7 +126,7 @@ def verify(named: Iterable[tuple[Record, str]]) -> None:
 
 
 def with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
-    """Return pieces of a record that do not overlap, and what is between them, read now."""
+    """Return disjoint pieces of a record and the pieces between them, which are read now."""
     edges = [0, *(edge for p in sorted(pieces) for edge in (p.start, p.start + p.length))]
     edges.append(record.length)
     gaps = zip(edges[::2], edges[1::2], strict=True)
@@ -133,7 +134,7 @@ def with_gaps(record: Record, pieces: list[Piece]) -> list[Piece]:
 
 
 def _read_piece(record: Record, start: int, length: int) -> Piece:
-    """Read a part of a record for its checksum only."""
+    """Read a part of a record and return its checksum."""
     crc = 0
     for chunk in record.file.chunks(record.offset + start, length):
         crc = crc32(chunk, crc)

@@ -1,4 +1,4 @@
-"""The floating-point formats, as they are defined: what number a pattern of bits stands for."""
+"""Floating-point formats: their definitions, and the number that a bit pattern represents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from swa_avg.tensors.tensor import DTYPES, DType
 
-# A complex number is two real ones.
+# A complex number consists of two real numbers.
 _PARTS = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 
 
@@ -16,11 +16,11 @@ class Format(NamedTuple):
     """A binary floating-point format.
 
     Attributes:
-        fraction: Bits of the fraction.
-        bias: What is subtracted from the exponent's bits.
-        largest: The bits of the largest finite number; what is above is no number.
-        infinite: Whether what comes next is infinity; else it is NaN, as all that is above.
-        unsigned_zero: Whether the bits of -0 are those of NaN, its only ones.
+        fraction: The number of bits of the fraction.
+        bias: The bias of the exponent.
+        largest: The bits of the largest finite number; larger bit patterns are not finite.
+        infinite: Whether the bit pattern after `largest` is infinity; all others are NaN.
+        unsigned_zero: Whether the format has no -0; its bit pattern is then the only NaN.
     """
 
     fraction: int
@@ -31,7 +31,7 @@ class Format(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """The bit of the sign."""
+        """The sign bit."""
         return 1 << self.largest.bit_length()
 
 
@@ -51,12 +51,12 @@ FORMATS: Mapping[str, Format] = {
 
 
 def part(dtype: DType) -> DType:
-    """Return the dtype of a complex number's parts, and of others themselves."""
+    """Return the dtype of the real and imaginary parts; a real dtype is returned itself."""
     return DTYPES[_PARTS.get(dtype.name, dtype.name)]
 
 
 def value_of(bits: int, form: Format) -> float:
-    """Return the number that bits stand for: every format's are float64's too."""
+    """Return the number that a bit pattern represents; float64 holds it exactly."""
     size = bits & (form.sign - 1)
     if size > form.largest or (form.unsigned_zero and bits == form.sign):
         infinite = form.infinite and size == form.largest + 1

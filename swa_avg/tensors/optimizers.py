@@ -1,9 +1,9 @@
 """Optimizer state among the names of a checkpoint, recognised by its structure.
 
-Optimizers save under names of their own (`optimizer.state.…`), beside the
-model or in its midst. A model may have a submodule called `optimizer` as well,
-so that a name alone is no proof: what optimizers keep for each parameter is
-(Adam's `exp_avg`, `param_groups`). Nothing here reads a tensor.
+Optimizer state has names of its own (`optimizer.state.…`), beside the model's names or
+between them. A model may have a submodule called `optimizer`, so the prefix proves
+nothing. The names of an optimizer's buffers do (Adam's `exp_avg`, `param_groups`).
+This module reads no tensors.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-# What torch.optim's classes, and those derived from them, keep of each parameter.
+# The buffers that the classes of torch.optim, and classes derived from them, keep.
 _KEPT = r"(?:max_)?exp_avg\w*|momentum_buffer|square_avg|acc_delta|exp_inf|param_groups"
 _EVIDENCE = re.compile(rf"(?:^|\.)({_KEPT})(?=\.|$)")
 _CALLED = re.compile(r"(?:^|\.)(?:[^.]*(?<![a-z]))?opt(?:im(?:izer)?s?)?(?![a-z])[^.]*(?=\.)")
-# One of these is in every name that is an optimizer's: quickly looked for in many names.
+# Every name of optimizer state contains one of these; a fast first search in many names.
 _HINTS = ("opt", "exp_avg", "momentum_buffer", "square_avg", "acc_delta", "exp_inf", "param_groups")
 _STATE = re.compile(r".*(?:^|\.)state(?=\.|$)")
 # The parts of an optimizer's state_dict.
@@ -23,7 +23,7 @@ _PARTS = {"state", "param_groups"}
 
 
 def optimizer_groups(names: Collection[str]) -> dict[str, None]:
-    """Return the dotted prefixes under which only optimizer state stands.
+    """Return the dotted prefixes that contain only optimizer state.
 
     Args:
         names: All names of a state_dict or a folder.
@@ -48,7 +48,7 @@ def optimizer_groups(names: Collection[str]) -> dict[str, None]:
 
 
 def _group_of(name: str, found: re.Match[str], names: Collection[str]) -> str:
-    """Return the group that a piece of evidence stands in; empty if it proves nothing."""
+    """Return the prefix that a match of `_EVIDENCE` belongs to; empty if it proves nothing."""
     before, after = name[: found.start()], name[found.end() + 1 :]
     called = _CALLED.search(before + ".")
     if called:
@@ -56,19 +56,19 @@ def _group_of(name: str, found: re.Match[str], names: Collection[str]) -> str:
     state = _STATE.match(before)
     if state:
         return state.group()
-    # A tensor has no children: what stands below its name is kept of it.
+    # A tensor has no children, so names below a tensor's name are optimizer state.
     if before in names:
         return before
     return name[: found.end()] if after in names else ""
 
 
 def in_groups(name: str, groups: Collection[str]) -> bool:
-    """Tell whether a name stands below one of the prefixes."""
+    """Return whether a name begins with one of the prefixes."""
     if not groups:
         return False
     return any(name[:at] in groups for at, char in enumerate(name) if char == ".")
 
 
 def is_optimizer(names: Iterable[object]) -> bool:
-    """Tell whether a dict with these keys is what an optimizer keeps."""
+    """Return whether a dict with these keys is the state of an optimizer."""
     return any(isinstance(name, str) and re.fullmatch(_KEPT, name) for name in names)

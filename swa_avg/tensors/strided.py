@@ -1,9 +1,8 @@
-"""Reading a tensor in another order than the one in which it lies on disk.
+"""Reading a tensor in an order that differs from its order on disk.
 
-Inputs of one average may hold the same tensor with other strides: transposed,
-channels_last, a slice of something larger; or in parts that several ranks wrote.
-Their elements are brought into the order of the output box by box, so that no
-tensor of full size is ever built.
+The checkpoints of one average may store a tensor with different strides (transposed,
+channels_last, a slice of a larger tensor), or in parts written by several ranks. The
+elements are rearranged box by box, so a tensor is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -30,32 +29,32 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Of which record, from which byte of it, what.
+# Called with a record, the first byte in it, and the bytes that were read.
 Seen = Callable[[Record, int, memoryview], None]
 
-# A strided box is read in one piece if that reads no more than this many times its bytes.
+# A strided box is read in one piece unless that reads more than this many times its bytes.
 _MOST_WASTE = 4
 _MOVED = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a tensor: for each dimension where it starts and how far it goes."""
+    """A part of a tensor: the start and the size in each dimension."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def boxes(shape: Sequence[int], most: int) -> Iterator[Box]:
     """Cut a tensor into boxes of at most `most` elements, in C order.
 
-    Each box is a stretch of the tensor's elements in C order, and they follow
-    each other without a gap.
+    Each box is a contiguous range of the elements in C order. The boxes follow each other
+    without gaps.
     """
     cut = len(shape)
     while cut > 0 and math.prod(shape[cut - 1 :]) <= most:
@@ -85,20 +84,20 @@ def read_box(ref: TensorRef, box: Box, out: Array, seen: Seen | None = None) -> 
     """Read a box of a tensor into an array of the box's shape.
 
     Args:
-        ref: The tensor on disk, of any strides, whole or in parts.
-        box: What is wanted of it.
-        out: Where it goes: of the box's shape, with elements as long as `ref`'s.
-        seen: Told of every stretch that was read in which no byte is left out.
+        ref: The tensor on disk, with any strides, whole or in parts.
+        box: The elements to read.
+        out: The destination, with the box's shape and the item size of `ref`.
+        seen: Is called with every contiguous range that was read.
 
     Returns:
-        How many bytes were read from the file.
+        The number of bytes read from the file.
     """
     if ref.parts:
         return sum(_read_part(one, box, out, seen) for one in ref.parts)
     span = extent(box.shape, ref.stride)
     itemsize = ref.dtype.itemsize
     if span > _MOST_WASTE * box.numel and not is_contiguous(box.shape, ref.stride):
-        return _read_thinly(ref, box, out)
+        return _read_sparse(ref, box, out)
     place = ref.offset + sum(at * step for at, step in zip(box.start, ref.stride, strict=True))
     direct = out.flags.c_contiguous and is_contiguous(box.shape, ref.stride)
     own = bytearray() if direct else bytearray(span * itemsize)
@@ -115,7 +114,7 @@ def read_box(ref: TensorRef, box: Box, out: Array, seen: Seen | None = None) -> 
 
 
 def _read_part(part: Part, box: Box, out: Array, seen: Seen | None) -> int:
-    """Read what a part has of a box of the whole tensor."""
+    """Read the intersection of a part and a box of the whole tensor."""
     inside, shape = [], []
     for dim, (at, start, wanted) in enumerate(zip(part.start, box.start, box.shape, strict=True)):
         first, end = max(at, start), min(at + part.ref.shape[dim], start + wanted)
@@ -129,14 +128,14 @@ def _read_part(part: Part, box: Box, out: Array, seen: Seen | None) -> int:
 
 
 def _narrowed(values: Array, dim: int, start: int, size: int) -> Array:
-    """Return a part of an array along one dimension."""
+    """Return a slice of an array along one dimension."""
     cut = (*(slice(None),) * dim, slice(start, start + size))
     narrowed: Array = values[cut]
     return narrowed
 
 
-def _read_thinly(ref: TensorRef, box: Box, out: Array) -> int:
-    """Read a box that is thinly spread, index by index along its widest dimension."""
+def _read_sparse(ref: TensorRef, box: Box, out: Array) -> int:
+    """Read a box with large gaps index by index, along the dimension of the largest stride."""
     dim = max((d for d in range(len(box.shape)) if box.shape[d] > 1), key=lambda d: ref.stride[d])
     read = 0
     for index in range(box.shape[dim]):
@@ -147,7 +146,7 @@ def _read_thinly(ref: TensorRef, box: Box, out: Array) -> int:
 
 
 def elements(buffer: bytearray | memoryview, shape: Sequence[int], itemsize: int) -> Array:
-    """Return memory as elements of any dtype of a size, to be moved and not computed with."""
+    """Return memory as an array of elements of a size, for moving and not for arithmetic."""
     import numpy as np
 
     values: Array = np.frombuffer(buffer, _MOVED[itemsize]).reshape(shape)
@@ -155,7 +154,7 @@ def elements(buffer: bytearray | memoryview, shape: Sequence[int], itemsize: int
 
 
 def read_bytes(ref: TensorRef) -> bytearray:
-    """Return the bytes of a tensor, read whole, in C order."""
+    """Return all bytes of a tensor, in C order."""
     buffer = bytearray(ref.nbytes)
     if whole(ref):
         place = ref.record.offset + ref.offset * ref.dtype.itemsize
@@ -167,9 +166,9 @@ def read_bytes(ref: TensorRef) -> bytearray:
 
 
 def read_numbers(ref: TensorRef) -> list[int] | list[float]:
-    """Return all elements of a small tensor that has numbers for elements, in C order.
+    """Return all elements of a small numeric tensor, in C order.
 
-    A complex number is two.
+    A complex number becomes two numbers.
     """
     data, name, size = read_bytes(ref), ref.dtype.name, part(ref.dtype).itemsize
     places = range(0, len(data), size)
@@ -181,7 +180,7 @@ def read_numbers(ref: TensorRef) -> list[int] | list[float]:
 
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:
-    """Return a tensor, read whole and contiguous, in its own dtype."""
+    """Return the whole tensor, contiguous and in its own dtype."""
     import torch
 
     dtype = getattr(torch, ref.dtype.name)
@@ -192,7 +191,7 @@ def read_tensor(ref: TensorRef) -> torch.Tensor:
 
 
 def permuted(ref: TensorRef, order: Sequence[int], shape: Sequence[int]) -> TensorRef:
-    """Return a tensor with its dimensions in another order."""
+    """Return the tensor with its dimensions in another order."""
     stride = tuple(ref.stride[dim] for dim in order) if order else ref.stride
     parts = tuple(
         Part(
@@ -205,5 +204,5 @@ def permuted(ref: TensorRef, order: Sequence[int], shape: Sequence[int]) -> Tens
 
 
 def whole(ref: TensorRef) -> bool:
-    """Tell whether a tensor lies on disk in C order, so that ranges of it can be read."""
+    """Return whether a tensor is stored in C order, so that ranges of it can be read."""
     return not ref.parts and (ref.contiguous or ref.stride == contiguous_stride(ref.shape))

@@ -1,7 +1,8 @@
-"""What a tensor in a checkpoint is: names, dtypes, shapes and places; no data.
+"""Descriptions of the tensors in a checkpoint: dtypes, shapes and byte ranges, but no data.
 
-A checkpoint, whatever its format, is a directory of named byte ranges. The
-classes here are that directory. Nothing here opens a file or imports torch.
+A checkpoint of any format is a directory of named byte ranges. The classes in this
+module are the entries of that directory. This module opens no files and does not import
+torch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from swa_avg.storage import InputFile
 
 
 class Kind(Enum):
-    """What can be done with the elements of a dtype."""
+    """The arithmetic that a dtype allows."""
 
     FLOAT = "float"
     COMPLEX = "complex"
-    EXACT = "exact"  # integers and bool: a mean of them means nothing
-    OPAQUE = "opaque"  # bits, packed and scale formats: no arithmetic at all
+    EXACT = "exact"  # integers and bool: their mean has no meaning
+    OPAQUE = "opaque"  # bits, packed and scale formats: no arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,12 @@ class DType:
     """An element type.
 
     Attributes:
-        name: Its name in torch, without the `torch.`.
+        name: The name in torch, without `torch.`.
         itemsize: Bytes per element.
-        kind: What can be done with its elements.
-        safetensors: Its name in safetensors, None where it has none.
-        significand: Bits of a float's significand, the implicit one included;
-            for complex, of each part; 0 for the rest.
+        kind: The arithmetic that it allows.
+        safetensors: The name in safetensors, or None if it has none.
+        significand: Bits of the significand with the implicit bit; for a complex dtype,
+            of each part; 0 for other dtypes.
     """
 
     name: str
@@ -83,13 +84,13 @@ SAFETENSORS_DTYPES: Mapping[str, DType] = {
 
 
 class Record(NamedTuple):
-    """A stretch of bytes in a file: what a storage is on disk.
+    """A byte range of a file that holds one storage.
 
     Attributes:
-        file: The file, open.
-        offset: Its first byte, counted from the start of the file.
-        length: How many bytes.
-        crc32: The checksum that the format records for all of it, or None.
+        file: The open file.
+        offset: The first byte, counted from the start of the file.
+        length: The number of bytes.
+        crc32: The CRC-32 of the whole range as the format records it, or None.
     """
 
     file: InputFile
@@ -100,12 +101,12 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor that has not been read: what its elements are, and how they lie.
+    """A tensor that has not been read: its element type and its layout.
 
     Attributes:
-        dtype: Its element type.
-        shape: Its sizes.
-        stride: Elements between neighbours, for each dimension.
+        dtype: The element type.
+        shape: The sizes.
+        stride: The stride of each dimension, in elements.
     """
 
     dtype: DType
@@ -114,35 +115,35 @@ class Tensor:
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its elements take, each counted once."""
+        """The size of its elements in bytes, without gaps."""
         return self.numel * self.dtype.itemsize
 
     @property
     def extent(self) -> int:
-        """How many elements of the storage lie between its first and its last."""
+        """The number of elements that it spans in the storage, gaps included."""
         return extent(self.shape, self.stride)
 
     @property
     def contiguous(self) -> bool:
-        """Whether its elements lie one after the other in C order."""
+        """Whether its elements are stored one after the other in C order."""
         return is_contiguous(self.shape, self.stride)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """A storage as a header speaks of it, whichever file it is in.
+    """A storage as a header describes it, independent of the file.
 
-    Two are never equal, of whatever name: so none is taken for that of another header.
+    Two instances are never equal, so that storages of two headers cannot be confused.
 
     Attributes:
-        name: Its name there.
-        numel: Its elements.
-        nbytes: Its size in bytes.
+        name: The name in the header.
+        numel: The number of elements.
+        nbytes: The size in bytes.
     """
 
     name: str
@@ -152,11 +153,11 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class View(Tensor):
-    """A tensor as a header speaks of it. Files with equal headers have it in common.
+    """A tensor as a header describes it. Files with equal headers share the object.
 
     Attributes:
-        stored: The storage that it looks at.
-        offset: Its first element, counted in elements from the storage's start.
+        stored: The storage of its elements.
+        offset: The first element, counted in elements from the start of the storage.
     """
 
     stored: Stored
@@ -165,13 +166,13 @@ class View(Tensor):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef(Tensor):
-    """A tensor in a file: where its elements are.
+    """A tensor in a file, with the place of its elements.
 
     Attributes:
-        record: The storage that it looks at; of several parts the first one's.
-        offset: Its first element, counted in elements from the storage's start.
-        parts: The boxes that it is made of, where they are stored apart; without
-            holes and overlaps.
+        record: The byte range of its storage; with several parts, that of the first part.
+        offset: The first element, counted in elements from the start of the storage.
+        parts: The boxes of a tensor that is stored in several places. They cover it
+            completely and do not overlap.
     """
 
     record: Record
@@ -180,17 +181,17 @@ class TensorRef(Tensor):
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """All storages that it looks at."""
+        """The byte ranges of all its storages."""
         return tuple(part.ref.record for part in self.parts) if self.parts else (self.record,)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a tensor that is stored by itself, as one rank of several writes it.
+    """A box of a tensor that is stored separately, as each of several ranks writes it.
 
     Attributes:
-        start: Where in the tensor it begins, for each dimension.
-        ref: What is stored, of the box's shape.
+        start: The box's first index in the tensor, for each dimension.
+        ref: The stored tensor, with the box's shape.
     """
 
     start: tuple[int, ...]
@@ -198,7 +199,7 @@ class Part:
 
 
 def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
-    """Return the strides of a C-contiguous tensor of `shape`, as torch gives them."""
+    """Return the strides of a C-contiguous tensor of `shape`, equal to torch's."""
     stride: list[int] = []
     step = 1
     for size in reversed(tuple(shape)):
@@ -208,7 +209,7 @@ def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
 
 
 def is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Tell whether elements lie in C order; sizes of 0 and 1 need no stride."""
+    """Return whether elements are in C order; strides of dimensions of size 1 do not count."""
     if 0 in shape:
         return True
     step = 1
@@ -233,13 +234,13 @@ def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, 
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Tell whether a view fills its extent, each place once, in some order of its dimensions."""
+    """Return whether a view covers every element of its extent exactly once."""
     order = memory_order(shape, stride)
     return is_contiguous(tuple(shape[d] for d in order), tuple(stride[d] for d in order))
 
 
 def same_bytes(refs: Sequence[TensorRef]) -> bool | None:
-    """Tell whether tensors hold the same bytes, or None if checksums in headers do not tell."""
+    """Return whether tensors have the same bytes by their checksums; None without checksums."""
     known = [ref.record.crc32 for ref in refs if _is_record(ref)]
     if len(known) < len(refs) or None in known or len({ref.dtype for ref in refs}) > 1:
         return None
@@ -247,5 +248,5 @@ def same_bytes(refs: Sequence[TensorRef]) -> bool | None:
 
 
 def _is_record(ref: TensorRef) -> bool:
-    """Tell whether a tensor is all of its record, in C order."""
+    """Return whether a tensor is its whole record, in C order."""
     return not ref.parts and ref.contiguous and ref.nbytes == ref.record.length

@@ -56,7 +56,9 @@ def finite(draw: st.DrawFn, dtype: torch.dtype, count: int) -> Tensor:
 def tensors(draw: st.DrawFn, dtypes: list[torch.dtype], views: bool) -> Any:
     """Return how to draw one tensor, of the same kind for each checkpoint."""
     dtype = draw(st.sampled_from(dtypes))
-    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    # Integers of more dimensions that differ are quantised weights, which are refused.
+    most = 1 if dtype in EXACT and dtype != torch.bool else 3
+    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=most)))
     order = draw(st.permutations(range(len(shape)))) if views else range(len(shape))
     gap = draw(st.sampled_from([1, 1, 1, 2])) if views and shape else 1
 
@@ -97,6 +99,9 @@ def models(draw: st.DrawFn, dtypes: list[torch.dtype], views: bool) -> list[dict
     for number, one in enumerate(states):  # the same twice is counted once
         for other in states[:number]:
             assume(not all(oracle.same_bits(one[name], other[name]) for name in names))
+    # Empty tensors alone are the stand-ins of ZeRO-3, which are refused.
+    empty = [value for value in states[-1].values() if value.shape == (0,)]
+    assume(len(empty) <= 1)
     # A root that looks like wrappers, or bears their prefix, is another test's matter.
     assume(not {"state_dict", "epoch"} & set(names))
     assume(not all(name.startswith("module.") for name in names))
@@ -135,7 +140,7 @@ def test_torch_in_torch_out(
     sources = [f"{number}.pt" for number in range(len(states))]
     ended = commands.run(folder, *sources, "-o", "out.pt", "--verify", *key)
     assert ended.code == 0, ended.err
-    assert "\nverified: all of it read again" in ended.out
+    assert "\nverified: the output was read again" in ended.out
     found = torch.load(folder / "out.pt", weights_only=True)
     check(folder / "out.pt", states, found)
     last = states[-1]

@@ -77,7 +77,7 @@ def test_two_runs_mixed_up_are_noticed(tmp_path: Path) -> None:
     """Checkpoints of independent weights are far from their mean: the user is asked."""
     paths = save(tmp_path, [state(seed, base=seed // 3) for seed in range(6)])
     report = swa_avg.average(paths, tmp_path / "swa.pt", distances=True)
-    assert any("are the checkpoints of one run?" in note for note in report.notes)
+    assert any("may not be from one run" in note for note in report.notes)
     one = swa_avg.average(paths[:3], tmp_path / "one.pt", distances=True)
     assert one.notes == ()
 
@@ -87,7 +87,7 @@ def test_an_outlier_is_named(tmp_path: Path) -> None:
     states = [state(seed, step=0.2 if seed == 4 else 0.01) for seed in range(6)]
     report = swa_avg.average(save(tmp_path, states), tmp_path / "swa.pt", distances=True)
     (note,) = report.notes
-    assert note.startswith(f"{tmp_path / 'epoch_4.pt'}: lies ")
+    assert note.startswith(f"{tmp_path / 'epoch_4.pt'}: its distance from the mean is ")
 
 
 def test_average_weighs_in_them(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_command_tells_them(tmp_path: Path) -> None:
         [*command, "--distances", "-o", "a.pt"], cwd=tmp_path, capture_output=True, text=True
     )
     lines = shown.stdout.splitlines()
-    start = lines.index("distance from the mean, over its norm:") + 1
+    start = lines.index("distance from the mean, relative to the norm of the mean:") + 1
     assert [line.split()[1] for line in lines[start : start + 3]] == command[3:]
-    assert "cosine of the steps to it and from it -0." in lines[start + 1]
+    assert "cosine of the steps before and after -0." in lines[start + 1]
     told = subprocess.run(
         [*command, "--distances", "-o", "b.pt", "--json"],
         cwd=tmp_path,

@@ -128,7 +128,7 @@ def test_disk_that_writes_another_bit(
             if ended.code:
                 assert ended.code == 1, ended.err
                 assert ended.err.startswith(f"error: {output}: "), ended.err
-                assert "is not what was to be written" in ended.err
+                assert "was not written correctly" in ended.err
                 found += not verify
                 there = stored.tensors(place / output)
                 assert all(oracle.same_bits(there[name], whole[name]) for name in whole)
@@ -200,11 +200,13 @@ def test_sample_finds_another_average(tmp_path: Path) -> None:
     swa_avg.average(paths[1:], tmp_path / "wrong.pt")
     with planned(paths, tmp_path / "out.pt") as averaging:
         verification.verify(proof(averaging, tmp_path / "right.pt"))
-        with pytest.raises(OutputError, match=r"target\.pt: [wv]: .* another number at \[0, 0"):
+        with pytest.raises(
+            OutputError, match=r"target\.pt: [wv]: .* its value at \[0, 0.*is wrong"
+        ):
             verification.verify(proof(averaging, tmp_path / "wrong.pt"))
         works = tuple(replace(work, weights=(1, 1, 2)) for work in averaging.plan.works)
         plan = replace(averaging.plan, works=works)
-        with pytest.raises(OutputError, match="another number"):
+        with pytest.raises(OutputError, match=r"its value at .* is wrong"):
             verification.verify(proof(averaging, tmp_path / "right.pt", plan))
 
 
@@ -214,13 +216,13 @@ def test_reading_back_finds_another_file(tmp_path: Path) -> None:
     shared = torch.ones(12)
     others = {
         "is missing": {"w": torch.ones(4, 3)},
-        "has dtype": {"w": torch.ones(4, 3).int(), "v": torch.zeros(2)},
-        "has shape": {"w": torch.ones(3, 4), "v": torch.zeros(2)},
-        "has strides": {"w": torch.ones(3, 4).t(), "v": torch.zeros(2)},
-        "has place": {"v": torch.zeros(2), "w": torch.ones(4, 3)},
-        "has checksum": {"w": torch.zeros(4, 3), "v": torch.zeros(2)},
-        "is too much": {"w": torch.ones(4, 3), "v": torch.zeros(2), "x": torch.zeros(2)},
-        "has place ": {"w": shared.view(4, 3), "v": shared[:2]},
+        "its dtype": {"w": torch.ones(4, 3).int(), "v": torch.zeros(2)},
+        "its shape": {"w": torch.ones(3, 4), "v": torch.zeros(2)},
+        "its stride": {"w": torch.ones(3, 4).t(), "v": torch.zeros(2)},
+        "its place": {"v": torch.zeros(2), "w": torch.ones(4, 3)},
+        "its checksum": {"w": torch.zeros(4, 3), "v": torch.zeros(2)},
+        "is not planned": {"w": torch.ones(4, 3), "v": torch.zeros(2), "x": torch.zeros(2)},
+        "its place ": {"w": shared.view(4, 3), "v": shared[:2]},
     }
     swa_avg.average(tmp_path / "in.pt", tmp_path / "right.pt")
     with planned(tmp_path / "in.pt", tmp_path / "out.pt") as averaging:
@@ -233,7 +235,9 @@ def test_reading_back_finds_another_file(tmp_path: Path) -> None:
             with pytest.raises(OutputError, match=what.strip()):
                 verification.read_back(other)
         (tmp_path / "other.pt").write_bytes(b"PK\x03\x04")
-        with pytest.raises(OutputError, match=r"target\.pt: is not what .* is not a whole zip"):
+        with pytest.raises(
+            OutputError, match=r"target\.pt: was not written .* is not a complete zip"
+        ):
             verification.read_back(other)
 
 

@@ -641,9 +641,9 @@ def test_the_report_is_json() -> None:
 
 def test_a_device_that_is_not_there_is_refused() -> None:
     """By name, before the loader is asked for anything."""
-    with pytest.raises(SwaAvgError, match="device cuda:99 cannot be used here"):
+    with pytest.raises(SwaAvgError, match="device cuda:99 is not available"):
         recompute_batchnorm(network(), failing(BoomError()), device="cuda:99")
-    with pytest.raises(SwaAvgError, match="device quantum cannot be used here"):
+    with pytest.raises(SwaAvgError, match="device quantum is not available"):
         recompute_batchnorm(network(), failing(BoomError()), device="quantum")
 
 

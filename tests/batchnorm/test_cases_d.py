@@ -144,14 +144,14 @@ def test_d_suggested_names_are_never_dunder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, wanted: str, says: str
 ) -> None:
     """A loader for training comes first; modules, imported classes and dunders never."""
-    from swa_avg.batchnorm.foreign import importable
-    from swa_avg.batchnorm.named import found
+    from swa_avg.batchnorm.isolation import importable
+    from swa_avg.batchnorm.named import load_attribute
     from swa_avg.errors import DataError
 
     made(tmp_path, module)
     monkeypatch.delitem(sys.modules, "mod", raising=False)
     with importable(tmp_path), pytest.raises(DataError) as caught:
-        found(f"mod:{wanted}", tmp_path)
+        load_attribute(f"mod:{wanted}", tmp_path)
     assert str(caught.value).endswith(says)
 
 
@@ -184,7 +184,7 @@ def test_d_webdataset_loaders_are_never_batched_twice(tmp_path: Path, plain: Pat
             assert same(tmp_path / "out.pt", plain)
     (tmp_path / "out.pt").unlink()
     line = failed(tmp_path, *data("mod:batches"))
-    assert "whether its items are samples or batches" in line and "[8,3,8,8]" in line
+    assert "its items may be samples or batches" in line and "[8,3,8,8]" in line
 
 
 def test_d_stream_of_batches_is_refused_and_both_remedies_work(tmp_path: Path, plain: Path) -> None:
@@ -209,7 +209,7 @@ def test_d_stream_of_batches_is_refused_and_both_remedies_work(tmp_path: Path, p
     for attribute, item in (("loader", "tuple of (float32[8,3,8,8], float32[8])"),
                             ("images", "float32[3,8,8]")):  # fmt: skip
         line = failed(tmp_path, *data(f"mod:{attribute}"))
-        assert f"the first is {item}. Give DataLoader(dataset, batch_size=None)" in line
+        assert f"the first is {item}. Use DataLoader(dataset, batch_size=None)" in line
     line = failed(tmp_path, *data("mod:unbatched"))
     assert "yields single samples, list of (float32[3,8,8], int), expected batches" in line
     assert "name a function that returns iter() of it" in failed(tmp_path, *data("mod:weighted"))

@@ -304,7 +304,7 @@ def test_e_model_that_leaves_training_mode_and_the_remedy(tmp_path: Path, plain:
     )
     line = failed(tmp_path)
     assert "forward changes a BatchNorm layer: bn is in evaluation mode" in line
-    assert line.endswith("Give a forward(model, batch) that leaves the layers as they are.")
+    assert line.endswith("Use a forward(model, batch) that does not change the layers.")
     with (tmp_path / "mod.py").open("a") as file:
         file.write("def forward(model, batch): return Net.forward(model, batch)\n")
     done(tmp_path)

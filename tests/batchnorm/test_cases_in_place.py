@@ -155,7 +155,7 @@ def test_bn_of_a_users_own_checkpoint_needs_force(folder: Path, run: Run) -> Non
     (folder / "checkpoint-0/optimizer.pt").write_bytes(b"state of the optimizer")
     for name in ("epoch=2.ckpt", "plain.safetensors", "old.pt", "checkpoint-0"):
         before = contents(folder)
-        line = refused(run, "-o", name, *BN, says=f"{name}: is no average")
+        line = refused(run, "-o", name, *BN, says=f"{name}: is not an average")
         assert "add --force" in line
         assert contents(folder) == before
         code, _, err = run("-o", name, *BN, "--force")
@@ -166,7 +166,7 @@ def test_bn_of_a_users_own_checkpoint_needs_force(folder: Path, run: Run) -> Non
     assert_statistics(load_file("plain.safetensors"))
     assert_statistics(load_file("checkpoint-0/model.safetensors"))
     # What a run has kept of averages does not make its checkpoint one; both are taken with it.
-    refused(run, "-o", "both.pth", *BN, "--ema", says="is no average")
+    refused(run, "-o", "both.pth", *BN, "--ema", says="is not an average")
     assert run("-o", "both.pth", *BN, "--ema", "--force")[0] == 0
     both = torch.load("both.pth")
     assert all(torch.equal(both["model"][name], state[name]) for name in state)
@@ -228,7 +228,7 @@ def test_failed_bn_leaves_the_folder(folder: Path, run: Run) -> None:
         assert after == before
         assert {path.name for path in folder.iterdir()} - {"__pycache__"} == names
     (folder / "swa/vocab.txt").symlink_to(folder / "mod.py")
-    line = refused(run, "-o", "swa", *BN, says="holds links")
+    line = refused(run, "-o", "swa", *BN, says="contains links")
     assert "--start-from" in line and "-o" in line
     assert run("--start-from", "swa", "-o", "copied", *BN, "-q")[0] == 0
     assert_statistics(load_file("copied/model.safetensors"))

@@ -48,7 +48,7 @@ from network import network, samples
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from swa_avg.batchnorm import recompute_batchnorm
-from swa_avg.distributed import ranks
+from swa_avg.averaging.torchrun import ranks
 from swa_avg.errors import DataError
 
 
@@ -173,5 +173,5 @@ def test_no_batch_on_any_rank_is_an_error(shared: Path) -> None:
 
 def test_the_torch_estimator_is_refused_on_several_ranks() -> None:
     """It does not say how its statistics would be merged."""
-    with pytest.raises(SwaAvgError, match="one process only, not for 2"):
+    with pytest.raises(SwaAvgError, match="only one process, not with 2"):
         recompute_batchnorm(network(), [samples()], estimator="torch", ranks=Alone(0, 2))

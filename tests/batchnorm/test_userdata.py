@@ -148,7 +148,7 @@ def test_defaults_and_choices_of_model_and_forward(module: str, tmp_path: Path) 
         ("exiting:x", "importing exiting: SystemExit: 3"),
         ("wanting:x", "importing wanting: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("unparsable:x", "importing unparsable: SyntaxError"),
-        ("modelless:x", "no `model` stands in the module of modelless:x"),
+        ("modelless:x", "the module of modelless:x has no `model`"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(
@@ -311,7 +311,7 @@ def test_the_versions_of_layers_go_along() -> None:
         ),
         (
             lambda s: s.update({"conv.weight": torch.zeros(5, 3, 1, 1)}),
-            "1 tensors of the checkpoint have not the model's shape"
+            "1 tensors of the checkpoint have another shape in the model"
             " (conv.weight (5, 3, 1, 1) for (4, 3, 1, 1))",
         ),
         (

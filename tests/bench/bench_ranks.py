@@ -39,10 +39,9 @@ print(json.dumps([time.perf_counter() - started, report.bytes_read, report.bytes
 """
 TOGETHER = """
 import json, time
-from swa_avg import joint
-from swa_avg.distributed import ranks
-from swa_avg.planning import planned
-from swa_avg.settings import Options
+from swa_avg.averaging import joint, planned
+from swa_avg.averaging.torchrun import ranks
+from swa_avg.planning import Options
 
 with ranks() as group:
     group.meet()

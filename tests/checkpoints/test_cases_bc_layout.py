@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from command import averaged, fails, run
 from torch import nn
 
 from swa_avg.checkpoints.frameworks import FRAMEWORKS, Loads
-from swa_avg.cli.command import command
-from swa_avg.errors import LayoutError
 
 Tree = dict[str, Any]
 
@@ -47,9 +46,10 @@ def mean(states: list[Tree], name: str = "0.weight") -> torch.Tensor:
     return oracle.mean([state[name] for state in states])
 
 
-def in_process(*arguments: str) -> None:
-    """Run the command in this process: many runs of small files."""
-    command.main([*arguments, "-q", "-f"], standalone_mode=False)
+def quietly(folder: Path, *arguments: str) -> None:
+    """Run the command where its messages do not matter."""
+    ended = run(folder, *arguments, "-q", "-f")
+    assert ended.returncode == 0, ended.stderr
 
 
 # C: --keep-wrapper on files that hold both ----------------------------------------------------
@@ -106,10 +106,8 @@ def test_keep_wrapper_asks_which_slot(name: str, tmp_path: Path) -> None:
     """The line names both slots and what the framework loads; each answer fills its own slot."""
     make, average, raw = BOTH[name]
     save(tmp_path, make)
-    files, out = [str(tmp_path / file) for file in FILES], tmp_path / "out.pt"
-    with pytest.raises(LayoutError) as caught:
-        in_process(*files, "-o", str(out), "--keep-wrapper")
-    line = str(caught.value)
+    out = tmp_path / "out.pt"
+    line = fails(tmp_path, *FILES, "-o", "out.pt", "--keep-wrapper")
     assert f"raw weights at {raw} and an average at {average}" in line, line
     assert "--ema (the average) or --no-ema (the raw weights)" in line
     assert (name if name != "unknown" else "it may load either") in line
@@ -118,11 +116,11 @@ def test_keep_wrapper_asks_which_slot(name: str, tmp_path: Path) -> None:
         ("--ema", average, raw, EMA, RAW),
         ("--no-ema", raw, average, RAW, EMA),
     ):
-        in_process(*files, "-o", str(out), "--keep-wrapper", option)
+        quietly(tmp_path, *FILES, "-o", "out.pt", "--keep-wrapper", option)
         made = torch.load(out, weights_only=False)
         assert oracle.same_bits(weight(made, filled), mean(states))
         assert oracle.same_bits(weight(made, kept), others[2]["0.weight"])
-    in_process(*files, "-o", str(out), "--keep-wrapper", "--key", raw)  # a key says it, too
+    quietly(tmp_path, *FILES, "-o", "out.pt", "--keep-wrapper", "--key", raw)  # a key says it, too
 
 
 @pytest.mark.parametrize(
@@ -211,7 +209,7 @@ def test_only_candidate_is_taken_and_said(wrap: Any, place: str, tmp_path: Path)
     save(tmp_path, lambda n: wrap(RAW[n]))
     made = averaged(tmp_path, *FILES)
     assert oracle.same_bits(made.tensors["0.weight"], mean(RAW))
-    assert any(f"the state_dict is at {place}, the only place" in note for note in made.notes)
+    assert any(f"the state_dict is at {place}, the only candidate" in note for note in made.notes)
 
 
 def test_two_candidates_are_refused_and_key_takes_one(tmp_path: Path) -> None:
@@ -224,7 +222,7 @@ def test_two_candidates_are_refused_and_key_takes_one(tmp_path: Path) -> None:
 
 
 def test_yolo_files_stripped_of_their_ema(tmp_path: Path) -> None:
-    """Under --ema each stripped file is refused with a remedy; following them gives the mean."""
+    """Under --ema a stripped file is left out of a folder; by name it is refused with a remedy."""
     for n, name in enumerate(("epoch0", "epoch1", "best", "last")):
         stripped = n > 1
         tree = {"epoch": -1 if stripped else n, "best_fitness": 0.5, "optimizer": None,
@@ -232,14 +230,17 @@ def test_yolo_files_stripped_of_their_ema(tmp_path: Path) -> None:
                 "ema": None if stripped else network(n + 10).half(),
                 "train_args": {"lr0": 0.01}}  # fmt: skip
         torch.save(tree, tmp_path / f"{name}.pt")
-    arguments = [".", "--ema"]
-    for _ in range(2):
-        line = fails(tmp_path, *arguments, "-o", "out.ckpt")
-        found = re.search(r"--exclude (\S+?)\.?$", line)
-        assert found and "without --ema" in line, line
-        arguments += ["--exclude", found[1]]
-    made = averaged(tmp_path, *arguments, out="out.ckpt").tensors
     expected = [dict(network(n + 10).half().state_dict()) for n in range(2)]
+    found = averaged(tmp_path, ".", "--ema", out="out.ckpt")
+    assert any("left out" in note and "best.pt, last.pt" in note for note in found.notes)
+    assert oracle.same_bits(found.tensors["0.weight"], mean(expected))
+    (tmp_path / "out.ckpt").unlink()
+    arguments = ["epoch0.pt", "epoch1.pt", "best.pt", "last.pt", "--ema"]
+    line = fails(tmp_path, *arguments, "-o", "out.ckpt")
+    remedy = re.search(r"(--exclude .+?) leaves? (it|them) out", line)
+    assert remedy, line
+    arguments += shlex.split(remedy[1])
+    made = averaged(tmp_path, *arguments, out="out.ckpt").tensors
     assert oracle.same_bits(made["0.weight"], mean(expected))
 
 
@@ -276,7 +277,7 @@ def test_in_place_batchnorm_of_a_file_that_has_the_average_alone(tmp_path: Path)
     (tmp_path / "mod.py").write_text(MODULE)
     save(tmp_path, lambda n: {"model": None, "ema": EMA[n], "best_fitness": 0.1, "epoch": n})
     line = fails(tmp_path, *FILES, "-o", "out.pt")
-    assert "averaged weights only, at ema. Take them with --ema" in line
+    assert "only averaged weights, at ema. Use them with --ema" in line
     averaged(tmp_path, *FILES, "--keep-wrapper", "--ema")
     for more in ([], ["--ema"]):
         ended = run(tmp_path, *BN, *more, "-o", "out.pt")
@@ -287,8 +288,6 @@ def test_in_place_batchnorm_of_a_file_that_has_the_average_alone(tmp_path: Path)
 def test_going_on_from_a_bare_average_of_averages(tmp_path: Path) -> None:
     """--ema says where the checkpoints have their average; an output of ours has its own place."""
     save(tmp_path, lambda n: {"state_dict": RAW[n], "state_dict_ema": EMA[n], "epoch": n})
-    files = [str(tmp_path / file) for file in FILES]
-    base, out = str(tmp_path / "base.pt"), str(tmp_path / "out.pt")
-    in_process(*files[:2], "--ema", "-o", base)
-    in_process(files[2], "--ema", "--start-from", base, "-o", out)
-    torch.testing.assert_close(torch.load(out)["0.weight"], mean(EMA))
+    quietly(tmp_path, *FILES[:2], "--ema", "-o", "base.pt")
+    quietly(tmp_path, FILES[2], "--ema", "--start-from", "base.pt", "-o", "out.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt")["0.weight"], mean(EMA))

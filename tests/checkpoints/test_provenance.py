@@ -163,7 +163,8 @@ def test_kept_wrappers_say_it_where_they_can(tmp_path: Path) -> None:
     ended = run(tmp_path, "--show old.bin")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == (
-        "error: old.bin: does not say how it was made, expected an average that swa-avg wrote.\n"
+        "error: old.bin: has no record of how it was made,"
+        " expected an average that swa-avg wrote.\n"
     )
 
 
@@ -251,7 +252,7 @@ def test_what_others_write_there_is_no_provenance(text: str) -> None:
     try:
         found = provenance.of(Checkpoint(Path("x.pt"), "torch zip", {}, (), provenance=text))
     except ProvenanceError as error:
-        assert "unsound record" in str(error)
+        assert "invalid record" in str(error)
         return
     if found is not None:
         assert json.loads(found.text())["count"] == found.count >= len(found.sources)
@@ -299,5 +300,5 @@ def test_history_that_cannot_be_is_refused(tmp_path: Path, field: str, value: ob
     assert provenance.of(Checkpoint(tmp_path, "", {}, (), provenance=text)) is not None
     said["checkpoints"][0][field] = value  # type: ignore[index]
     changed = Checkpoint(tmp_path, "", {}, (), provenance=json.dumps(said))
-    with pytest.raises(ProvenanceError, match="has an unsound record of how it was made"):
+    with pytest.raises(ProvenanceError, match="has an invalid record of how it was made"):
         provenance.of(changed)

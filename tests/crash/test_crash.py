@@ -182,7 +182,7 @@ def test_any_call_that_fails(case: Case, number: int) -> None:
         ended = case.run(Fault(at, FAIL, number))
         if call == "fsync" and "rename" in calls[:at]:
             assert case.found() == "new"
-            assert "is written, but its name could not be forced to disk" in ended.err
+            assert "is written, but its name could not be synced to disk" in ended.err
         else:
             assert case.found() == "old", (at, call)
         assert ended.code == 1, (at, call)

@@ -95,7 +95,9 @@ def test_target_that_appears_during_the_run(
         with Stopped(commands, place, *INPUTS[name], "-o", name, **at) as run:
             make(target)
         line = refusal(run.ended)
-        assert line.startswith(f"error: {name}: was made by another program during this run"), line
+        assert line.startswith(f"error: {name}: was created by another program during this run"), (
+            line
+        )
         assert is_precious(target)
         assert [path.name for path in place.iterdir()] == [name]
         (target if target.suffix else target / "notes.txt").unlink()
@@ -103,7 +105,9 @@ def test_target_that_appears_during_the_run(
             target.rmdir()
 
 
-@fault(146, "with --force another output comes meanwhile", "replaced and said; foreign files stay")
+@fault(
+    146, "with --force another output comes meanwhile", "replaced with a note; foreign files stay"
+)
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("old", [True, False])
 def test_newer_output_under_force(commands: Commands, place: Path, name: str, old: bool) -> None:
@@ -132,7 +136,7 @@ def test_folder_that_gets_foreign_files_during_the_run(
         with Stopped(commands, place, *arguments, **at) as run:
             (place / "swa" / "notes.txt").write_text("precious")
         line = refusal(run.ended)
-        assert line.startswith("error: swa: holds what would be lost: notes.txt"), line
+        assert line.startswith("error: swa: contains files that would be lost: notes.txt"), line
         assert (place / "swa" / "notes.txt").read_text() == "precious"
         assert [path.name for path in place.iterdir()] == ["swa"]
         (place / "swa" / "notes.txt").unlink()
@@ -160,7 +164,7 @@ def network(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@fault(147, "in place: the output is averaged anew, or written to, meanwhile", "refused; it stays")
+@fault(147, "in place: the output is rewritten or modified meanwhile", "refused; it stays")
 @pytest.mark.parametrize("without", ["", "exchange"])
 def test_in_place_only_over_the_file_that_was_read(
     commands: Commands, network: Path, without: str
@@ -240,7 +244,7 @@ def test_more_checkpoints_than_open_files(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path / "swa.pt")["w"], torch.full((2,), 549.5))
     few, limits = [f"many/{number}.pt" for number in range(60)], "ulimit -n 80"
     line = one_line(run(tmp_path, *few, "-o", "few.pt", limits=limits))
-    assert "60 files would be open at once, and the system allows 80. Average some of" in line
+    assert "60 files would be open at once, but the system allows only 80. Average some of" in line
     parts = [run(tmp_path, *few[:30], "-o", "part.pt", limits=limits)]
     parts += [run(tmp_path, *few[30:], "--start-from", "part.pt", "-o", "few.pt", limits=limits)]
     assert [part.returncode for part in parts] == [0, 0], parts

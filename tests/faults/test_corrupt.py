@@ -130,7 +130,7 @@ def test_flipped_bit_without_checksums_is_a_number(tmp_path: Path) -> None:
         inputs.append(torch.frombuffer(flipped, dtype=torch.float32).reshape(40, 30))
     done = averaged(tmp_path, *unchecked)
     assert oracle.same_bits(done.tensors["a.weight"], oracle.mean(inputs))
-    assert any("without checksums: damage to it cannot be found" in note for note in done.notes)
+    assert any("without checksums: damage cannot be detected" in note for note in done.notes)
 
 
 @fault(35, "a flipped bit in the pickle", "refused")
@@ -151,7 +151,7 @@ def test_damaged_headers_are_refused(tmp_path: Path) -> None:
     for at, other in (places, places[::-1]):
         swapped[at : at + 4] = data[other : other + 4]
     (tmp_path / "swapped.pt").write_bytes(swapped)
-    cases["swapped.pt"] = "has another local header than its directory says"
+    cases["swapped.pt"] = "has a local header that does not match the directory"
     for number, start in enumerate((0, pickled - 64, len(data) - 64)):
         (tmp_path / f"zeros{number}.pt").write_bytes(data[:start] + bytes(64) + data[start + 64 :])
         cases[f"zeros{number}.pt"] = ""
@@ -169,7 +169,7 @@ def test_page_of_zeros_in_a_tensor_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "in.pt", says="error: in.pt: a.weight: is damaged")
 
 
-@fault(38, "a zip without checksums", "averaged, and said")
+@fault(38, "a zip without checksums", "averaged, with a note")
 def test_zip_without_checksums(tmp_path: Path) -> None:
     """torch can be told to compute none: that damage cannot be found is said."""
     before = torch.serialization.get_crc32_options()
@@ -179,7 +179,7 @@ def test_zip_without_checksums(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(before)
     done = averaged(tmp_path, "in.pt")
-    assert any("carries no checksums: damage to it cannot be found" in n for n in done.notes)
+    assert any("has no checksums: damage cannot be detected" in n for n in done.notes)
     assert all(oracle.same_bits(done.tensors[name], value) for name, value in weights().items())
 
 
@@ -240,7 +240,7 @@ def test_missing_storages_are_refused(tmp_path: Path) -> None:
     each_refused(tmp_path, cases | {"in.pt": "has no record for storage 1"})
 
 
-@fault(43, "junk behind the end", "refused; before torch 1.6 averaged, and said")
+@fault(43, "junk after the end", "refused; before torch 1.6 averaged, with a note")
 def test_trailing_junk(tmp_path: Path) -> None:
     """Bytes that belong to nothing are refused, or said to be there."""
     cases = {"zip.pt": "", "safe.safetensors": "something was appended to it", "hub": "appended"}
@@ -254,7 +254,7 @@ def test_trailing_junk(tmp_path: Path) -> None:
 
 
 @fault(44, "a shard that is missing", "refused before averaging starts")
-@fault(45, "a tensor that the index promises and the shard lacks", "refused")
+@fault(45, "a tensor in the index that the shard lacks", "refused")
 @fault(46, "a DCP folder without `.metadata`", "refused")
 def test_missing_parts_of_folders_are_refused(tmp_path: Path) -> None:
     """What an index or a folder's items promise must be there before a tensor is read."""
@@ -290,7 +290,10 @@ def test_chunks_that_do_not_cover_are_refused(tmp_path: Path) -> None:
         "larger": (folders.set_size(4, 7), "has a hole"),
         "twice": (folders.set_chunks(left, right, left), "has chunks that overlap"),
         "overlap": (folders.set_chunks(left, ((0, 2), (4, 3))), "has chunks that overlap"),
-        "outside": (folders.set_chunks(left, ((0, 3), (4, 4))), "has a chunk outside of it"),
+        "outside": (
+            folders.set_chunks(left, ((0, 3), (4, 4))),
+            "has a chunk that lies outside the tensor",
+        ),
     }
     for name, (change, _) in changes.items():
         folders.save_chunks(tmp_path / name, folders.WHOLE, {"w": folders.HALVES}, change=change)

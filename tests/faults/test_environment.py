@@ -84,7 +84,7 @@ def test_one_input(folder: Path) -> None:
     assert (folder / OUT).stat().st_mode & 0o777 == 0o640
 
 
-@fault(87, "one file twice: by path, link, hard link, as a copy", "counted once, and said")
+@fault(87, "one file twice: by path, link, hard link, as a copy", "counted once, with a note")
 @fault(105, "paths with spaces, line ends, non-ASCII", "averaged; shown escaped")
 def test_same_file_twice(folder: Path) -> None:
     """However a file comes twice, it counts once, and that is said; odd paths are shown escaped."""
@@ -273,7 +273,7 @@ def test_input_that_changes_is_refused(folder: Path, change: Callable[[Path], No
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == changed
 
 
-@fault(100, "an input replaced by a rename meanwhile", "averaged; the opened file is read on")
+@fault(100, "an input replaced by a rename while it is read", "averaged from the opened file")
 def test_input_that_is_replaced_is_read_on(folder: Path) -> None:
     """Who writes a new checkpoint and renames it does us no harm."""
     with stopped_before_reading(folder, *INPUTS) as process:

@@ -77,10 +77,10 @@ def test_forged_records_are_refused(tmp_path: Path) -> None:
         said = {"swa_avg": "1", "count": 1, "checkpoints": sources, "options": {}}
         text = json.dumps(said | {"batchnorm": None})
         save_file({"w": torch.ones(3)}, tmp_path / f"{name}.safetensors", {"swa_avg.json": text})
-    cases = {f"{name}.safetensors": "has an unsound record of how it was made" for name in FORGED}
+    cases = {f"{name}.safetensors": "has an invalid record of how it was made" for name in FORGED}
     each_refused(tmp_path, cases)
     each_refused(tmp_path, {"none.safetensors": "unsound"}, "--start-from", "none.safetensors")
-    assert "unsound record" in fails(tmp_path, "--show", "size.safetensors")
+    assert "invalid record" in fails(tmp_path, "--show", "size.safetensors")
 
 
 @fault(109, "`n_averaged` of an AveragedModel is NaN, infinite, 0, 2.7, complex, 10^12", "refused")
@@ -92,7 +92,7 @@ def test_counters_that_count_nothing_are_refused(tmp_path: Path) -> None:
         state = {"module.w": torch.ones(3), "n_averaged": torch.tensor(value)}
         torch.save(state, tmp_path / f"base{number}.pt")
         line = fails(tmp_path, "next.pt", "--start-from", f"base{number}.pt", "-o", "out.pt")
-        assert f"base{number}.pt: does not say how many checkpoints" in line
+        assert f"base{number}.pt: does not record how many checkpoints" in line
         assert "n_averaged is " in line
 
 
@@ -119,7 +119,7 @@ def test_tensors_with_another_content_are_refused(tmp_path: Path) -> None:
     for name, value in crafted.items():
         pickled = hostile.pickled({"w": tensor(), "v": value, "u": tensor(OTHER)})
         hostile.pack(tmp_path / f"{name}.pt", pickled, **ONES)
-        content = "holds a tensor that is given another content"
+        content = "holds a tensor whose content is replaced"
         cases[f"{name}.pt"] = "storage 0 is a FloatStorage" if name == "dtypes" else content
     each_refused(tmp_path, cases, **LITTLE_MEMORY)
     harmless = Call(of_type, rebuild, torch.Tensor, args, {"tag": 1})
@@ -250,8 +250,8 @@ def test_pickles_that_grow_are_refused(tmp_path: Path) -> None:
         "own child.pt": "holds modules within modules, 201 deep, expected 200 at most",
         "long names.pt": "holds modules whose names have",
         "texts.pt": "holds plain values of 1,000,000,000 bytes",
-        "copies.pt": "holds a few values that it copies without end",
-        "bytes.pt": "holds a few values that it copies without end",
+        "copies.pt": "copies its values too many times",
+        "bytes.pt": "copies its values too many times",
         "tuples.pt": "holds 17 different keys of one hash, expected 16 at most",
         "dimensions.pt": "holds a tensor of 300000 dimensions, expected 64 at most",
     }
@@ -399,10 +399,10 @@ def test_copies_are_told_in_linear_time(tmp_path: Path) -> None:
     alone, _ = read("--dry-run", paths[0])
     planned, said = read("--dry-run", *paths)
     assert planned - alone < 40 * 40_000 < size * 2
-    alike = f"{paths[39]}: holds in a sample of its bytes the same weights as {paths[0]}"
+    alike = f"{paths[39]}: has, in a sample of its bytes, the same weights as {paths[0]}"
     assert alike in said
     one, _ = read(paths[0], "-o", "one.pt", "--threads", "1")
     ran, said = read(*paths, "-o", "out.pt", "--threads", "1")
-    assert f"{paths[39]}: holds the same weights as {paths[0]}; counted once" in said
+    assert f"{paths[39]}: has the same weights as {paths[0]}; counted once" in said
     # 39 are averaged, and of two each byte was read to tell that they are copies.
     assert ran - one < (38 + 2) * size + 40 * 40_000

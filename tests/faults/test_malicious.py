@@ -152,7 +152,7 @@ def test_indices_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
         folder = folders.save_shards(tmp_path / f"{number}", state)
         (folder / "model.safetensors.index.json").write_text(text)
         last = number == len(shards)
-        cases[folder.name] = "a name occurs twice" if last else "layers.0.weight: names the file"
+        cases[folder.name] = "a name occurs twice" if last else "layers.0.weight: lists the file"
     each_refused(tmp_path, cases)
 
 
@@ -244,7 +244,7 @@ def test_archives_that_lie_are_refused(tmp_path: Path) -> None:
         "big/in.pt": "has byte order big, expected little",
         "overlapping/in.pt": "overlap",
         "same/in.pt": "",
-        "renamed/in.pt": "has another local header than its directory says",
+        "renamed/in.pt": "has a local header that does not match the directory",
     }
     each_refused(tmp_path, cases, **LITTLE_MEMORY)
 
@@ -262,7 +262,7 @@ def test_sparse_tensor_with_bad_indices_is_refused(tmp_path: Path) -> None:
 # Pickles that eat memory or time.
 
 
-@fault(25, "containers that hold themselves", "refused; beside weights left out, and said")
+@fault(25, "containers that hold themselves", "refused; beside weights left out, with a note")
 @fault(26, "billion laughs, in tuples and else", "refused at once; beside weights left out")
 @fault(28, "a huge memo index, string length, bytearray", "refused, in little memory")
 def test_hungry_pickles_are_refused(tmp_path: Path) -> None:
@@ -291,7 +291,8 @@ def test_endless_values_beside_weights_are_left_out(tmp_path: Path) -> None:
     assert set(done.tensors) == {"w", "v", "u"}
     assert done.tensors["w"].tolist() == [0, 1, 2]
     assert any(
-        note.startswith("me, laughs, huge: no tensor and no plain value") for note in done.notes
+        note.startswith("me, laughs, huge: neither a tensor nor a plain value")
+        for note in done.notes
     )
 
 
@@ -331,7 +332,7 @@ def test_unreasonable_headers_are_refused(tmp_path: Path) -> None:
     each_refused(tmp_path, cases, **LITTLE_MEMORY)
 
 
-@fault(31, "control characters and ANSI escapes in names", "refused or said, escaped")
+@fault(31, "control characters and ANSI escapes in names", "refused or printed, escaped")
 def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     """Names of tensors and files are shown as escapes, in errors, notes and on stdout."""
     red = "\x1b[31mred\n"

@@ -57,12 +57,12 @@ MANY = {f"layer{number}": torch.ones(1) for number in range(5)}
         pytest.param(
             MANY,
             "0.pt: has 5 tensors that 1.pt lacks: layer0, layer1, layer2 and 2 more",
-            marks=fault(50, "a key more in one", "as 49"),
+            marks=fault(50, "an extra key in one", "as 49"),
         ),
         pytest.param(
             {"b": torch.ones(6)},
             "0.pt: b: has shape [6], expected [5] as in 1.pt",
-            marks=fault(51, "another shape", "refused with both"),
+            marks=fault(51, "another shape", "refused, naming both"),
         ),
         pytest.param(
             {"b": torch.ones(5).half()},
@@ -94,7 +94,7 @@ def test_dtypes_are_made_one_on_demand(tmp_path: Path) -> None:
     assert_same(done.tensors, expected)
 
 
-@fault(53, "weights tied in some inputs only", "averaged, untied, and said")
+@fault(53, "weights tied in some inputs only", "averaged, untied, with a note")
 def test_ties_that_differ(tmp_path: Path) -> None:
     """Two tensors in one checkpoint, one in the other: two in the output, both right."""
     tied = torch.randn(5)
@@ -104,7 +104,7 @@ def test_ties_that_differ(tmp_path: Path) -> None:
     done = averaged(tmp_path, "?.pt")
     assert_same(done.tensors, mean(*states[::-1]))
     assert done.tensors["b"].data_ptr() != done.tensors["b2"].data_ptr()
-    assert any("tied in some checkpoints only; written untied" in note for note in done.notes)
+    assert any("tied only in some checkpoints; written untied" in note for note in done.notes)
 
 
 @fault(55, "a prefix on the names of some inputs only", "averaged under the plain names")
@@ -148,7 +148,9 @@ def test_only_the_chosen_dict_is_read(tmp_path: Path) -> None:
     assert_same(done.tensors, mean(*states))
     report = json.loads(done.stdout)
     assert report["bytes_read"] == sum(v.nbytes for state in states for v in state.values())
-    assert any("has averages too, at ema; not used" in note for note in report["notes"])
+    assert any(
+        "also contains averaged weights, at ema; not used" in note for note in report["notes"]
+    )
 
 
 @fault(58, "a whole pickled module", "averaged from its inert state")

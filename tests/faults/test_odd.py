@@ -173,7 +173,7 @@ def test_differing_bits_are_refused(tmp_path: Path) -> None:
 @fault(70, "meta tensors", "refused by name: no data")
 @fault(75, "lazily conjugated or negated tensors", "refused by name")
 @fault(77)
-@fault(78, "keys that are no text", "refused")
+@fault(78, "keys that are not strings", "refused")
 @fault(84, "no tensor at all", "refused")
 @QUIET
 def test_what_is_not_dense_is_refused_by_name(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_what_is_not_dense_is_refused_by_name(tmp_path: Path) -> None:
         cases[f"{name}.pt"] = f"{name}.pt: {name}: is a {what}"
     for number, key in enumerate((3, (1, 2), None, 10**5000)):
         torch.save({key: torch.ones(1), "a": torch.ones(1)}, tmp_path / f"key{number}.pt")
-        cases[f"key{number}.pt"] = "has a key that is no text"
+        cases[f"key{number}.pt"] = "has a key that is not a string"
     for number, content in enumerate(({}, {"epoch": 3}, [1, 2], {"state_dict": {}}, None)):
         torch.save(content, tmp_path / f"none{number}.pt")
         cases[f"none{number}.pt"] = "has no state_dict"
@@ -225,8 +225,8 @@ def test_what_safetensors_cannot_hold_is_refused_by_name(tmp_path: Path) -> None
     """Refused before a tensor is read; a `.pt` file holds them all."""
     cases = {
         "complex.pt": ({"w": torch.ones(1, dtype=torch.complex128)}, "w: has dtype complex128"),
-        "lone.pt": ({"lone \ud800": torch.ones(1)}, "lone \\ud800: is a name that safetensors"),
-        "meta.pt": ({"__metadata__": torch.ones(1)}, "__metadata__: is a name that safetensors"),
+        "lone.pt": ({"lone \ud800": torch.ones(1)}, "lone \\ud800: has a name that safetensors"),
+        "meta.pt": ({"__metadata__": torch.ones(1)}, "__metadata__: has a name that safetensors"),
     }
     for name, (state, says) in cases.items():
         torch.save(state, tmp_path / name)
@@ -247,7 +247,7 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
     boxes = {name: [((0,), (2,))] for name in state}
     folders.save_chunks(tmp_path / "twice", state, boxes, change=same_place)
     folders.save_chunks(tmp_path / "within", state, boxes, change=within)
-    cases = {"twice": "model.b: is there twice", "within": "model.b: is within another item"}
+    cases = {"twice": "model.b: occurs twice", "within": "model.b: lies inside another item"}
     each_refused(tmp_path, cases)
     torch.save({"model": {"net.a": torch.ones(1)}, "net": {"a": torch.ones(1)}}, tmp_path / "0.pt")
     refused(tmp_path, "0.pt", "--key", "model", "--key", "net", says="0.pt: has net.a at net and")

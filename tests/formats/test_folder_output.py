@@ -130,7 +130,7 @@ def test_folder_around_the_inputs_is_never_replaced(tmp_path: Path) -> None:
     paths = [folder(output / f"checkpoint-{seed}", seed) for seed in (1, 2)]
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     for wrapped in (False, True):
-        with pytest.raises(OutputError, match="holds one of the inputs"):
+        with pytest.raises(OutputError, match="contains one of the inputs"):
             swa_avg.average(paths, output, force=True, keep_wrapper=wrapped)
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 

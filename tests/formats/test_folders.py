@@ -107,7 +107,7 @@ def test_index_leads_nowhere_else(shard: Any, tmp_path: Path) -> None:
     save_file(weights(), tmp_path / "x")
     name = folder / "model.safetensors.index.json"
     name.write_text(index({"layers.0.weight": shard}))
-    with pytest.raises(FormatError, match=r"names the file .*expected a file in the same folder"):
+    with pytest.raises(FormatError, match=r"lists the file .*expected a file in the same folder"):
         open_checkpoint(folder)
 
 
@@ -116,9 +116,9 @@ def test_index_leads_nowhere_else(shard: Any, tmp_path: Path) -> None:
     [
         ('{"weight_map": {"a": "x", "a": "y"}}', "occurs twice"),
         ('{"weight_map": {}, "weight_map": {}}', "occurs twice"),
-        ("{", "no sound JSON"),
-        ("[" * 100_000, "no sound JSON"),
-        ("\xff", "no sound JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("\xff", "not valid JSON"),
         ("[]", "has no weight_map"),
         ("{}", "has no weight_map"),
         ('{"weight_map": []}', "has no weight_map"),
@@ -143,7 +143,7 @@ def test_what_the_index_promises_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="more: is not in the shard"):
         open_checkpoint(tmp_path)
     path.write_text(index({name: promised[name] for name in list(promised)[:-1]}))
-    assert any("index does not name" in note for note in open_checkpoint(tmp_path).notes)
+    assert any("index does not list" in note for note in open_checkpoint(tmp_path).notes)
     path.write_text(index(promised))
     (tmp_path / promised["layers.0.weight"]).unlink()
     with pytest.raises(FileError, match="No such file"):

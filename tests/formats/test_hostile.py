@@ -344,7 +344,7 @@ def test_key_that_is_no_text_is_refused_in_a_short_line(tmp_path: Path, key: obj
         key.value = nested(lambda value: [value] * 2, 60)
     path = tmp_path / "in.pt"
     torch.save({key: torch.ones(1), "a": torch.ones(1)}, path)
-    refused(path, "a key that is no text", LayoutError)
+    refused(path, "a key that is not a string", LayoutError)
 
 
 # Damage.
@@ -421,7 +421,7 @@ def test_file_that_was_cut_is_refused(tmp_path: Path, suffix: str) -> None:
         (pickle.dumps({"a": 1}), "bare pickle"),
         (bytes(257) + b"ustar" + bytes(300), "tar"),
         (bytes(5000), "unknown format"),
-        (b"PK\x03\x04" + bytes(500), "not a whole zip"),
+        (b"PK\x03\x04" + bytes(500), "not a complete zip"),
         (b"PK\x05\x06" + b"\xfe" * 18, "unknown format"),
     ],
 )

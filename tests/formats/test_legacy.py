@@ -373,7 +373,7 @@ def test_storages_that_are_parts_of_another(tmp_path: Path) -> None:
                 ["7"],
                 [(6, FLOATS)],
             ),
-            "impossible part",
+            "lies outside the storage",
         ),
         (legacy(pickled(WHOLE), ["7"], [(6, FLOATS)])[:40], "pickle|ends at byte"),
         (legacy(b"\x80\x04\x8e" + b"\xff" * 8, [], []), "unreasonable size|cannot be read"),

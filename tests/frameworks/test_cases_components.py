@@ -95,7 +95,9 @@ def test_unet_beside_unet_ema_is_never_one_average(tmp_path: Path) -> None:
         averaged.append(load_file(home / "unet_ema" / name))
     inputs = [f"out/checkpoint-{number}" for number in (500, 1000, 1500)]
     said = done(tmp_path, "out", "-o", "avg")
-    assert "has averages too, at unet_ema; not used (--ema takes them)" in said
+    assert (
+        "also contains averaged weights, at unet_ema; not used (to average them, use --ema)" in said
+    )
     made = type(model).from_pretrained(tmp_path / "avg", subfolder="unet")
     assert_mean(made.state_dict(), raw)
     assert not (tmp_path / "avg/unet_ema").exists()

@@ -75,7 +75,7 @@ def test_killed_process_is_told() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with (
-        pytest.raises(SwaAvgError, match=r"has died \(exit code -9\)"),
+        pytest.raises(SwaAvgError, match=r"died \(exit code -9\)"),
         workers.in_processes(do, 5, 2) as results,
     ):
         list(results)
@@ -223,7 +223,7 @@ def test_killed_worker_ends_the_command(running: Running) -> None:
     """As the system does it where memory runs out: an error, and nothing is left."""
     os.kill(running.stopped, signal.SIGKILL)
     line = one_line(running.ended())
-    assert "has died (exit code -9). Is there too little memory?" in line
+    assert "died (exit code -9). If the machine ran out of memory, use --threads 1" in line
     assert snapshot(running.folder) == running.before
 
 

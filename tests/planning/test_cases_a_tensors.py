@@ -197,7 +197,7 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
     assert_last_and_mean(done.tensors, states, *kept)
     assert all(" kept: " in line for line in done.stdout.splitlines() if "_avg " in line)
     (note,) = noted(done, "EMA codebook")
-    assert "are those of 2.pt: they fit the encoder" in note
+    assert "taken from 2.pt; they match the encoder" in note
     assert len(noted(done, "running statistics")) == len(noted(done, "quantisation range")) == 1
     assert not noted(done, "differs between")
 
@@ -450,7 +450,7 @@ def test_zero_3_stand_ins_are_refused(tmp_path: Path) -> None:
     partitioned = {"module": {**stand_ins, "rope": torch.ones(9)}, "param_shapes": [shapes]}
     for tree in (partitioned, {**stand_ins, "rope": torch.ones(9)}):
         names = saved(tmp_path, [tree, tree, tree])
-        refused(tmp_path, *names[1:], says=("empty stand-ins for 2 tensors", "zero_to_fp32.py"))
+        refused(tmp_path, *names[1:], says=("empty placeholders for 2 tensors", "zero_to_fp32.py"))
         fails(tmp_path, names[0], "-o", "x.pt")
     whole = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
     assert_last_and_mean(averaged(tmp_path, *saved(tmp_path, whole)).tensors, whole)
@@ -482,9 +482,9 @@ def test_lora_factors_are_averaged_and_said(tmp_path: Path) -> None:
     done = averaged(tmp_path, *saved(tmp_path, states), "-v")
     assert_last_and_mean(done.tensors, states)
     (note,) = done.notes
-    assert "mean of the products B·A is not the product of the means" in note
+    assert "the product of the means is not the mean of the products B·A" in note
     assert f" and {len(names) - 1} more (low-rank adapter)" in note
-    assert done.stdout.count("each factor by itself") == len(names)
+    assert done.stdout.count("each factor separately") == len(names)
     assert not noted(averaged(tmp_path, "0.pt"), "low-rank")
 
 
@@ -622,14 +622,15 @@ def test_extra_state_of_transformer_engine(tmp_path: Path) -> None:
     ]
     (note,) = noted(averaged(tmp_path, *saved(tmp_path, nested, ".pt")), "_extra_state")
     assert note == (
-        "l._extra_state: no tensor and no plain value; left out (--keep-wrapper keeps it)"
+        "l._extra_state: neither a tensor nor a plain value; left out "
+        "(to keep it, use --keep-wrapper)"
     )
     assert not noted(averaged(tmp_path, "0.pt", "1.pt", "--keep-wrapper"), "_extra_state")
     found = torch.load(tmp_path / OUT, weights_only=True)
     assert torch.equal(found["l._extra_state"]["scale"], torch.full((2,), 2.0))
     names = saved(tmp_path, [{"state_dict": state} for state in states])
     ended = run(tmp_path, *names, "-o", "x.safetensors")
-    assert "stream._extra_state, dict._extra_state: no tensor; left out" in ended.stderr
+    assert "stream._extra_state, dict._extra_state: not a tensor; left out" in ended.stderr
 
 
 # BatchNorm statistics that do not move.
@@ -649,7 +650,7 @@ def batchnorm(frozen: Sequence[str], number: int) -> State:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_frozen_batchnorm_has_no_note(tmp_path: Path, suffix: str) -> None:
     """--recompute-bn would ruin what is frozen; where only some is, that is said."""
-    stale = "BatchNorm statistics do not fit the average; --recompute-bn makes them fit"
+    stale = "BatchNorm statistics do not fit the average; recompute them with --recompute-bn"
     for choice in ("last", "first"):
         states = [batchnorm(("backbone", "head"), number) for number in range(3)]
         done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", choice)

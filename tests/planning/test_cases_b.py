@@ -102,7 +102,7 @@ def test_b_parts_of_one_model(layout: tuple[str, str], tmp_path: Path) -> None:
     }
     save(tmp_path, {name: 10 * step + part for (step, part), name in names.items()})
     line = fails(tmp_path, *names.values())
-    assert " of a model, and " in line, line
+    assert " of a model, but " in line, line
     pattern = re.search(r"as in (.*?)\.$", line)
     assert pattern, line
     assert mean(tmp_path, *shlex.split(pattern[1]))[0] == 16
@@ -239,7 +239,7 @@ def test_b_no_order_is_said(tmp_path: Path) -> None:
     """Where names bear a metric and nothing else, the order is not known, and that is said."""
     save(tmp_path, {"acc_0.91.pt": 1, "acc_0.95.pt": 2})
     _, notes = mean(tmp_path, "acc_0.91.pt", "acc_0.95.pt")
-    saying(notes, "tell the order", "acc_0.95.pt counts as the last")
+    saying(notes, "an epoch or a step", "acc_0.95.pt is used as the last one")
 
 
 # --epochs ---------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_b_epochs_by_step_is_said(tmp_path: Path) -> None:
     save(tmp_path, {f"ckpt{n}.pt": {"model": weights(n), "step": 100 * n} for n in (1, 2, 3)})
     value, notes = mean(tmp_path, "ckpt1.pt", "ckpt2.pt", "ckpt3.pt", "--epochs", "200:")
     assert value == 2.5
-    saying(notes, "--epochs 200: is by step")
+    saying(notes, "--epochs 200: selects by step")
 
 
 # The same step ----------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_b_same_step_is_said(tmp_path: Path) -> None:
         },
     )
     _, notes = mean(tmp_path, "a_1.pt", "b_1.pt", "a_2.pt", "copy_2.pt")
-    saying(notes, "a_1.pt and b_1.pt record the same step, 10, with different weights")
+    saying(notes, "a_1.pt and b_1.pt record the same step, 10, but their weights differ")
     saying(notes, "copy_2.pt", "counted once")
 
 
@@ -298,7 +298,7 @@ def test_b_two_series_of_one_run_are_refused(tmp_path: Path) -> None:
     for n in (1, 2, 3):
         save(tmp_path / "run", {f"netG_A_{n}.pth": n, f"netG_B_{n}.pth": 10 * n})
     line = fails(tmp_path, "run")
-    assert "has 3 epochs or steps in common with run/netG_A_1.pth" in line
+    assert "has 3 epochs or steps in common with the series of run/netG_A_1.pth" in line
     assert mean(tmp_path, "run", *options(line))[0] == 2
     for n in (1, 2, 3):
         save(tmp_path, {f"seed_1/epoch_{n}.pt": n, f"seed_2/epoch_{n}.pt": 10 * n})
@@ -371,14 +371,14 @@ def test_b_model_at_the_top_of_a_run(tmp_path: Path) -> None:
     assert order(tmp_path, "run") == [f"run/checkpoint-{n}" for n in (2, 4, 10)]
     value, notes = mean(tmp_path, "run", "--last", "2")
     assert value == 7
-    note = saying(notes, "run: the model at its top is left out")
+    note = saying(notes, "run: the checkpoints in this folder are used, and the model")
     assert mean(tmp_path, "run", *options(note))[0] == 50
     # Several models are a soup of them; their runs' checkpoints are not.
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     save_model(tmp_path / "other", 70)
     value, notes = mean(tmp_path, "run", "other")
     assert value == 60
-    saying(notes, "other: the model at its top is taken, not the 3 checkpoints in it")
+    saying(notes, "other: the model in this folder is used, not the 3 checkpoints beside it")
 
 
 def test_b_adapter_at_the_top_of_a_run(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_b_mixed_folder(tmp_path: Path) -> None:
     value, notes = mean(tmp_path, "run")
     assert value == 1.5
     (note,) = notes
-    assert note.startswith("left out, as they hold no model: ")
+    assert note.startswith("left out, because they contain no model: ")
     assert f"and {len(STRANGERS) + 3 - 3} more" in note
     assert mean(tmp_path, "run", "--epochs", "2:")[0] == 2
 
@@ -501,7 +501,7 @@ def test_b_folder_without_a_model(tmp_path: Path) -> None:
     """A folder that holds nothing else is refused, saying what it holds."""
     save(tmp_path / "run", {"optimizer.pt": ADAM, "scheduler.pt": STRANGERS["scheduler.pt"]})
     line = fails(tmp_path, "run")
-    assert "run/optimizer.pt: holds optimizer state, no model" in line
+    assert "run/optimizer.pt: contains optimizer state and no model" in line
 
 
 def test_b_models_are_not_left_out(tmp_path: Path) -> None:

@@ -179,18 +179,18 @@ def test_average_among_the_checkpoints_is_left_out(tmp_path: Path) -> None:
     swa_avg.average(paths, tmp_path / "swa.pt")
     report = swa_avg.average(tmp_path, tmp_path / "again.pt")
     assert [Path(source.path).name for source in report.inputs] == [path.name for path in paths]
-    assert any("swa.pt: is an average already" in note for note in report.notes)
-    with pytest.raises(SelectionError, match="is an average already, and nothing else"):
+    assert any("swa.pt: is already an average" in note for note in report.notes)
+    with pytest.raises(SelectionError, match="is already an average, and no other"):
         swa_avg.average(tmp_path / "swa.pt", tmp_path / "third.pt")
 
 
 @pytest.mark.parametrize(
     ("state", "found"),
     [
-        (lambda: weights(9), "does not say how many checkpoints"),
+        (lambda: weights(9), "does not record how many checkpoints"),
         (
             lambda: AveragedModel(nn.Linear(2, 2)).state_dict(),  # never updated: n_averaged is 0
-            "does not say how many checkpoints",
+            "does not record how many checkpoints",
         ),
     ],
 )

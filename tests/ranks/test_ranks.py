@@ -40,10 +40,9 @@ OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TOGETHER = f"""
 import sys
-from swa_avg import joint
-from swa_avg.distributed import ranks
-from swa_avg.planning import planned
-from swa_avg.settings import Options
+from swa_avg.averaging import joint, planned
+from swa_avg.averaging.torchrun import ranks
+from swa_avg.planning import Options
 
 with ranks() as group:
     for name, (inputs, options) in {OUTPUTS!r}.items():
@@ -74,10 +73,9 @@ ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")
 LEFT_ALONE = """
 import os, signal, sys
 from datetime import timedelta
-from swa_avg import joint
-from swa_avg.distributed import ranks
+from swa_avg.averaging import joint, planned
+from swa_avg.averaging.torchrun import ranks
 from swa_avg.errors import SwaAvgError
-from swa_avg.planning import planned
 
 def die(*arguments):
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
@@ -251,9 +249,9 @@ def test_damage_is_found_by_whoever_reads_it(
 @pytest.mark.parametrize(
     ("seeds", "says"),
     [
-        ((0, 7, 2), "rank 1 has planned something else than rank 0: the headers"),
-        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, and is not to be found here"),
-        ((0, 1), "rank 1 has planned something else than rank 0: it averages 2 checkpoints, not 3"),
+        ((0, 7, 2), "rank 1 has another plan than rank 0: the headers"),
+        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, but this rank does not find it"),
+        ((0, 1), "rank 1 has another plan than rank 0: it averages 2 checkpoints, not 3"),
     ],
 )
 def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], says: str) -> None:
@@ -291,8 +289,8 @@ def test_killed_rank_leaves_no_output(folder: Path, victim: int) -> None:
 @pytest.mark.parametrize(
     ("victim", "how", "says"),
     [
-        (1, signal.SIGSTOP, "rank 1 has not been heard of for 2 s"),
-        (0, signal.SIGKILL, "gone away"),
+        (1, signal.SIGSTOP, "rank 1 has not responded for 2 s"),
+        (0, signal.SIGKILL, "the connection to rank 0 is lost"),
     ],
 )
 def test_rank_that_is_gone_is_noticed(

@@ -316,20 +316,25 @@ def test_what_is_good_is_told(
 @pytest.mark.parametrize(
     ("called", "metric", "result", "says"),
     [
-        ("evaluate", None, 0.5, "nothing tells whether a small or a large evaluate is good"),
-        ("accuracy", "val_loss", 0.5, "small or a large val_loss"),  # they contradict each other
-        ("acc_loss", None, 0.5, "small or a large acc_loss"),
-        ("loss", None, {"acc": 1.0, "wer": 2.0}, "w: gives acc, wer. Say which"),
-        ("loss", "bleu", {"acc": 1.0}, "gives acc, but no bleu"),
-        ("loss", None, {}, "gives nothing"),
-        ("loss", None, None, "loss of w: gives a NoneType, expected a number"),
-        ("loss", None, "0.5", "gives a str"),
-        ("loss", None, True, "gives a bool"),
-        ("loss", None, torch.ones(2), "gives a Tensor"),
-        ("loss", None, {"loss": [1]}, "gives a list"),
-        ("loss", None, math.nan, "loss of w: gives nan, expected a finite number"),
-        ("loss", None, 10**400, "loss of w: gives inf, expected a finite number"),
-        ("loss", None, {"loss": -math.inf}, "gives -inf"),
+        ("evaluate", None, 0.5, "the name evaluate does not show whether low or high"),
+        (
+            "accuracy",
+            "val_loss",
+            0.5,
+            "the name val_loss does not show",
+        ),  # they contradict each other
+        ("acc_loss", None, 0.5, "the name acc_loss does not show"),
+        ("loss", None, {"acc": 1.0, "wer": 2.0}, "w: returns acc, wer. Choose one"),
+        ("loss", "bleu", {"acc": 1.0}, "returns acc, but not bleu"),
+        ("loss", None, {}, "returns nothing"),
+        ("loss", None, None, "loss of w: returns a NoneType, expected a number"),
+        ("loss", None, "0.5", "returns a str"),
+        ("loss", None, True, "returns a bool"),
+        ("loss", None, torch.ones(2), "returns a Tensor"),
+        ("loss", None, {"loss": [1]}, "returns a list"),
+        ("loss", None, math.nan, "loss of w: returns nan, expected a finite number"),
+        ("loss", None, 10**400, "loss of w: returns inf, expected a finite number"),
+        ("loss", None, {"loss": -math.inf}, "returns -inf"),
     ],
 )
 def test_what_is_not_told_is_not_guessed(
@@ -370,9 +375,7 @@ def test_room_is_looked_for_before_anything_is_read(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     with pytest.raises(OutputError) as refused:
         sweep(paths, tmp_path / "o.safetensors", score, model=network(), mode="max")
-    assert re.search(
-        r"needs [\d.]+ [GT]B beside it to compare 16 averages, and", str(refused.value)
-    )
+    assert re.search(r"comparing 16 averages needs [\d.]+ [GT]B of disk space", str(refused.value))
     assert "--last" in str(refused.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
@@ -381,7 +384,7 @@ def test_what_makes_no_sense_in_a_sweep_is_refused(tmp_path: Path) -> None:
     """From Python as on the command line."""
     paths = saved(tmp_path, states(2))
     for options in ({"start_from": paths[0]}, {"distances": True}, {"bn_buffers": "first"}):
-        with pytest.raises(ValueError, match="do not go with a search"):
+        with pytest.raises(ValueError, match="cannot be combined with a search"):
             sweep(paths, tmp_path / "o.pt", score, model=network(), mode="max", **options)
 
 
@@ -410,10 +413,10 @@ def filled(folder: Path) -> Path:
             1,
             "breaks of epoch_0.pt: RuntimeError: no va",
         ),
-        (["--sweep", "mod:nan_loss"], 1, "nan_loss of epoch_0.pt: gives nan"),
+        (["--sweep", "mod:nan_loss"], 1, "nan_loss of epoch_0.pt: returns nan"),
         (["--sweep", "mod:late_loss"], 1, "late_loss of the average of the last 2: OSError"),
         (["--greedy", "mod:late_loss"], 1, "late_loss of the average with epoch_1.pt: OSError"),
-        (["--sweep", "mod:evaluate"], 2, "nothing tells whether"),
+        (["--sweep", "mod:evaluate"], 2, "does not show whether"),
         (["--sweep", "mod:absent"], 1, "mod has no attribute 'absent'"),
         (["--sweep", "mod:calls"], 1, "mod:calls is of type list, expected a function"),
         (["--sweep", "mod:accuracy", "--model", "mod:calls"], 1, "mod:calls is of type list"),
@@ -516,14 +519,14 @@ def test_greedy_of_the_command_line(folder: Path) -> None:
     """Who joins is said, and is what the file is made of."""
     ended = run(folder, "epoch_*.pt", "--greedy", "mod:one", "--plot", "g.html")
     assert ended.returncode == 0, ended.stderr
-    rows = re.findall(r"([\d.]+)  (\S+)  (joins|stays out)$", ended.stdout, re.MULTILINE)
+    rows = re.findall(r"([\d.]+)  (\S+)  (added|left out)$", ended.stdout, re.MULTILINE)
     assert sorted(row[1] for row in rows) == [f"epoch_{number}.pt" for number in range(4)]
     assert [float(row[0]) for row in rows] == sorted((float(row[0]) for row in rows), reverse=True)
-    joined = {path for _, path, what in rows if what == "joins"}
+    joined = {path for _, path, what in rows if what == "added"}
     assert {source.name for source in made_from(folder / "swa.pt").sources} == joined
     assert (folder / "g.html").read_text().startswith("<!DOCTYPE html>")
     assert ended.stderr == (
-        "note: BatchNorm statistics do not fit the average; --recompute-bn makes them fit\n"
+        "note: BatchNorm statistics do not fit the average; recompute them with --recompute-bn\n"
         if len(joined) > 1
         else ""
     )
@@ -534,8 +537,8 @@ def test_dry_run_judges_nothing(folder: Path) -> None:
     before = snapshot(folder)
     ended = run(folder, "epoch_*.pt", "--sweep", "mod:breaks", "--dry-run", "--mode", "max")
     assert ended.returncode == 0, ended.stderr
-    assert "would judge with mod:breaks each checkpoint alone, and the averages" in ended.stdout
-    assert "beside the output meanwhile" in ended.stdout
+    assert "would score with mod:breaks each checkpoint alone, and the averages" in ended.stdout
+    assert "for temporary files beside the output" in ended.stdout
     assert snapshot(folder) == before
 
 
@@ -606,7 +609,7 @@ def test_picture_shows_every_score_in_its_place() -> None:
     for word in (
         "$acc$ <1> (larger is better)",
         "average of the last n",
-        "the n-th from the end alone",
+        "n-th checkpoint from the end, alone",
         "number n of checkpoints averaged, counted from the end of the run",
         "best: 3 averaged, 0.9",
     ):

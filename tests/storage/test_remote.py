@@ -362,7 +362,7 @@ def test_signed_urls(web: Web, tmp_path: Path) -> None:
 
 def test_web_refuses(web: Web, tmp_path: Path) -> None:
     """The web is not written; what it does not give is named with its reason."""
-    with pytest.raises(OutputError, match="the web is only read"):
+    with pytest.raises(OutputError, match="URLs are read-only"):
         average(urls(web), f"{web.url}/swa.pt")
     with pytest.raises(FileError, match="there is no such file"):
         average(f"{web.url}/none.pt", tmp_path / "swa.pt")
@@ -440,14 +440,14 @@ class Wrong(Handler):
 @pytest.mark.parametrize(
     ("answers", "says"),
     [
-        ("another range", "is answered with another range (bytes "),
-        ("no Content-Range", "is answered with another range (without a Content-Range)"),
-        ("no range", "is on a server that does not serve ranges of it"),
+        ("another range", "got another byte range from the server (bytes "),
+        ("no Content-Range", "got another byte range from the server (no Content-Range header)"),
+        ("no range", "is on a server that does not serve byte ranges"),
         ("another size", "changed while being read"),
         ("another ETag", "changed while being read"),
-        ("another encoding", "is compressed by its server"),
-        ("a short body", "gave "),
-        ("more than was asked for", "sends more than the "),
+        ("another encoding", "was sent compressed"),
+        ("a short body", "returned "),
+        ("more than was asked for", "got more bytes from the server than the "),
     ],
 )
 def test_server_that_answers_something_else(

@@ -1,6 +1,6 @@
-"""A model that is lent: it runs on a device, in other modes, with tensors that may be spoilt.
+"""Runs a model temporarily on a device, in other modes, with copies of its tensors.
 
-Whatever happens, its own parameters, buffers, modes and settings are put back.
+Its parameters, buffers, modes and settings are restored on exit, also after an exception.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from swa_avg.batchnorm.estimators import Statistics
-from swa_avg.batchnorm.foreign import users_code
+from swa_avg.batchnorm.isolation import users_code
 from swa_avg.errors import DataError
 
 
 @contextmanager
-def lent(
+def on_device(
     model: nn.Module, device: torch.device, statistics: Statistics
 ) -> Iterator[Callable[[], None]]:
-    """Have the model on `device`, in the estimator's modes, with copies of its tensors.
+    """Put the model on `device`, in the modes of the estimator, with copies of its tensors.
 
-    The model's own parameters and buffers are set aside untouched, so that putting
-    them back is all there is to restoring them.
+    The original parameters and buffers are not modified, and are put back on exit.
 
     Args:
         model: The model.
-        device: Where it is to run.
-        statistics: Watches its layers, and says in which modes it runs.
+        device: The device.
+        statistics: The estimator, which observes the layers and defines their modes.
 
     Yields:
-        What raises a DataError if the weights or the modes are no longer those that
-        were lent. Called after a batch.
+        A function to call after a batch. It raises a DataError if the weights or the modes
+        have changed.
     """
     modules = list(model.modules())
     tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -78,7 +77,7 @@ def lent(
 
 
 def _replace_buffers(modules: Iterable[nn.Module]) -> None:
-    copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+    copies: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
     for module in modules:
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -90,7 +89,7 @@ def _replace_buffers(modules: Iterable[nn.Module]) -> None:
 def _replace_weights(
     modules: Iterable[nn.Module], data: Iterable[tuple[nn.Parameter, Tensor]]
 ) -> None:
-    """Give each parameter a copy of its values, where the move to the device has not."""
+    """Copy each parameter that the move to the device has not copied."""
     for parameter, before in data:
         if parameter.data_ptr() == before.data_ptr():
             parameter.data = before.clone()
@@ -104,10 +103,10 @@ def _check_weights(
     tensors: Iterable[tuple[dict[str, Any], dict[str, Any]]],
     data: Mapping[nn.Parameter, Tensor],
 ) -> None:
-    """Refuse a model whose forward changes its weights: the statistics fit neither.
+    """Check that forward has not changed the weights, which would invalidate the statistics.
 
     Raises:
-        DataError: A weight has other values than before.
+        DataError: The values of a weight have changed.
     """
     names = {id(module._parameters): name for name, module in model.named_modules()}
     for own, before in tensors:
@@ -118,22 +117,22 @@ def _check_weights(
             if not _same(now.detach(), data[parameter].to(now.device)):
                 raise DataError(
                     f"forward changes a weight, {names[id(own)]}.{key}".replace(", .", ", "),
-                    expected="a forward that leaves the weights as they are",
+                    expected="a forward that does not change the weights",
                 )
 
 
 def _check_modes(model: nn.Module, layers: Set[nn.Module]) -> None:
-    """Refuse a model whose forward puts other modules than the layers in training mode.
+    """Check that forward has not put modules other than the layers in training mode.
 
     Raises:
-        DataError: One of them is; if it is dropout, it is noise in the statistics.
+        DataError: A module is in training mode. Active dropout, for example, adds noise.
     """
     for name, module in model.named_modules():
         if module.training and module not in layers:
             raise DataError(
                 f"{name or 'the model'} is in training mode after forward",
-                expected="evaluation mode, as all but the BatchNorm layers",
-                remedy="Give a forward(model, batch) that leaves the modes as they are, or use"
+                expected="evaluation mode for everything except the BatchNorm layers",
+                remedy="Use a forward(model, batch) that does not change the modes, or use"
                 " the torch estimator",
             )
 
@@ -145,10 +144,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _synchronises(module: nn.Module) -> bool:
-    """Whether a layer would ask other processes for their batch, or fail for want of a GPU.
+    """Return whether a layer is SyncBatchNorm, which uses other processes or needs a GPU.
 
-    Here each process has batches of its own, maybe not equally many, and what the
-    layer saw is what it saw here: it runs as plain BatchNorm.
+    Processes may have different numbers of batches here, and each collects the statistics of
+    its own batches, so such a layer runs as plain BatchNorm.
     """
     return (
         isinstance(module, nn.SyncBatchNorm)

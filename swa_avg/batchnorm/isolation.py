@@ -1,10 +1,10 @@
-"""The gate to the user's code: every call into it goes through `users_code`.
+"""Isolates the user's code: every call of it runs inside `users_code`.
 
-Whatever the user's code raises, `sys.exit()` included, leaves here as one `DataError`
-that keeps the traceback of the user's frames as text. What the code changes in the
-process is put back where a later step of ours depends on it: the handlers of signals,
-the umask, `sys.argv` and `sys.path`. Nothing is put back of torch's settings: our own
-computations name their dtypes and devices.
+Any exception of the user's code, including `sys.exit()`, becomes a `DataError` with the
+traceback of the user's frames as text. Changes to the process are undone where later steps
+depend on them: signal handlers, the umask, `sys.argv` and `sys.path`. Changes to torch's
+settings are not undone, because the computations of this package name their dtypes and
+devices.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE")
     if hasattr(signal, name)
 ]
-_LONGEST = 500  # characters of a message that are shown in the one line
+_LONGEST = 500  # characters of a message that are shown in a line
 
 
-def theirs(error: BaseException) -> str:
-    """Return an exception of the user's code as one line: `ExceptionType: message`.
+def error_line(error: BaseException) -> str:
+    """Return an exception as one line: `ExceptionType: message`.
 
-    Of an exception that a DataLoader worker re-raises with its whole traceback
-    as the message, the last line is the one that says something; of any other
-    message of several lines the first, and the second where that is announced.
+    An exception from a DataLoader worker has the whole traceback as its message, of which the
+    last line is used. From any other message of several lines the first line is used, with
+    the second line if the first ends with a colon.
     """
     try:
         text = str(error)
-    except BaseException:  # an exception may fail to describe itself
+    except BaseException:  # the user's __str__ may raise
         text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kind = type(error).__name__
@@ -58,10 +58,10 @@ def _shortened(text: str) -> str:
 
 
 def frames_of(error: BaseException) -> tuple[str, ...]:
-    """Return the traceback of an exception as lines, without the frames of this package."""
-    told = traceback.TracebackException.from_exception(error)
+    """Return the lines of a traceback, without the frames of this package."""
+    report = traceback.TracebackException.from_exception(error)
     seen: set[int] = set()
-    waiting: list[traceback.TracebackException | None] = [told]
+    waiting: list[traceback.TracebackException | None] = [report]
     while waiting:
         one = waiting.pop()
         if one is None or id(one) in seen:
@@ -69,7 +69,7 @@ def frames_of(error: BaseException) -> tuple[str, ...]:
         seen.add(id(one))
         one.stack[:] = [frame for frame in one.stack if not _is_ours(frame.filename)]
         waiting += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
-    return tuple(line for part in told.format() for line in part.splitlines())
+    return tuple(line for part in report.format() for line in part.splitlines())
 
 
 def is_foreign(error: BaseException) -> bool:
@@ -85,21 +85,21 @@ def is_foreign(error: BaseException) -> bool:
 
 
 def _is_ours(filename: str) -> bool:
-    """Whether a frame is of this package, or of the import system."""
+    """Return whether a frame belongs to this package or to the import system."""
     ours = filename.startswith(_PACKAGE) and not filename.endswith(f"{os.sep}demo.py")
     return ours or filename.startswith("<frozen importlib") or filename == importlib.__file__
 
 
 def signal_in(error: BaseException) -> BaseException | None:
-    """Return what a signal that this process got has raised, if that led to the error.
+    """Return the exception that a signal handler raised, if it caused the error.
 
-    A handler of ours raises it, so its innermost frame is one of ours. Where no handler of
-    ours is set, as in a notebook, nothing tells, and a KeyboardInterrupt is taken for one.
+    If a signal handler of this package raised it, its innermost frame is in this package.
+    Without such a handler, as in a notebook, every KeyboardInterrupt counts.
     """
     if isinstance(error, KeyboardInterrupt) and not _handles_interrupts():
         return error
     one: BaseException | None = error
-    for _ in range(50):  # a chain may be a circle
+    for _ in range(50):  # a chain of exceptions can be a cycle
         if one is None:
             break
         if isinstance(one, (KeyboardInterrupt, SystemExit)) and one.__traceback__ is not None:
@@ -113,22 +113,22 @@ def signal_in(error: BaseException) -> BaseException | None:
 
 
 def _handles_interrupts() -> bool:
-    """Whether the handler of Ctrl-C is one of ours."""
+    """Return whether the handler of Ctrl-C is defined in this package."""
     handler = signal.getsignal(signal.SIGINT)
     code = getattr(getattr(handler, "__func__", handler), "__code__", None)
     return code is not None and _is_ours(code.co_filename)
 
 
 class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loader: ")
-    """A context in which the user's code runs.
+    """A context manager in which the user's code runs.
 
     Args:
-        doing: What is being done; stands before the exception's name in the error.
-        batch: The number of the batch at hand, from 0, or None where there is none.
+        doing: The prefix of the error message, which names the current step.
+        batch: The number of the current batch, from 0, or None.
 
     Raises:
-        DataError: For anything that is raised inside, unless it is an error of this
-            package or comes from a signal.
+        DataError: The user's code raises. Errors of this package and exceptions from
+            signals are passed on unchanged.
     """
 
     def __init__(self, doing: str = "", batch: int | None = None) -> None:
@@ -137,8 +137,8 @@ class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loa
 
     def __enter__(self) -> None:
         self._handlers = _handlers()
-        # Reading the umask means setting it. That is not done for each batch, because a
-        # thread of the user's may be writing files at that moment.
+        # Reading the umask means setting it. This is not done for each batch, because a
+        # thread of the user's code may be creating files.
         self._umask = _umask() if self._batch is None else None
         self._path = list(sys.path)
 
@@ -150,22 +150,22 @@ class users_code:  # noqa: N801 - reads as a statement: with users_code("mod:loa
                 signal.signal(number, handler)
         if self._umask is not None:
             os.umask(self._umask)
-        if len(sys.path) < len(self._path):  # we may have something to import, too
+        if len(sys.path) < len(self._path):  # later imports of this package need them
             sys.path += [one for one in self._path if one not in sys.path]
         if error is None or isinstance(error, SwaAvgError):
             return
         from_outside = signal_in(error)
         if from_outside is error:
             return
-        if from_outside is not None:  # their code has made another exception of it
+        if from_outside is not None:  # the user's code raised another exception instead
             raise from_outside
         raise DataError(
-            self._doing + theirs(error), batch=self._batch, frames=frames_of(error)
+            self._doing + error_line(error), batch=self._batch, frames=frames_of(error)
         ) from error
 
 
 def _handlers() -> dict[int, signal.Handlers]:
-    """Return the handlers of the signals that end the command; only the main thread sets them."""
+    """Return the handlers of the signals that end the command; empty outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     found = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -180,10 +180,10 @@ def _umask() -> int:
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Let modules in a folder be imported.
+    """Make the modules in a folder importable.
 
-    Afterwards `sys.path` and `sys.argv` are what they were. Inside, Ctrl-C raises a
-    KeyboardInterrupt that `signal_in` recognises.
+    `sys.path` and `sys.argv` are restored on exit. Inside, Ctrl-C raises a KeyboardInterrupt
+    that `signal_in` recognises.
     """
     path, argv = list(sys.path), sys.argv
     sys.path.insert(0, str(folder))
