@@ -7,7 +7,13 @@ model or in the file. Does not average.
 from swa_avg.batchnorm.batches import Alone, same_draws
 from swa_avg.batchnorm.calling import Forward
 from swa_avg.batchnorm.in_place import copy_of
-from swa_avg.batchnorm.isolation import error_line, frames_of, importable, users_code
+from swa_avg.batchnorm.isolation import (
+    error_line,
+    frames_of,
+    importable,
+    is_foreign,
+    users_code,
+)
 from swa_avg.batchnorm.named import load_attribute
 from swa_avg.batchnorm.recompute import Recompute, Session, read_state, session
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
@@ -26,6 +32,7 @@ __all__ = [
     "error_line",
     "frames_of",
     "importable",
+    "is_foreign",
     "load_attribute",
     "load_weights",
     "model_of",

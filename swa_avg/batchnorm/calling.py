@@ -7,6 +7,7 @@ and searches for a call that works if the default call fails. It does not move b
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -182,7 +183,8 @@ def _remedy(
 ) -> str:
     for code, attempt in _ways(model, batch):
         try:
-            with context():
+            with context(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 attempt()
         except BaseException as error:
             if from_outside := signal_in(error):
@@ -195,49 +197,56 @@ def _remedy(
     return ""
 
 
-def _ways(model: nn.Module, batch: Any) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield alternatives to the default call, each as code and as a function."""
+def _ways(
+    model: nn.Module, batch: Any, code: str = "batch", depth: int = 2
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield other calls than the usual one, as code and as what does it.
+
+    Args:
+        model: Is called.
+        batch: The batch, or a part of it.
+        code: What stands for it.
+        depth: How far down parts of it are tried.
+    """
+    inner = depth < 2
     if isinstance(batch, Mapping):
-        yield from _ways_of_mapping(model, batch)
+        if inner:
+            yield f"model(**{code})", lambda: model(**batch)
+        known = [name for name in _parameters(model) if name in batch]
+        if known and len(known) < len(batch):
+            named = ", ".join(f"{name}={code}[{name!r}]" for name in known)
+            yield f"model({named})", lambda: model(**{name: batch[name] for name in known})
+        entries = [(f"{code}[{k!r}]", v) for k, v in batch.items() if isinstance(k, (str, int))]
     elif isinstance(batch, (list, tuple)):
-        yield from _ways_of_sequence(model, batch)
+        needed = len(_parameters(model, required=True))
+        if 1 < needed <= len(batch):
+            places = ", ".join(f"{code}[{place}]" for place in range(needed))
+            yield f"model({places})", lambda: model(*batch[:needed])
+        entries = [(f"{code}[{place}]", value) for place, value in enumerate(batch)]
     else:
         names = _parameters(model, required=True)
         if names and all(hasattr(batch, name) for name in names):
-            code = ", ".join(f"batch.{name}" for name in names)
-            yield f"model({code})", lambda: model(*(getattr(batch, name) for name in names))
+            places = ", ".join(f"{code}.{name}" for name in names)
+            yield f"model({places})", lambda: model(*(getattr(batch, name) for name in names))
+        own = getattr(batch, "__dict__", {})
+        entries = [(f"{code}.{key}", value) for key, value in own.items() if key.isidentifier()]
+    if isinstance(batch, (Mapping, list, tuple)) or inner:
+        yield f"model({code})", lambda: model(batch)
+    yield from _ways_of_entries(model, entries, depth)
+    if isinstance(batch, (list, tuple)) and len(batch) > 1:
+        yield f"model(*{code})", lambda: model(*batch)
 
 
-def _ways_of_mapping(
-    model: nn.Module, batch: Mapping[Any, Any]
+def _ways_of_entries(
+    model: nn.Module, entries: Sequence[tuple[str, Any]], depth: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    known = [name for name in _parameters(model) if name in batch]
-    if known and len(known) < len(batch):
-        code = ", ".join(f"{name}=batch[{name!r}]" for name in known)
-        yield f"model({code})", lambda: model(**{name: batch[name] for name in known})
-    keys = [key for key, value in batch.items() if isinstance(value, Tensor)]
-    for key in sorted(keys, key=lambda key: not batch[key].is_floating_point()):
-        if isinstance(key, (str, int)):
-            yield f"model(batch[{key!r}])", lambda key=key: model(batch[key])  # type: ignore[misc]
-
-
-def _ways_of_sequence(
-    model: nn.Module, batch: Sequence[Any]
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    needed = len(_parameters(model, required=True))
-    if 1 < needed <= len(batch):
-        code = ", ".join(f"batch[{place}]" for place in range(needed))
-        yield f"model({code})", lambda: model(*batch[:needed])
-    places = [place for place, value in enumerate(batch) if isinstance(value, Tensor) and place]
-    for place in sorted(places, key=lambda place: not batch[place].is_floating_point()):
-        yield f"model(batch[{place}])", lambda place=place: model(batch[place])  # type: ignore[misc]
-    for place, value in enumerate(batch):
-        if isinstance(value, Mapping):
-            yield f"model(**batch[{place}])", lambda value=value: model(**value)  # type: ignore[misc]
-            for code, attempt in _ways_of_mapping(model, value):
-                yield code.replace("batch[", f"batch[{place}]["), attempt
-    if len(batch) > 1:
-        yield "model(*batch)", lambda: model(*batch)
+    """Yield calls on one entry of a batch: tensors first, those of numbers before others."""
+    tensors = [(code, value) for code, value in entries if isinstance(value, Tensor)]
+    for code, value in sorted(tensors, key=lambda entry: not entry[1].is_floating_point()):
+        yield f"model({code})", lambda value=value: model(value)  # type: ignore[misc]
+    for code, value in entries:
+        if isinstance(value, (Mapping, list, tuple)) and depth:
+            yield from _ways(model, value, code, depth - 1)
 
 
 def _parameters(model: nn.Module, *, required: bool = False) -> list[str]:

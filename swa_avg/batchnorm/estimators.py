@@ -85,6 +85,12 @@ def layers_of(model: nn.Module) -> list[Layer]:
             f"the model has lazy layers that have no shape yet ({lazy[0]})",
             remedy="Run one batch through the model first",
         )
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise DataError(
+            f"{scripted[0] or 'the model'} is compiled by torch.jit, so its layers cannot be seen",
+            remedy="Give the model as it is before torch.jit.script",
+        )
     layers: list[Layer] = []
     start = 0
     for name, module in model.named_modules():

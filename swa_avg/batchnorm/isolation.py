@@ -41,7 +41,7 @@ def error_line(error: BaseException) -> str:
     """
     try:
         text = str(error)
-    except Exception:  # the user's __str__ may raise
+    except BaseException:  # the user's __str__ may raise
         text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kind = type(error).__name__
@@ -70,6 +70,18 @@ def frames_of(error: BaseException) -> tuple[str, ...]:
         one.stack[:] = [frame for frame in one.stack if not _is_ours(frame.filename)]
         waiting += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
     return tuple(line for part in report.format() for line in part.splitlines())
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether an exception was raised by other code than this package.
+
+    No code of this package raises `SystemExit` and its like, but for signals.
+    """
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    inside = where is not None and _is_ours(where.tb_frame.f_code.co_filename)
+    return not (inside and isinstance(error, Exception))
 
 
 def _is_ours(filename: str) -> bool:

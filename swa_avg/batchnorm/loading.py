@@ -120,7 +120,8 @@ def _unbatched(loader: DataLoader[Any], name: str) -> Iterable[Any]:
         raise DataError(
             f"{name} yields single samples, {described(first)}",
             expected="batches",
-            remedy="Give its DataLoader a batch_size",
+            remedy="Give its DataLoader a batch_size; if they are batches, name a function"
+            " that returns iter() of it",
         )
     return batches
 

@@ -88,7 +88,9 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
     Raises:
         DataError: The model does not exist, or is not an `nn.Module`.
     """
-    if spec is None and not hasattr(module, "model"):
+    with users_code(f"{data}: "):  # a module may compute its attributes
+        there = spec is not None or hasattr(module, "model")
+    if not there:
         raise DataError(
             f"the module of {data} has no `model`",
             expected="an nn.Module, or a function that returns one",
@@ -109,7 +111,8 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
 
 def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | None:
     if spec is None:
-        default = getattr(module, "forward", None)
+        with users_code("forward: "):  # a module may compute its attributes
+            default = getattr(module, "forward", None)
         return default if callable(default) else None
     function: Forward = load_attribute(spec, folder)[1]
     if not callable(function):

@@ -328,7 +328,7 @@ def run(signals: Signals) -> int:
             report = partial(_report, signals=signals, streams=streams, everything=False)
             streams.watch.begin(report)
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         if signals.received:  # the error follows from the signal
             raise
         return _report(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
@@ -358,7 +358,21 @@ def _report(error: BaseException, signals: Signals, streams: Streams, *, everyth
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, lines = 130, ["interrupted"]
     elif not isinstance(error, OSError | MemoryError):
-        raise error
+        if not streams.watch:  # none of the user's code has run
+            raise error
+        lines = _of_users_code(error, everything)
     for line in () if signals.silent else lines:
         click.echo(printable(line + signals.after), file=streams.err, err=True)
     return code
+
+
+def _of_users_code(error: BaseException, everything: bool) -> list[str]:
+    """Return the lines of an exception that the user's code raised where no gate was.
+
+    What this package raised itself is raised again.
+    """
+    from swa_avg.batchnorm import error_line, frames_of, is_foreign
+
+    if not is_foreign(error):
+        raise error
+    return [*(frames_of(error) if everything else ()), f"error: {error_line(error)}."]

@@ -193,6 +193,10 @@ def _number(value: object, doing: str) -> float:
             f"{doing}returns a {type(value).__name__}",
             expected="a number, or a mapping of names to numbers",
         )
-    if not math.isfinite(value):
-        raise DataError(f"{doing}returns {float(value)}", expected="a finite number")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction that is larger than any float
+        number = math.inf
+    if not math.isfinite(number):
+        raise DataError(f"{doing}returns {number}", expected="a finite number")
+    return number

@@ -226,6 +226,14 @@ def test_sync_batchnorm_needs_no_process_group() -> None:
     assert type(synced[1]).forward == synced[1].forward.__func__
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_scripted_models_are_refused_for_what_they_are() -> None:
+    """Not for having no BatchNorm layer: they have some, which nobody can watch."""
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.raises(DataError, match=r"the model is compiled by torch\.jit"):
+        recompute_batchnorm(scripted, data(5))
+
+
 def test_lazy_layers_work_once_they_have_a_shape() -> None:
     """Before that the error names one; a shape from a loaded state_dict will do."""
     lazy = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyBatchNorm2d())

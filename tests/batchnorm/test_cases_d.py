@@ -82,6 +82,19 @@ MISFITS = {
         "missing 1 required positional argument",
         "model(batch[0], batch[1])",
     ),
+    "a mapping that the model takes whole": (
+        "class Whole(Net):\n"
+        "    def forward(self, features): return super().forward(features['x'])\n"
+        "model = Whole\n"
+        "loader = [{'x': x, 'y': torch.zeros(8)} for x in loader]\n",
+        "model(**batch)",
+        "model(batch)",
+    ),
+    "parts of parts": (
+        "loader = [((x, torch.zeros(8)), ['p'] * 8) for x in loader]\n",
+        "where batch is tuple of (tuple of (float32[8,3,8,8], float32[8]), list of 8 str)",
+        "model(batch[0][0])",
+    ),
     "an object": (
         "class Graph:\n"
         "    def __init__(self, x): self.x = x\n"
@@ -189,7 +202,9 @@ def test_d_stream_of_batches_is_refused_and_both_remedies_work(tmp_path: Path, p
         "images, labelled = Images(), Labelled()\n"
         "as_batches = DataLoader(Stream(), batch_size=None)\n"
         "as_samples = DataLoader(Images(), batch_size=8)\n"
-        "unbatched = DataLoader(Labelled(), batch_size=None)\n",
+        "unbatched = DataLoader(Labelled(), batch_size=None)\n"
+        "weighted = DataLoader([(x, 0.5) for x in batches], batch_size=None)\n"
+        "def iterated(): return iter(weighted)\n",
     )
     for attribute, item in (("loader", "tuple of (float32[8,3,8,8], float32[8])"),
                             ("images", "float32[3,8,8]")):  # fmt: skip
@@ -197,7 +212,9 @@ def test_d_stream_of_batches_is_refused_and_both_remedies_work(tmp_path: Path, p
         assert f"the first is {item}. Use DataLoader(dataset, batch_size=None)" in line
     line = failed(tmp_path, *data("mod:unbatched"))
     assert "yields single samples, list of (float32[3,8,8], int), expected batches" in line
-    for attribute, batches in (("as_batches", 4), ("as_samples", 4), ("labelled", 1)):
+    assert "name a function that returns iter() of it" in failed(tmp_path, *data("mod:weighted"))
+    ways = (("as_batches", 4), ("as_samples", 4), ("iterated", 4), ("labelled", 1))
+    for attribute, batches in ways:
         report = done(tmp_path, *data(f"mod:{attribute}", "--force"))["batchnorm"]
         assert (report["batches"], report["samples"]) == (batches, 32), attribute
         assert batches == 1 or same(tmp_path / "out.pt", plain)

@@ -160,10 +160,26 @@ RAISES = {
         "batch 0: KeyboardInterrupt: mine",
     ),
     "an exception that cannot be shown": (
-        "class Own(BaseException):\n    def __str__(self): raise ValueError\n"
+        "class Own(BaseException):\n    def __str__(self): raise SystemExit\n"
         "def forward(model, batch): raise Own\n",
         "mod:loader",
         "batch 0: Own; the call was forward(model, batch), where batch is float32[8,3,8,8].",
+    ),
+    "an attribute of the module that is computed": (
+        "def __getattr__(name): raise SystemExit(0)\n",
+        "mod:loader",
+        "forward: SystemExit: 0",
+    ),
+    "a method of the model that no gate stands before": (
+        "class Net(Net):\n    def named_modules(self, *a, **k): raise SystemExit(0)\nmodel = Net\n",
+        "mod:loader",
+        "error: SystemExit: 0.",
+    ),
+    "a method of the batch that no gate stands before": (
+        "class Batch(dict):\n    def values(self): raise ValueError('mine')\n"
+        "loader = [Batch(x=images(8))]\n",
+        "mod:loader",
+        "error: ValueError: mine.",
     ),
 }  # fmt: skip
 

@@ -333,6 +333,7 @@ def test_what_is_good_is_told(
         ("loss", None, torch.ones(2), "returns a Tensor"),
         ("loss", None, {"loss": [1]}, "returns a list"),
         ("loss", None, math.nan, "loss of w: returns nan, expected a finite number"),
+        ("loss", None, 10**400, "loss of w: returns inf, expected a finite number"),
         ("loss", None, {"loss": -math.inf}, "returns -inf"),
     ],
 )
