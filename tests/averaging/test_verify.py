@@ -156,7 +156,14 @@ def test_disk_that_writes_another_statistic(tmp_path: Path, commands: Commands) 
     path = tmp_path / "place" / "swa.pt"
     torch.save(made["model"].state_dict(), path)
     before = path.read_bytes()
-    arguments = ("--recompute-bn", "--data", f"{tmp_path / 'mine.py'}:data", "-o", "swa.pt")
+    arguments = (
+        "--recompute-bn",
+        "--data",
+        f"{tmp_path / 'mine.py'}:data",
+        "-o",
+        "swa.pt",
+        "--force",
+    )
     calls = commands.run(tmp_path / "place", *arguments).calls
     assert path.read_bytes() != before
     writes = [call for call, _ in calls].count("write")

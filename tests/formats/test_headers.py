@@ -21,6 +21,7 @@ from swa_avg.errors import FormatError, SwaAvgError
 from swa_avg.formats import zip_directory
 from swa_avg.formats.opening import Headers, open_checkpoint
 from swa_avg.formats.zip_directory import Directory, Form
+from swa_avg.pickles.budget import Budget
 from swa_avg.storage.files import InputFile
 from swa_avg.tensors.strided import read_tensor
 
@@ -101,7 +102,7 @@ def described(path: Path, forms: dict[int, Form]) -> Directory | str:
     """Return the directory of an archive, or why it is refused."""
     file = InputFile(path)
     try:
-        return zip_directory.read(file, forms)
+        return zip_directory.read(file, forms, Budget())
     except SwaAvgError as error:
         return str(error)
     finally:
