@@ -583,7 +583,7 @@ def test_large_output(store: Store, tmp_path: Path) -> None:
         (("s3://bucket/run/e_*.pt", "-o", "s3://bucket/secret.pt"), "Forbidden"),
         (("s3://bucket/run/e_*.pt", "-o", "s3://nowhere/swa.pt"), "there is no such bucket"),
         (("s3://bucket/run/e_*.pt", "-o", "s3://bucket/run/e_1.pt", "-f"), "is one of the inputs"),
-        (("s3://bucket/run/e_*.pt", "-o", "s3://bucket/run/e_1.json"), "exists already"),
+        (("s3://bucket/run/e_2.pt", "-o", "s3://bucket/run/e_1.pt"), "exists already"),
     ],
 )
 def test_command_refuses(
