@@ -138,7 +138,7 @@ def test_keep_wrapper_where_the_raw_weights_are_loaded(
     """Nothing is asked where the framework loads the slot that gets the mean anyway."""
     save(tmp_path, make)
     made = averaged(tmp_path, *FILES, "--keep-wrapper")
-    assert any("--ema takes them" in note for note in made.notes)
+    assert any("use --ema" in note for note in made.notes)
     place = "model" if "model" in made.tensors else "state_dict"
     assert oracle.same_bits(weight(made.tensors, place), mean(RAW))
 
