@@ -387,4 +387,4 @@ def test_loader_that_fails(tmp_path: Path, loader: str, says: str) -> None:
     bn = ("--recompute-bn", "--data", f"mod:{loader}")
     refused(tmp_path, "?.pt", *bn, says=says, env=quiet)
     if loader == "breaks":
-        refused(tmp_path, "-o", "0.pt", *bn, says=says, env=quiet)
+        refused(tmp_path, "-o", "0.pt", "--force", *bn, says=says, env=quiet)
