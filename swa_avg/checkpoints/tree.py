@@ -122,7 +122,8 @@ def innermost(value: object, path: str) -> str:
 def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
     """Return a mapping with the tensors of nested mappings under dotted names.
 
-    The result is the same object if there are no nested mappings with tensors.
+    The result is the same object if there are no nested mappings with tensors. A mapping
+    that contains itself stays a value there.
 
     Raises:
         FormatError: The mappings contain each other.
@@ -132,19 +133,23 @@ def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
     made: dict[object, object] = {}
     left = _MOST_DICTS
 
-    def add(entries: Mapping[object, object], prefix: str, depth: int) -> None:
+    def add(entries: Mapping[object, object], prefix: str, around: tuple[int, ...]) -> None:
         nonlocal left
-        inner = {name for name, child in children(entries) if depth and holds_tensors(child)}
+        inner = {
+            name
+            for name, child in children(entries)
+            if len(around) <= _DEEPEST and id(child) not in around and holds_tensors(child)
+        }
         left -= len(inner)
         if left < 0:
             raise FormatError("holds dicts that contain each other")
         for name, value in entries.items():
             if name in inner:
-                add(mapping(value) or {}, f"{prefix}{name}.", depth - 1)
+                add(mapping(value) or {}, f"{prefix}{name}.", (*around, id(value)))
             else:
                 made[f"{prefix}{name}" if prefix else name] = value
 
-    add(entries, "", _DEEPEST)
+    add(entries, "", (id(entries),))
     return made
 
 

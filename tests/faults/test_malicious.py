@@ -342,5 +342,5 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     line = fails(tmp_path, f"{red}0.pt", f"{red}1.pt")
     assert "\\x1b[31mred\\n0.pt: \\x1b[31mred\\n: has shape [1], expected [2]" in line
     done = averaged(tmp_path, f"{red}0.pt", "-v")
-    assert any(note.startswith("\\x1b]0;x\\x07: no tensor") for note in done.notes)
+    assert any(note.startswith("\\x1b]0;x\\x07: neither a tensor") for note in done.notes)
     assert done.stdout.replace("\n", "").isprintable()
