@@ -250,7 +250,9 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
     cases = {"twice": "model.b: occurs twice", "within": "model.b: lies inside another item"}
     each_refused(tmp_path, cases)
     torch.save({"model": {"net.a": torch.ones(1)}, "net": {"a": torch.ones(1)}}, tmp_path / "0.pt")
-    refused(tmp_path, "0.pt", "--key", "model", "--key", "net", says="0.pt: has net.a at net and")
+    refused(
+        tmp_path, "0.pt", "--key", "model", "--key", "net", says="0.pt: has net.a both at net and"
+    )
 
 
 # Many, and large.

@@ -233,17 +233,17 @@ def test_random_archives_are_read_as_zipfile_reads_them(
 
 def test_what_is_kept_is_bounded() -> None:
     """The oldest headers are let go beyond 16 MiB, and read again to the same; one always stays."""
-    headers, read = Headers(), []
+    headers, read, budget = Headers(), [], Budget()
 
-    def length(data: bytes) -> int:
+    def length(data: bytes, budget: Budget) -> int:
         read.append(data[:1])
         return len(data)
 
     large = [bytes([number]) * (6 << 20) for number in range(3)]
     for data in (*large, *large[1:]):
-        assert headers.once(length, data) == 6 << 20
+        assert headers.once(length, data, budget) == 6 << 20
     assert read == [b"\0", b"\1", b"\2"]
-    assert headers.once(length, large[0]) == 6 << 20
-    assert headers.once(length, bytes(17 << 20)) == 17 << 20
-    assert headers.once(length, bytes(17 << 20)) == 17 << 20
+    assert headers.once(length, large[0], budget) == 6 << 20
+    assert headers.once(length, bytes(17 << 20), budget) == 17 << 20
+    assert headers.once(length, bytes(17 << 20), budget) == 17 << 20
     assert read == [b"\0", b"\1", b"\2", b"\0", b"\0"]
