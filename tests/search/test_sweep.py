@@ -451,7 +451,7 @@ def test_failures_leave_nothing(shared: Path, arguments: list[str], code: int, s
         ["--sweep", "mod:loss", "--device", "cpu"],
         ["--metric", "loss"],
         ["--sweep", "mod:loss", "--report", "o.svg", "--plot", "o.svg"],
-        ["--sweep", "mod:loss", "--plot", "o.svg", "-o", "o.svg"],
+        ["--sweep", "mod:loss", "--report", "o.pt", "-o", "o.pt"],
     ],
 )
 def test_wrong_usage(shared: Path, arguments: list[str]) -> None:
