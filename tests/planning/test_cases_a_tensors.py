@@ -445,7 +445,7 @@ def test_tables_of_integers_that_differ_are_refused(tmp_path: Path) -> None:
         saved(tmp_path, states, suffix)
         line = fails(tmp_path, f"0{suffix}", f"1{suffix}", "-o", "x.pt")
         assert f"1{suffix}: table: differs between checkpoints" in line
-        assert line.endswith("If it is a table, leave it out of the files.")
+        assert line.endswith("If it is a table, remove it from the files.")
     without = [{n: v for n, v in state.items() if n != "table"} for state in states]
     done = averaged(tmp_path, *saved(tmp_path, without))
     assert noted(done, "pad: differs") and torch.equal(done.tensors["pad"], states[1]["pad"])
