@@ -243,8 +243,13 @@ class RemotePath:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     """Return the filesystem of a URL, and the file's name in it."""
+    import logging
+
     from fsspec.core import url_to_fs
 
+    # Parts of an upload that fail at the same time are logged beside the error that is raised.
+    # Without a handler, Python prints such a log line to stderr.
+    logging.getLogger("asyncio").addHandler(logging.NullHandler())
     try:
         fs, key = url_to_fs(url)
     except (ImportError, ValueError) as error:
