@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,10 @@ import pytest
 from hypothesis import settings
 from injection import Commands
 
+import swa_avg
+
+# The tests start the command many times, also where Python writes no bytecode: compile it once.
+compileall.compile_dir(Path(swa_avg.__file__).parent, quiet=2)
 # No deadlines: the machines that run these tests are shared, and a slow example is not wrong.
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
