@@ -249,7 +249,9 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
     # Parts of an upload that fail at the same time are logged beside the error that is raised.
     # Without a handler, Python prints such a log line to stderr.
-    logging.getLogger("asyncio").addHandler(logging.NullHandler())
+    log = logging.getLogger("asyncio")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
     try:
         fs, key = url_to_fs(url)
     except (ImportError, ValueError) as error:
