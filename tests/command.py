@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,6 +42,9 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
         options: Those of `subprocess.run`; `limits`, what a shell says before it
             (`ulimit -v 1000`); `without_privileges`, to be refused what a user is refused.
     """
+    environment = options.get("env") or os.environ
+    if not options.keys() - {"env", "timeout"} and _may_be_forked(environment):
+        return preloaded.run(folder, arguments, environment, options.get("timeout", 300))
     command = [*COMMAND, *arguments]
     if limits := options.pop("limits", ""):
         command = ["/bin/sh", "-c", f'{limits} && exec "$@"', "sh", *command]
@@ -48,6 +52,19 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
         command = [sys.executable, "-c", _AS_A_USER, *command]
     options = {"capture_output": True, "text": True, "timeout": 300, **options}
     return subprocess.run(command, cwd=folder, **options)
+
+
+def _may_be_forked(environment: Mapping[str, str]) -> bool:
+    """Return whether a command with this environment may share its imports with others."""
+    if os.environ.get("SWA_AVG_TESTS") == "processes":
+        return False
+    names = {name for name in environment.keys() | os.environ.keys() if _read_early(name)}
+    return all(environment.get(name) == os.environ.get(name) for name in names)
+
+
+def _read_early(name: str) -> bool:
+    """Return whether Python or a library may read a variable when it starts."""
+    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_"))
 
 
 def snapshot(folder: Path) -> dict[str, object]:

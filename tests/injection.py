@@ -1,6 +1,6 @@
 """The real command with faults put into it, hundreds of times in little time.
 
-A process that has imported torch waits for orders, and forks a child for each: the
+A process that has imported what the command imports waits for orders, and forks a child for each: the
 child is the command from its entry point on. Between it and the C library lies
 `injection.c`, which counts the calls that change files and does harm at the N-th. Run
 as a program this module is that process.
@@ -16,10 +16,11 @@ import resource
 import shutil
 import subprocess
 import sys
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from preloaded import ended, import_shared, imports_of
 
 HERE = Path(__file__).parent
 NONE, SIGNAL, HALF, FAIL, FLIP = range(5)
@@ -69,25 +70,24 @@ class Commands:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None or sys.platform != "linux":
             raise LookupError("no C compiler")
-        library = folder / "faults.so"
+        self._library = folder / "faults.so"
         source = str(HERE / "injection.c")
-        subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-        self._server = subprocess.Popen(
-            [sys.executable, "-B", __file__, library],
-            env={**os.environ, "LD_PRELOAD": str(library)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        options = ["-shared", "-fPIC", "-o", self._library, source, "-ldl"]
+        subprocess.run([compiler, *options], check=True)
+        self._servers: dict[tuple[str, ...], subprocess.Popen[str]] = {}
+        self._started: dict[int, subprocess.Popen[str]] = {}
 
     def start(self, folder: Path, *arguments: str, fault: Fault = SOUND) -> int:
         """Start the command in a folder, below which calls count; return its process id."""
         order = {"folder": str(folder), "arguments": arguments, **asdict(fault)}
-        return int(self._ask(order))
+        server = self._server(imports_of(arguments))
+        process = int(_asked(server, order))
+        self._started[process] = server
+        return process
 
     def wait(self, process: int) -> Ended:
         """Wait until a command has ended, or was stopped by SIGSTOP."""
-        answer = json.loads(self._ask({"wait": process}))
+        answer = json.loads(_asked(self._started[process], {"wait": process}))
         calls = tuple(tuple(line.split(" ", 1)) for line in answer.pop("log").splitlines())
         return Ended(**answer, calls=calls)  # type: ignore[arg-type]
 
@@ -96,20 +96,33 @@ class Commands:
         return self.wait(self.start(folder, *arguments, fault=fault))
 
     def close(self) -> None:
-        self._server.communicate()
+        for server in self._servers.values():
+            server.communicate()
 
-    def _ask(self, order: dict[str, Any]) -> str:
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        return self._server.stdout.readline()
+    def _server(self, imports: tuple[str, ...]) -> subprocess.Popen[str]:
+        """Return the process that has imported these modules, started when it is needed."""
+        if imports not in self._servers:
+            self._servers[imports] = subprocess.Popen(
+                [sys.executable, "-B", __file__, self._library, *imports],
+                env={**os.environ, "LD_PRELOAD": str(self._library)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        return self._servers[imports]
 
 
-def serve(library: str) -> None:
+def _asked(server: subprocess.Popen[str], order: dict[str, Any]) -> str:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    return server.stdout.readline()
+
+
+def serve(library: str, imports: list[str]) -> None:
     """Take orders until there are no more."""
-    import torch  # noqa: F401 - once for all children
-
+    import_shared(imports)
     started: dict[int, list[int]] = {}
     for line in iter(sys.stdin.readline, ""):
         order = json.loads(line)
@@ -155,23 +168,5 @@ def become(order: dict[str, Any], library: str, out: int, err: int, log: int) ->
     os._exit(ended())
 
 
-def ended() -> int:
-    """Run the command as the interpreter does, but for the half second in which torch ends."""
-    from swa_avg.__main__ import main
-
-    code: object = 0
-    try:
-        main()
-    except SystemExit as asked:
-        code = asked.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return code if isinstance(code, int) else int(code is not None)
-
-
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], sys.argv[2:])

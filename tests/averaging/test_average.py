@@ -648,6 +648,8 @@ def test_any_state_dicts(
     tmp_path_factory: pytest.TempPathFactory, states: list[dict[str, Tensor]], save: str, out: str
 ) -> None:
     """Saved by torch or safetensors, averaged, loaded: the exact reference; codes are refused."""
+    # Two empty tensors of one dimension may be the placeholders of ZeRO-3, which are refused.
+    assume(sum(value.shape == (0,) for value in states[-1].values()) < 2)
     for one, other in combinations(states, 2):  # the same twice is counted once
         assume(not all(oracle.same_bits(one[name], other[name]) for name in one))
     folder = tmp_path_factory.mktemp("any")

@@ -102,6 +102,8 @@ def models(draw: st.DrawFn, dtypes: list[torch.dtype], views: bool) -> list[dict
     # Empty tensors alone are the stand-ins of ZeRO-3, which are refused.
     empty = [value for value in states[-1].values() if value.shape == (0,)]
     assume(len(empty) <= 1)
+    # Integers beside optimizer state are no model.
+    assume(any(value.is_floating_point() or value.is_complex() for value in states[-1].values()))
     # A root that looks like wrappers, or bears their prefix, is another test's matter.
     assume(not {"state_dict", "epoch"} & set(names))
     assume(not all(name.startswith("module.") for name in names))

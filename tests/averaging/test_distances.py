@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,20 +106,13 @@ def test_average_weighs_in_them(tmp_path: Path) -> None:
 def test_command_tells_them(tmp_path: Path) -> None:
     """--distances prints a line for each checkpoint; --json has modules too."""
     save(tmp_path, [state(seed) for seed in range(3)])
-    command = [sys.executable, "-m", "swa_avg", *[f"epoch_{n}.pt" for n in range(3)]]
-    shown = subprocess.run(
-        [*command, "--distances", "-o", "a.pt"], cwd=tmp_path, capture_output=True, text=True
-    )
+    inputs = [f"epoch_{n}.pt" for n in range(3)]
+    shown = run(tmp_path, *inputs, "--distances", "-o", "a.pt")
     lines = shown.stdout.splitlines()
     start = lines.index("distance from the mean, relative to the norm of the mean:") + 1
-    assert [line.split()[1] for line in lines[start : start + 3]] == command[3:]
+    assert [line.split()[1] for line in lines[start : start + 3]] == inputs
     assert "cosine of the steps before and after -0." in lines[start + 1]
-    told = subprocess.run(
-        [*command, "--distances", "-o", "b.pt", "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    told = run(tmp_path, *inputs, "--distances", "-o", "b.pt", "--json")
     found = json.loads(told.stdout)["distances"]
     assert [f"{distance:.4f}" for distance in found["overall"]] == [
         line.split()[0] for line in lines[start : start + 3]
@@ -149,11 +141,10 @@ def test_top_level_modules(names: list[str], modules: list[str]) -> None:
 def test_verbose_tells_the_modules(tmp_path: Path) -> None:
     """One line for each module with -v, the figures those of the report; without, none."""
     save(tmp_path, [state(seed) for seed in range(3)])
-    command = [sys.executable, "-m", "swa_avg", *(f"epoch_{n}.pt" for n in range(3))]
+    inputs = [f"epoch_{n}.pt" for n in range(3)]
     lines = {}
     for flag in ("-v", "--json", "--force"):
-        options = ["--distances", "--force", flag]
-        ended = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+        ended = run(tmp_path, *inputs, "--distances", "--force", flag)
         assert ended.returncode == 0, ended.stderr
         lines[flag] = ended.stdout
     found = json.loads(lines["--json"])["distances"]["modules"]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -14,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import torch
 from folders import save_one
@@ -37,8 +37,7 @@ loader = [torch.arange(40.).view(10, 4) * n for n in (1, 2)]
 
 
 def run(folder: Path, line: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "swa_avg", *line.split()]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return command.run(folder, *line.split())
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:

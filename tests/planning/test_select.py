@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -31,11 +30,6 @@ LOSSES = (0.5, 0.3, 0.4, 0.2, 0.3)
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
     return {"a.weight": torch.full((2, 3), float(seed)), "a.bias": torch.tensor([seed, 1.0])}
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "swa_avg", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def plan(

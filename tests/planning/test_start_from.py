@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -14,6 +12,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from command import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -24,11 +23,6 @@ import swa_avg
 from swa_avg.errors import ProvenanceError, SelectionError
 
 finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "swa_avg", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,181 @@
+"""The command in a process that is forked from one that has imported its modules already.
+
+Most tests run the command, and importing torch takes two seconds. `run` does what
+`subprocess.run` does with `python -m swa_avg`: the same entry point in a process of its own
+with its own folder, arguments, environment and streams. Only the start of Python and the
+imports are shared. `SWA_AVG_TESTS=processes` starts every command from the beginning instead.
+
+Run as a program this module is the process that is forked. There are two of them, because
+torch makes a fork ten times as slow: one with torch for the commands that run a model, and one
+without.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+_MOST_BYTES = 1 << 20
+# Modules that read the environment, the arguments or the streams when they are imported are
+# not among these, and neither is what `swa_avg.__main__` looks for among the imported modules.
+_TORCH = ("torch", "safetensors.torch")
+# Options whose command imports torch.
+_RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy", "--each")
+_SHARED = (
+    *("numpy", "click", "tqdm", "zlib_ng", "zlib_ng.zlib_ng"),
+    *("swa_avg.cli.command", "swa_avg.averaging.execution", "swa_avg.averaging.prepare"),
+    *("swa_avg.kernel.mean", "swa_avg.kernel.workers", "swa_avg.kernel.writing"),
+)
+
+
+def run(
+    folder: Path,
+    arguments: tuple[str, ...],
+    environment: Mapping[str, str],
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder, and return what `subprocess.run` returns."""
+    here, there = socket.socketpair()
+    order = {"folder": str(folder), "arguments": arguments, "environment": dict(environment)}
+    with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with there:
+            files = [out.fileno(), err.fileno(), there.fileno()]
+            socket.send_fds(_server(imports_of(arguments)), [json.dumps(order).encode()], files)
+        here.settimeout(timeout)
+        process = int.from_bytes(_received(here, 8), "little")
+        try:
+            code = int.from_bytes(_received(here, 8), "little", signed=True)
+        except TimeoutError as error:
+            os.kill(process, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(list(arguments), timeout) from error
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            # As `text=True` reads: universal newlines.
+            texts.append(file.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
+    return subprocess.CompletedProcess(["swa-avg", *arguments], code, *texts)
+
+
+def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:
+    """Return the modules that a command with these arguments imports besides the shared ones."""
+    return _TORCH if any(text.startswith(_RUN_A_MODEL) for text in arguments) else ()
+
+
+def ended() -> int:
+    """Run the command as the interpreter does, but for the half second in which torch ends."""
+    from swa_avg.__main__ import main
+
+    code: object = 0
+    try:
+        main()
+    except SystemExit as asked:
+        code = asked.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code if isinstance(code, int) else int(code is not None)
+
+
+@functools.cache
+def _server(imports: tuple[str, ...]) -> socket.socket:
+    """Start the process that is forked. It ends with this process."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with there:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(there.fileno()), *imports],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
+    atexit.register(_end, here, process)
+    return here
+
+
+def _end(orders: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    """End the process that is forked."""
+    orders.close()
+    process.wait()
+
+
+def _received(place: socket.socket, count: int) -> bytes:
+    """Receive exactly so many bytes."""
+    found = b""
+    while len(found) < count:
+        more = place.recv(count - len(found))
+        if not more:
+            raise EOFError("the process that runs the commands has ended")
+        found += more
+    return found
+
+
+def import_shared(more: Iterable[str] = ()) -> None:
+    """Import what all commands share, and keep the pages of these objects shared too."""
+    # As the package does: a thread of its own would not survive the fork.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for name in (*_SHARED, *more):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
+def _serve(orders: socket.socket, more: Iterable[str]) -> None:
+    """Fork a process for each order until there are no more."""
+    import_shared(more)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        message, files, _, _ = socket.recv_fds(orders, _MOST_BYTES, 3)
+        if not message:
+            return
+        if not os.fork():
+            orders.close()
+            _answer(json.loads(message), *files)
+        for file in files:
+            os.close(file)
+
+
+def _answer(order: dict[str, object], out: int, err: int, answer: int) -> None:
+    """Run one command in a child; send its process id, and how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process = os.fork()
+    if not process:
+        os.close(answer)
+        _become(order, out, err)
+    os.write(answer, process.to_bytes(8, "little"))
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    os.write(answer, code.to_bytes(8, "little", signed=True))
+    os._exit(0)
+
+
+def _become(order: dict[str, object], out: int, err: int) -> None:
+    """Make this process the command, to its end."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    os.close(out)
+    os.close(err)
+    folder, arguments, environment = (order[key] for key in ("folder", "arguments", "environment"))
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["swa-avg", *arguments]
+    # As `python -m` has it.
+    sys.path[0] = str(folder)
+    os._exit(ended())
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
