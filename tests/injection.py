@@ -1,6 +1,7 @@
 """The real command with faults put into it, hundreds of times in little time.
 
-A process that has imported what the command imports waits for orders, and forks a child for each: the
+A process that has imported what the command imports waits for orders, and forks a child for
+each: the
 child is the command from its entry point on. Between it and the C library lies
 `injection.c`, which counts the calls that change files and does harm at the N-th. Run
 as a program this module is that process.

@@ -25,12 +25,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _MOST_BYTES = 1 << 20
 # Modules that read the environment, the arguments or the streams when they are imported are
 # not among these, and neither is what `swa_avg.__main__` looks for among the imported modules.
-_TORCH = ("torch", "safetensors.torch")
+TORCH = ("torch", "safetensors.torch")
 # Options whose command imports torch.
 _RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy", "--each")
 _SHARED = (
@@ -45,14 +46,32 @@ def run(
     arguments: tuple[str, ...],
     environment: Mapping[str, str],
     timeout: float,
+    script: str | None = None,
+    imports: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command in a folder, and return what `subprocess.run` returns."""
+    """Run the command in a folder, and return what `subprocess.run` returns.
+
+    Args:
+        folder: The current folder.
+        arguments: The arguments.
+        environment: All environment variables.
+        timeout: The most seconds that it may take.
+        script: A script to run instead of the command.
+        imports: Modules that may be imported before.
+    """
     here, there = socket.socketpair()
-    order = {"folder": str(folder), "arguments": arguments, "environment": dict(environment)}
+    order = {
+        "folder": str(folder),
+        "arguments": arguments,
+        "environment": dict(environment),
+        "script": script,
+    }
     with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with there:
             files = [out.fileno(), err.fileno(), there.fileno()]
-            socket.send_fds(_server(imports_of(arguments)), [json.dumps(order).encode()], files)
+            socket.send_fds(
+                _server(imports or imports_of(arguments)), [json.dumps(order).encode()], files
+            )
         here.settimeout(timeout)
         process = int.from_bytes(_received(here, 8), "little")
         try:
@@ -70,16 +89,39 @@ def run(
 
 def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:
     """Return the modules that a command with these arguments imports besides the shared ones."""
-    return _TORCH if any(text.startswith(_RUN_A_MODEL) for text in arguments) else ()
+    return TORCH if any(text.startswith(_RUN_A_MODEL) for text in arguments) else ()
 
 
-def ended() -> int:
+def on_ranks(
+    folder: Path, world: int, *arguments: str, script: str | None = None, timeout: float = 100
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run the command, or a script, on several ranks with the environment that torchrun gives.
+
+    Nobody ends the other ranks when one has failed, as torchrun does.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common = os.environ | meeting | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+
+    def one(rank: int) -> subprocess.CompletedProcess[str]:
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return run(folder, arguments, environment, timeout, script, TORCH)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+def ended(script: str | None = None) -> int:
     """Run the command as the interpreter does, but for the half second in which torch ends."""
-    from swa_avg.__main__ import main
-
     code: object = 0
     try:
-        main()
+        if script is None:
+            from swa_avg.__main__ import main
+
+            main()
+        else:
+            exec(compile(script, "script.py", "exec"), {"__name__": "__main__"})
     except SystemExit as asked:
         code = asked.code
     except BaseException:
@@ -174,7 +216,7 @@ def _become(order: dict[str, object], out: int, err: int) -> None:
     sys.argv = ["swa-avg", *arguments]
     # As `python -m` has it.
     sys.path[0] = str(folder)
-    os._exit(ended())
+    os._exit(ended(order["script"]))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,6 @@ class Report:
         distances: The distances of the checkpoints from the mean, or None.
         options: The options that differ from the defaults.
         families: The number of tensors of each family that were kept or reset.
-        versions: The versions of swa-avg, torch and Python.
     """
 
     output: str
@@ -103,8 +102,12 @@ class Report:
     distances: Distances | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     families: Mapping[str, int] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=versions)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of swa-avg, torch and Python."""
+        return versions()
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as a dict for JSON."""
-        return asdict(self)
+        return {**asdict(self), "versions": self.versions}

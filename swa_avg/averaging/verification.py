@@ -101,7 +101,7 @@ def verify(written: Written) -> None:
 def _opened(written: Written) -> Iterator[Checkpoint]:
     """Open the written output; errors name the target, not the temporary file."""
     try:
-        checkpoint = open_checkpoint(written.path)
+        checkpoint = open_checkpoint(written.path, own=True)
     except SwaAvgError as error:
         raise written.refusal(error.found, error.tensor) from error
     try:

@@ -71,13 +71,16 @@ class Form(Enum):
     DCP = "torch.distributed.checkpoint folder"
 
 
-def open_checkpoint(path: str | os.PathLike[str], headers: Headers | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], headers: Headers | None = None, own: bool = False
+) -> Checkpoint:
     """Read the headers of a checkpoint; its tensors stay on disk, and none of its code runs.
 
     Args:
         path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, a Hugging
             Face folder, or a torch.distributed.checkpoint folder.
         headers: The cache of the headers of other checkpoints.
+        own: Whether no other process writes to the file, which this process has written.
 
     Returns:
         The checkpoint with open files. Close it when done.
@@ -89,7 +92,7 @@ def open_checkpoint(path: str | os.PathLike[str], headers: Headers | None = None
     path = path_of(path)
     headers = headers or Headers()
     if not path.is_dir():
-        return open_file(path, headers)
+        return open_file(path, headers, own=own)
     if sharded.is_checkpoint(path):
         return _with_provenance(_of_one_time(sharded.read(path, headers)))
     if dcp.is_checkpoint(path):

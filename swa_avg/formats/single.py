@@ -23,19 +23,22 @@ _STRANGERS = (
 )
 
 
-def open_file(path: Path, headers: Headers, budget: Budget | None = None) -> Checkpoint:
+def open_file(
+    path: Path, headers: Headers, budget: Budget | None = None, own: bool = False
+) -> Checkpoint:
     """Open a file and read its headers.
 
     Args:
         path: The file.
         headers: The cache of headers.
         budget: The budget of the checkpoint that the file is a part of, if any.
+        own: Whether no other process writes to the file, which this process has written.
 
     Raises:
         FileError: The file cannot be opened.
         FormatError: The file is not a checkpoint, or is damaged.
     """
-    file = InputFile(path)
+    file = InputFile(path, own)
     try:
         return read(file, headers, budget or Budget())
     except BaseException:

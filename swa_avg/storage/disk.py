@@ -22,18 +22,23 @@ _TRIES = 5
 
 
 class DiskSource:
-    """A regular file on this machine, open for reading."""
+    """A regular file on this machine, open for reading.
+
+    Args:
+        path: The file.
+        own: Whether no other process writes to the file, which this process has written.
+    """
 
     __slots__ = ("_path", "_stat", "fd", "size")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, own: bool = False) -> None:
         self._path = path
         try:
             self.fd = _open(path)
         except (OSError, ValueError) as error:
             raise FileError(f"cannot be opened: {_reason(error)}", file=path) from error
         try:
-            self._stat = _stable_status(self.fd, path)
+            self._stat = os.fstat(self.fd) if own else _stable_status(self.fd, path)
         except BaseException:
             self.close()
             raise

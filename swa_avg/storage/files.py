@@ -71,10 +71,10 @@ class InputFile:
 
     __slots__ = ("path", "size", "source")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, own: bool = False) -> None:
         self.path = path
         self.source: Source = (
-            RemoteSource(path) if isinstance(path, RemotePath) else DiskSource(path)
+            RemoteSource(path) if isinstance(path, RemotePath) else DiskSource(path, own)
         )
         self.size = self.source.size
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 RUNS = 1500
-FLIPS = 2000
+FLIPS = 400
 COMPARED = 400
 
 
