@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import os
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import swa_avg
 
 # The tests start the command many times, also where Python writes no bytecode: compile it once.
 compileall.compile_dir(Path(swa_avg.__file__).parent, quiet=2)
+# Several processes run tests at once, and torch's threads would wait for each other busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No deadlines: the machines that run these tests are shared, and a slow example is not wrong.
-settings.register_profile("shared machine", deadline=None)
+settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
 

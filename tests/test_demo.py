@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import command
 import pytest
 import torch
 from click.testing import CliRunner
@@ -143,26 +144,22 @@ def test_accuracies_tell_the_story_of_swa(run: Run) -> None:
     assert recomputed == pytest.approx(torch_updated, abs=0.6)
 
 
-def test_sweep_finds_the_best_average_of_the_run(run: Run) -> None:
+def test_sweep_finds_the_best_average_of_the_run(run: Run, demo_folder: Path) -> None:
     """The README's sweep: its output is as good on the test set as the best row says."""
     recompute = ["--recompute-bn", "--data", "swa_avg.demo:loader"]
     search = ["--sweep", "swa_avg.demo:evaluate", "--plot", "sweep.svg", "--json"]
-    ended = subprocess.run(
-        [*(sys.executable, "-m", "swa_avg", "ckpts/epoch_*.pt", "-o", "best.pt"),
-         *(*recompute, *search)],
-        cwd=run.folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    ended = command.run(demo_folder, "ckpts/epoch_*.pt", "-o", "best.pt", *recompute, *search)
     assert ended.returncode == 0, ended.stderr
     content = json.loads(ended.stdout)["search"]
     best = max(one["score"] for one in content["tried"])
     assert len(content["tried"]) == len(content["singles"]) == 12
-    assert demo.accuracy(demo.load(run.folder / "best.pt")) == best
+    assert demo.accuracy(demo.load(demo_folder / "best.pt")) == best
     assert (
         best
         >= content["tried"][-1]["score"]
         == pytest.approx(run.accuracy["swa-avg, BatchNorm recomputed"], abs=0.3)
     )
-    assert (run.folder / "sweep.svg").read_text().startswith("<?xml")
+    assert (demo_folder / "sweep.svg").read_text().startswith("<?xml")
 
 
 # The folder.

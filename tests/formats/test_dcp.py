@@ -252,7 +252,7 @@ def cut(shape: tuple[int, ...], cuts: int, rng: random.Random) -> list[Box]:
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_chunks(
     tmp_path_factory: Any, shape: tuple[int, ...], cuts: int, zipped: bool, seed: int
@@ -439,7 +439,7 @@ def test_nothing_in_a_folder_runs(tmp_path: Path) -> None:
 
 @given(data=st.data())
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_damaged_metadata_is_refused_or_harmless(tmp_path: Path, data: Any) -> None:
     """Any bytes changed or cut in .metadata give the tensors or a SwaAvgError, nothing else."""

@@ -377,8 +377,8 @@ def test_tensors_are_read_once_and_the_rest_not_at_all(
     opened: dict[int, Path] = {}
     init = InputFile.__init__
 
-    def opening(self: InputFile, path: Path) -> None:
-        init(self, path)
+    def opening(self: InputFile, path: Path, own: bool = False) -> None:
+        init(self, path, own)
         opened[self.source.fd] = path
 
     def counting(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:

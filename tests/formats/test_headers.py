@@ -137,7 +137,7 @@ def test_a_directory_is_read_alike_whatever_was_read_before(tmp_path: Path) -> N
     forms: dict[int, Form] = {}
     known = described(sound, forms)
     refused = 0
-    for place in header_bytes(sound)[::3]:
+    for place in header_bytes(sound)[::5]:
         flipped = bytearray(data)
         flipped[place] ^= (0x01, 0x80, 0xFF)[place % 5 % 3]
         changed.write_bytes(flipped)
@@ -145,7 +145,7 @@ def test_a_directory_is_read_alike_whatever_was_read_before(tmp_path: Path) -> N
         assert described(changed, dict(forms)) == alone, place
         refused += isinstance(alone, str)
     assert isinstance(known, Directory)
-    assert refused > 100
+    assert refused > 60
 
 
 def test_archives_that_differ_in_folder_and_checksums_are_of_one_form(tmp_path: Path) -> None:

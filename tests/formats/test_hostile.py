@@ -376,12 +376,12 @@ def test_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
     data, state, path = small(tmp_path)
     draw = random.Random(0)
     right = 0
-    for bit in draw.sample(range(8 * len(data)), 500):
+    for bit in draw.sample(range(8 * len(data)), 200):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         right += assert_right_or_refused(path, state)
-    assert 0 < right < 500  # padding, dates and the like are not looked at
+    assert 0 < right < 200  # padding, dates and the like are not looked at
 
 
 def test_flipped_bit_in_a_tensor_is_found(tmp_path: Path) -> None:

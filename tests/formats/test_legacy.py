@@ -230,7 +230,7 @@ TREES = st.recursive(
 
 @given(tree=TREES, protocol=st.integers(1, 5), zipped=st.booleans())
 @settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -417,7 +417,7 @@ def test_tar_files_are_refused_by_name(tmp_path: Path) -> None:
 
 @given(data=st.data())
 @settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command import run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -188,6 +188,7 @@ def twenty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bare(tmp_path_factory.mktemp("twenty"), range(0, 40, 2))
 
 
+@settings(max_examples=20)
 @given(
     st.integers(0, 45), st.none() | st.integers(0, 45), st.integers(1, 9), st.none() | st.just(3)
 )

@@ -48,7 +48,7 @@ def spacing(largest: float) -> Fraction:
     ),
     cuts=st.sets(st.integers(1, 8), max_size=3),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_any_split_into_runs(
     tmp_path_factory: pytest.TempPathFactory, values: list[list[float]], cuts: set[int]
 ) -> None:
@@ -73,7 +73,7 @@ def test_any_split_into_runs(
 
 
 @given(counts=st.lists(st.integers(1, 4), min_size=2, max_size=4), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_averages_merge_by_their_counts(
     tmp_path_factory: pytest.TempPathFactory, counts: list[int], seed: int
 ) -> None:

@@ -252,7 +252,7 @@ def reference(vectors: Sequence[Tensor], judge: Callable[[Tensor], float]) -> se
     return set(soup)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(-9, 9), min_size=2, max_size=2), min_size=1, max_size=5),
     mode=st.sampled_from(["min", "max"]),
