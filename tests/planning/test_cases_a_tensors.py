@@ -126,14 +126,14 @@ def test_spectral_norm_over_another_parametrization(tmp_path: Path) -> None:
 
 
 def test_spectral_norm_of_other_authors(tmp_path: Path) -> None:
-    """SAGAN's `_u`, `_v`, `_bar`, BigGAN's `u0`, `sv0`, and torch's of before v was kept."""
+    """SAGAN's `_u`, `_v`, `_bar`, BigGAN's `u0`, `sv0`, SN-GAN's `u`, and torch's of before v was kept."""
     names = (
         *("a.weight_bar", "a.weight_u", "a.weight_v", "b.weight", "b.u0", "b.sv0", "b.bias"),
-        *("c.weight_orig", "c.weight_u"),
+        *("c.weight_orig", "c.weight_u", "d.weight", "d.u", "e.weight", "e._u", "e._v"),
     )
     states = [{name: torch.randn(4) for name in names} for _ in range(3)]
     done = averaged(tmp_path, *saved(tmp_path, states))
-    kept = ("a.weight_u", "a.weight_v", "b.u0", "b.sv0", "c.weight_u")
+    kept = ("a.weight_u", "a.weight_v", "b.u0", "b.sv0", "c.weight_u", "d.u", "e._u", "e._v")
     assert_last_and_mean(done.tensors, states, *kept)
 
 
@@ -153,6 +153,13 @@ KEPT_TOGETHER = {
     ),
     "zalandoresearch": ("_ema_cluster_size _ema_w _embedding.weight", "conv.weight"),
     "VideoGPT": ("N z_avg embeddings", "conv.weight"),
+    "VectorQuantizerEMA as in Sonnet": (
+        "embeddings ema_cluster_size_hidden ema_dw_hidden counter",
+        "conv.weight",
+    ),
+    "T2M-GPT": ("q.codebook q.code_sum q.code_count", "conv.weight"),
+    "means of codes": ("q.weight q.running_mean q.code_count", "conv.weight"),
+    "VQ-VAE of a blog": ("e_i_ts N_i_ts.hidden N_i_ts.average m_i_ts.hidden", "conv.weight"),
     "Mimi": ("initialized cluster_usage embed_sum", "proj.weight"),
     "Jukebox": ("k k_sum k_elem", "proj.weight"),
     "rl_games RunningMeanStd": ("rms.running_mean rms.running_var rms.count", "a.weight"),
