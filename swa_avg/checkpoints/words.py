@@ -36,8 +36,8 @@ KINDS = {
 # shards of fairseq, parts of metaseq, layers and experts of Megatron-DeepSpeed, and
 # `consolidated.00.pth` of Llama.
 PARTS = _set(
-    "rank shard part partition chunk slice piece pipe consolidated tp pp mp gpu cuda device proc "
-    "process worker node host layer expert"
+    "rank shard part partition chunk slice split piece pipe consolidated tp pp mp dp gpu cuda "
+    "device proc process worker node host layer expert"
 )
 # Words before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")

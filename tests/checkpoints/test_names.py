@@ -52,6 +52,8 @@ SAID: dict[str, dict[str, Any]] = {
     "tp_rank_00_pp_rank_001/model_weights.ckpt": {"parts": (("tp_rank", 0), ("pp_rank", 1))},
     "global_step20/mp_rank_00_model_states.pt": {"step": 20, "parts": (("mp_rank", 0),)},
     "consolidated.00.pth": {"parts": (("consolidated", 0),)},
+    "model.split1.step200.pt": {"step": 200, "parts": (("split", 1),)},
+    "step200/dp0.pt": {"step": 200, "parts": (("dp", 0),)},
     "model-00001-of-00002.safetensors": {"parts": (("part", 1),)},
     "step1000-tokens4B": {"step": 1000, "count": 4_000_000_000},
     "ckpt.pt": {},

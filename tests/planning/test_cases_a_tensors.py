@@ -126,7 +126,7 @@ def test_spectral_norm_over_another_parametrization(tmp_path: Path) -> None:
 
 
 def test_spectral_norm_of_other_authors(tmp_path: Path) -> None:
-    """SAGAN's `_u`, `_v`, `_bar`, BigGAN's `u0`, `sv0`, SN-GAN's `u`, and torch's of before v was kept."""
+    """Those of SAGAN, BigGAN and SN-GAN, and torch's of before v was kept."""
     names = (
         *("a.weight_bar", "a.weight_u", "a.weight_v", "b.weight", "b.u0", "b.sv0", "b.bias"),
         *("c.weight_orig", "c.weight_u", "d.weight", "d.u", "e.weight", "e._u", "e._v"),
