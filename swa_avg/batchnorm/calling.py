@@ -230,6 +230,7 @@ def _ways(
             yield f"model({places})", lambda: model(*(getattr(batch, name) for name in names))
         own = getattr(batch, "__dict__", {})
         entries = [(f"{code}.{key}", value) for key, value in own.items() if key.isidentifier()]
+        yield from _ways_of_array(model, batch, code)
     if isinstance(batch, (Mapping, list, tuple)) or inner:
         yield f"model({code})", lambda: model(batch)
     yield from _ways_of_entries(model, entries, depth)
@@ -247,6 +248,17 @@ def _ways_of_entries(
     for code, value in entries:
         if isinstance(value, (Mapping, list, tuple)) and depth:
             yield from _ways(model, value, code, depth - 1)
+        yield from _ways_of_array(model, value, code)
+
+
+def _ways_of_array(
+    model: nn.Module, value: Any, code: str
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield calls on the tensor of a numpy array, in its own dtype and in float32."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array_interface__"):
+        return
+    yield f"model(torch.as_tensor({code}))", lambda: model(torch.as_tensor(value))
+    yield f"model(torch.as_tensor({code}).float())", lambda: model(torch.as_tensor(value).float())
 
 
 def _parameters(model: nn.Module, *, required: bool = False) -> list[str]:

@@ -95,6 +95,16 @@ MISFITS = {
         "where batch is tuple of (tuple of (float32[8,3,8,8], float32[8]), list of 8 str)",
         "model(batch[0][0])",
     ),
+    "an array of numpy": (
+        "loader = [x.double().numpy() for x in loader]\n",
+        "call was model(batch), where batch is ndarray",
+        "model(torch.as_tensor(batch).float())",
+    ),
+    "arrays of numpy": (
+        "loader = [(x.numpy(), [1] * 8) for x in loader]\n",
+        "where batch is tuple of (ndarray, list of 8 int)",
+        "model(torch.as_tensor(batch[0]))",
+    ),
     "an object": (
         "class Graph:\n"
         "    def __init__(self, x): self.x = x\n"
