@@ -25,9 +25,9 @@ swa_avg.average(sys.argv[2:], sys.argv[1])
 
 # How many checkpoints, tensors of each, elements of each.
 KINDS = {
-    "2 of 200 MB": (2, 10, 5_000_000),
-    "40 of 20 MB": (40, 10, 500_000),
-    "2 of one tensor of 600 MB": (2, 1, 150_000_000),
+    "2 of 100 MB": (2, 10, 2_500_000),
+    "40 of 10 MB": (40, 10, 250_000),
+    "2 of one tensor of 300 MB": (2, 1, 75_000_000),
 }
 
 
