@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 RUNS = 600
-FLIPS = 300
+FLIPS = 500
 COMPARED = 400
 
 
