@@ -9,7 +9,7 @@ are replaced. The provenance is added if the format has a place for it.
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -107,10 +107,18 @@ class WrapperLayout:
             yield name, place
             place += file.size
 
+    @cached_property
+    def _of_file(self) -> Mapping[object, Sequence[tuple[_Range, int]]]:
+        """The ranges of each file with their numbers, by the identity of the file."""
+        found: dict[object, list[tuple[_Range, int]]] = defaultdict(list)
+        for number, r in enumerate(self.ranges):
+            found[r.record.file.identity].append((r, number))
+        return found
+
     def _outside(self, file: InputFile) -> Iterator[tuple[int, int]]:
         """Yield the start and length of each part of a file that is copied unchanged."""
         place = 0
-        inside = [r for r in self.ranges if r.record.file.identity == file.identity]
+        inside = (r for r, _ in self._of_file[file.identity])
         stretches = [(_place(r)[1], r.length) for r in inside if r.length]
         stretches += [(splice.start, splice.length) for splice in self._splices]
         for start, length in sorted(stretches):
@@ -121,9 +129,9 @@ class WrapperLayout:
     def _checksums(self, file: InputFile, checksums: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the new checksums of a file's records, and their places."""
         pieces: dict[Record, list[Piece]] = {}
-        for r, checksum in zip(self.ranges, checksums, strict=True):
-            if r.record.file.identity == file.identity:
-                pieces.setdefault(r.record, []).append(Piece(r.start, r.length, checksum))
+        for r, number in self._of_file[file.identity]:
+            piece = Piece(r.start, r.length, checksums[number])
+            pieces.setdefault(r.record, []).append(piece)
         # An item of a distributed checkpoint is a section of a file with its own checksums.
         places = {part: checksum_places(part) for part in {record.file for record in pieces}}
         for record, replaced in pieces.items():
@@ -150,7 +158,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     Raises:
         OutputError: A tensor cannot be replaced in place.
     """
-    ranges = tuple(_range(work, last) for work in plan.works)
+    ranges = tuple(map(_range, plan.works))
     named = [(r, work.name) for r, work in zip(ranges, plan.works, strict=True) if r.length]
     named.sort(key=lambda pair: _place(pair[0]))
     for (one, _), (other, name) in pairwise(named):
@@ -210,10 +218,9 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
             )
 
 
-def _range(work: Work, last: StateDict) -> _Range:
-    ref = last.tensors[work.name]
-    if ref.parts:
-        raise _irreplaceable(work.name, "is stored in several parts")
+def _range(work: Work) -> _Range:
+    ref = work.replaces
+    assert ref is not None
     if not is_dense(ref.shape, ref.stride):
         raise _irreplaceable(work.name, "is a view with gaps")
     return _Range(ref.record, ref.offset * ref.dtype.itemsize, ref.nbytes)
