@@ -22,6 +22,9 @@ from swa_avg.planning import Plan, Work
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Piece, Record, combined, is_dense, with_gaps
 
+# Where HuggingFaceStorageWriter leaves the parts of the ranks after it has joined them.
+_COPIES = "sharded/*.safetensors"
+
 
 @dataclass(frozen=True)
 class _Range:
@@ -169,6 +172,12 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     if not path.is_dir():
         (file,) = last.checkpoint.files
         return WrapperLayout({"": file}, ranges, plan.state_dict.provenance)
+    if next(path.glob(_COPIES), None):
+        raise OutputError(
+            f"has its weights a second time, as {_COPIES}, which would not be averaged",
+            file=path,
+            remedy="Leave out --keep-wrapper",
+        )
     sources = {}
     weights = {file.path for file in last.checkpoint.files}
     leaving = []

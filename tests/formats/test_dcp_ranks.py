@@ -11,8 +11,8 @@ import pickle
 import shutil
 import subprocess
 import zipfile
-from functools import cache
 from collections.abc import Iterator, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ def test_two_parts_on_one_item_are_refused(tmp_path: Path) -> None:
 
     def share(metadata: Any) -> None:
         """Give `v` the first item of `w`, and a second one of its own."""
-        infos = {index: info for index, info in metadata.storage_data.items()}
+        infos = dict(metadata.storage_data)
         first = next(info for index, info in infos.items() if index.fqn == "model.w")
         for index in infos:
             if index.fqn == "model.v" and tuple(index.offset) == (0, 0):
