@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -50,6 +50,11 @@ class WrapperLayout:
     ranges: tuple[_Range, ...]
     provenance: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def copied(self) -> Iterable[InputFile]:
+        """The files that are copied."""
+        return self.sources.values()
 
     @property
     def _single(self) -> InputFile | None:
@@ -189,12 +194,18 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
         sources[name] = file = InputFile(inner)
         opened(file)
     counted = Counter(file.identity for file in sources.values())
-    for r in ranges:
-        if counted[r.record.file.identity] > 1:
+    for file in {r.record.file for r in ranges}:
+        if counted[file.identity] > 1:
             raise OutputError(
                 "has two names in its folder",
-                file=r.record.file.path,
+                file=file.path,
                 remedy="Remove one of the links, or leave out --keep-wrapper",
+            )
+        if not counted[file.identity]:
+            raise OutputError(
+                "was replaced by another program during this run",
+                file=file.path,
+                remedy="Run the command again",
             )
     notes = (links_note(path, leaving),) if leaving else ()
     return WrapperLayout(sources, ranges, plan.state_dict.provenance, notes)

@@ -7,6 +7,7 @@ and 4 ranks.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -24,9 +25,13 @@ import sharded
 import torch
 from folders import save_chunks
 from stored import tensors as read
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 import swa_avg
-from swa_avg.errors import FormatError, OutputError
+from swa_avg.averaging import planned
+from swa_avg.errors import FormatError, OutputError, SwaAvgError
+from swa_avg.planning import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 STEPS = (1, 2, 3)
@@ -68,8 +73,8 @@ def means() -> sharded.Weights:
     found = dict(steps[-1])
     for name, value in found.items():
         column = [step[name] for step in steps]
-        if name == "large":  # whole numbers: rounding twice is rounding once
-            found[name] = torch.stack(column).double().mean(0).float()
+        if name == "large":
+            found[name] = mean(column)
         elif value.is_floating_point() and name not in sharded.BATCHNORM:
             found[name] = oracle.mean(column)
     return found
@@ -157,10 +162,19 @@ HALVES = [((0, 0), (300, 70)), ((0, 70), (300, 50))]
 QUARTERS = [((row, 0), (75, 120)) for row in (0, 75, 150, 225)]
 
 
+def whole_numbers() -> torch.Tensor:
+    return torch.randint(-999, 999, (300, 120)).float()
+
+
+def mean(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of tensors of whole numbers, for which rounding twice is rounding once."""
+    return torch.stack([*tensors]).double().mean(0).float()
+
+
 def steps(folder: Path, boxes: Sequence[Any] = (HALVES, HALVES)) -> list[torch.Tensor]:
     """Write a folder for each list of boxes; return the tensors."""
     torch.manual_seed(0)
-    tensors = [torch.rand(300, 120) for _ in boxes]
+    tensors = [whole_numbers() for _ in boxes]
     for number, (tensor, cut) in enumerate(zip(tensors, boxes, strict=True)):
         save_chunks(folder / f"step{number}", {"w": tensor}, {"w": cut})
     return tensors
@@ -180,7 +194,7 @@ def test_grids_that_are_cut_otherwise(tmp_path: Path) -> None:
     mixed = [((0, 0), (300, 7)), *(((row, 7), (100, 113)) for row in (0, 100, 200))]
     tensors = steps(tmp_path, (rows, mixed, [((0, 0), (300, 120))], columns))
     swa_avg.average(tmp_path / "step?", tmp_path / "out", keep_wrapper=True)
-    assert oracle.same_bits(read(tmp_path / "out")["w"], oracle.mean(tensors))
+    assert oracle.same_bits(read(tmp_path / "out")["w"], mean(tensors))
 
 
 @pytest.mark.parametrize("other", [HALVES, QUARTERS], ids=["alike", "otherwise"])
@@ -215,6 +229,71 @@ def test_existing_folder_is_refused(tmp_path: Path) -> None:
         swa_avg.average(tmp_path / "step?", tmp_path / "out", keep_wrapper=True, force=True)
 
 
+@pytest.mark.parametrize("name", ["common.pt", "__1_0.distcp", ".metadata"])
+def test_input_that_changes_is_refused(name: str, tmp_path: Path) -> None:
+    """Also a file that is only copied; nothing is written."""
+    steps(tmp_path)
+    torch.save({"iteration": 1}, tmp_path / "step1" / "common.pt")
+    path, options = tmp_path / "step1" / name, Options(keep_wrapper=True)
+    with planned(tmp_path / "step?", tmp_path / "out", options) as averaging:
+        with path.open("r+b") as file:
+            file.write(bytes(8))
+        with averaging.open_output() as output, pytest.raises(SwaAvgError, match="changed while"):
+            averaging.write(output)
+    assert {path.name for path in tmp_path.iterdir()} == {"step0", "step1"}
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_nothing_beside_the_weights_is_run_or_read(tmp_path: Path) -> None:
+    """Payloads in `common.pt` and in the items of `_extra_state` are copied as bytes.
+
+    The optimizer's file is not read as tensors: random bytes do.
+    """
+    marker = tmp_path / "marker"
+
+    def beside(metadata: Any) -> None:
+        items = {"layer._extra_state/shard_0_1": "extra.distcp", "optimizer.state.exp_avg.w": "o"}
+        metadata.state_dict_metadata["layer._extra_state/shard_0_1"] = BytesStorageMetadata()
+        described = metadata.state_dict_metadata["model.w"]
+        metadata.state_dict_metadata["optimizer.state.exp_avg.w"] = described
+        for key, file in items.items():
+            metadata.planner_data[key] = tuple(key.split(".", 1)) if "opt" in key else (key,)
+            metadata.storage_data[MetadataIndex(key)] = _StorageInfo(file, 0, 60)
+
+    tensor = whole_numbers()
+    for number in (0, 1):
+        path = tmp_path / f"step{number}"
+        save_chunks(path, {"w": tensor + number}, {"w": HALVES}, change=beside)
+        torch.save({"iteration": number, "args": Payload(marker)}, path / "common.pt")
+        (path / "extra.distcp").write_bytes(pickle.dumps(Payload(marker)))
+        (path / "o").write_bytes(os.urandom(60))
+    swa_avg.average(tmp_path / "step?", tmp_path / "out", keep_wrapper=True, verify=True)
+    assert not marker.exists()
+    for name in ("common.pt", "extra.distcp", "o", ".metadata"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "step1" / name).read_bytes()
+    assert oracle.same_bits(read(tmp_path / "out")["w"], mean([tensor, tensor + 1]))
+
+
+@pytest.mark.parametrize("inner", ["weights", "model_and_optim", "pytorch_model_fsdp_0"])
+def test_model_in_a_sub_folder(inner: str, tmp_path: Path) -> None:
+    """NeMo, OLMo-core and accelerate: the folder is copied with all that is around the model."""
+    tensors = [whole_numbers() for _ in range(2)]
+    for number, tensor in enumerate(tensors):
+        save_chunks(tmp_path / f"step{number}" / inner, {"w": tensor}, {"w": HALVES})
+        (tmp_path / f"step{number}" / "context").mkdir()
+        (tmp_path / f"step{number}" / "context" / "io.json").write_text(str(number))
+    swa_avg.average(tmp_path, tmp_path / "out", keep_wrapper=True)
+    assert (tmp_path / "out" / "context" / "io.json").read_text() == "1"
+    assert oracle.same_bits(read(tmp_path / "out" / inner)["w"], mean(tensors))
+
+
 def test_two_parts_on_one_item_are_refused(tmp_path: Path) -> None:
     """A part whose bytes another tensor shares cannot be replaced alone."""
     steps(tmp_path)
@@ -227,7 +306,7 @@ def test_two_parts_on_one_item_are_refused(tmp_path: Path) -> None:
             if index.fqn == "model.v" and tuple(index.offset) == (0, 0):
                 metadata.storage_data[index] = first
 
-    tensor = torch.rand(300, 120)
+    tensor = whole_numbers()
     for number in (0, 1):
         state = {"w": tensor + number, "v": tensor + number}
         path = tmp_path / f"step{number}"
