@@ -17,7 +17,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,13 @@ class Unknown:
     """What only the framework can unpickle."""
 
 
-def _read(rank: int, tasks: list[tuple[str, str, str]], world: int) -> None:
+def _read(rank: int, tasks: list[tuple[str, str, list[int], str]], world: int) -> None:
     """Load each folder on these ranks, and save what is in it as whole tensors."""
     from torch.distributed.tensor import DTensor
 
-    for path, kind, result in tasks:
+    for path, kind, worlds, result in tasks:
+        if world not in worlds:
+            continue
         content = tree(9, world, kind, fill=7)
         dcp.load(content, checkpoint_id=path)
         flat = {
@@ -194,19 +196,23 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def loaded(folders: Mapping[Path, str], at: Path) -> dict[Path, dict[int, dict[str, Any]]]:
-    """Return what `dcp.load` gives for folders on 1, 2 and 4 ranks, as whole tensors.
+def loaded(
+    folders: Mapping[Path, tuple[str, Sequence[int]]], at: Path
+) -> dict[Path, dict[int, dict[str, Any]]]:
+    """Return what `dcp.load` gives for folders, by the number of ranks, as whole tensors.
 
     Args:
-        folders: The folders, each with its layout.
+        folders: The folders, each with its layout and the numbers of ranks: 1, 2 or 4.
         at: A folder for the results.
     """
-    tasks = [(str(path), kind, str(at / f"r{n}")) for n, (path, kind) in enumerate(folders.items())]
+    tasks = [
+        (str(path), *how, str(at / f"result{n}")) for n, (path, how) in enumerate(folders.items())
+    ]
     (at / "tasks.json").write_text(json.dumps(tasks))
     run("read", at / "tasks.json")
     return {
-        Path(path): {w: torch.load(f"{result}.{w}", weights_only=False) for w in (1, 2, 4)}
-        for path, _, result in tasks
+        Path(path): {w: torch.load(f"{result}.{w}", weights_only=False) for w in worlds}
+        for path, _, worlds, result in tasks
     }
 
 

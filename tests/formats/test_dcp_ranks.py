@@ -35,6 +35,8 @@ from swa_avg.planning import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 STEPS = (1, 2, 3)
+# On how many ranks an output is loaded; one load takes a second.
+LOADED = {"fsdp": (1, 2, 4), "megatron": (1, 2, 4), "others before": (1, 4)}
 # Each output with its layout, and the folders that it is made from.
 OUTPUTS = {
     "fsdp": ("fsdp", ("fsdp4/step1", "fsdp4/step2", "fsdp4/step3")),
@@ -62,7 +64,8 @@ def loaded(run: Path) -> dict[str, dict[int, dict[str, Any]]]:
     plain = {run / "plain": "bare"}
     swa_avg.average(run / "fsdp4/step?", run / "plain")
     kinds = {run / "out" / name: kind for name, (kind, _) in OUTPUTS.items()}
-    found = sharded.loaded(kinds | plain, run)
+    tasks = {path: (kind, LOADED.get(path.name, (2,))) for path, kind in (kinds | plain).items()}
+    found = sharded.loaded(tasks, run)
     return {path.name: of_ranks for path, of_ranks in found.items()}
 
 
