@@ -47,6 +47,10 @@ SHARES: Mapping[str, tuple[tuple[int, ...], Any]] = {
 BATCHNORM = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 
 
+# What is also written as safetensors.
+SAFE = ("row.uneven", "half.column.weight", "bias")
+
+
 def model(step: int) -> Weights:
     """Return the whole tensors of a step: float32, bfloat16, integers and BatchNorm buffers."""
     torch.manual_seed(step)
@@ -127,6 +131,17 @@ def _write(rank: int, folder: Path, world: int) -> None:
             if kind == "megatron" and rank == 0:
                 torch.save({"iteration": step, "args": Unknown()}, path / "common.pt")
                 (path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    if world == 2:
+        for step in (1, 2, 3):
+            whole = model(step)
+            part = {name: _placed(name, whole[name], 2) for name in SAFE}
+            for kind, join in (("parts", False), ("joined", True)):
+                writer = dcp.HuggingFaceStorageWriter(
+                    str(folder / kind / f"step{step}"),
+                    save_distributed=True,
+                    enable_consolidation=join,
+                )
+                dcp.save(part, storage_writer=writer)
     dist.barrier()
 
 

@@ -23,6 +23,7 @@ import oracle
 import pytest
 import sharded
 import torch
+import torch.distributed.checkpoint as dcp
 from folders import save_chunks
 from stored import tensors as read
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -137,6 +138,28 @@ def test_all_but_the_averaged_bytes_is_that_of_the_last(name: str, run: Path) ->
     assert not [key for key in changed if "optim" in key or "_extra_state" in key]
     floating = [n for n in averaged if not n.startswith(("bn.", "table"))]
     assert len(changed) == len(floating)
+
+
+def test_safetensors_of_ranks(run: Path, tmp_path: Path) -> None:
+    """Of HuggingFaceStorageWriter: parts are refused, and the remedy gives the mean of each.
+
+    Joined ones are a Hugging Face folder; with the parts beside them no wrapper is kept.
+    """
+    with pytest.raises(SwaAvgError, match=r"Average each part separately, as in .*/shard-00001-"):
+        swa_avg.average(run / "parts" / "step?", tmp_path / "out")
+    for number in (1, 2):
+        name = f"shard-0000{number}-model-00001-of-00001.safetensors"
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        swa_avg.average(run / "parts" / "step?" / name, tmp_path / "parts" / name)
+    with pytest.raises(OutputError, match="has its weights a second time"):
+        swa_avg.average(run / "joined" / "step?", tmp_path / "out", keep_wrapper=True)
+    swa_avg.average(run / "joined" / "step?", tmp_path / "joined")
+    for out in ("parts", "joined"):
+        found = {name: torch.zeros_like(means()[name]) for name in sharded.SAFE}
+        reader = dcp.HuggingFaceStorageReader(str(tmp_path / out))
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        for name, value in found.items():
+            assert oracle.same_bits(value, means()[name]), (out, name)
 
 
 def test_several_ranks_write_the_same_bytes(run: Path, tmp_path: Path) -> None:
