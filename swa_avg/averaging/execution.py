@@ -193,7 +193,8 @@ class Averaging:
         provenance = made.text(self.plan.state_dict.provenance)
         for place, data in self.layout.headers(outcome.checksums, provenance):
             file.write(data, place)
-        for source in self.files:
+        copied = self.layout.copied if isinstance(self.layout, wrapper.WrapperLayout) else ()
+        for source in (*self.files, *copied):
             source.check_unchanged()
         self._verify(file, outcome.checksums, provenance)
         return self._report(outcome, found)

@@ -202,7 +202,8 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
     *partial, checksums = (
         tuple(combined(pieces.get(number, [])) for number in numbers) for pieces in findings.written
     )
-    differing = tuple(kernel.works[number].name for number in sorted(findings.differing))
+    # A tensor that is written in parts has several works.
+    differing = tuple(dict.fromkeys(kernel.works[n].name for n in sorted(findings.differing)))
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}
     squares = {group: gram.square for group, gram in sorted(findings.grams.items())}
     read, crcs = findings.bytes_read, findings.ledger.found
