@@ -37,7 +37,7 @@ WINGS = {
     "search": "scores candidates sweeping plot",
     "cli": "streams progress messages options show beside command",
 }
-TOP = {"__init__", "__main__", "errors", "demo", "signals"}
+TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)
 MODULES = [f"{wing}.{module}" for wing, modules in WINGS.items() for module in modules.split()]
 PRINTERS = {"cli.command", "cli.show", "demo"}

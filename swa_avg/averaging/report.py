@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import swa_avg
 from swa_avg.averaging.distances import Distances
 from swa_avg.checkpoints import UNKNOWN, Score, StateDict
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm import BatchNormReport
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Report:
         options: The options that differ from the defaults.
         families: The number of tensors of each family that were kept or reset.
         versions: The versions of swa-avg, torch and Python.
+        batchnorm: The report of the recomputed BatchNorm statistics, or None.
+        batchnorm_notes: Notes about them.
     """
 
     output: str
@@ -104,7 +110,18 @@ class Report:
     options: Mapping[str, object] = field(default_factory=dict)
     families: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=versions)
+    batchnorm: BatchNormReport | None = None
+    batchnorm_notes: tuple[str, ...] = ()
+
+    def recomputed(self, batchnorm: BatchNormReport, notes: tuple[str, ...]) -> Report:
+        """Return the report after the BatchNorm statistics of the average were recomputed."""
+        stale = bool(batchnorm.unreached)
+        return replace(self, stale=stale, batchnorm=batchnorm, batchnorm_notes=notes)
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as a dict for JSON."""
-        return asdict(self)
+        content = asdict(replace(self, batchnorm=None))
+        if self.batchnorm is None:
+            del content["batchnorm"], content["batchnorm_notes"]
+            return content
+        return content | {"batchnorm": self.batchnorm.to_dict()}

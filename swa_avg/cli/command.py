@@ -26,7 +26,7 @@ from swa_avg.cli.options import (
     declared,
     run_of,
 )
-from swa_avg.cli.progress import advance, bar, move
+from swa_avg.cli.progress import watching
 from swa_avg.cli.show import (
     current_streams,
     json_text,
@@ -48,6 +48,7 @@ from swa_avg.errors import (
     SwaAvgError,
     printable,
 )
+from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
@@ -118,23 +119,37 @@ def _joined() -> Iterator[torchrun.ProcessRanks | None]:
             raise click.exceptions.Exit(code) from error
 
 
-def _planned(run: Run) -> AbstractContextManager[Averaging]:
+@contextmanager
+def _planned(run: Run) -> Iterator[Averaging]:
     """Open the checkpoints and plan their average."""
     from swa_avg.averaging import planned
 
     force = run.options.force or run.dry_run
-    options = replace(run.options, force=force, by_sample=run.dry_run)
+    options = replace(run.options, force=force, by_sample=run.dry_run, of_command=True)
     output = click.get_current_context().params["output"]  # `run.output` drops a final slash
-    return planned(run.checkpoints, output, options)
+    with ExitStack() as opened:
+        with _watching(run) as watch:
+            plan = planned(run.checkpoints, output, options, progress=watch)
+            averaging = opened.enter_context(plan)
+        yield averaging
+
+
+def _watching(run: Run) -> AbstractContextManager[Watch | None]:
+    """Show the progress of a step, unless another rank shows it."""
+    return watching(run.quiet or not _is_first(), current_streams().err)
 
 
 def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints without recomputing BatchNorm."""
     with _planned(run) as averaging, opened_beside(run, averaging, is_first=_is_first()) as beside:
-        with _one_blas_thread(), _written(averaging, run, ranks) as written:
+        with (
+            _one_blas_thread(),
+            _watching(run) as watch,
+            _written(averaging, run, ranks, watch) as written,
+        ):
             if written:
                 file, report = written
-                report = replace(report, notes=(*report.notes, *_commit(file)))
+                report = replace(report, notes=(*report.notes, *_commit(file, watch)))
             if ranks:
                 ranks.meet()
         if not written:
@@ -171,26 +186,23 @@ def _one_blas_thread() -> Iterator[None]:
 
 @contextmanager
 def _written(
-    averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None
+    averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None, watch: Watch | None
 ) -> Iterator[tuple[Any, Report] | None]:
     """Average into a file or folder, which becomes the output when it is committed.
 
     Yields:
         The file and the report; None on every rank but the first.
     """
-    quiet = run.quiet or not _is_first()
-    size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
+    threads = run.threads
     with ExitStack() as entered:
-        with bar(size, quiet, "B", "averaging", current_streams().err) as shown:
-            how = {"threads": run.threads, "progress": shown and shown.update}
-            if ranks:
-                from swa_avg.averaging import joint
+        if ranks:
+            from swa_avg.averaging import joint
 
-                written = entered.enter_context(joint.written(averaging, ranks, **how))
-            else:
-                file: Any = entered.enter_context(averaging.open_output())
-                written = file, averaging.write(file, **how)
-        yield written
+            together = joint.written(averaging, ranks, threads=threads, progress=watch)
+            yield entered.enter_context(together)
+        else:
+            file: Any = entered.enter_context(averaging.open_output())
+            yield file, averaging.write_to(file, threads=threads, progress=watch)
 
 
 def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRanks | None) -> None:
@@ -209,24 +221,22 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
             copy = entered.enter_context(existing)
             file, key, ema = copy.file, copy.key, copy.ema
         entered.enter_context(_separate_output(run))
-        bn = entered.enter_context(session(Recompute(**bn_options), ranks))
-        written = averaging and entered.enter_context(_written(averaging, run, ranks))
-        if not bn.leads:
-            bn.follow()
-            return
-        if written:
-            file, report = written
-            if not run.options.keep_wrapper:
-                key, ema = (), None  # the output is a plain state_dict
-        with bar(
-            bn.batches, run.quiet, "batch", "recomputing BatchNorm", current_streams().err
-        ) as shown:
-            progress = shown and partial(advance, shown)
-            batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
-        size = file.size
-        notes = (*notes, *_commit(file))
+        with ExitStack() as inner:
+            watch = inner.enter_context(_watching(run))
+            Counter(watch, f"loading {bn_options['data']}")
+            bn = entered.enter_context(session(Recompute(**bn_options), ranks))
+            written = averaging and entered.enter_context(_written(averaging, run, ranks, watch))
+            if not bn.leads:
+                bn.follow()
+                return
+            if written and averaging:
+                file, report = written
+                key, ema = averaging.found_at
+            batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
+            size = file.size
+            notes = (*notes, *_commit(file, watch))
         averaged = report.to_dict() if report else {"output": str(run.output)}
-        recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
+        recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_dict()}
         tensors = tensors_of(averaging, run) if averaging else {}
         content = averaged | recomputed | {"batchnorm_notes": list(notes)} | tensors
         _write_report(content, run, beside)
@@ -253,14 +263,14 @@ def _search(run: Run, wanted: Search) -> None:
         beside = entered.enter_context(opened_beside(run, averaging, is_first=_is_first()))
         bn = Recompute(**run.recompute) if run.recompute is not None else None
         entered.enter_context(_separate_output(run))
-        judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.score_options))
-        search = sweeping.greedy if wanted.greedy else sweeping.swept
-        steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, "model", "scoring", current_streams().err) as shown:
-            bench = candidates.Bench(*judge, shown and partial(move, shown))
+        search = sweeping.greedy_soup if wanted.greedy else sweeping.swept
+        with _watching(run) as watch:
+            Counter(watch, f"loading {wanted.evaluate}")
+            judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.score_options))
+            bench = candidates.Bench(*judge, watch)
             best = entered.enter_context(search(averaging, bench, run.threads))
-        picture = plot.drawn(best.report, suffix) if wanted.plot else b""
-        best = replace(best, report=best.report.noting(_commit(best.file)))
+            picture = plot.drawn(best.report, suffix) if wanted.plot else b""
+            best = replace(best, report=best.report.noting(_commit(best.file, watch)))
         if wanted.plot:
             beside.write(wanted.plot, picture)
         content = best.report.to_dict() | tensors_of(best.averaging, run)
@@ -278,11 +288,11 @@ def _write_report(content: object, run: Run, beside: Beside) -> None:
         beside.write(run.report, f"{json_text(content)}\n".encode())
 
 
-def _commit(file: Output) -> tuple[str, ...]:
+def _commit(file: Output, watch: Watch | None) -> tuple[str, ...]:
     """Commit the output; messages of later failures add that it is written."""
     signals: Signals = click.get_current_context().obj
     signals.check()
-    notes = file.commit()
+    notes = file.commit(watch)
     signals.after = f" {click.get_current_context().params['output']} is written."
     return notes
 
@@ -348,7 +358,8 @@ def _report(error: BaseException, signals: Signals, streams: Streams, *, everyth
     if isinstance(error, SwaAvgError):
         code = 2 if isinstance(error, SelectionError) else 1
         all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
-        lines = [f"error: {one}" for one in (all_of_it if everything and all_of_it else [error])]
+        shown = all_of_it if everything and all_of_it else [error]
+        lines = [f"error: {one.of_command()}" for one in shown]
         frames = error.frames if isinstance(error, DataError) and everything else ()
         lines = [*frames, *lines]
     elif isinstance(error, click.ClickException):
