@@ -47,13 +47,9 @@ def _parameter(found: re.Match[str]) -> str:
         return f'output="{target}"' if target else "output"
     if plain:
         return _PARAMETERS.get(plain, plain.replace("-", "_"))
-    values = [
-        _quoted(one) for one in [value, *re.findall(rf"--{name} {_VALUE}", more or "")] if one
-    ]
-    several = len(values) > 1 or (name == "exclude" and values)
-    shown = (
-        f"({', '.join(values)}{',' if len(values) == 1 else ''})" if several else "".join(values)
-    )
+    given = [value, *re.findall(rf"--{name} {_VALUE}", more)] if value else []
+    values = [_quoted(one) for one in given]
+    shown = f"({', '.join(values)})" if len(values) > 1 else "".join(values)
     if name in _OF_CHOICE:
         return f"choice=Choice({name}={shown or '...'})"
     return f"{name}={shown}" if shown else name

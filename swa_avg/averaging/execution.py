@@ -148,7 +148,7 @@ class Averaging:
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)
             if session:
-                found, notes = session.recompute(file, *self.found_at, progress)
+                found, notes = session.recompute(file, *self.options.found_at, progress)
                 report = report.recomputed(found, notes)
             written = file.commit(progress)
         return replace(report, notes=(*report.notes, *self.options.worded(written)))
@@ -163,18 +163,6 @@ class Averaging:
         """
         count = Counter(progress, "averaging", self.plan.bytes_to_read)
         return self.complete(file, self.compute(file, threads=threads, progress=count), progress)
-
-    @property
-    def keeps_values(self) -> bool:
-        """Whether the average of one checkpoint has the values of the checkpoint."""
-        return self.options.dtype == "keep" and self.options.bn_buffers != "reset"
-
-    @property
-    def found_at(self) -> tuple[Sequence[str], bool | None]:
-        """The options `key` and `ema` with which the state_dict of the output is found."""
-        keys = self.options.key
-        given = (keys,) if isinstance(keys, str) else tuple(keys)
-        return (given, self.options.ema) if self.options.keep_wrapper else ((), None)
 
     def compute(
         self,
@@ -301,7 +289,7 @@ class Averaging:
         ]
 
     def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
-        differing = self._differing(outcome.differing)
+        differing = (*outcome.differing, *self.plan.unlike(outcome.crcs))
         inputs = self._inputs(known)
         modules, _ = self._modules()
         found = None
@@ -310,13 +298,13 @@ class Averaging:
             squares = {modules[group]: square for group, square in outcome.squares.items()}
             found = distances(grams, squares, self.counts)
         far = found.notes([source.path for source in inputs]) if found else ()
-        found_out = (*differing, *self._frozen(outcome.differing), *far)
+        found_out = (*self._differing(differing), *self._frozen(differing), *far)
         return Report(
             output=str(self.output),
             inputs=inputs,
             counts=self.plan.counts,
             families=self.plan.families,
-            stale=self.plan.stale_after(outcome.differing),
+            stale=self.plan.stale_after(differing),
             bytes_read=outcome.bytes_read,
             bytes_written=self.layout.size,
             notes=(*self.notes, *self.options.worded(found_out)),

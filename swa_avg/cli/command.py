@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from swa_avg.cli import messages
 from swa_avg.cli.beside import Beside, opened_beside
+from swa_avg.cli.failures import reported
 from swa_avg.cli.options import (
     GroupedCommand,
     Run,
@@ -35,19 +37,13 @@ from swa_avg.cli.show import (
     print_json,
     printing,
     say,
+    say_picture,
     show_average,
     show_plan,
     show_search,
     tensors_of,
 )
 from swa_avg.cli.streams import Streams
-from swa_avg.errors import (
-    DataError,
-    MismatchError,
-    SelectionError,
-    SwaAvgError,
-    printable,
-)
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
@@ -83,6 +79,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         _show(options["show"], as_json=options["as_json"])
         return
     run = run_of(options)
+    if run.plot:
+        _check_plot(run.plot)
     if run.dry_run:
         if _is_first():
             with _planned(run) as averaging:
@@ -95,6 +93,13 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             _recompute(run, run.recompute, ranks)
         else:
             _average(run, ranks)
+
+
+def _check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn, before any work."""
+    from swa_avg.averaging import pictures
+
+    pictures.check_plot(path)
 
 
 @contextmanager
@@ -115,7 +120,7 @@ def _joined() -> Iterator[torchrun.ProcessRanks | None]:
             ctx = click.get_current_context()
             if ctx.obj.received:
                 raise
-            code = _report(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
+            code = reported(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
 
@@ -149,11 +154,13 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
         ):
             if written:
                 file, report = written
+                picture = _drawn(report, run)
                 report = replace(report, notes=(*report.notes, *_commit(file, watch)))
             if ranks:
                 ranks.meet()
         if not written:
             return
+        _write_picture(picture, run, beside)
         content: dict[str, object] = {}
         if run.as_json or run.report is not None:
             content = report.to_dict() | tensors_of(averaging, run)
@@ -165,6 +172,7 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
         if report.stale:
             note_stale()
         say([messages.of_output(report.output, report.bytes_written)])
+        say_picture(picture, run)
 
 
 @contextmanager
@@ -217,8 +225,11 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
         report, key, ema = None, run.options.key, run.options.ema
         if not averages and _is_first():
             # An output that may not be replaced is refused before the user's code runs.
-            existing = copy_of(run.output, key, ema=ema, force=run.options.force)
-            copy = entered.enter_context(existing)
+            with _watching(run) as watch:
+                existing = copy_of(
+                    run.output, key, ema=ema, force=run.options.force, progress=watch
+                )
+                copy = entered.enter_context(existing)
             file, key, ema = copy.file, copy.key, copy.ema
         entered.enter_context(_separate_output(run))
         with ExitStack() as inner:
@@ -231,14 +242,15 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
                 return
             if written and averaging:
                 file, report = written
-                key, ema = averaging.found_at
+                key, ema = averaging.options.found_at
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
-            size = file.size
+            size, picture = file.size, _drawn(report, run)
             notes = (*notes, *_commit(file, watch))
         averaged = report.to_dict() if report else {"output": str(run.output)}
         recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_dict()}
         tensors = tensors_of(averaging, run) if averaging else {}
         content = averaged | recomputed | {"batchnorm_notes": list(notes)} | tensors
+        _write_picture(picture, run, beside)
         _write_report(content, run, beside)
     if run.as_json:
         print_json(content)
@@ -248,6 +260,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
         say(messages.of_recompute(batchnorm, layers=run.verbose))
         note(notes)
         say([messages.of_output(str(run.output), size)])
+        say_picture(picture, run)
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -255,7 +268,6 @@ def _search(run: Run, wanted: Search) -> None:
     from swa_avg.batchnorm import Recompute
     from swa_avg.search import candidates, judged, plot, sweeping
 
-    suffix = plot.check_plot(wanted.plot) if wanted.plot else ""
     with ExitStack() as entered:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
@@ -269,23 +281,35 @@ def _search(run: Run, wanted: Search) -> None:
             judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.score_options))
             bench = candidates.Bench(*judge, watch)
             best = entered.enter_context(search(averaging, bench, run.threads))
-            picture = plot.drawn(best.report, suffix) if wanted.plot else b""
+            picture = plot.drawn(best.report, run.plot.suffix.lower()) if run.plot else b""
             best = replace(best, report=best.report.noting(_commit(best.file, watch)))
-        if wanted.plot:
-            beside.write(wanted.plot, picture)
+        _write_picture(picture, run, beside)
         content = best.report.to_dict() | tensors_of(best.averaging, run)
         _write_report(content, run, beside)
     if run.as_json:
         print_json(content)
     elif not run.quiet:
         show_search(best, run)
-        if wanted.plot:
-            say([messages.of_output(str(wanted.plot), len(picture))])
+        say_picture(picture, run)
 
 
 def _write_report(content: object, run: Run, beside: Beside) -> None:
     if run.report is not None:
         beside.write(run.report, f"{json_text(content)}\n".encode())
+
+
+def _drawn(report: Report | None, run: Run) -> bytes:
+    """Return the picture of the distances, if it is wanted."""
+    if not (run.plot and report and report.distances):
+        return b""
+    from swa_avg.averaging import pictures
+
+    return pictures.of_distances(report, report.distances, run.plot.suffix.lower())
+
+
+def _write_picture(picture: bytes, run: Run, beside: Beside) -> None:
+    if run.plot is not None:
+        beside.write(run.plot, picture)
 
 
 def _commit(file: Output, watch: Watch | None) -> tuple[str, ...]:
@@ -335,55 +359,10 @@ def run(signals: Signals) -> int:
                 if (out := streams.out or sys.stdout) is not None:
                     out.flush()
         if streams.watch:
-            report = partial(_report, signals=signals, streams=streams, everything=False)
+            report = partial(reported, signals=signals, streams=streams, everything=False)
             streams.watch.begin(report)
         return 0
     except BaseException as error:
         if signals.received:  # the error follows from the signal
             raise
-        return _report(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
-
-
-def _report(error: BaseException, signals: Signals, streams: Streams, *, everything: bool) -> int:
-    """Print an error, unless another rank does, and return the exit code.
-
-    An exception that points to a bug in swa-avg is raised again.
-    """
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, BrokenPipeError):
-        streams.silence()  # the reader has closed the pipe: no message
-        return 0
-    code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
-    if isinstance(error, SwaAvgError):
-        code = 2 if isinstance(error, SelectionError) else 1
-        all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
-        shown = all_of_it if everything and all_of_it else [error]
-        lines = [f"error: {one.of_command()}" for one in shown]
-        frames = error.frames if isinstance(error, DataError) and everything else ()
-        lines = [*frames, *lines]
-    elif isinstance(error, click.ClickException):
-        code, lines = error.exit_code, []
-        if not signals.silent:
-            error.show(streams.err)
-    elif isinstance(error, KeyboardInterrupt | click.Abort):
-        code, lines = 130, ["interrupted"]
-    elif not isinstance(error, OSError | MemoryError):
-        if not streams.watch:  # none of the user's code has run
-            raise error
-        lines = _of_users_code(error, everything)
-    for line in () if signals.silent else lines:
-        click.echo(printable(line + signals.after), file=streams.err, err=True)
-    return code
-
-
-def _of_users_code(error: BaseException, everything: bool) -> list[str]:
-    """Return the lines of an exception that the user's code raised where no gate was.
-
-    What this package raised itself is raised again.
-    """
-    from swa_avg.batchnorm import error_line, frames_of, is_foreign
-
-    if not is_foreign(error):
-        raise error
-    return [*(frames_of(error) if everything else ()), f"error: {error_line(error)}."]
+        return reported(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))

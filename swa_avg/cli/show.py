@@ -97,6 +97,12 @@ def show_search(best: Found, run: Run) -> None:
     say([messages.of_output(report.average.output, report.average.bytes_written)])
 
 
+def say_picture(picture: bytes, run: Run) -> None:
+    """Print that a picture was written, if one was."""
+    if picture:
+        say([messages.of_output(str(run.plot), len(picture))])
+
+
 def show_average(report: Report, averaging: Averaging, run: Run) -> None:
     """Print the result of averaging."""
     if run.verbose:

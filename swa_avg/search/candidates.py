@@ -174,8 +174,10 @@ class Bench:
         The average of one checkpoint is that checkpoint, which has been scored already, unless
         its BatchNorm statistics or its dtype are others.
         """
-        batchnorm = self._bn.recompute(file, *averaging.found_at, self.watch) if self._bn else None
-        same = len(averaging.states) == 1 and batchnorm is None and averaging.keeps_values
+        batchnorm = (
+            self._bn.recompute(file, *averaging.options.found_at, self.watch) if self._bn else None
+        )
+        same = len(averaging.states) == 1 and batchnorm is None and averaging.options.keeps_values
         if same:
             self._scored += 1
             score = self._alone[str(averaging.states[0].checkpoint.path)]
@@ -195,6 +197,6 @@ def _stored(file: File, averaging: Averaging) -> Iterator[StateDict]:
     """Open the state_dict of an average in its file."""
     checkpoint = open_checkpoint(file.path)
     try:
-        yield find_state_dict(checkpoint, *averaging.found_at)
+        yield find_state_dict(checkpoint, *averaging.options.found_at)
     finally:
         checkpoint.close()
