@@ -122,6 +122,7 @@ def _figure(inputs: Sequence[Input], distances: Distances) -> Figure:
     for axes in (upper, lower):
         axes.grid(axis="y", color=PALE, linewidth=0.6)
         axes.set_axisbelow(True)
+    figure.align_ylabels()
     handles, names = upper.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper left", ncols=2, borderaxespad=0.2)
     return figure
@@ -140,6 +141,7 @@ def _draw_distances(axes: Axes, inputs: Sequence[Input], distances: Distances) -
     axes.set_ylim(0, 1.18 * highest or 1.0)
     if max(filter(math.isfinite, far), default=0.0) > APART:
         text: dict[str, Any] = {"ha": "right", "va": "bottom", "color": ORANGE, "fontsize": 8}
+        text["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0}
         axes.axhline(APART, color=ORANGE, linewidth=0.9, linestyle="dashed")
         axes.text(len(inputs) + 0.55, APART, "one run stays below this line", **text)
     for number in distances.outliers:

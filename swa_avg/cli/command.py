@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report, torchrun
     from swa_avg.storage import Output
 
+# Set by the shell when it completes a command line, and by the user to get the script.
+_COMPLETION = "_SWA_AVG_COMPLETE"
+
 
 @click.command(
     cls=GroupedCommand,
@@ -348,6 +351,10 @@ def run(signals: Signals) -> int:
     # torch warns on import if it cannot use numpy, which does not matter here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     signals.silent = not _is_first()
+    if shell := os.environ.get(_COMPLETION):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(command, {}, "swa-avg", _COMPLETION, shell)
     streams = Streams()
     ctx: click.Context | None = None
     try:

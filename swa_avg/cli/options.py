@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import swa_avg
 
@@ -54,8 +55,28 @@ _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify"
 _OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
 
 
+# Parameters of these kinds are names of files, which the shell completes.
+_FILES = ("AVERAGE", "FILE", "MOD:ATTR", "PATH")
+
+
+class _FileName(click.types.StringParamType):
+    """A text for which the shell completes the names of files."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
 class GroupedCommand(click.Command):
-    """A command whose `--help` shows its options in groups."""
+    """A command whose `--help` shows its options in groups, and which completes file names."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        for parameter in self.params:
+            named = parameter.metavar in _FILES and parameter.name != "key"
+            if named or isinstance(parameter, click.Argument):
+                parameter.type = _FileName()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each group of options."""
