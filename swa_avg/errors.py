@@ -20,12 +20,14 @@ _PARAMETERS = {
     "no-ema": "ema=False",
     "keep-wrapper": "keep_wrapper=True",
     "force": "force=True",
+    "distances": "distances=True",
+    "verify": "verify=True",
     "recompute-bn": "batchnorm=BatchNorm(...)",
 }
 _OF_CHOICE = ("last", "epochs", "best", "exclude")
 _WITH_VALUES = (*_OF_CHOICE, "key", "dtype", "threads", "metric", "mode", "amp")
 _OTHERS = ("bn-buffers", "start-from", "max-shard-size", "model", "data")
-_VALUE = r"(\d+(?=: )|'[^']*'|[\w.:*?/\[\]-]*[\w*\]:])"
+_VALUE = r"('[^']*'|[\w.:*?/\[\]-]*[\w*\]:])"
 _OPTION = re.compile(
     rf"(?<![\w-])--({'|'.join((*_PARAMETERS, *_OTHERS))})(?![\w-])(?: MOD:ATTR)?"
     rf"|(?<![\w-])--({'|'.join(_WITH_VALUES)})(?![\w-])(?: {_VALUE}((?: --\2 {_VALUE})*))?"

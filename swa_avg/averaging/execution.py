@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import swa_avg
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.distances import distances, groups
-from swa_avg.averaging.report import Input, Report, input_of, versions
+from swa_avg.averaging.report import STALE, Input, Report, input_of, versions
 from swa_avg.averaging.verification import Written, read_back, verify
 from swa_avg.checkpoints import (
     UNKNOWN,
@@ -148,10 +148,10 @@ class Averaging:
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)
             if session:
-                found, notes = session.recompute(file, *self.options.found_at, progress)
-                report = report.recomputed(found, notes)
-            written = file.commit(progress)
-        return replace(report, notes=(*report.notes, *self.options.worded(written)))
+                recomputed = session.recompute(file, *self.options.found_at, progress)
+                report = report.recomputed(*recomputed)
+            notes = (*file.commit(progress), *([STALE] if report.stale else ()))
+        return replace(report, notes=(*report.notes, *self.options.worded(notes)))
 
     def write_to(
         self, file: Output, *, threads: int | None = None, progress: Watch | None = None

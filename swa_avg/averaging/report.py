@@ -14,6 +14,8 @@ from swa_avg.checkpoints import UNKNOWN, Score, StateDict
 if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNormReport
 
+STALE = "BatchNorm statistics do not fit the average; recompute them with --recompute-bn"
+
 
 @dataclass(frozen=True)
 class Input:

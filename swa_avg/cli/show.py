@@ -59,7 +59,9 @@ def note(notes: Iterable[str]) -> None:
 
 def note_stale() -> None:
     """Print that the BatchNorm statistics do not belong to the averaged weights."""
-    note(["BatchNorm statistics do not fit the average; recompute them with --recompute-bn"])
+    from swa_avg.averaging import STALE
+
+    note([STALE])
 
 
 def tensors_of(averaging: Averaging, run: Run) -> dict[str, object]:

@@ -237,4 +237,4 @@ def _best(
 
 def _note_if_few(there: Sequence[object], wanted: int, what: str, notes: list[str]) -> None:
     if len(there) < wanted:
-        notes.append(f"--{what} {wanted}: there are only {len(there)}")
+        notes.append(f"there are only {len(there)}, fewer than --{what} {wanted}")
