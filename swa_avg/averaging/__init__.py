@@ -5,6 +5,7 @@ print. `joint` and `torchrun` (several ranks) import torch, so they are imported
 they are used.
 """
 
+from swa_avg.averaging import pictures
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "average",
     "joint",
+    "pictures",
     "planned",
     "torchrun",
 ]
