@@ -265,7 +265,7 @@ def test_input_that_changes_is_refused(name: str, tmp_path: Path) -> None:
         with path.open("r+b") as file:
             file.write(bytes(8))
         with averaging.open_output() as output, pytest.raises(SwaAvgError, match="changed while"):
-            averaging.write(output)
+            averaging.write_to(output)
     assert {path.name for path in tmp_path.iterdir()} == {"step0", "step1"}
 
 
