@@ -281,7 +281,7 @@ def main(folder: Path) -> None:
     try:
         demonstrate(folder)
     except SwaAvgError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {error.of_command()}", err=True)
         raise SystemExit(1) from None
     except OSError as error:
         click.echo(f"error: {folder}: {error}", err=True)

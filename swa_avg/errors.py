@@ -3,12 +3,63 @@
 An error holds where it happened (file, tensor), what was found, what was
 expected and what to do about it, and formats these as one line. This module
 does not print or exit: `cli` turns an error into a line and an exit code.
+
+Texts are written with the options of the command line. `as_parameters` turns these into the
+parameters of the API, which have the same names.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+# Options of which the parameter is not the name and the value.
+_PARAMETERS = {
+    "ema": "ema=True",
+    "no-ema": "ema=False",
+    "keep-wrapper": "keep_wrapper=True",
+    "force": "force=True",
+    "distances": "distances=True",
+    "verify": "verify=True",
+    "recompute-bn": "batchnorm=BatchNorm(...)",
+}
+_OF_CHOICE = ("last", "epochs", "best", "exclude")
+_WITH_VALUES = (*_OF_CHOICE, "key", "dtype", "threads", "metric", "mode", "amp")
+_OTHERS = ("bn-buffers", "start-from", "max-shard-size", "model", "data")
+_VALUE = r"('[^']*'|[\w.:*?/\[\]-]*[\w*\]:])"
+_OPTION = re.compile(
+    rf"(?<![\w-])--({'|'.join((*_PARAMETERS, *_OTHERS))})(?![\w-])(?: MOD:ATTR)?"
+    rf"|(?<![\w-])--({'|'.join(_WITH_VALUES)})(?![\w-])(?: {_VALUE}((?: --\2 {_VALUE})*))?"
+    rf"|(?<![\w-])-(o)(?![\w-])(?: {_VALUE})?"
+    r"|(-v) lists all"
+)
+
+
+def as_parameters(text: str) -> str:
+    """Return a text with the parameters of the API in place of the options of the command."""
+    return _OPTION.sub(_parameter, text) if "-" in text else text
+
+
+def _parameter(found: re.Match[str]) -> str:
+    plain, name, value, more, _, output, target, verbose = found.groups()
+    if verbose:
+        return "`disagreements` has all"
+    if output:
+        return f'output="{target}"' if target else "output"
+    if plain:
+        return _PARAMETERS.get(plain, plain.replace("-", "_"))
+    given = [value, *re.findall(rf"--{name} {_VALUE}", more)] if value else []
+    values = [_quoted(one) for one in given]
+    shown = f"({', '.join(values)})" if len(values) > 1 else "".join(values)
+    if name in _OF_CHOICE:
+        return f"choice=Choice({name}={shown or '...'})"
+    return f"{name}={shown}" if shown else name
+
+
+def _quoted(value: str) -> str:
+    text = value.strip("'")
+    return text if text.isdecimal() or text == "NAME" else f'"{text}"'
 
 
 def printable(text: object) -> str:
@@ -73,6 +124,10 @@ class SwaAvgError(Exception):
         super().__init__(found)
 
     def __str__(self) -> str:
+        return as_parameters(self.of_command())
+
+    def of_command(self) -> str:
+        """Return the line that the command prints, which names its options."""
         place = [text for text in (self.file, self.tensor) if text is not None]
         line = ": ".join([*place, self.found])
         if self.expected:

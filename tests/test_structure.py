@@ -32,15 +32,15 @@ WINGS = {
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "isolation calling batches moments estimators on_device statistics named loading "
     "userdata in_place recompute",
-    "averaging": "wrapper distances report sampling verification execution prepare heartbeat "
-    "torchrun joint",
+    "averaging": "wrapper distances report pictures sampling verification execution prepare "
+    "heartbeat torchrun joint",
     "search": "scores candidates sweeping plot",
-    "cli": "streams progress messages options show beside command",
+    "cli": "streams progress messages failures options show beside command",
 }
-TOP = {"__init__", "__main__", "errors", "demo", "signals"}
+TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)
 MODULES = [f"{wing}.{module}" for wing, modules in WINGS.items() for module in modules.split()]
-PRINTERS = {"cli.command", "cli.show", "demo"}
+PRINTERS = {"cli.failures", "cli.show", "demo"}
 
 
 def tree(module: str) -> ast.Module:

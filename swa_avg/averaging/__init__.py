@@ -5,17 +5,20 @@ print. `joint` and `torchrun` (several ranks) import torch, so they are imported
 they are used.
 """
 
+from swa_avg.averaging import pictures
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
-from swa_avg.averaging.report import Report
+from swa_avg.averaging.report import STALE, Report
 
 __all__ = [
+    "STALE",
     "Averaging",
     "Distances",
     "Report",
     "average",
     "joint",
+    "pictures",
     "planned",
     "torchrun",
 ]

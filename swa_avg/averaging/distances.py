@@ -35,11 +35,27 @@ class Distances:
             one checkpoint to the next; None if one of the two steps is zero. There are two
             fewer cosines than checkpoints.
         modules: The distances for the tensors of each top-level module.
+        steps: The lengths of the steps, divided by the norm of the mean; one fewer than there
+            are checkpoints.
     """
 
     overall: tuple[float | None, ...]
     cosines: tuple[float | None, ...]
     modules: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    steps: tuple[float | None, ...] = ()
+
+    @property
+    def outliers(self) -> dict[int, float]:
+        """The checkpoints far from the mean, by number, with their distance in medians."""
+        known = [distance for distance in self.overall if distance is not None]
+        if not 3 < len(known) == len(self.overall):
+            return {}
+        import statistics
+
+        median = statistics.median(known)
+        if not median:
+            return {}
+        return {n: one / median for n, one in enumerate(known) if one > OUTLIER * median}
 
     def notes(self, paths: Sequence[str]) -> Iterator[str]:
         """Yield notes about an outlier, or about checkpoints of more than one run."""
@@ -53,15 +69,11 @@ class Distances:
                 "norm; the checkpoints may not be from one run"
             )
             return
-        import statistics
-
-        median = statistics.median(known)
-        for path, distance in zip(paths, known, strict=True):
-            if len(paths) > 3 and distance > OUTLIER * median > 0:
-                yield (
-                    f"{path}: its distance from the mean is {distance / median:.1f} times the "
-                    "median distance of the checkpoints"
-                )
+        for number, times in self.outliers.items():
+            yield (
+                f"{paths[number]}: its distance from the mean is {times:.1f} times the median "
+                "distance of the checkpoints"
+            )
 
 
 def groups(names: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -99,10 +111,12 @@ def distances(
     total = sum(grams.values())
     if not grams or isinstance(total, int):
         return Distances((), ())
+    square = sum(squares.values())
     return Distances(
-        _from_mean(total, sum(squares.values()), counts),
+        _from_mean(total, square, counts),
         tuple(_cosines(total)),
         {module: _from_mean(gram, squares[module], counts) for module, gram in grams.items()},
+        tuple(_over(length, square) for length in _products(total).diagonal().tolist()),
     )
 
 
@@ -124,10 +138,16 @@ def _over(squared: float, square: float) -> float | None:
     return math.sqrt(squared) / math.sqrt(square)
 
 
+def _products(gram: Array) -> Array:
+    """Return the inner products of the steps between successive checkpoints."""
+    steps = gram[1:] - gram[:-1]
+    products: Array = steps[:, 1:] - steps[:, :-1]
+    return products
+
+
 def _cosines(gram: Array) -> Iterator[float | None]:
     """Yield the cosines between successive steps."""
-    steps = gram[1:] - gram[:-1]
-    products = steps[:, 1:] - steps[:, :-1]
+    products = _products(gram)
     for number in range(len(products) - 1):
         lengths = float(products[number, number] * products[number + 1, number + 1])
         between = float(products[number, number + 1])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import swa_avg
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.distances import distances, groups
-from swa_avg.averaging.report import Input, Report, input_of, versions
+from swa_avg.averaging.report import STALE, Input, Report, input_of, versions
 from swa_avg.averaging.verification import Written, read_back, verify
 from swa_avg.checkpoints import (
     UNKNOWN,
@@ -27,6 +27,7 @@ from swa_avg.errors import MismatchError, listed
 from swa_avg.formats import FolderLayout, Layout
 from swa_avg.kernel import buffer_bytes
 from swa_avg.planning import Base, Options, Plan, Rules, Selection
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     ROOM,
     AtomicFile,
@@ -41,6 +42,7 @@ from swa_avg.storage import (
 )
 
 if TYPE_CHECKING:
+    from swa_avg.batchnorm import BatchNorm
     from swa_avg.kernel import Kernel, Outcome
 
 _MOST_CORES = 16
@@ -110,6 +112,8 @@ class Averaging:
     def open_output(self) -> AtomicFile | AtomicFolder | RemoteFile:
         """Create the temporary file of the output; committing it creates the output.
 
+        `write` does this too: only a caller that changes the file before the commit needs it.
+
         Raises:
             OutputError: The output cannot be written there, or the disk is full.
         """
@@ -123,17 +127,42 @@ class Averaging:
 
     def write(
         self,
-        file: Output,
         *,
+        batchnorm: BatchNorm | None = None,
         threads: int | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Watch | None = None,
+    ) -> Report:
+        """Average, and write the output: it is complete when this method returns.
+
+        Args:
+            batchnorm: The batches and the model with which to recompute the BatchNorm
+                statistics of the average; None leaves them as `bn_buffers` says.
+            threads: The number of workers; by default one per usable core. Workers are
+                forked processes if this process has no other thread, otherwise threads.
+            progress: Called with a `Progress` at the start of each step and as it proceeds.
+
+        Raises:
+            SwaAvgError: Averaging failed, and nothing was written.
+        """
+        session = batchnorm.session() if batchnorm else None
+        with self.open_output() as file:
+            report = self.write_to(file, threads=threads, progress=progress)
+            if session:
+                recomputed = session.recompute(file, *self.options.found_at, progress)
+                report = report.recomputed(*recomputed)
+            notes = (*file.commit(progress), *([STALE] if report.stale else ()))
+        return replace(report, notes=(*report.notes, *self.options.worded(notes)))
+
+    def write_to(
+        self, file: Output, *, threads: int | None = None, progress: Watch | None = None
     ) -> Report:
         """Average into a file that is not committed yet.
 
         Raises:
             SwaAvgError: An input is damaged, or its values have no mean.
         """
-        return self.complete(file, self.compute(file, threads=threads, progress=progress))
+        count = Counter(progress, "averaging", self.plan.bytes_to_read)
+        return self.complete(file, self.compute(file, threads=threads, progress=count), progress)
 
     def compute(
         self,
@@ -174,8 +203,13 @@ class Averaging:
         works, places = self.plan.works, self.layout.places
         return Kernel(file, places, works, groups=groups, partials=partials)
 
-    def complete(self, file: Output, outcome: Outcome) -> Report:
+    def complete(self, file: Output, outcome: Outcome, progress: Watch | None = None) -> Report:
         """Write the headers and verify the file.
+
+        Args:
+            file: The file, with all tensors.
+            outcome: What `compute` returned.
+            progress: Called with the progress.
 
         Raises:
             SwaAvgError: An input has changed, or the file was not written correctly.
@@ -183,22 +217,26 @@ class Averaging:
         from swa_avg.kernel import default_arithmetic
 
         with default_arithmetic():
-            return self._completed(file, outcome)
+            return self._completed(file, outcome, progress)
 
-    def _completed(self, file: Output, outcome: Outcome) -> Report:
+    def _completed(self, file: Output, outcome: Outcome, progress: Watch | None) -> Report:
         found = self.known
         if UNKNOWN in found:
             found = tuple(fingerprints(self.states, outcome.crcs))
         made = how_made(self.bases, self.selection.chosen, self.options, found[len(self.bases) :])
         provenance = made.text(self.plan.state_dict.provenance)
+        count = Counter(progress, "writing headers")
         for place, data in self.layout.headers(outcome.checksums, provenance):
             file.write(data, place)
+            count(len(data))
         for source in self.files:
             source.check_unchanged()
-        self._verify(file, outcome.checksums, provenance)
+        self._verify(file, outcome.checksums, provenance, progress)
         return self._report(outcome, found)
 
-    def _verify(self, file: Output, checksums: Sequence[int], provenance: str) -> None:
+    def _verify(
+        self, file: Output, checksums: Sequence[int], provenance: str, progress: Watch | None
+    ) -> None:
         """Compare the headers of the file with the plan; with `verify`, all of its bytes."""
         written = Written(
             path=file.path,
@@ -213,8 +251,8 @@ class Averaging:
         if not self.options.verify:
             read_back(written)
             return
-        file.sync()
-        verify(written)
+        file.sync(progress)
+        verify(written, progress)
 
     def _modules(self) -> tuple[list[str], list[int]]:
         """Return the modules, and the module's number for each work; empty without distances."""
@@ -251,7 +289,7 @@ class Averaging:
         ]
 
     def _report(self, outcome: Outcome, known: Sequence[str]) -> Report:
-        differing = self._differing(outcome.differing)
+        differing = (*outcome.differing, *self.plan.unlike(outcome.crcs))
         inputs = self._inputs(known)
         modules, _ = self._modules()
         found = None
@@ -260,15 +298,16 @@ class Averaging:
             squares = {modules[group]: square for group, square in outcome.squares.items()}
             found = distances(grams, squares, self.counts)
         far = found.notes([source.path for source in inputs]) if found else ()
+        found_out = (*self._differing(differing), *self._frozen(differing), *far)
         return Report(
             output=str(self.output),
             inputs=inputs,
             counts=self.plan.counts,
             families=self.plan.families,
-            stale=self.plan.stale_after(outcome.differing),
+            stale=self.plan.stale_after(differing),
             bytes_read=outcome.bytes_read,
             bytes_written=self.layout.size,
-            notes=(*self.notes, *differing, *self._frozen(outcome.differing), *far),
+            notes=(*self.notes, *self.options.worded(found_out)),
             distances=found,
             options=self.options.described,
         )
@@ -280,7 +319,7 @@ class Averaging:
         around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
-        return (*self.selection.notes, *self.plan.notes, *files, *around)
+        return self.options.worded((*self.selection.notes, *self.plan.notes, *files, *around))
 
     def to_dict(self) -> dict[str, object]:
         """Return the plan as a dict for JSON."""

@@ -30,6 +30,7 @@ from swa_avg.checkpoints import StateDict
 from swa_avg.errors import SwaAvgError
 from swa_avg.kernel import Findings, Kernel, Records, compute, settle, share, works_in
 from swa_avg.planning import ranges_of
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     ROOM,
     AtomicFile,
@@ -40,7 +41,6 @@ from swa_avg.storage import (
     reading_ahead,
 )
 
-Progress = Callable[[int], None]
 File = AtomicFile | AtomicFolder | RemoteFile
 _CHECK_SECONDS = 0.5
 
@@ -51,7 +51,7 @@ def written(
     ranks: ProcessRanks,
     *,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Watch | None = None,
 ) -> Iterator[tuple[File, Report] | None]:
     """Average on all ranks; an output that is not committed is removed at the end.
 
@@ -59,7 +59,7 @@ def written(
         averaging: The average as this rank has planned it.
         ranks: The ranks, all of which call this function.
         threads: The number of threads of this rank; by default its part of the cores.
-        progress: Called with the number of bytes that this rank has read since the last call.
+        progress: Called with the progress of this rank.
 
     Yields:
         On rank 0 the complete but uncommitted file and the report; on the others None, when
@@ -87,20 +87,21 @@ class _Together:
         ranks: The ranks of the run.
         threads: The number of threads of this rank.
         of_all: The number of threads of all ranks.
-        progress: Called with the number of bytes that this rank has read.
+        progress: Called with the progress of this rank.
     """
 
     averaging: Averaging
     ranks: ProcessRanks
     threads: int
     of_all: int
-    progress: Progress | None
+    progress: Watch | None
 
     def lead(self, file: File) -> Report:
         """Share the output with the other ranks, and complete it from all parts (rank 0)."""
         if isinstance(file, RemoteFile):
             self.ranks.tell()
-            return self.averaging.write(file, threads=self.threads, progress=self._watch())
+            outcome = self.averaging.compute(file, threads=self.threads, progress=self._watch())
+            return self.averaging.complete(file, outcome, self.progress)
         # Some systems reserve space by writing zeros, which must end before other ranks write.
         file.sync()
         self.ranks.tell(os.fsencode(file.path.name))
@@ -109,7 +110,7 @@ class _Together:
         records = Records(kernel.works)
         for data in self.ranks.collect(b"")[1:]:
             findings.merge(json.loads(data), records)
-        return self.averaging.complete(file, settle(kernel, findings, self.threads))
+        return self.averaging.complete(file, settle(kernel, findings, self.threads), self.progress)
 
     def follow(self) -> None:
         """Compute and write this rank's part (all ranks but 0)."""
@@ -134,14 +135,15 @@ class _Together:
         with reading_ahead(ranges, self.threads, len(self.averaging.states), ROOM):
             return compute(kernel, dealt, self.threads, self._watch())
 
-    def _watch(self) -> Progress:
-        """Return a progress function that also raises if another rank has failed."""
+    def _watch(self) -> Callable[[int], None]:
+        """Return a function that counts bytes, and raises if another rank has failed."""
+        size = self.averaging.plan.bytes_to_read // self.ranks.world
+        counter = Counter(self.progress, "averaging", size)
         next_check = 0.0
 
         def watched(count: int) -> None:
             nonlocal next_check
-            if self.progress:
-                self.progress(count)
+            counter(count)
             if time.monotonic() >= next_check:
                 self.ranks.check()
                 next_check = time.monotonic() + _CHECK_SECONDS

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.execution import Averaging, counts_of, how_made
@@ -20,6 +20,7 @@ from swa_avg.planning import (
     Base,
     Inputs,
     Opened,
+    OptionFields,
     Options,
     Paths,
     Plan,
@@ -30,10 +31,12 @@ from swa_avg.planning import (
     find_inputs,
     make_plan,
     open_all,
+    options_of,
     refuse_unlike,
     select,
     start_from,
 )
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     check_remote_target,
     check_target,
@@ -41,6 +44,11 @@ from swa_avg.storage import (
     path_of,
 )
 from swa_avg.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from swa_avg.batchnorm import BatchNorm
 
 # Suffixes of formats that swa-avg does not write.
 _OTHERS = (
@@ -55,21 +63,41 @@ _ALONE = "only one checkpoint takes part: nothing is averaged, the output has it
 
 @contextmanager
 def planned(
-    checkpoints: Paths, output: str | os.PathLike[str], options: Options | None = None
+    checkpoints: Paths,
+    output: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    progress: Watch | None = None,
+    **named: Unpack[OptionFields],
 ) -> Iterator[Averaging]:
     """Open checkpoints and plan their average; they are closed at the end of the context.
+
+    Only headers are read. `write` of the plan computes the average and writes it:
+
+    ```python
+    with swa_avg.planned("ckpts/epoch_*.pt", "swa.pt", dtype="bfloat16") as plan:
+        print(plan.notes)
+        report = plan.write()
+    ```
 
     Args:
         checkpoints: Files, folders or patterns; none to merge the averages of `start_from`.
         output: The output. `.safetensors` selects safetensors; `.pt`, `.pth`, `.ckpt`, `.bin`
             and `.tar` select a torch zip; any other name keeps the format of the inputs.
-        options: The options of the average.
+        options: The options of the average, as one object; or give them by name.
+        progress: Called with a `Progress` as the headers are read.
+        **named: The fields of `Options`, by name.
 
     Raises:
         SwaAvgError: The checkpoints cannot be averaged, or the output cannot be written.
+        TypeError: An option has an unknown name, or options are given twice.
+        ValueError: An option has an invalid value.
     """
+    if options is not None and named:
+        raise TypeError("planned() takes its options as one object or by name, not both")
+    options = options or options_of("planned", named)
     with ExitStack() as opened, _no_garbage() as kept:
-        averaging = _planned(checkpoints, path_of(output), options or Options(), opened)
+        averaging = _planned(checkpoints, path_of(output), options, opened, progress)
         _check_kind(output, averaging)
         kept()
         yield averaging
@@ -95,16 +123,19 @@ def _check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
     )
 
 
-def _planned(checkpoints: Paths, target: Path, options: Options, opened: ExitStack) -> Averaging:
+def _planned(
+    checkpoints: Paths, target: Path, options: Options, opened: ExitStack, progress: Watch | None
+) -> Averaging:
     """Plan an average; `opened` closes the files."""
     averages = expand(_listed(options.start_from)) if options.start_from else []
-    bases = tuple(map(base_of, _opened(Inputs(averages), options, opened).states))
+    bases = tuple(map(base_of, _opened(Inputs(averages), options, opened, progress).states))
     start_from.refuse_repeats(bases)
     given = _listed(checkpoints)
     inputs = find_inputs(given, options.choice.exclude) if given or not bases else Inputs()
-    found = _opened(inputs, options, opened)
+    found = _opened(inputs, options, opened, progress)
     candidates = _without(found.states, bases)
     selection = Selection(())
+    Counter(progress, "comparing checkpoints")
     if candidates:
         selection = select(candidates, options.choice, by_sample=options.by_sample)
     alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
@@ -155,9 +186,11 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
-def _opened(inputs: Inputs, options: Options, opened: ExitStack) -> Opened:
+def _opened(inputs: Inputs, options: Options, opened: ExitStack, progress: Watch | None) -> Opened:
     """Open inputs and find their state_dicts."""
-    return open_all(inputs, options.key, options.ema, opened) if inputs.paths else Opened()
+    if not inputs.paths:
+        return Opened()
+    return open_all(inputs, options.key, options.ema, opened, progress)
 
 
 def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDict]:
@@ -241,11 +274,12 @@ def average(
     checkpoints: Paths,
     output: str | os.PathLike[str],
     *,
+    batchnorm: BatchNorm | None = None,
     threads: int | None = None,
-    progress: Callable[[int], None] | None = None,
-    **options: Any,
+    progress: Watch | None = None,
+    **options: Unpack[OptionFields],
 ) -> Report:
-    """Average checkpoints into one file.
+    """Average checkpoints into one file, and recompute BatchNorm if `batchnorm` is given.
 
     Each floating tensor becomes the equal-weight mean over the checkpoints
     (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better
@@ -256,9 +290,12 @@ def average(
         checkpoints: Files, folders or patterns; none to merge the averages of `start_from`.
         output: The output. `.safetensors` selects safetensors; `.pt`, `.pth`, `.ckpt`, `.bin`
             and `.tar` select a torch zip; any other name keeps the format of the inputs.
+        batchnorm: The batches and the model with which to recompute the BatchNorm statistics
+            of the average: `BatchNorm(data=loader, model=network)`.
         threads: The number of workers; by default one per usable core. Workers are forked
             processes if this process has no other thread, otherwise threads.
-        progress: Called with the number of bytes read since the last call.
+        progress: Called with a `Progress` at the start of each step and as it proceeds; a
+            `ProgressBar` shows it.
         **options: The fields of `Options`, by name: `dtype="bfloat16"`.
 
     Returns:
@@ -266,12 +303,9 @@ def average(
 
     Raises:
         SwaAvgError: Averaging failed, and nothing was written.
+        TypeError: An option has an unknown name.
         ValueError: An option has an invalid value.
     """
-    with (
-        planned(checkpoints, output, Options(**options)) as averaging,
-        averaging.open_output() as file,
-    ):
-        report = averaging.write(file, threads=threads, progress=progress)
-        notes = file.commit()
-    return replace(report, notes=(*report.notes, *notes))
+    wanted = options_of("average", options)
+    with planned(checkpoints, output, wanted, progress=progress) as plan:
+        return plan.write(batchnorm=batchnorm, threads=threads, progress=progress)

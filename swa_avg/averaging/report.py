@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import swa_avg
 from swa_avg.averaging.distances import Distances
 from swa_avg.checkpoints import UNKNOWN, Score, StateDict
+
+if TYPE_CHECKING:
+    from swa_avg.batchnorm import BatchNormReport
+
+STALE = "BatchNorm statistics do not fit the average; recompute them with --recompute-bn"
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ class Report:
         distances: The distances of the checkpoints from the mean, or None.
         options: The options that differ from the defaults.
         families: The number of tensors of each family that were kept or reset.
+        batchnorm: The report of the recomputed BatchNorm statistics, or None.
+        batchnorm_notes: Notes about them.
     """
 
     output: str
@@ -102,12 +110,23 @@ class Report:
     distances: Distances | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     families: Mapping[str, int] = field(default_factory=dict)
+    batchnorm: BatchNormReport | None = None
+    batchnorm_notes: tuple[str, ...] = ()
 
     @property
     def versions(self) -> dict[str, str]:
         """The versions of swa-avg, torch and Python."""
         return versions()
 
+    def recomputed(self, batchnorm: BatchNormReport, notes: tuple[str, ...]) -> Report:
+        """Return the report after the BatchNorm statistics of the average were recomputed."""
+        stale = bool(batchnorm.unreached)
+        return replace(self, stale=stale, batchnorm=batchnorm, batchnorm_notes=notes)
+
     def to_dict(self) -> dict[str, object]:
         """Return the report as a dict for JSON."""
-        return {**asdict(self), "versions": self.versions}
+        content = {**asdict(replace(self, batchnorm=None)), "versions": self.versions}
+        if self.batchnorm is None:
+            del content["batchnorm"], content["batchnorm_notes"]
+            return content
+        return content | {"batchnorm": self.batchnorm.to_dict()}

@@ -156,7 +156,7 @@ class ProcessRanks:
     def fail(self, error: BaseException) -> None:
         """Report an error to the other ranks; only the first report of the run counts."""
         if isinstance(error, SwaAvgError):
-            text = str(error)
+            text = error.of_command()
         else:
             text = error_line(error) if isinstance(error, Exception) else "it was interrupted"
         with suppress(RuntimeError):  # the store is gone

@@ -22,6 +22,7 @@ from swa_avg.checkpoints import StateDict, at, find_state_dict, mapping
 from swa_avg.errors import OutputError, SwaAvgError
 from swa_avg.formats import Checkpoint, Components, DcpLayout, Layout, OutputTensor, open_checkpoint
 from swa_avg.planning import Plan
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import InputFile
 from swa_avg.tensors import TensorRef, View
 
@@ -75,8 +76,12 @@ def read_back(written: Written) -> None:
         _compare(written, checkpoint)
 
 
-def verify(written: Written) -> None:
+def verify(written: Written, progress: Watch | None = None) -> None:
     """Read all of an output again, and recompute a sample of it.
+
+    Args:
+        written: The output.
+        progress: Called with the progress.
 
     Raises:
         OutputError: The output differs from the plan or from the computed values.
@@ -87,7 +92,8 @@ def verify(written: Written) -> None:
     _forget(written.path)
     with _opened(written) as checkpoint:
         found = _compare(written, checkpoint)
-        _check_bytes(written, _Places(written, checkpoint))
+        _check_bytes(written, _Places(written, checkpoint), progress)
+        Counter(progress, "recomputing a sample")
         tensors = [state.tensors for state in written.states]
         wrong = wrong_in_sample(written.plan.works, tensors, found)
         if wrong:
@@ -212,13 +218,15 @@ def _compare_values(written: Written, found: Mapping[str, object]) -> None:
             raise written.refusal("its value differs", name)
 
 
-def _check_bytes(written: Written, places: _Places) -> None:
+def _check_bytes(written: Written, places: _Places, progress: Watch | None) -> None:
     """Compare every byte of an output with its checksum or its expected value."""
+    count = Counter(progress, "verifying", written.layout.size)
     stored = zip(written.plan.works, written.layout.places, written.checksums, strict=True)
     for work, place, checksum in stored:
         crc = 0
         for chunk in places.chunks(place, math.prod(work.shape) * work.dtype.itemsize):
             crc = crc32(chunk, crc)
+            count(len(chunk))
         if crc != checksum:
             raise written.refusal("the checksum of its bytes differs", work.name)
     # New checksums are written last, over the old ones in copied headers.

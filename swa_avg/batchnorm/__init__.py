@@ -5,7 +5,7 @@ model or in the file. Does not average.
 """
 
 from swa_avg.batchnorm.batches import Alone, same_draws
-from swa_avg.batchnorm.calling import Forward
+from swa_avg.batchnorm.calling import Forward, default_forward
 from swa_avg.batchnorm.in_place import copy_of
 from swa_avg.batchnorm.isolation import (
     error_line,
@@ -15,13 +15,14 @@ from swa_avg.batchnorm.isolation import (
     users_code,
 )
 from swa_avg.batchnorm.named import load_attribute
-from swa_avg.batchnorm.recompute import Recompute, Session, read_state, session
+from swa_avg.batchnorm.recompute import BatchNorm, Recompute, Session, read_state, session
 from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
 from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
 
 __all__ = [
     "Alone",
     "Amp",
+    "BatchNorm",
     "BatchNormReport",
     "Estimator",
     "Forward",
@@ -29,6 +30,7 @@ __all__ = [
     "Session",
     "UserCode",
     "copy_of",
+    "default_forward",
     "error_line",
     "frames_of",
     "importable",

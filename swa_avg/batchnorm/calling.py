@@ -22,7 +22,7 @@ Forward = Callable[[nn.Module, Any], object]
 _SHOWN = 8  # entries of a batch that are described
 
 
-def call(model: nn.Module, batch: Any) -> object:
+def default_forward(model: nn.Module, batch: Any) -> object:
     """Call `model` on `batch` in the default way.
 
     A mapping becomes keyword arguments. The first element of a list or tuple is the input,
@@ -160,7 +160,7 @@ def explained(
         forward: The function that called the model.
         context: A context manager for each further call.
     """
-    usual = forward is call
+    usual = forward is default_forward
     how = _called(batch) if usual else "forward(model, batch)"
     found, expected = error.found, error.expected
     called = f"{how}, where batch is {described(batch)}"

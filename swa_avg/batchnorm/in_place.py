@@ -15,6 +15,7 @@ from pathlib import Path
 from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
 from swa_avg.errors import LayoutError, OutputError, listed
 from swa_avg.formats import PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import AtomicFile, AtomicFolder, InputFile, RemoteFile, is_remote
 from swa_avg.tensors import verify
 
@@ -39,7 +40,12 @@ class Copy:
 
 @contextmanager
 def copy_of(
-    path: Path, key: Sequence[str] = (), *, ema: bool | None = None, force: bool = False
+    path: Path,
+    key: Sequence[str] = (),
+    *,
+    ema: bool | None = None,
+    force: bool = False,
+    progress: Watch | None = None,
 ) -> Iterator[Copy]:
     """Copy a checkpoint, so that the copy can be changed.
 
@@ -50,6 +56,7 @@ def copy_of(
         key: The dotted path of its state_dict, if it is not found automatically.
         ema: Whether to use the averaged weights or the raw weights, if it has both.
         force: Whether to allow a checkpoint of a run; otherwise it must be an average.
+        progress: Called with the progress.
 
     Raises:
         SwaAvgError: The checkpoint does not exist, is not an average, or is damaged.
@@ -68,14 +75,17 @@ def copy_of(
         if not force:
             _check_is_average(state, ema)
         _check_is_whole(path, checkpoint)
+        Counter(progress, "verifying checksums")
         verify((record, name) for name, ref in state.tensors.items() for record in ref.records)
         sources = _sources(checkpoint, opened)
         file = _opened(path, sources, opened)
         place = 0
+        count = Counter(progress, "copying", sum(source.size for source in sources.values()))
         for name, source in sources.items():
             for chunk in source.chunks(0, source.size):
                 file.write(chunk, place)
                 place += len(chunk)
+                count(len(chunk))
             if name:
                 (file.path / name).chmod(stat.S_IMODE((path / name).stat().st_mode))
         for source in sources.values():

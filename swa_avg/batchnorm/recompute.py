@@ -8,18 +8,21 @@ checkpoint. All other bytes except the provenance are unchanged.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
+from swa_avg.batchnorm.calling import Forward
 from swa_avg.batchnorm.in_place import File
-from swa_avg.batchnorm.isolation import users_code
+from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -29,9 +32,10 @@ from swa_avg.batchnorm.statistics import (
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
 from swa_avg.checkpoints import StateDict, find_state_dict, provenance
-from swa_avg.errors import DataError, NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
+from swa_avg.progress import Watch
 from swa_avg.storage import AtomicFolder, InputFile
 from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor
 
@@ -62,13 +66,60 @@ class Recompute:
     folder: Path = field(default_factory=Path.cwd)
 
 
+@dataclass(frozen=True)
+class BatchNorm:
+    """The batches and the model with which the BatchNorm statistics of an average are recomputed.
+
+    Attributes:
+        data: The training batches: what `--data` may name, such as a DataLoader, a list or a
+            function that returns one. A generator is read once, which is enough for one
+            average.
+        model: The network. Afterwards it has the weights and the statistics of the average.
+            `sweep` has its own parameter for it.
+        forward: `forward(model, batch)` runs the model; the default is `default_forward`.
+        device: auto, cpu, cuda, cuda:i or mps.
+        estimator: population, or torch, which equals `torch.optim.swa_utils.update_bn`.
+        amp: off, bf16 or fp16.
+        max_batches: The maximum number of batches; None uses all.
+    """
+
+    data: Any
+    model: nn.Module | None = None
+    forward: Forward | None = None
+    device: str = "auto"
+    estimator: Estimator = "population"
+    amp: Amp = "off"
+    max_batches: int | None = None
+
+    def session(self, model: nn.Module | None = None) -> Session:
+        """Return a session of these batches and a model, by default its own.
+
+        Raises:
+            DataError: The data are no batches.
+            ValueError: There is no model, or there are two.
+        """
+        if model is not None and self.model not in (None, model):
+            raise ValueError("batchnorm has another model than the one that is scored")
+        network = model if model is not None else self.model
+        if network is None:
+            raise ValueError("batchnorm needs a model: BatchNorm(data=..., model=...)")
+        made = partial(batches_of, self.data, "data", lambda job: job())
+        how = Recompute(
+            "data",
+            device=self.device,
+            estimator=self.estimator,
+            amp=self.amp,
+            batches=self.max_batches,
+        )
+        return Session(how, UserCode(made(), network, self.forward, made), Alone())
+
+
 class Session:
     """The user's loaded code, and the processes that share the work.
 
     Attributes:
         leads: Whether this process reads and writes the file. The other processes have no
             file and call `follow`.
-        batches: The number of batches, or None if it is unknown.
         model: The model; after a recompute it has the weights of the file.
     """
 
@@ -79,14 +130,13 @@ class Session:
         self._read = False
         self.leads = ranks.rank == 0
         self.model = code.model
-        self.batches = _length(code.batches, options.batches)
 
     def recompute(
         self,
         file: File,
         key: Sequence[str] = (),
         ema: bool | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Watch | None = None,
     ) -> tuple[BatchNormReport, tuple[str, ...]]:
         """Replace the BatchNorm statistics in a file that is not committed yet.
 
@@ -97,7 +147,7 @@ class Session:
             file: A complete checkpoint, either a file or a folder.
             key: The dotted paths of its state_dict, if it is not found automatically.
             ema: Use the averaged weights in the checkpoint.
-            progress: Called after each batch with its number of samples.
+            progress: Called with the progress after each batch.
 
         Returns:
             The report of the recompute, and notes for the user.
@@ -149,9 +199,7 @@ class Session:
         self._read = True
         return batches
 
-    def _run(
-        self, batches: Iterable[Any], progress: Callable[[int], None] | None
-    ) -> BatchNormReport:
+    def _run(self, batches: Iterable[Any], progress: Watch | None) -> BatchNormReport:
         model, options = self._code.model, self._options
         self._ranks.broadcast(list(model.state_dict(keep_vars=True).values()))
         return recompute_batchnorm(
@@ -313,13 +361,3 @@ def _notes(report: BatchNormReport, fit: Fit) -> Iterator[str]:
     ):
         if names:
             yield f"{listed(names)}: {what}"
-
-
-def _length(batches: object, most: int | None) -> int | None:
-    """Return the number of batches, or None if it is unknown."""
-    try:
-        with users_code():
-            count = len(batches)  # type: ignore[arg-type]
-    except DataError:  # the user's __len__ raises; the progress bar works without a length
-        return most
-    return count if most is None else min(count, most)

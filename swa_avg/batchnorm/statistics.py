@@ -9,7 +9,7 @@ exception. The new statistics are written at the end, either all of them or none
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,12 +27,13 @@ from swa_avg.batchnorm.batches import (
     chosen_device,
     numbered,
 )
-from swa_avg.batchnorm.calling import Forward, call, explained, samples_in
+from swa_avg.batchnorm.calling import Forward, default_forward, explained, samples_in
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
 from swa_avg.batchnorm.isolation import users_code
 from swa_avg.batchnorm.on_device import on_device
 from swa_avg.errors import DataError, SwaAvgError
 from swa_avg.kernel import default_arithmetic
+from swa_avg.progress import Counter, Watch
 
 Estimator = Literal["population", "torch"]
 Amp = Literal["off", "bf16", "fp16"]
@@ -83,7 +84,7 @@ class BatchNormReport:
     frozen: tuple[str, ...]
     instance_norms: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types; a shift that is not finite becomes None."""
         report = asdict(self)
         for layer in report["layers"]:
@@ -101,7 +102,7 @@ def recompute_batchnorm(
     forward: Forward | None = None,
     amp: Amp = "off",
     max_batches: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Watch | None = None,
     ranks: Ranks | None = None,
 ) -> BatchNormReport:
     """Recompute the BatchNorm statistics of `model` over `batches`.
@@ -118,17 +119,18 @@ def recompute_batchnorm(
 
     Args:
         model: The model. On success it has new values in its BatchNorm buffers, which keep
-            their dtype and device, and is otherwise unchanged.
+            their dtype and device, and is otherwise unchanged: it is in training mode if it
+            was before. After an error nothing has changed.
         batches: The batches: tensors, lists, tuples or mappings of tensors, or objects with a
             `to` method. They may be endless if `max_batches` is given.
         device: The device to run on: `auto`, `cpu`, `cuda`, `cuda:i` or `mps`.
         estimator: `population` or `torch`.
         forward: `forward(model, batch)` runs the model on a batch that is already on the
-            device; the default is `swa_avg.batchnorm.calling.call`.
+            device; the default is `swa_avg.default_forward`.
         amp: `bf16` or `fp16` runs the model under `torch.autocast`; statistics still have
             float32 or more. `off` does not.
         max_batches: The maximum number of batches over all ranks.
-        progress: Called after every batch with its number of samples, or 0 if it is unknown.
+        progress: Called at the start and after every batch with a `Progress`.
         ranks: The processes that share the batches (`swa_avg.averaging.torchrun`).
 
     Returns:
@@ -146,16 +148,17 @@ def recompute_batchnorm(
     layers = layers_of(model)
     there = chosen_device(device, ranks.local)
     statistics = ESTIMATORS[estimator](layers, there)
-    run = partial(_run, _bare(model), device=there, forward=forward or call, amp=amp)
+    run = partial(_run, _bare(model), device=there, forward=forward or default_forward, amp=amp)
     seen: list[int | None] = []
+    total = _length(batches, max_batches) if progress else None
+    counter = Counter(progress, "recomputing BatchNorm", total, "batch")
     with on_device(model, there, statistics) as check, statistics.watching():
         mine = numbered(ranks.share(batches), _numbers(ranks, max_batches))
         for samples in run(mine, statistics):
             if not seen:  # also at the end: most changes occur in the first batch
                 check()
             seen.append(samples)
-            if progress is not None:
-                progress(samples or 0)
+            counter(1, samples or 0)
             ranks.check()
         check()
         with default_arithmetic():
@@ -209,6 +212,16 @@ def _check_arguments(estimator: str, amp: str, max_batches: int | None, world: i
             f"the torch estimator works with only one process, not with {world}",
             remedy="Use the population estimator, or one process",
         )
+
+
+def _length(batches: object, most: int | None) -> int | None:
+    """Return the number of batches, or None if it is unknown."""
+    try:
+        with users_code():
+            count = len(batches)  # type: ignore[arg-type]
+    except DataError:  # the user's __len__ raises; the progress needs no length
+        return most
+    return count if most is None else min(count, most)
 
 
 def _numbers(ranks: Ranks, max_batches: int | None) -> Iterator[int]:

@@ -67,7 +67,7 @@ def _checked(run: Run, averaging: Averaging | None) -> Iterator[Path]:
     states = averaging.states if averaging else ()
     inputs = [file for state in states for file in state.checkpoint.files]
     taken = {} if is_remote(run.output) else {os.path.realpath(run.output): "--output"}
-    for option, path in (("--report", run.report), ("--plot", run.search and run.search.plot)):
+    for option, path in (("--report", run.report), ("--plot", run.plot)):
         if not path:
             continue
         check_target(path, inputs, force=True)

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from swa_avg.cli import messages
 from swa_avg.cli.beside import Beside, opened_beside
+from swa_avg.cli.failures import reported
 from swa_avg.cli.options import (
     GroupedCommand,
     Run,
@@ -26,7 +28,7 @@ from swa_avg.cli.options import (
     declared,
     run_of,
 )
-from swa_avg.cli.progress import advance, bar, move
+from swa_avg.cli.progress import watching
 from swa_avg.cli.show import (
     current_streams,
     json_text,
@@ -35,24 +37,22 @@ from swa_avg.cli.show import (
     print_json,
     printing,
     say,
+    say_picture,
     show_average,
     show_plan,
     show_search,
     tensors_of,
 )
 from swa_avg.cli.streams import Streams
-from swa_avg.errors import (
-    DataError,
-    MismatchError,
-    SelectionError,
-    SwaAvgError,
-    printable,
-)
+from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report, torchrun
     from swa_avg.storage import Output
+
+# Set by the shell when it completes a command line, and by the user to get the script.
+_COMPLETION = "_SWA_AVG_COMPLETE"
 
 
 @click.command(
@@ -82,6 +82,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         _show(options["show"], as_json=options["as_json"])
         return
     run = run_of(options)
+    if run.plot:
+        _check_plot(run.plot)
     if run.dry_run:
         if _is_first():
             with _planned(run) as averaging:
@@ -94,6 +96,13 @@ def command(ctx: click.Context, /, **options: Any) -> None:
             _recompute(run, run.recompute, ranks)
         else:
             _average(run, ranks)
+
+
+def _check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn, before any work."""
+    from swa_avg.averaging import pictures
+
+    pictures.check_plot(path)
 
 
 @contextmanager
@@ -114,31 +123,47 @@ def _joined() -> Iterator[torchrun.ProcessRanks | None]:
             ctx = click.get_current_context()
             if ctx.obj.received:
                 raise
-            code = _report(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
+            code = reported(error, ctx.obj, current_streams(), everything=ctx.params["verbose"])
             raise click.exceptions.Exit(code) from error
 
 
-def _planned(run: Run) -> AbstractContextManager[Averaging]:
+@contextmanager
+def _planned(run: Run) -> Iterator[Averaging]:
     """Open the checkpoints and plan their average."""
     from swa_avg.averaging import planned
 
     force = run.options.force or run.dry_run
-    options = replace(run.options, force=force, by_sample=run.dry_run)
+    options = replace(run.options, force=force, by_sample=run.dry_run, of_command=True)
     output = click.get_current_context().params["output"]  # `run.output` drops a final slash
-    return planned(run.checkpoints, output, options)
+    with ExitStack() as opened:
+        with _watching(run) as watch:
+            plan = planned(run.checkpoints, output, options, progress=watch)
+            averaging = opened.enter_context(plan)
+        yield averaging
+
+
+def _watching(run: Run) -> AbstractContextManager[Watch | None]:
+    """Show the progress of a step, unless another rank shows it."""
+    return watching(run.quiet or not _is_first(), current_streams().err)
 
 
 def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints without recomputing BatchNorm."""
     with _planned(run) as averaging, opened_beside(run, averaging, is_first=_is_first()) as beside:
-        with _one_blas_thread(), _written(averaging, run, ranks) as written:
+        with (
+            _one_blas_thread(),
+            _watching(run) as watch,
+            _written(averaging, run, ranks, watch) as written,
+        ):
             if written:
                 file, report = written
-                report = replace(report, notes=(*report.notes, *_commit(file)))
+                picture = _drawn(report, run)
+                report = replace(report, notes=(*report.notes, *_commit(file, watch)))
             if ranks:
                 ranks.meet()
         if not written:
             return
+        _write_picture(picture, run, beside)
         content: dict[str, object] = {}
         if run.as_json or run.report is not None:
             content = report.to_dict() | tensors_of(averaging, run)
@@ -150,6 +175,7 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
         if report.stale:
             note_stale()
         say([messages.of_output(report.output, report.bytes_written)])
+        say_picture(picture, run)
 
 
 @contextmanager
@@ -171,26 +197,23 @@ def _one_blas_thread() -> Iterator[None]:
 
 @contextmanager
 def _written(
-    averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None
+    averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None, watch: Watch | None
 ) -> Iterator[tuple[Any, Report] | None]:
     """Average into a file or folder, which becomes the output when it is committed.
 
     Yields:
         The file and the report; None on every rank but the first.
     """
-    quiet = run.quiet or not _is_first()
-    size = averaging.plan.bytes_to_read // (ranks.world if ranks else 1)
+    threads = run.threads
     with ExitStack() as entered:
-        with bar(size, quiet, "B", "averaging", current_streams().err) as shown:
-            how = {"threads": run.threads, "progress": shown and shown.update}
-            if ranks:
-                from swa_avg.averaging import joint
+        if ranks:
+            from swa_avg.averaging import joint
 
-                written = entered.enter_context(joint.written(averaging, ranks, **how))
-            else:
-                file: Any = entered.enter_context(averaging.open_output())
-                written = file, averaging.write(file, **how)
-        yield written
+            together = joint.written(averaging, ranks, threads=threads, progress=watch)
+            yield entered.enter_context(together)
+        else:
+            file: Any = entered.enter_context(averaging.open_output())
+            yield file, averaging.write_to(file, threads=threads, progress=watch)
 
 
 def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRanks | None) -> None:
@@ -205,30 +228,32 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
         report, key, ema = None, run.options.key, run.options.ema
         if not averages and _is_first():
             # An output that may not be replaced is refused before the user's code runs.
-            existing = copy_of(run.output, key, ema=ema, force=run.options.force)
-            copy = entered.enter_context(existing)
+            with _watching(run) as watch:
+                existing = copy_of(
+                    run.output, key, ema=ema, force=run.options.force, progress=watch
+                )
+                copy = entered.enter_context(existing)
             file, key, ema = copy.file, copy.key, copy.ema
         entered.enter_context(_separate_output(run))
-        bn = entered.enter_context(session(Recompute(**bn_options), ranks))
-        written = averaging and entered.enter_context(_written(averaging, run, ranks))
-        if not bn.leads:
-            bn.follow()
-            return
-        if written:
-            file, report = written
-            if not run.options.keep_wrapper:
-                key, ema = (), None  # the output is a plain state_dict
-        with bar(
-            bn.batches, run.quiet, "batch", "recomputing BatchNorm", current_streams().err
-        ) as shown:
-            progress = shown and partial(advance, shown)
-            batchnorm, notes = bn.recompute(file, key, ema=ema, progress=progress)
-        size = file.size
-        notes = (*notes, *_commit(file))
+        with ExitStack() as inner:
+            watch = inner.enter_context(_watching(run))
+            Counter(watch, f"loading {bn_options['data']}")
+            bn = entered.enter_context(session(Recompute(**bn_options), ranks))
+            written = averaging and entered.enter_context(_written(averaging, run, ranks, watch))
+            if not bn.leads:
+                bn.follow()
+                return
+            if written and averaging:
+                file, report = written
+                key, ema = averaging.options.found_at
+            batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
+            size, picture = file.size, _drawn(report, run)
+            notes = (*notes, *_commit(file, watch))
         averaged = report.to_dict() if report else {"output": str(run.output)}
-        recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_json()}
+        recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_dict()}
         tensors = tensors_of(averaging, run) if averaging else {}
         content = averaged | recomputed | {"batchnorm_notes": list(notes)} | tensors
+        _write_picture(picture, run, beside)
         _write_report(content, run, beside)
     if run.as_json:
         print_json(content)
@@ -238,6 +263,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
         say(messages.of_recompute(batchnorm, layers=run.verbose))
         note(notes)
         say([messages.of_output(str(run.output), size)])
+        say_picture(picture, run)
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -245,7 +271,6 @@ def _search(run: Run, wanted: Search) -> None:
     from swa_avg.batchnorm import Recompute
     from swa_avg.search import candidates, judged, plot, sweeping
 
-    suffix = plot.check_plot(wanted.plot) if wanted.plot else ""
     with ExitStack() as entered:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
@@ -253,24 +278,22 @@ def _search(run: Run, wanted: Search) -> None:
         beside = entered.enter_context(opened_beside(run, averaging, is_first=_is_first()))
         bn = Recompute(**run.recompute) if run.recompute is not None else None
         entered.enter_context(_separate_output(run))
-        judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.score_options))
-        search = sweeping.greedy if wanted.greedy else sweeping.swept
-        steps = 2 * len(averaging.inputs) + (not wanted.greedy)
-        with bar(steps, run.quiet, "model", "scoring", current_streams().err) as shown:
-            bench = candidates.Bench(*judge, shown and partial(move, shown))
+        search = sweeping.greedy_soup if wanted.greedy else sweeping.swept
+        with _watching(run) as watch:
+            Counter(watch, f"loading {wanted.evaluate}")
+            judge = entered.enter_context(judged(wanted.evaluate, bn, **wanted.score_options))
+            bench = candidates.Bench(*judge, watch)
             best = entered.enter_context(search(averaging, bench, run.threads))
-        picture = plot.drawn(best.report, suffix) if wanted.plot else b""
-        best = replace(best, report=best.report.noting(_commit(best.file)))
-        if wanted.plot:
-            beside.write(wanted.plot, picture)
+            picture = plot.drawn(best.report, run.plot.suffix.lower()) if run.plot else b""
+            best = replace(best, report=best.report.noting(_commit(best.file, watch)))
+        _write_picture(picture, run, beside)
         content = best.report.to_dict() | tensors_of(best.averaging, run)
         _write_report(content, run, beside)
     if run.as_json:
         print_json(content)
     elif not run.quiet:
         show_search(best, run)
-        if wanted.plot:
-            say([messages.of_output(str(wanted.plot), len(picture))])
+        say_picture(picture, run)
 
 
 def _write_report(content: object, run: Run, beside: Beside) -> None:
@@ -278,11 +301,25 @@ def _write_report(content: object, run: Run, beside: Beside) -> None:
         beside.write(run.report, f"{json_text(content)}\n".encode())
 
 
-def _commit(file: Output) -> tuple[str, ...]:
+def _drawn(report: Report | None, run: Run) -> bytes:
+    """Return the picture of the distances, if it is wanted."""
+    if not (run.plot and report and report.distances):
+        return b""
+    from swa_avg.averaging import pictures
+
+    return pictures.of_distances(report, report.distances, run.plot.suffix.lower())
+
+
+def _write_picture(picture: bytes, run: Run, beside: Beside) -> None:
+    if run.plot is not None:
+        beside.write(run.plot, picture)
+
+
+def _commit(file: Output, watch: Watch | None) -> tuple[str, ...]:
     """Commit the output; messages of later failures add that it is written."""
     signals: Signals = click.get_current_context().obj
     signals.check()
-    notes = file.commit()
+    notes = file.commit(watch)
     signals.after = f" {click.get_current_context().params['output']} is written."
     return notes
 
@@ -314,6 +351,10 @@ def run(signals: Signals) -> int:
     # torch warns on import if it cannot use numpy, which does not matter here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     signals.silent = not _is_first()
+    if shell := os.environ.get(_COMPLETION):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(command, {}, "swa-avg", _COMPLETION, shell)
     streams = Streams()
     ctx: click.Context | None = None
     try:
@@ -325,54 +366,10 @@ def run(signals: Signals) -> int:
                 if (out := streams.out or sys.stdout) is not None:
                     out.flush()
         if streams.watch:
-            report = partial(_report, signals=signals, streams=streams, everything=False)
+            report = partial(reported, signals=signals, streams=streams, everything=False)
             streams.watch.begin(report)
         return 0
     except BaseException as error:
         if signals.received:  # the error follows from the signal
             raise
-        return _report(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))
-
-
-def _report(error: BaseException, signals: Signals, streams: Streams, *, everything: bool) -> int:
-    """Print an error, unless another rank does, and return the exit code.
-
-    An exception that points to a bug in swa-avg is raised again.
-    """
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, BrokenPipeError):
-        streams.silence()  # the reader has closed the pipe: no message
-        return 0
-    code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
-    if isinstance(error, SwaAvgError):
-        code = 2 if isinstance(error, SelectionError) else 1
-        all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
-        lines = [f"error: {one}" for one in (all_of_it if everything and all_of_it else [error])]
-        frames = error.frames if isinstance(error, DataError) and everything else ()
-        lines = [*frames, *lines]
-    elif isinstance(error, click.ClickException):
-        code, lines = error.exit_code, []
-        if not signals.silent:
-            error.show(streams.err)
-    elif isinstance(error, KeyboardInterrupt | click.Abort):
-        code, lines = 130, ["interrupted"]
-    elif not isinstance(error, OSError | MemoryError):
-        if not streams.watch:  # none of the user's code has run
-            raise error
-        lines = _of_users_code(error, everything)
-    for line in () if signals.silent else lines:
-        click.echo(printable(line + signals.after), file=streams.err, err=True)
-    return code
-
-
-def _of_users_code(error: BaseException, everything: bool) -> list[str]:
-    """Return the lines of an exception that the user's code raised where no gate was.
-
-    What this package raised itself is raised again.
-    """
-    from swa_avg.batchnorm import error_line, frames_of, is_foreign
-
-    if not is_foreign(error):
-        raise error
-    return [*(frames_of(error) if everything else ()), f"error: {error_line(error)}."]
+        return reported(error, signals, streams, everything=bool(ctx and ctx.params["verbose"]))

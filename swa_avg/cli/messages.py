@@ -49,6 +49,9 @@ def of_average(report: Report) -> Iterator[str]:
     first, last = report.inputs[0].path, report.inputs[-1].path
     of = first if len(report.inputs) == 1 else f"{first} … {last}"
     count = sum(source.count for source in report.inputs)
+    if count == 1:
+        yield f"took the weights of the only checkpoint: {of}"
+        return
     yield f"averaged {counted(count, 'checkpoint')}: {of}"
     yield f"tensors: {_treatments(report.counts, report.families)}"
 
@@ -122,6 +125,9 @@ def of_search(report: SweepReport) -> Iterator[str]:
     joined = " with it" if report.greedy else " averaged"
     first = "" if report.greedy else f"{'last':>6} "
     yield f"{scale.name} ({better} is better):"
+    if report.batchnorm:
+        what = "with it" if report.greedy else "averaged"
+        yield f"({what}: with recomputed BatchNorm statistics; alone: with its own)"
     yield f"{first}{joined:>12}{'alone':>12}"
     for place, score in enumerate(averages):
         number = report.added(place)

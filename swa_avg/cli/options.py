@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import swa_avg
 
@@ -54,8 +55,28 @@ _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify"
 _OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
 
 
+# Parameters of these kinds are names of files, which the shell completes.
+_FILES = ("AVERAGE", "FILE", "MOD:ATTR", "PATH")
+
+
+class _FileName(click.types.StringParamType):
+    """A text for which the shell completes the names of files."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
 class GroupedCommand(click.Command):
-    """A command whose `--help` shows its options in groups."""
+    """A command whose `--help` shows its options in groups, and which completes file names."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        for parameter in self.params:
+            named = parameter.metavar in _FILES and parameter.name != "key"
+            if named or isinstance(parameter, click.Argument):
+                parameter.type = _FileName()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section for each group of options."""
@@ -98,8 +119,8 @@ def check_usage(ctx: click.Context) -> None:
     searches = named["sweep"] or named["greedy"]
     if searches:
         _check_search(named)
-    elif named["plot"]:
-        raise click.UsageError("--plot needs --sweep or --greedy.")
+    elif named["plot"] and not named["distances"]:
+        raise click.UsageError("--plot needs --sweep, --greedy or --distances.")
     if not named["recompute_bn"]:
         for option in given([one for one in BATCHNORM if not (searches and one == "model")]):
             raise click.UsageError(f"{option} needs --recompute-bn.")
@@ -237,7 +258,9 @@ _DECLARED = (
     click.option(
         "--greedy", metavar="MOD:ATTR", help="Add a checkpoint only if evaluate(model) improves."
     ),
-    click.option("--plot", metavar="FILE", help="Plot the scores: .png, .svg or .html."),
+    click.option(
+        "--plot", metavar="FILE", help="Plot the scores or distances: .png, .svg or .html."
+    ),
     click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only."),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     click.option("--report", metavar="FILE", help="Write the report as JSON to a file."),
@@ -278,6 +301,7 @@ class Run:
         dry_run: Whether to show the plan only.
         as_json: Whether to print the report as JSON.
         report: The path of the JSON report, or None.
+        plot: The path of the picture of the scores or the distances, or None.
         quiet: Whether to print only errors.
         verbose: Whether to show every tensor and every disagreement.
         threads: The number of worker processes or threads; None for one per core.
@@ -291,6 +315,7 @@ class Run:
     dry_run: bool
     as_json: bool
     report: Path | None
+    plot: Path | None
     quiet: bool
     verbose: bool
     threads: int | None
@@ -306,7 +331,6 @@ class Search:
         model: `MOD:ATTR` of the model, or None.
         metric: The name of the score, or None.
         mode: Whether low (min) or high (max) scores are better, or None.
-        plot: The path of the plot, or None.
     """
 
     evaluate: str
@@ -314,7 +338,6 @@ class Search:
     model: str | None
     metric: str | None
     mode: str | None
-    plot: Path | None
 
     @property
     def option(self) -> str:
@@ -358,7 +381,7 @@ def _search_of(given: dict[str, Any]) -> Search | None:
     evaluate = given["sweep"] or given["greedy"]
     if not evaluate:
         return None
-    found = {name: given[name] for name in ("model", "metric", "mode", "plot")}
+    found = {name: given[name] for name in ("model", "metric", "mode")}
     if given["best"] is None:
         given["metric"] = given["mode"] = None
     return Search(evaluate, greedy=bool(given["greedy"]), **found)

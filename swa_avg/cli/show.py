@@ -59,7 +59,9 @@ def note(notes: Iterable[str]) -> None:
 
 def note_stale() -> None:
     """Print that the BatchNorm statistics do not belong to the averaged weights."""
-    note(["BatchNorm statistics do not fit the average; recompute them with --recompute-bn"])
+    from swa_avg.averaging import STALE
+
+    note([STALE])
 
 
 def tensors_of(averaging: Averaging, run: Run) -> dict[str, object]:
@@ -95,6 +97,12 @@ def show_search(best: Found, run: Run) -> None:
     elif report.average.stale:
         note_stale()
     say([messages.of_output(report.average.output, report.average.bytes_written)])
+
+
+def say_picture(picture: bytes, run: Run) -> None:
+    """Print that a picture was written, if one was."""
+    if picture:
+        say([messages.of_output(str(run.plot), len(picture))])
 
 
 def show_average(report: Report, averaging: Averaging, run: Run) -> None:

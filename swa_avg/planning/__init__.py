@@ -10,7 +10,7 @@ from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.opening import Opened, open_all
 from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, select
-from swa_avg.planning.settings import Options, Paths
+from swa_avg.planning.settings import OptionFields, Options, Paths, options_of
 from swa_avg.planning.start_from import Base, base_of
 from swa_avg.planning.treatments import Rules, Treatment
 
@@ -20,6 +20,7 @@ __all__ = [
     "Choice",
     "Inputs",
     "Opened",
+    "OptionFields",
     "Options",
     "Paths",
     "Plan",
@@ -32,6 +33,7 @@ __all__ = [
     "find_inputs",
     "make_plan",
     "open_all",
+    "options_of",
     "ranges_of",
     "refuse_unlike",
     "select",

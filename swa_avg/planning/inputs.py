@@ -64,7 +64,7 @@ def find_inputs(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[st
             _add(path, exclude, inputs, alone=len(given) == 1)
     if not inputs.paths and inputs.excluded:
         raise SelectionError(
-            "--exclude leaves out all of the inputs: "
+            "all of the inputs are left out by --exclude: "
             + listed([str(path) for path in inputs.excluded])
         )
     if not inputs.paths:

@@ -16,6 +16,7 @@ from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
 from swa_avg.errors import ForeignError, LayoutError, listed, naming
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
 from swa_avg.planning.inputs import Inputs, exclusion
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import RequestPool, allow_files, is_remote
 
 _OPENERS = 16  # URLs that are opened at once
@@ -34,7 +35,13 @@ class Opened:
     notes: list[str] = field(default_factory=list)
 
 
-def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: ExitStack) -> Opened:
+def open_all(
+    inputs: Inputs,
+    keys: str | Sequence[str],
+    ema: bool | None,
+    closing: ExitStack,
+    progress: Watch | None = None,
+) -> Opened:
     """Open checkpoints and find their state_dicts.
 
     Args:
@@ -42,6 +49,7 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
         keys: The paths of the state_dict in each checkpoint, if the user gave them.
         ema: Use the averaged weights that the training run kept.
         closing: Closes the checkpoints.
+        progress: Called with the progress.
 
     Raises:
         SwaAvgError: A checkpoint is damaged, or a named file contains no model.
@@ -51,7 +59,9 @@ def open_all(inputs: Inputs, keys: Sequence[str], ema: bool | None, closing: Exi
     without_ema: dict[Path, LayoutError] = {}
     whole: list[Checkpoint] = []
     opened, finder = Opened(notes=list(inputs.notes)), Finder(keys, ema)
+    count = Counter(progress, "reading headers", len(inputs.paths), "file")
     for path, checkpoint in _read(inputs, closing):
+        count(1)
         if isinstance(checkpoint, ForeignError):
             others[path] = checkpoint.found.removeprefix("is ")
             continue

@@ -29,6 +29,7 @@ from swa_avg.storage import InputFile
 from swa_avg.tensors import (
     DType,
     Kind,
+    Record,
     TensorRef,
     contiguous_stride,
     is_dense,
@@ -72,7 +73,7 @@ class Statistics:
     Attributes:
         alike: Statistics that are the same in all inputs, for example of frozen layers.
         unfit: Statistics that differ between inputs, or are reset or averaged.
-        compared: Statistics that are compared while averaging.
+        compared: Statistics that are compared while averaging, because no checksum is recorded.
     """
 
     alike: tuple[str, ...] = ()
@@ -136,6 +137,18 @@ class Plan:
         )
         known = self.statistics
         return means and bool(known.unfit or [name for name in known.compared if name in differing])
+
+    def unlike(self, crcs: Mapping[Record, int]) -> Iterator[str]:
+        """Yield the averaged BatchNorm statistics that are not the same in all inputs.
+
+        Args:
+            crcs: The CRC-32 of the records that were read.
+        """
+        for work in self.works:
+            averaged = work.treatment is Treatment.AVERAGED
+            compared = averaged and work.name in self.statistics.compared
+            if compared and not same_bytes(work.sources, crcs):
+                yield work.name
 
     def frozen_after(self, differing: Container[str]) -> list[str]:
         """Return the BatchNorm statistics that are the same in all inputs."""
@@ -208,7 +221,7 @@ def _statistics(
         known = same_bytes([state.tensors[work.name] for state in states])
         if known and work.treatment is not Treatment.RESET:
             alike.append(work.name)
-        elif work.treatment is Treatment.KEPT and len(work.sources) > 1:
+        elif len(work.sources) > 1 and (known is None or work.treatment is Treatment.KEPT):
             compared.append(work.name)
         else:
             unfit.append(work.name)

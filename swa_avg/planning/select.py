@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from swa_avg.checkpoints import Number, Score, StateDict, metrics
 from swa_avg.errors import SelectionError, listed
@@ -30,7 +31,7 @@ class Choice:
         metric: The name of the metric.
         mode: min if lower values of the metric are better, max if higher ones are. It can be
             left out if the name shows that, for example loss or accuracy.
-        exclude: Patterns of paths or names to leave out; these files are not opened.
+        exclude: A pattern of paths or names to leave out, or several; these files are not opened.
 
     Raises:
         ValueError: An option has an invalid value, or another option is missing.
@@ -40,10 +41,12 @@ class Choice:
     epochs: str | None = None
     best: int | None = None
     metric: str | None = None
-    mode: str | None = None
-    exclude: tuple[str, ...] = ()
+    mode: Literal["min", "max"] | None = None
+    exclude: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):
+            object.__setattr__(self, "exclude", (self.exclude,))
         for name, count in (("last", self.last), ("best", self.best)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, not {count}")
@@ -234,4 +237,4 @@ def _best(
 
 def _note_if_few(there: Sequence[object], wanted: int, what: str, notes: list[str]) -> None:
     if len(there) < wanted:
-        notes.append(f"--{what} {wanted}: there are only {len(there)}")
+        notes.append(f"there are only {len(there)}, fewer than --{what} {wanted}")

@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict, get_args
 
+from swa_avg.errors import as_parameters
 from swa_avg.planning.select import ALL, Choice
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-BN_BUFFERS = ("last", "first", "mean", "reset")
-OUTPUT_DTYPES = ("keep", "float32", "bfloat16", "float16")
+BnBuffers = Literal["last", "first", "mean", "reset"]
+OutputDtype = Literal["keep", "float32", "bfloat16", "float16"]
+BN_BUFFERS: tuple[BnBuffers, ...] = get_args(BnBuffers)
+OUTPUT_DTYPES: tuple[OutputDtype, ...] = get_args(OutputDtype)
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of `Options` as keyword arguments."""
+
+    bn_buffers: BnBuffers
+    dtype: OutputDtype
+    force: bool
+    key: str | Sequence[str]
+    ema: bool | None
+    keep_wrapper: bool
+    max_shard_size: int | None
+    choice: Choice
+    start_from: Paths
+    distances: bool
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -36,13 +56,14 @@ class Options:
         verify: Read the whole output again before the commit, and recompute a sample of its
             elements.
         by_sample: Detect copies without checksums by a sample of their bytes, as in a dry run.
+        of_command: Notes name the options of the command line, not the parameters of the API.
 
     Raises:
         ValueError: An option has an unknown value, or two options exclude each other.
     """
 
-    bn_buffers: str = "last"
-    dtype: str = "keep"
+    bn_buffers: BnBuffers = "last"
+    dtype: OutputDtype = "keep"
     force: bool = False
     key: str | Sequence[str] = ()
     ema: bool | None = None
@@ -53,6 +74,7 @@ class Options:
     distances: bool = False
     verify: bool = False
     by_sample: bool = False
+    of_command: bool = False
 
     def __post_init__(self) -> None:
         if self.bn_buffers not in BN_BUFFERS:
@@ -70,3 +92,48 @@ class Options:
 
     def _is_set(self, name: str) -> bool:
         return bool(getattr(self, name) != getattr(Options, name))
+
+    @property
+    def keeps_values(self) -> bool:
+        """Whether the average of one checkpoint has the values of the checkpoint."""
+        return self.dtype == "keep" and self.bn_buffers != "reset"
+
+    @property
+    def found_at(self) -> tuple[Sequence[str], bool | None]:
+        """The `key` and the `ema` with which the state_dict of the output is found."""
+        keys = (self.key,) if isinstance(self.key, str) else tuple(self.key)
+        return (keys, self.ema) if self.keep_wrapper else ((), None)
+
+    def worded(self, notes: Iterable[str]) -> tuple[str, ...]:
+        """Return notes in the words of the command line or of the API."""
+        return tuple(notes if self.of_command else map(as_parameters, notes))
+
+
+def options_of(function: str, given: Mapping[str, Any]) -> Options:
+    """Return the options that were given as keyword arguments.
+
+    Args:
+        function: The name of the function, for the message.
+        given: The arguments.
+
+    Raises:
+        TypeError: There is no option of such a name; the message says what was meant.
+        ValueError: An option has an invalid value.
+    """
+    for name in given:
+        if name not in OptionFields.__annotations__:
+            raise TypeError(f"{function}() has no parameter {name!r}.{_meant(name, given[name])}")
+    return Options(**given)
+
+
+def _meant(name: str, value: object) -> str:
+    """Return what was probably meant by the name of an unknown option."""
+    from difflib import get_close_matches
+
+    of_choice = [one.name for one in fields(Choice)]
+    near = get_close_matches(name, [*OptionFields.__annotations__, *of_choice], 1)
+    if not near:
+        return ""
+    if near[0] in of_choice:
+        return f" Did you mean choice=Choice({near[0]}={value!r})?"
+    return f" Did you mean {near[0]}?"

@@ -5,18 +5,18 @@ Does not choose the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from swa_avg.averaging import Averaging, Report
 from swa_avg.batchnorm import BatchNormReport, Session
 from swa_avg.checkpoints import StateDict, find_state_dict
 from swa_avg.formats import open_checkpoint
+from swa_avg.progress import Progress, Watch
 from swa_avg.search.scores import Judge, Scale
 from swa_avg.storage import AtomicFile, RemoteFile
 
-# Called before each step with the number of completed steps and the name of the next one.
-Progress = Callable[[int, str], None]
 File = AtomicFile | RemoteFile
 
 
@@ -95,7 +95,7 @@ class SweepReport:
         if self.batchnorm is None:
             return content
         stale = {"stale": bool(self.batchnorm.unreached)}
-        recomputed = {"batchnorm": self.batchnorm.to_json(), "batchnorm_notes": list(self.notes)}
+        recomputed = {"batchnorm": self.batchnorm.to_dict(), "batchnorm_notes": list(self.notes)}
         return content | stale | recomputed
 
 
@@ -132,49 +132,71 @@ class Bench:
     Args:
         judge: Loads weights into the model and calls `evaluate`.
         bn: Recomputes the BatchNorm statistics of each average; None leaves them as they are.
-        progress: Called before each step.
+        watch: Called with the progress.
+
+    Attributes:
+        watch: Called with the progress.
     """
 
-    def __init__(
-        self, judge: Judge, bn: Session | None = None, progress: Progress | None = None
-    ) -> None:
+    def __init__(self, judge: Judge, bn: Session | None = None, watch: Watch | None = None) -> None:
         self._judge = judge
         self._bn = bn
-        self._progress = progress
-        self._done = 0
+        self.watch = watch
+        self._scored = 0
+        self._total = 0
+        self._alone: dict[str, float] = {}
 
     @property
     def scale(self) -> Scale:
         """The scale of the scores; known after the first one."""
         return self._judge.scale
 
-    def begin(self, step: str) -> None:
-        """Report the start of a step."""
-        if self._progress:
-            self._progress(self._done, step)
-        self._done += 1
-
     def singles(self, states: Sequence[StateDict]) -> tuple[float, ...]:
         """Return the score of each checkpoint on its own."""
-        scores = []
-        for state in states:
-            path = str(state.checkpoint.path)
-            self.begin(path)
-            scores.append(self._judge.score(state, path))
-        return tuple(scores)
+        self._total = 2 * len(states)
+        paths = [str(state.checkpoint.path) for state in states]
+        for path, state in zip(paths, states, strict=True):
+            self._alone[path] = self._score(state, path)
+        return tuple(self._alone[path] for path in paths)
+
+    def _score(self, state: StateDict, label: str) -> float:
+        """Return the score of a state_dict, and report what is being scored."""
+        if self.watch:
+            self.watch(Progress(f"scoring {label}", self._scored, self._total, "model"))
+        self._scored += 1
+        return self._judge.score(state, label)
 
     def candidate(
         self, file: File, averaging: Averaging, report: Report, members: Iterable[int], label: str
     ) -> Candidate:
-        """Score an average, after recomputing its BatchNorm statistics if that is wanted."""
-        self.begin(label)
-        options = averaging.options
-        # Without --keep-wrapper the output is a plain state_dict.
-        key, ema = (options.key, options.ema) if options.keep_wrapper else ((), None)
-        batchnorm = self._bn.recompute(file, key, ema) if self._bn else None
-        checkpoint = open_checkpoint(file.path)
-        try:
-            score = self._judge.score(find_state_dict(checkpoint, key, ema), label)
-        finally:
-            checkpoint.close()
+        """Score an average, after recomputing its BatchNorm statistics if that is wanted.
+
+        The average of one checkpoint is that checkpoint, which has been scored already, unless
+        its BatchNorm statistics or its dtype are others.
+        """
+        batchnorm = (
+            self._bn.recompute(file, *averaging.options.found_at, self.watch) if self._bn else None
+        )
+        same = len(averaging.states) == 1 and batchnorm is None and averaging.options.keeps_values
+        if same:
+            self._scored += 1
+            score = self._alone[str(averaging.states[0].checkpoint.path)]
+        else:
+            with _stored(file, averaging) as state:
+                score = self._score(state, label)
         return Candidate(file, averaging, report, tuple(members), score, batchnorm)
+
+    def load(self, best: Found) -> None:
+        """Load an average into the model."""
+        with _stored(best.file, best.averaging) as state:
+            self._judge.load(state)
+
+
+@contextmanager
+def _stored(file: File, averaging: Averaging) -> Iterator[StateDict]:
+    """Open the state_dict of an average in its file."""
+    checkpoint = open_checkpoint(file.path)
+    try:
+        yield find_state_dict(checkpoint, *averaging.options.found_at)
+    finally:
+        checkpoint.close()

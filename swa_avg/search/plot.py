@@ -1,62 +1,18 @@
-"""The plot of a search: scores against the number of averaged checkpoints.
-
-Needs matplotlib (the extra `plot`), which is imported only to draw a plot. The same search
-gives the same bytes of SVG and HTML: the plot has no date and no random names.
-"""
+"""The plot of a search: scores against the number of averaged checkpoints."""
 
 from __future__ import annotations
 
-from html import escape
-from importlib.util import find_spec
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from swa_avg.errors import OutputError
+from swa_avg.averaging import pictures
 from swa_avg.search.candidates import SweepReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg", ".html")
 _SIZE = 5.5, 3.6  # inches: about one and a half columns of a paper
-_DPI = 200
-# Two colours of the colour-blind-safe palette of Okabe and Ito, and grey.
-_AVERAGE, _SINGLE, _BEST = "#0072B2", "#8C8C8C", "#D55E00"
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "swa-avg",
-    "text.parse_math": False,  # a metric's name may have a $ in it
-    "svg.fonttype": "none",  # keep text as text, so that it can be searched and edited
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.labelsize": 9.5,
-    "legend.frameon": False,
-}
-
-
-def check_plot(path: Path) -> str:
-    """Check, before any work, that a plot can be drawn.
-
-    Returns:
-        The suffix of its name.
-
-    Raises:
-        OutputError: The suffix is not supported, or matplotlib is not installed.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise OutputError("cannot be drawn", file=path, expected=f"a name in {', '.join(SUFFIXES)}")
-    if find_spec("matplotlib") is None:
-        raise OutputError(
-            "cannot be drawn without matplotlib",
-            file=path,
-            remedy="Install it with: pip install 'swa-avg[plot]'",
-        )
-    return path.suffix.lower()
+_AVERAGE, _SINGLE, _BEST = pictures.BLUE, pictures.GREY, pictures.ORANGE
 
 
 def drawn(report: SweepReport, suffix: str) -> bytes:
@@ -66,20 +22,7 @@ def drawn(report: SweepReport, suffix: str) -> bytes:
         report: The report of the search.
         suffix: .png, .svg or .html; .html is a page that contains the SVG.
     """
-    from matplotlib import rc_context
-
-    with rc_context(_STYLE):
-        figure = _figure(report)
-        if suffix == ".png":
-            return _saved(figure, "png", {"Software": None})
-        svg = _saved(figure, "svg", {"Date": None, "Creator": None, "Title": _title(report)})
-    return svg if suffix == ".svg" else _page(svg.decode(), _title(report)).encode()
-
-
-def _saved(figure: Figure, form: str, metadata: dict[str, Any]) -> bytes:
-    stream = BytesIO()
-    figure.savefig(stream, format=form, metadata=metadata, dpi=_DPI)
-    return stream.getvalue()
+    return pictures.saved(lambda: _figure(report), _title(report), suffix)
 
 
 def _figure(report: SweepReport) -> Figure:
@@ -101,7 +44,7 @@ def _figure(report: SweepReport) -> Figure:
     axes.set_ylabel(f"{report.scale.name} ({better} is better)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.margins(x=0.04, y=0.14)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.6)
+    axes.grid(axis="y", color=pictures.PALE, linewidth=0.6)
     axes.set_axisbelow(True)
     figure.legend(handles=[line, singles], loc="outside upper left", borderaxespad=0.2)
     return figure
@@ -162,13 +105,3 @@ def _mark_best(axes: Axes, report: SweepReport, place: int, score: float) -> Non
 def _title(report: SweepReport) -> str:
     what = "Greedy soup" if report.greedy else "Averages of the last n checkpoints"
     return f"{what}: {report.scale.name}"
-
-
-def _page(svg: str, title: str) -> str:
-    """Return an HTML page that contains the SVG."""
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{escape(title)}</title>\n"
-        "<style>body { margin: 2em auto; max-width: 50em } svg { width: 100%; height: auto }"
-        f"</style>\n</head>\n<body>\n{svg[svg.index('<svg') :]}</body>\n</html>\n"
-    )

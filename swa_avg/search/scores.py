@@ -85,6 +85,12 @@ class Judge:
         assert self._scale is not None, "no model has been scored yet"
         return self._scale
 
+    def load(self, state: StateDict) -> None:
+        """Load a state_dict into the model, and put the model into eval mode."""
+        load_weights(self.model, read_state(state))
+        with users_code(f"{type(self.model).__name__}.eval(): "):
+            self.model.eval()
+
     def score(self, state: StateDict, label: str) -> float:
         """Return the score of a state_dict.
 
@@ -97,10 +103,8 @@ class Judge:
                 do not fit the model.
             SelectionError: It is not known whether low or high is better.
         """
-        load_weights(self.model, read_state(state))
+        self.load(state)
         doing = f"{self._called} of {label}: "
-        with users_code(f"{type(self.model).__name__}.eval(): "):
-            self.model.eval()
         with same_draws(), users_code(doing):
             result = self._evaluate(self.model)
         entry = self._entry(result, doing) if isinstance(result, Mapping) else None

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from swa_avg.averaging import Averaging, planned
-from swa_avg.batchnorm import Alone, Amp, Estimator, Forward, Recompute, Session, UserCode
+from swa_avg.batchnorm import BatchNorm
 from swa_avg.checkpoints import StateDict
 from swa_avg.errors import OutputError, counted, in_bytes
-from swa_avg.planning import ALL, Options, Paths, make_plan
-from swa_avg.search.candidates import Bench, Candidate, File, Found, Progress, SweepReport, Tried
+from swa_avg.planning import ALL, OptionFields, Paths, make_plan, options_of
+from swa_avg.progress import Counter, Watch
+from swa_avg.search.candidates import Bench, Candidate, File, Found, SweepReport, Tried
 from swa_avg.search.scores import Evaluate, Judge, Scale
 from swa_avg.storage import AtomicFolder, is_remote
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @contextmanager
@@ -44,8 +48,10 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
     with ExitStack() as opened:
         files = [_output(averaging, opened) for _ in chosen]
         singles = bench.singles(chosen)
-        bench.begin("averaging")
-        outcome = averaging.compute(files[-1], partials=files[:-1], threads=threads)
+        count_bytes = Counter(bench.watch, "averaging", averaging.plan.bytes_to_read)
+        outcome = averaging.compute(
+            files[-1], partials=files[:-1], threads=threads, progress=count_bytes
+        )
         checksums = (*outcome.partial_checksums, outcome.checksums)
         candidates: list[Candidate] = []
         for number, file in enumerate(files, 1):
@@ -62,7 +68,7 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
 
 
 @contextmanager
-def greedy(averaging: Averaging, bench: Bench, threads: int | None = None) -> Iterator[Found]:
+def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) -> Iterator[Found]:
     """Try the checkpoints from best to worst; add each one that improves the average.
 
     The greedy soup of Wortsman et al. 2022, "Model soups: averaging weights of multiple
@@ -89,7 +95,7 @@ def greedy(averaging: Averaging, bench: Bench, threads: int | None = None) -> It
             with ExitStack() as trial:
                 average = trial.enter_context(planned(paths, averaging.output, options))
                 file = _output(average, trial)
-                report = average.write(file, threads=threads)
+                report = average.write_to(file, threads=threads, progress=bench.watch)
                 label = f"the average with {chosen[number].checkpoint.path}"
                 candidates.append(bench.candidate(file, average, report, members, label))
                 if best is None or bench.scale.is_better(candidates[-1].score, best.score):
@@ -166,48 +172,36 @@ def sweep(
     evaluate: Evaluate,
     *,
     model: nn.Module,
-    soup: bool = False,
+    greedy: bool = False,
     metric: str | None = None,
-    mode: str | None = None,
-    batches: Iterable[Any] | None = None,
-    forward: Forward | None = None,
-    device: str = "auto",
-    estimator: Estimator = "population",
-    amp: Amp = "off",
-    max_batches: int | None = None,
+    mode: Literal["min", "max"] | None = None,
+    batchnorm: BatchNorm | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
-    **options: Any,
+    progress: Watch | None = None,
+    **options: Unpack[OptionFields],
 ) -> SweepReport:
     """Find the best average of checkpoints and write it.
 
     The files are read once to average the last 1, 2, 3, … checkpoints. Each average and
     each single checkpoint is scored. The search needs one temporary file of the output's
-    size for each checkpoint, or two with `soup`.
+    size for each checkpoint, or two with `greedy`.
 
     Args:
         checkpoints: Files, folders, or patterns of them.
         output: The file to write.
         evaluate: `evaluate(model)` returns a number, or a mapping of names to numbers. The
             model is in eval mode; its device and dtype are not changed.
-        model: The model into which the weights are loaded. Afterwards it holds the weights
-            that were scored last.
-        soup: Make a greedy soup instead: try the checkpoints from best to worst and add each
+        model: The model into which the weights are loaded. Afterwards it holds the best
+            average, BatchNorm statistics included, and is in eval mode.
+        greedy: Make a greedy soup instead: try the checkpoints from best to worst and add each
             one that improves the average (Wortsman et al. 2022, "Model soups", recipe 1).
         metric: The name of the score, or its key if `evaluate` returns a mapping.
         mode: Whether low (min) or high (max) scores are better. Needed if the name of the
             metric or of `evaluate` does not imply it.
-        batches: Batches to recompute the BatchNorm statistics of each average with. They
-            are iterated over once for each average.
-        forward: As for `recompute_batchnorm`; so are `device`, `estimator`, `amp` and
-            `max_batches`.
-        device: The device on which BatchNorm statistics are recomputed.
-        estimator: population or torch.
-        amp: off, bf16 or fp16.
-        max_batches: The largest number of batches to use.
+        batchnorm: The batches with which to recompute the BatchNorm statistics of each
+            average: `BatchNorm(data=loader)`. They are iterated over once for each average.
         threads: The number of worker processes or threads; by default one per usable core.
-        progress: Called before each step with the number of completed steps and the name of
-            the next one.
+        progress: Called with a `Progress` at the start of each step and as it proceeds.
         **options: The fields of `Options`, by name, except `start_from`, `distances` and
             `bn_buffers="first"`.
 
@@ -216,24 +210,23 @@ def sweep(
 
     Raises:
         SwaAvgError: The search failed, and nothing was written.
+        TypeError: An option has an unknown name.
         ValueError: An option has an invalid value or cannot be combined with a search.
     """
-    wanted = Options(**options)
+    wanted = options_of("sweep", options)
     if wanted.start_from or wanted.distances or wanted.bn_buffers == "first":
         raise ValueError(
             "start_from, distances and bn_buffers=first cannot be combined with a search"
         )
     called = getattr(evaluate, "__name__", "score")
     judge = Judge(evaluate, model, called, metric, mode)
-    bn = None
-    if batches is not None:
-        given = batches
-        how = Recompute("", None, None, device, estimator, amp, max_batches)
-        bn = Session(how, UserCode(given, model, forward, lambda: given), Alone())
-    with planned(checkpoints, output, wanted) as averaging:
+    session = batchnorm.session(model) if batchnorm else None
+    bench = Bench(judge, session, progress)
+    with planned(checkpoints, output, wanted, progress=progress) as averaging:
         if averaging.is_folder:
             raise OutputError("would be a folder", file=output, expected="the name of a file")
-        search = greedy if soup else swept
-        with search(averaging, Bench(judge, bn, progress), threads) as best:
-            notes = best.file.commit()
-    return best.report.noting(notes)
+        search = greedy_soup if greedy else swept
+        with search(averaging, bench, threads) as best:
+            bench.load(best)
+            notes = best.file.commit(progress)
+    return best.report.noting(wanted.worded(notes))

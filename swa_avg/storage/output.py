@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from swa_avg.errors import OutputError
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage import commit, temporary
 from swa_avg.storage.commit import State
 from swa_avg.storage.partial import Draft, Drafts, write_error
@@ -31,11 +32,11 @@ class Output(Protocol):
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
 
-    def sync(self) -> None:
-        """Sync the output to disk."""
+    def sync(self, watch: Watch | None = None) -> None:
+        """Sync the output to disk, and report the progress."""
 
-    def commit(self) -> tuple[str, ...]:
-        """Move the output to its target; return notes for the user."""
+    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
+        """Move the output to its target, and report the progress; return notes for the user."""
 
 
 class AtomicFile(AbstractContextManager["AtomicFile"]):
@@ -98,15 +99,15 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         """
         self._draft.write(data, offset)
 
-    def sync(self) -> None:
+    def sync(self, watch: Watch | None = None) -> None:
         """Sync the file to disk.
 
         Raises:
             OutputError: The system reports an error; the call is not repeated.
         """
-        self._draft.sync()
+        self._draft.sync(_count_synced(self.size, watch))
 
-    def commit(self) -> tuple[str, ...]:
+    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
         """Sync the file to disk and rename it to the target.
 
         Returns:
@@ -119,7 +120,7 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         notes: tuple[str, ...] = ()
         with _commit_errors(self.target):
             commit.take_mode(self.path, self._final)
-            self.sync()
+            self.sync(watch)
             if self._over:
                 commit.put_over(self.path, self._final, self._over)
             elif self._force:
@@ -226,13 +227,13 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         """
         self._drafts.write(data, offset)
 
-    def sync(self) -> None:
+    def sync(self, watch: Watch | None = None) -> None:
         """Sync the files and the names in the folder to disk.
 
         Raises:
             OutputError: The system reports an error; the call is not repeated.
         """
-        self._drafts.sync()
+        self._drafts.sync(_count_synced(self.size, watch))
         folders = {self.path, *(path.parent for path in self._drafts.paths)}
         try:
             for folder in sorted(folders):
@@ -240,7 +241,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         except OSError as error:
             raise write_error(self.target, error) from error
 
-    def commit(self) -> tuple[str, ...]:
+    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
         """Sync the files to disk and rename the folder to the target.
 
         Returns:
@@ -253,7 +254,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         notes: tuple[str, ...] = ()
         with _commit_errors(self.target):
             commit.take_mode(self.path, self._final)
-            self.sync()
+            self.sync(watch)
             if self._force:
                 notes = _replacement_notes(self.target, self._before, commit.state_of(self._final))
                 if self._over:
@@ -296,6 +297,11 @@ def _commit_errors(target: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise write_error(target, error) from error
+
+
+def _count_synced(size: int, watch: Watch | None) -> Counter | None:
+    """Return what counts the bytes that are synced; None if nobody watches."""
+    return Counter(watch, "syncing to disk", size) if watch else None
 
 
 def _replacement_notes(target: Path, before: State, now: State) -> tuple[str, ...]:

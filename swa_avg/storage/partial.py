@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from swa_avg.errors import OutputError
+from swa_avg.progress import Watch
 from swa_avg.storage import commit, temporary
-from swa_avg.storage.writeback import WriteBack
+from swa_avg.storage.writeback import WriteBack, wait
 
 
 class Draft:
@@ -62,13 +63,18 @@ class Draft:
             view = view[count:]
             offset += count
 
-    def sync(self) -> None:
+    def sync(self, count: Callable[[int], object] | None = None) -> None:
         """Sync the file to disk.
+
+        Args:
+            count: Called with the number of bytes that were written since the last call.
 
         Raises:
             OutputError: The system reports an error; the call is not repeated.
         """
         try:
+            if count:
+                wait(self.path, count)
             # A failed fsync is final: the kernel may have dropped the unwritten pages.
             os.fsync(self._fd)
         except OSError as error:
@@ -105,10 +111,10 @@ class Drafts:
         number = bisect_right(self._starts, offset) - 1
         self._drafts[number].write(data, offset - self._starts[number])
 
-    def sync(self) -> None:
+    def sync(self, count: Callable[[int], object] | None = None) -> None:
         """Sync all files to disk."""
         for draft in self._drafts:
-            draft.sync()
+            draft.sync(count)
 
 
 class JoinedOutput(AbstractContextManager["JoinedOutput"]):
@@ -153,11 +159,11 @@ class JoinedOutput(AbstractContextManager["JoinedOutput"]):
         """Write all of `data` at `offset`; it must not cross from one file to the next."""
         self._drafts.write(data, offset)
 
-    def sync(self) -> None:
+    def sync(self, watch: Watch | None = None) -> None:
         """Sync the writes of this process to disk."""
         self._drafts.sync()
 
-    def commit(self) -> tuple[str, ...]:
+    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
         """Do nothing: the process that opened the output commits it."""
         return ()
 

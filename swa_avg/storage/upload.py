@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from swa_avg.errors import FileError, OutputError, SwaAvgError
+from swa_avg.progress import Counter, Watch
 from swa_avg.storage.files import InputFile, Source
 from swa_avg.storage.output import AtomicFile
 from swa_avg.storage.remote import RemotePath, is_remote, reason
@@ -143,14 +144,17 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
         """
         self._local.write(data, offset)
 
-    def sync(self) -> None:
+    def sync(self, watch: Watch | None = None) -> None:
         """Do nothing: the local file is temporary."""
 
-    def commit(self) -> tuple[str, ...]:
+    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
         """Upload the file; it replaces the target when the upload is complete.
 
         The target is checked for another program's file before the upload, because few
         stores can do both in one step.
+
+        Args:
+            watch: Called with the progress.
 
         Returns:
             No notes.
@@ -165,7 +169,7 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
         if remote.protocol not in _WHOLE_AT_ONCE:
             place = f"{fs._parent(remote.key).rstrip('/')}/.swa-avg-{secrets.token_hex(8)}.tmp"
         try:
-            fs.put_file(str(self.path), place)
+            fs.put_file(str(self.path), place, **_told(watch, self.size))
             fs.invalidate_cache()
             there = fs.info(place)["size"]
             if there != self.size:
@@ -204,6 +208,21 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
 
     def __exit__(self, *failure: object) -> None:
         self._opened.close()
+
+
+def _told(watch: Watch | None, size: int) -> dict[str, Any]:
+    """Return the argument of an upload that reports its progress."""
+    if watch is None:
+        return {}
+    from fsspec.callbacks import Callback
+
+    count = Counter(watch, "uploading", size)
+
+    class Told(Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            count(inc)
+
+    return {"callback": Told()}
 
 
 def _remote(target: Path) -> RemotePath:

@@ -239,9 +239,19 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return is_contiguous(tuple(shape[d] for d in order), tuple(stride[d] for d in order))
 
 
-def same_bytes(refs: Sequence[TensorRef]) -> bool | None:
-    """Return whether tensors have the same bytes by their checksums; None without checksums."""
-    known = [ref.record.crc32 for ref in refs if _is_record(ref)]
+def same_bytes(refs: Sequence[TensorRef], crcs: Mapping[Record, int] | None = None) -> bool | None:
+    """Return whether tensors have the same bytes by their checksums; None without checksums.
+
+    Args:
+        refs: The tensors.
+        crcs: The CRC-32 of records that were read, for files that record none.
+    """
+    found = crcs or {}
+    known = [
+        found.get(ref.record) if ref.record.crc32 is None else ref.record.crc32
+        for ref in refs
+        if _is_record(ref)
+    ]
     if len(known) < len(refs) or None in known or len({ref.dtype for ref in refs}) > 1:
         return None
     return len(set(known)) == 1

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset
 
+from swa_avg import Progress
 from swa_avg.batchnorm.statistics import recompute_batchnorm, recomputed_buffers
 from swa_avg.errors import DataError, SwaAvgError
 
@@ -380,7 +381,7 @@ def test_every_kind_of_batch_reaches_the_model(wrap: Callable, forward: Callable
     """Tensor, tuple, list, mapping or object: the same statistics; samples counted if certain."""
     plain, wrapped = network(), network()
     recompute_batchnorm(plain, data(5, 7))
-    seen: list[int] = []
+    seen: list[Progress] = []
     report = recompute_batchnorm(
         wrapped, map(wrap, data(5, 7)), forward=forward, progress=seen.append
     )
@@ -388,7 +389,11 @@ def test_every_kind_of_batch_reaches_the_model(wrap: Callable, forward: Callable
     made = wrap(torch.zeros(2))
     hidden = isinstance(made, Bag) or (isinstance(made, dict) and "a" in made)
     assert (report.batches, report.samples) == (2, None if hidden else 12)
-    assert seen == [5 * (not hidden), 7 * (not hidden)]
+    assert [(one.done, one.samples * (not hidden)) for one in seen] == [
+        (0, 0),
+        (1, 5 * (not hidden)),
+        (2, 12 * (not hidden)),
+    ]
 
 
 def test_an_endless_loader_is_not_asked_for_one_batch_too_many() -> None:
@@ -580,8 +585,9 @@ def test_progress_that_raises_leaves_no_trace() -> None:
     model = mixed_modes(network())
     before = trace(model)
 
-    def progress(samples: int) -> None:
-        raise BoomError
+    def progress(now: Progress) -> None:
+        if now.done:
+            raise BoomError
 
     with pytest.raises(BoomError):
         recompute_batchnorm(model, data(5, 7), progress=progress)
@@ -633,7 +639,7 @@ def test_the_report_is_json() -> None:
     """Also where the old statistics were no numbers."""
     model = network()
     model[1].running_mean.fill_(torch.nan)
-    report = recompute_batchnorm(model, data(5, 7), device="cpu").to_json()
+    report = recompute_batchnorm(model, data(5, 7), device="cpu").to_dict()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["layers"][0]["mean_shift"] is None
     assert report["device"] == "cpu"

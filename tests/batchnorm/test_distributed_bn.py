@@ -64,7 +64,7 @@ def run(group, case, data, **options):
     model = network()
     torch.manual_seed(group.rank)  # as it happens to users
     report = recompute_batchnorm(model, data, device="cpu", ranks=group, **options)
-    result = {"state": dict(model.state_dict()), "report": report.to_json()}
+    result = {"state": dict(model.state_dict()), "report": report.to_dict()}
     torch.save(result, f"{case}.{group.rank}")
 
 

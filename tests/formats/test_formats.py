@@ -393,7 +393,7 @@ def test_tensors_are_read_once_and_the_rest_not_at_all(
     # Headers are read in stretches that may reach into a tensor: what comes after is counted.
     with swa_avg.planned(paths, tmp_path / "out.pt") as averaging, averaging.open_output() as out:
         monkeypatch.setattr(os, "preadv", counting)
-        averaging.write(out, threads=1)
+        averaging.write_to(out, threads=1)
     monkeypatch.setattr(os, "preadv", preadv)
     for path in paths:
         checkpoint = open_checkpoint(path)

@@ -384,7 +384,7 @@ def test_change_between_header_and_data(web: Web, tmp_path: Path) -> None:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
         changed = pytest.raises(FormatError, match=r"e_1.pt: changed while being read")
         with changed, made.open_output() as file:
-            made.write(file)
+            made.write_to(file)
     assert not (tmp_path / "swa.pt").exists()
 
 
