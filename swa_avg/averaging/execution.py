@@ -26,7 +26,7 @@ from swa_avg.checkpoints import (
 from swa_avg.errors import MismatchError, listed
 from swa_avg.formats import FolderLayout, Layout
 from swa_avg.kernel import buffer_bytes
-from swa_avg.planning import Base, Options, Plan, Rules, Selection
+from swa_avg.planning import Base, Options, Plan, Rules, Selection, start_from
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     ROOM,
@@ -84,7 +84,7 @@ class Averaging:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The number of checkpoints that each of `states` counts as."""
+        """The number of checkpoints that each of `states` counts as; negative if subtracted."""
         return counts_of(self.bases, self.selection.chosen)
 
     @property
@@ -350,8 +350,8 @@ class Averaging:
 
 
 def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
-    """Return the number of checkpoints that each average and each checkpoint counts as."""
-    return (*(base.count for base in bases), *(1 for _ in chosen))
+    """Return the number of checkpoints that each input counts as; negative if subtracted."""
+    return (*(base.weight for base in bases), *(1 for _ in chosen))
 
 
 def how_made(
@@ -371,7 +371,7 @@ def how_made(
     Raises:
         ProvenanceError: A checkpoint would count twice.
     """
-    before = [source for base in bases for source in base.sources]
+    before = start_from.sources_in(bases)
     added = sources_of(chosen, found)
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
@@ -381,7 +381,9 @@ def how_made(
         kept = None
     elif kept == "last":
         kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
-    return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
+    subtracted = [base.state.checkpoint.path.name for base in bases if base.subtracted]
+    described = options.described | ({"minus": subtracted[0]} if subtracted else {})
+    return Provenance(swa_avg.__version__, (*before, *added), described, kept)
 
 
 def usable_cores() -> int:

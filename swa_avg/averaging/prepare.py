@@ -14,7 +14,7 @@ from swa_avg.averaging import wrapper
 from swa_avg.averaging.execution import Averaging, counts_of, how_made
 from swa_avg.averaging.report import Report
 from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
-from swa_avg.errors import OutputError
+from swa_avg.errors import OutputError, SelectionError
 from swa_avg.formats import Components, Form, Layout, form_of, layout_for
 from swa_avg.planning import (
     Base,
@@ -127,10 +127,10 @@ def _planned(
     checkpoints: Paths, target: Path, options: Options, opened: ExitStack, progress: Watch | None
 ) -> Averaging:
     """Plan an average; `opened` closes the files."""
-    averages = expand(_listed(options.start_from)) if options.start_from else []
-    bases = tuple(map(base_of, _opened(Inputs(averages), options, opened, progress).states))
-    start_from.refuse_repeats(bases)
     given = _listed(checkpoints)
+    bases = _bases(options, opened, progress)
+    if options.minus is not None and given:
+        raise ValueError("minus cannot be combined with checkpoints, only with start_from")
     inputs = find_inputs(given, options.choice.exclude) if given or not bases else Inputs()
     found = _opened(inputs, options, opened, progress)
     candidates = _without(found.states, bases)
@@ -139,9 +139,11 @@ def _planned(
     if candidates:
         selection = select(candidates, options.choice, by_sample=options.by_sample)
     alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
-    selection = replace(selection, notes=(*found.notes, *selection.notes, *alone))
+    more = (*alone, *start_from.amplification(bases))
+    selection = replace(selection, notes=(*found.notes, *selection.notes, *more))
     states = [*(base.state for base in bases), *selection.chosen]
-    check_running(selection.chosen, options.ema)
+    if options.minus is None:
+        check_running(states)
     _check_target(target, states, options)
     form = form_of(target, states[-1].checkpoint)
     strides = options.keep_wrapper or form is Form.TORCH
@@ -153,6 +155,27 @@ def _planned(
     plan = replace(plan, state_dict=replace(plan.state_dict, provenance=provenance))
     layout = _layout(form, plan, states[-1], options, opened)
     return Averaging(target, options, bases, selection, rules, plan, layout, known)
+
+
+def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple[Base, ...]:
+    """Open the averages of `start_from` and `minus`; a subtracted one comes first."""
+
+    def read(paths: Paths) -> tuple[Base, ...]:
+        inputs = Inputs(expand(_listed(paths)))
+        return tuple(map(base_of, _opened(inputs, options, opened, progress).states))
+
+    bases = read(options.start_from) if options.start_from else ()
+    start_from.refuse_repeats(bases)
+    if options.minus is None:
+        return bases
+    parts = read(options.minus)
+    for name, averages in (("start-from", bases), ("minus", parts)):
+        if len(averages) != 1:
+            raise SelectionError(
+                f"--minus subtracts one average from one, but --{name} names {len(averages)}",
+                remedy=f"Give one file with --{name}",
+            )
+    return start_from.minus(bases[0], parts[0])
 
 
 @contextmanager

@@ -89,6 +89,17 @@ class StateDict:
         return recorded.step(self.checkpoint)
 
     @property
+    def is_running(self) -> bool:
+        """Whether it is an equal-weight mean that the run kept since a fixed start."""
+        row = self.framework
+        return row is not None and row.running and self.where in self.places.averages
+
+    @property
+    def run_count(self) -> int | None:
+        """The number of models in a running average, if the run records it."""
+        return recorded.count(self.checkpoint, self.framework, self.where)
+
+    @property
     def n_averaged(self) -> TensorRef | None:
         """The location of the counter of torch's AveragedModel, or None."""
         return self.checkpoint.located(self.counter) if self.counter else None
@@ -203,25 +214,32 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
     )
 
 
-def check_running(states: Sequence[StateDict], ema: bool | None) -> None:
+def check_running(states: Sequence[StateDict]) -> None:
     """Refuse to average several running means, because each includes the earlier ones.
 
     Args:
         states: The checkpoints to average.
-        ema: Whether their averages were taken.
 
     Raises:
-        LayoutError: There are several checkpoints, and the average of their framework is an
-            equal-weight mean since a fixed start.
+        LayoutError: One of several state_dicts is an equal-weight mean since a fixed start.
     """
-    row = states[-1].framework if states else None
-    if ema and len(states) > 1 and row and row.running:
-        raise LayoutError(
-            f"has at {states[-1].where} the mean of the run so far ({row.name}), "
-            "which includes the means of the earlier checkpoints",
-            file=states[-1].checkpoint.path,
-            remedy="Use only the last (--last 1 --ema), or average the raw weights (--no-ema)",
-        )
+    running = [state for state in states if state.is_running]
+    if not running or len(states) == 1:
+        return
+    first, last = running[0], running[-1]
+    row = last.framework
+    assert row is not None, "a running mean has a framework"
+    range_of = ""
+    if (first.run_count or 0) < (last.run_count or 0):
+        paths = first.checkpoint.path, last.checkpoint.path
+        range_of = f", take the mean between two (--start-from {paths[1]} --minus {paths[0]} --ema)"
+    raise LayoutError(
+        f"has at {last.where} the mean of the run so far ({row.name}), "
+        "which includes the means of the earlier checkpoints",
+        file=last.checkpoint.path,
+        remedy=f"Use only the last (--last 1 --ema){range_of}, or average the raw weights "
+        "(--no-ema)",
+    )
 
 
 class Finder:

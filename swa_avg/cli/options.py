@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
     "Read": ("--key", "--ema"),
-    "Average": ("--bn-buffers", "--dtype", "--start-from"),
+    "Average": ("--bn-buffers", "--dtype", "--start-from", "--minus"),
     "Write": ("--output", "--force", "--keep-wrapper", "--max-shard-size"),
     "BatchNorm": (
         "--recompute-bn",
@@ -108,6 +108,8 @@ def check_usage(ctx: click.Context) -> None:
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
+    if named["minus"]:
+        _check_minus(named)
     if named["key"] and named["ema"] is not None:
         raise click.UsageError("Give --key or --ema/--no-ema, not both.")
     if named["recompute_bn"] and not named["data"]:
@@ -127,6 +129,14 @@ def check_usage(ctx: click.Context) -> None:
     unfit = () if named["checkpoints"] else _OF_CHECKPOINTS
     for option in given(unfit if averages else (*unfit, *_OF_AVERAGING)):
         raise click.UsageError(f"{option} needs checkpoints to average.")
+
+
+def _check_minus(named: Mapping[str, Any]) -> None:
+    """Refuse options that cannot be combined with --minus."""
+    if len(named["start_from"]) != 1:
+        raise click.UsageError("--minus needs one --start-from: the average to subtract from.")
+    if named["checkpoints"]:
+        raise click.UsageError("--minus takes no checkpoints, only --start-from.")
 
 
 def _check_search(named: Mapping[str, Any]) -> None:
@@ -202,6 +212,9 @@ _DECLARED = (
     ),
     click.option(
         "--start-from", metavar="AVERAGE", multiple=True, help="Continue from this average."
+    ),
+    click.option(
+        "--minus", metavar="AVERAGE", help="Subtract it from --start-from: the mean of the rest."
     ),
     click.option(
         "-o",
