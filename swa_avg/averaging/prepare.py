@@ -165,8 +165,8 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
         return tuple(map(base_of, _opened(inputs, options, opened, progress).states))
 
     bases = read(options.start_from) if options.start_from else ()
-    start_from.refuse_repeats(bases)
     if options.minus is None:
+        start_from.refuse_repeats(bases)
         return bases
     parts = read(options.minus)
     for name, averages in (("start-from", bases), ("minus", parts)):

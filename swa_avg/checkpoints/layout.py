@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from shlex import quote
 
 from swa_avg.checkpoints import recorded
 from swa_avg.checkpoints.entries import Plain, read_part
@@ -97,7 +98,11 @@ class StateDict:
     @property
     def run_count(self) -> int | None:
         """The number of models in a running average, if the run records it."""
-        return recorded.count(self.checkpoint, self.framework, self.where)
+        row = self.framework
+        if row is None or not row.count:
+            return None
+        beside = self.where.rpartition(".")[0] if row.count.startswith(".") else ""
+        return recorded.count(self.checkpoint, beside + row.count, row.period)
 
     @property
     def n_averaged(self) -> TensorRef | None:
@@ -226,18 +231,19 @@ def check_running(states: Sequence[StateDict]) -> None:
     running = [state for state in states if state.is_running]
     if not running or len(states) == 1:
         return
-    first, last = running[0], running[-1]
+    last = running[-1]
     row = last.framework
     assert row is not None, "a running mean has a framework"
-    range_of = ""
-    if (first.run_count or 0) < (last.run_count or 0):
-        paths = first.checkpoint.path, last.checkpoint.path
-        range_of = f", take the mean between two (--start-from {paths[1]} --minus {paths[0]} --ema)"
+    between = ""
+    earlier = [state for state in running if 0 < (state.run_count or 0) < (last.run_count or 0)]
+    if earlier:
+        paths = [quote(str(state.checkpoint.path)) for state in (last, earlier[0])]
+        between = f", take the mean between two (--start-from {paths[0]} --minus {paths[1]} --ema)"
     raise LayoutError(
         f"has at {last.where} the mean of the run so far ({row.name}), "
         "which includes the means of the earlier checkpoints",
         file=last.checkpoint.path,
-        remedy=f"Use only the last (--last 1 --ema){range_of}, or average the raw weights "
+        remedy=f"Use only the last (--last 1 --ema){between}, or average the raw weights "
         "(--no-ema)",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from swa_avg.checkpoints.frameworks import Framework
 from swa_avg.checkpoints.tree import at
 from swa_avg.formats import Checkpoint
 
@@ -59,22 +58,19 @@ def _first(checkpoint: Checkpoint, paths: tuple[str, ...], texts: tuple[str, ...
     return next((int(text) for text in values if text.isdecimal() and len(text) < 19), None)
 
 
-def count(checkpoint: Checkpoint, row: Framework | None, where: str) -> int | None:
+def count(checkpoint: Checkpoint, path: str, period: str = "") -> int | None:
     """Return the number of models in the running average of a checkpoint, or None.
 
-    icefall adds a model each `average_period` steps, and records the steps.
+    icefall adds a model each `average_period` steps, and records the number of steps.
 
     Args:
         checkpoint: The checkpoint.
-        row: Its framework.
-        where: The dotted path of the average.
+        path: The dotted path of the number of models, or of steps if there is a period.
+        period: The dotted path of the number of steps between models; empty if there is none.
     """
-    if row is None or not row.count:
-        return None
-    beside = where.rpartition(".")[0] if row.count.startswith(".") else ""
-    steps = _whole(at(checkpoint.tree, beside + row.count))
-    period = _whole(at(checkpoint.tree, row.period)) if row.period else None
-    return steps if steps is None or not period else steps // period
+    steps = _whole(at(checkpoint.tree, path))
+    between = _whole(at(checkpoint.tree, period)) if period else None
+    return steps if steps is None or not between else steps // between
 
 
 def _whole(value: object) -> int | None:

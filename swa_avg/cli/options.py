@@ -105,11 +105,11 @@ def check_usage(ctx: click.Context) -> None:
         for other in given(others):
             raise click.UsageError(f"--show cannot be combined with {other.lower()}.")
         return
+    if named["minus"]:
+        _check_minus(named)
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    if named["minus"]:
-        _check_minus(named)
     if named["key"] and named["ema"] is not None:
         raise click.UsageError("Give --key or --ema/--no-ema, not both.")
     if named["recompute_bn"] and not named["data"]:

@@ -99,7 +99,7 @@ def refuse_repeats(bases: Sequence[Base]) -> None:
         ProvenanceError: Two averages have a checkpoint in common.
     """
     counted: list[Source] = []
-    for base in [base for base in bases if not base.subtracted]:
+    for base in bases:
         path = str(base.state.checkpoint.path)
         provenance.refuse_repeats(counted, ((source, path) for source in base.sources))
         counted += base.sources
