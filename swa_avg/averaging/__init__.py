@@ -9,10 +9,9 @@ from swa_avg.averaging import pictures
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
-from swa_avg.averaging.report import STALE, Report
+from swa_avg.averaging.report import Report
 
 __all__ = [
-    "STALE",
     "Averaging",
     "Distances",
     "Report",

@@ -150,8 +150,8 @@ class Averaging:
             if session:
                 recomputed = session.recompute(file, *self.options.found_at, progress)
                 report = report.recomputed(*recomputed)
-            notes = (*file.commit(progress), *([STALE] if report.stale else ()))
-        return replace(report, notes=(*report.notes, *self.options.worded(notes)))
+            notes = self.options.worded(file.commit(progress))
+        return replace(report, notes=(*report.notes, *notes))
 
     def write_to(
         self, file: Output, *, threads: int | None = None, progress: Watch | None = None
@@ -298,13 +298,15 @@ class Averaging:
             squares = {modules[group]: square for group, square in outcome.squares.items()}
             found = distances(grams, squares, self.counts)
         far = found.notes([source.path for source in inputs]) if found else ()
-        found_out = (*self._differing(differing), *self._frozen(differing), *far)
+        stale = self.plan.stale_after(differing)
+        found_out = [*self._differing(differing), *self._frozen(differing), *far]
+        found_out += [STALE] if stale else []
         return Report(
             output=str(self.output),
             inputs=inputs,
             counts=self.plan.counts,
             families=self.plan.families,
-            stale=self.plan.stale_after(differing),
+            stale=stale,
             bytes_read=outcome.bytes_read,
             bytes_written=self.layout.size,
             notes=(*self.notes, *self.options.worded(found_out)),

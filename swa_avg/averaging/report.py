@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import swa_avg
 from swa_avg.averaging.distances import Distances
 from swa_avg.checkpoints import UNKNOWN, Score, StateDict
+from swa_avg.errors import as_parameters
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNormReport
@@ -121,8 +122,13 @@ class Report:
 
     def recomputed(self, batchnorm: BatchNormReport, notes: tuple[str, ...]) -> Report:
         """Return the report after the BatchNorm statistics of the average were recomputed."""
-        stale = bool(batchnorm.unreached)
-        return replace(self, stale=stale, batchnorm=batchnorm, batchnorm_notes=notes)
+        return replace(
+            self,
+            stale=bool(batchnorm.unreached),
+            notes=tuple(one for one in self.notes if one not in (STALE, as_parameters(STALE))),
+            batchnorm=batchnorm,
+            batchnorm_notes=notes,
+        )
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as a dict for JSON."""

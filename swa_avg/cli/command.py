@@ -33,7 +33,6 @@ from swa_avg.cli.show import (
     current_streams,
     json_text,
     note,
-    note_stale,
     print_json,
     printing,
     say,
@@ -172,8 +171,6 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
         print_json(content)
     elif not run.quiet:
         show_average(report, averaging, run)
-        if report.stale:
-            note_stale()
         say([messages.of_output(report.output, report.bytes_written)])
         say_picture(picture, run)
 
@@ -249,10 +246,12 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
             size, picture = file.size, _drawn(report, run)
             notes = (*notes, *_commit(file, watch))
-        averaged = report.to_dict() if report else {"output": str(run.output)}
-        recomputed = {"stale": bool(batchnorm.unreached), "batchnorm": batchnorm.to_dict()}
-        tensors = tensors_of(averaging, run) if averaging else {}
-        content = averaged | recomputed | {"batchnorm_notes": list(notes)} | tensors
+        if report and averaging:
+            report = report.recomputed(batchnorm, notes)
+            content = report.to_dict() | tensors_of(averaging, run)
+        else:
+            content = {"output": str(run.output), "stale": bool(batchnorm.unreached)}
+            content |= {"batchnorm": batchnorm.to_dict(), "batchnorm_notes": list(notes)}
         _write_picture(picture, run, beside)
         _write_report(content, run, beside)
     if run.as_json:

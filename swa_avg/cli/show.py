@@ -57,13 +57,6 @@ def note(notes: Iterable[str]) -> None:
         click.echo(printable(f"note: {text}"), file=current_streams().err, err=True)
 
 
-def note_stale() -> None:
-    """Print that the BatchNorm statistics do not belong to the averaged weights."""
-    from swa_avg.averaging import STALE
-
-    note([STALE])
-
-
 def tensors_of(averaging: Averaging, run: Run) -> dict[str, object]:
     """Return the treatment of each tensor for the JSON document; empty without `-v`."""
     return {"tensors": averaging.to_dict()["tensors"]} if run.verbose else {}
@@ -94,8 +87,6 @@ def show_search(best: Found, run: Run) -> None:
     if report.batchnorm:
         say(messages.of_recompute(report.batchnorm, layers=run.verbose))
         note(report.notes)
-    elif report.average.stale:
-        note_stale()
     say([messages.of_output(report.average.output, report.average.bytes_written)])
 
 

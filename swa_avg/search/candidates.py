@@ -91,12 +91,7 @@ class SweepReport:
                 for one in self.tried
             ],
         }
-        content = self.average.to_dict() | {"search": search}
-        if self.batchnorm is None:
-            return content
-        stale = {"stale": bool(self.batchnorm.unreached)}
-        recomputed = {"batchnorm": self.batchnorm.to_dict(), "batchnorm_notes": list(self.notes)}
-        return content | stale | recomputed
+        return self.average.to_dict() | {"search": search}
 
 
 @dataclass(frozen=True)
@@ -174,11 +169,11 @@ class Bench:
         The average of one checkpoint is that checkpoint, which has been scored already, unless
         its BatchNorm statistics or its dtype are others.
         """
-        batchnorm = (
-            self._bn.recompute(file, *averaging.options.found_at, self.watch) if self._bn else None
-        )
-        same = len(averaging.states) == 1 and batchnorm is None and averaging.options.keeps_values
-        if same:
+        options, batchnorm = averaging.options, None
+        if self._bn:
+            batchnorm = self._bn.recompute(file, *options.found_at, self.watch)
+            report = report.recomputed(*batchnorm)
+        if len(averaging.states) == 1 and batchnorm is None and options.keeps_values:
             self._scored += 1
             score = self._alone[str(averaging.states[0].checkpoint.path)]
         else:

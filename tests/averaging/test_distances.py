@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,17 @@ def test_verbose_tells_the_modules(tmp_path: Path) -> None:
         line = f"  {module:<{width}}  {' '.join(f'{distance:.4f}' for distance in distances)}"
         assert line in lines["-v"].splitlines()
         assert line not in lines["--force"].splitlines()
+
+
+def test_steps_are_the_lengths_between_checkpoints(tmp_path: Path) -> None:
+    """Relative to the norm of the mean, from the vectors themselves."""
+    vectors = [torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])]
+    for number, vector in enumerate(vectors):
+        extra = torch.tensor([float(number)])  # no two checkpoints are copies
+        torch.save({"w": vector, "b": extra}, tmp_path / f"e_{number}.pt")
+    report = swa_avg.average(tmp_path / "e_*.pt", tmp_path / "o.pt", distances=True)
+    assert report.distances is not None
+    whole = [torch.cat([v, torch.tensor([float(n)])]).double() for n, v in enumerate(vectors)]
+    mean = torch.stack(whole).mean(0).norm()
+    expected = [float((b - a).norm() / mean) for a, b in pairwise(whole)]
+    assert list(report.distances.steps) == pytest.approx(expected, rel=1e-6)

@@ -311,8 +311,11 @@ def test_no_averaged_weights_is_said(layout: Layout, tmp_path: Path) -> None:
     ("tree", "message"),
     [
         ({"model": RAW, "state_dict": EMA}, r"several state_dicts \(state_dict, model\)"),
-        ({"model": RAW, "generator": {"0.weight": torch.ones(2)}}, "--key model --key generator"),
-        ({"ema": EMA, "epoch": 1}, "only averaged weights, at ema.*--ema"),
+        (
+            {"model": RAW, "generator": {"0.weight": torch.ones(2)}},
+            r"key=\(\"model\", \"generator\"\)",
+        ),
+        ({"ema": EMA, "epoch": 1}, "only averaged weights, at ema.*ema=True"),
         ({"discriminator": RAW, "generator": EMA}, "discriminator, generator"),
         ({"model": None, "optimizer": None}, "no named tensors"),
         ([1, 2, 3], "no named tensors"),

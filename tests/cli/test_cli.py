@@ -230,3 +230,58 @@ def test_what_the_users_code_does_at_exit_is_done(tmp_path: Path) -> None:
 def test_bytes_for_people(count: float, said: str) -> None:
     """Powers of 1000, up to TB."""
     assert messages.in_bytes(count) == said
+
+
+# Completion by the shell.
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_script_for_the_shell_is_printed(tmp_path: Path, shell: str) -> None:
+    """By the environment switch that click documents, through the entry point."""
+    switch = os.environ | {"_SWA_AVG_COMPLETE": f"{shell}_source"}
+    ended = run(tmp_path, env=switch)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "swa-avg" in ended.stdout and f"{shell}_complete" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["--dist"], ["plain,--distances"]),
+        (["--dtype", "b"], ["plain,bfloat16"]),
+        (["epoch_"], ["file,epoch_"]),
+        (["a.pt", "-o", "o"], ["file,o"]),
+        (["a.pt", "--data", "m"], ["file,m"]),
+        (["a.pt", "--key", "m"], []),
+    ],
+)
+def test_options_values_and_files_are_completed(
+    tmp_path: Path, words: list[str], completed: list[str]
+) -> None:
+    """What the shell is told to offer for the last word."""
+    line = {"COMP_WORDS": " ".join(["swa-avg", *words]), "COMP_CWORD": str(len(words))}
+    ended = run(tmp_path, env=os.environ | line | {"_SWA_AVG_COMPLETE": "bash_complete"})
+    assert (ended.returncode, ended.stdout.split()) == (0, completed), ended.stderr
+
+
+# The picture of the distances.
+
+
+def test_distances_are_drawn(tmp_path: Path) -> None:
+    """Each step, distance and turn, and the name of the outlier; the same bytes each time."""
+    draw = torch.Generator().manual_seed(0)
+    center = torch.randn(50, generator=draw)
+    for number in range(6):
+        noise = torch.randn(50, generator=draw) * (2 if number == 4 else 0.01)
+        torch.save({"epoch": number, "model": {"w": center + noise}}, tmp_path / f"e_{number}.pt")
+    arguments = ("e_*.pt", "-o", "o.pt", "-f", "--distances")
+    ended = run(tmp_path, *arguments, "--plot", "run.svg")
+    assert ended.returncode == 0, ended.stderr
+    assert "wrote run.svg" in ended.stdout
+    drawn = (tmp_path / "run.svg").read_text()
+    assert "e_4.pt" in drawn and "e_3.pt" not in drawn
+    assert all(f'id="{part}"' in drawn for part in ("distances", "steps", "turns", "outlier"))
+    assert run(tmp_path, *arguments, "--plot", "again.svg").returncode == 0
+    assert (tmp_path / "again.svg").read_text() == drawn
+    line = fails(tmp_path, *arguments, "--plot", "run.gif")
+    assert "run.gif: cannot be drawn" in line

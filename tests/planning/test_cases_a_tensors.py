@@ -669,13 +669,15 @@ def batchnorm(frozen: Sequence[str], number: int) -> State:
 def test_frozen_batchnorm_has_no_note(tmp_path: Path, suffix: str) -> None:
     """--recompute-bn would ruin what is frozen; where only some is, that is said."""
     stale = "BatchNorm statistics do not fit the average; recompute them with --recompute-bn"
-    for choice in ("last", "first"):
+    for choice, apart in (("last", 6), ("first", 6), ("mean", 2)):
         states = [batchnorm(("backbone", "head"), number) for number in range(3)]
         done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", choice)
         assert done.notes == ()
-        assert "6 BatchNorm buffers kept apart" in done.stdout
+        assert f"{apart} BatchNorm buffers kept apart" in done.stdout
     states = [batchnorm(("backbone",), number) for number in range(3)]
     done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--verify")
+    mean = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", "mean")
+    assert mean.notes == done.notes
     frozen, found = done.notes
     assert found == stale and frozen.startswith("backbone: BatchNorm statistics are the same")
     done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", "first", "--verify")

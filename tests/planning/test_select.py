@@ -239,7 +239,9 @@ def test_name_without_number_is_left_out_and_said(tmp_path: Path) -> None:
     torch.save(weights(9), tmp_path / "final.pt")
     names, made = plan(tmp_path, Choice(epochs="1:"))
     assert names == ["epoch_1.pt", "epoch_2.pt"]
-    assert made.notes[0].endswith("final.pt: has no number in its name; left out by --epochs")
+    assert made.notes[0].endswith(
+        "final.pt: has no number in its name; left out by choice=Choice(epochs=...)"
+    )
 
 
 # Exclude ----------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def test_excluding_all_says_what_there_was(tmp_path: Path) -> None:
     """A selection that leaves nothing is an error, and names what it left out."""
     bare(tmp_path, range(2))
     message = refused(tmp_path, exclude=("*",))
-    assert "--exclude leaves out all" in message and "epoch_1.pt" in refused(
+    assert "left out by choice=Choice(exclude=...)" in message and "epoch_1.pt" in refused(
         sorted(tmp_path.iterdir()), exclude=("*.pt",)
     )
 

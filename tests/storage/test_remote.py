@@ -143,6 +143,15 @@ def test_output_in_place(keep: bool, memory: Any, tmp_path: Path) -> None:
     assert memory.find("/out") == ["/out/swa.pt"]
 
 
+def test_upload_is_watched(memory: Any, tmp_path: Path) -> None:
+    """Its bytes are counted up to the size of the output, after everything else is done."""
+    stored(memory, run_of(tmp_path / "run"), "run")
+    seen: list[swa_avg.Progress] = []
+    report = average("memory://run/*.pt", "memory://out/swa.pt", progress=seen.append)
+    assert (seen[-1].step, seen[-1].done) == ("uploading", report.bytes_written)
+    assert seen[-1].total == report.bytes_written
+
+
 def test_existing_output(memory: Any, tmp_path: Path) -> None:
     """An output that exists is replaced with `force` only; an input never is."""
     stored(memory, run_of(tmp_path / "run"), "run")
