@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import swa_avg
 from swa_avg.averaging import wrapper
+from swa_avg.averaging.computing import computed, usable_cores
 from swa_avg.averaging.distances import distances, groups
 from swa_avg.averaging.report import STALE, Input, Report, input_of, versions
 from swa_avg.averaging.verification import Written, read_back, verify
@@ -29,23 +28,18 @@ from swa_avg.kernel import buffer_bytes
 from swa_avg.planning import Base, Options, Plan, Rules, Selection, start_from
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
-    ROOM,
     AtomicFile,
     AtomicFolder,
     InputFile,
     Output,
     RemoteFile,
-    announce,
     check_replaceable,
     is_remote,
-    reading_ahead,
 )
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNorm
     from swa_avg.kernel import Kernel, Outcome
-
-_MOST_CORES = 16
 
 
 @dataclass(frozen=True)
@@ -185,15 +179,8 @@ class Averaging:
         Raises:
             SwaAvgError: An input is damaged, or its values have no mean.
         """
-        with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
-            # Importing numpy takes a tenth of a second: start reading ahead meanwhile.
-            pool.submit(announce, self.plan.ranges)
-            from swa_avg.kernel import run
-
-        threads = threads or usable_cores()
-        ranges = self.plan.ranges if any(is_remote(file.path) for file in self.files) else ()
-        with reading_ahead(ranges, threads, len(self.states), ROOM):
-            return run(self.kernel(file, partials), threads, progress)
+        works = self.plan.works
+        return computed(works, self.files, lambda: self.kernel(file, partials), threads, progress)
 
     def kernel(self, file: Output, partials: Sequence[Output] = ()) -> Kernel:
         """Return the work for the kernel: what to compute and where to write it."""
@@ -386,9 +373,3 @@ def how_made(
     subtracted = [base.state.checkpoint.path.name for base in bases if base.subtracted]
     described = options.described | ({"minus": subtracted[0]} if subtracted else {})
     return Provenance(swa_avg.__version__, (*before, *added), described, kept)
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may use, at most 16: more do not help a disk."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(_MOST_CORES, len(affinity(0)) if affinity else os.cpu_count() or 1)
