@@ -6,6 +6,7 @@ they are used.
 """
 
 from swa_avg.averaging import pictures
+from swa_avg.averaging.along import Windows, WindowsReport, planned_windows, windows
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
@@ -15,9 +16,13 @@ __all__ = [
     "Averaging",
     "Distances",
     "Report",
+    "Windows",
+    "WindowsReport",
     "average",
     "joint",
     "pictures",
     "planned",
+    "planned_windows",
     "torchrun",
+    "windows",
 ]
