@@ -6,15 +6,17 @@ they are used.
 """
 
 from swa_avg.averaging import pictures
-from swa_avg.averaging.along import Windows, WindowsReport, planned_windows, windows
+from swa_avg.averaging.along import Draft, Windows, WindowsReport, planned_windows, windows
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
-from swa_avg.averaging.report import Report
+from swa_avg.averaging.report import STALE, Report
 
 __all__ = [
+    "STALE",
     "Averaging",
     "Distances",
+    "Draft",
     "Report",
     "Windows",
     "WindowsReport",

@@ -17,6 +17,7 @@ from swa_avg.averaging.computing import computed
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average_of, check_kind, gathered, no_garbage
 from swa_avg.averaging.report import Report, versions
+from swa_avg.checkpoints import StateDict
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, counted
 from swa_avg.planning import (
     OptionFields,
@@ -129,6 +130,11 @@ class Windows:
     averages: tuple[Averaging, ...]
     selection: Selection
     shared: _Shared
+
+    @property
+    def states(self) -> tuple[StateDict, ...]:
+        """All checkpoints, in order."""
+        return self.selection.chosen
 
     @property
     def bytes_to_read(self) -> int:

@@ -83,6 +83,11 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     run = run_of(options)
     if run.plot:
         _check_plot(run.plot)
+    if run.each:
+        from swa_avg.cli.along import average_each
+
+        average_each(run)
+        return
     if run.dry_run:
         if _is_first():
             with _planned(run) as averaging:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
     "Read": ("--key", "--ema"),
-    "Average": ("--bn-buffers", "--dtype", "--start-from", "--minus"),
+    "Average": ("--bn-buffers", "--dtype", "--start-from", "--minus", "--each"),
     "Write": ("--output", "--force", "--keep-wrapper", "--max-shard-size"),
     "BatchNorm": (
         "--recompute-bn",
@@ -107,6 +107,10 @@ def check_usage(ctx: click.Context) -> None:
         return
     if named["minus"]:
         _check_minus(named)
+    if named["each"]:
+        _check_each(named)
+    elif len(named["last"] or ()) > 1:
+        raise click.UsageError("--last takes several numbers only with --each.")
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
@@ -137,6 +141,24 @@ def _check_minus(named: Mapping[str, Any]) -> None:
         raise click.UsageError("--minus needs one --start-from: the average to subtract from.")
     if named["checkpoints"]:
         raise click.UsageError("--minus takes no checkpoints, only --start-from.")
+
+
+def _check_each(named: Mapping[str, Any]) -> None:
+    """Refuse options that cannot be combined with --each."""
+    from swa_avg.planning import check_pattern
+
+    if not named["last"]:
+        raise click.UsageError("--each needs --last N: the number of checkpoints to average.")
+    for other in ("start_from", "best", "distances", "sweep", "greedy", "plot"):
+        if named[other]:
+            raise click.UsageError(f"--each cannot be combined with --{other.replace('_', '-')}.")
+    try:
+        check_pattern(named["output"], named["last"])
+    except ValueError as error:
+        raise click.UsageError(f"--each: {error}.") from error
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        raise click.UsageError("--each runs in one process: start it without torchrun.")
 
 
 def _check_search(named: Mapping[str, Any]) -> None:
@@ -171,10 +193,24 @@ def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> i
     return int(digits) * unit
 
 
+def lasts(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Parse one or more numbers, separated by commas."""
+    if value is None:
+        return None
+    try:
+        return tuple(map(int, value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a valid integer.") from None
+
+
 # All arguments and options. `_GROUPS` sets the order of `--help`.
 _DECLARED = (
     click.argument("checkpoints", nargs=-1),
-    click.option("--last", type=int, metavar="N", help="Take only the N latest."),
+    click.option(
+        "--last", callback=lasts, metavar="N", help="Take only the N latest. With --each: N,N,…"
+    ),
     click.option(
         "--epochs", metavar="A:B[:STEP]", help="Take epochs (or steps) A to B, B included."
     ),
@@ -215,6 +251,11 @@ _DECLARED = (
     ),
     click.option(
         "--minus", metavar="AVERAGE", help="Subtract it from --start-from: the mean of the rest."
+    ),
+    click.option(
+        "--each",
+        is_flag=True,
+        help="Average the --last N at every checkpoint; -o 'merged/{step}.pt' names them.",
     ),
     click.option(
         "-o",
@@ -311,6 +352,7 @@ class Run:
         options: The options of the average.
         recompute: The fields of `Recompute`; None without --recompute-bn.
         search: The options of the search; None without --sweep and --greedy.
+        each: The lengths of the windows along the run; empty without --each.
         dry_run: Whether to show the plan only.
         as_json: Whether to print the report as JSON.
         report: The path of the JSON report, or None.
@@ -325,6 +367,7 @@ class Run:
     options: Options
     recompute: dict[str, Any] | None
     search: Search | None
+    each: tuple[int, ...]
     dry_run: bool
     as_json: bool
     report: Path | None
@@ -378,6 +421,9 @@ def run_of(given: dict[str, Any]) -> Run:
     for name in ("report", "plot"):
         given[name] = GivenPath.of(given[name]) if given[name] else None
     search = _search_of(given)
+    numbers = given["last"]
+    given["each"] = numbers if given["each"] else ()
+    given["last"] = numbers[0] if numbers and not given["each"] else None
     try:
         choice = Choice(**taken(Choice))
     except ValueError as error:
