@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from swa_avg.kernel.mean import Kernel as Kernel
     from swa_avg.kernel.mean import Outcome as Outcome
     from swa_avg.kernel.mean import Window as Window
-    from swa_avg.kernel.mean import Target as Target
     from swa_avg.kernel.mean import compute as compute
     from swa_avg.kernel.mean import run as run
     from swa_avg.kernel.mean import settle as settle
@@ -29,7 +28,6 @@ _HOME = {
     "Records": "findings",
     "Kernel": "mean",
     "Outcome": "mean",
-    "Target": "mean",
     "Window": "mean",
     "compute": "mean",
     "run": "mean",

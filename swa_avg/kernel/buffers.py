@@ -94,45 +94,72 @@ class Buffers:
         return data
 
     def means(
+        self, work: Work, readers: Sequence[Reader], cell: Cell | Box, gram: Gram | None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Yield 1 and the mean of the last input, 2 and the mean of the last two, and so on.
+
+        Arguments and errors are those of `mean`.
+        """
+        data, out = self._out.view(work.dtype, cell.numel)
+        count = len(readers)
+        if not cell.numel:
+            yield from ((number, data) for number in range(1, count + 1))
+            return
+        rows = self._rows(readers[::-1], cell)
+        means = self._averager.running_means(rows, out, part(work.dtype), work.weights[::-1])
+        try:
+            for number in means:
+                yield number, data
+        except NonFiniteError as error:
+            if error.source is not None:
+                error.source = count - 1 - error.source
+            raise
+        if gram is not None:
+            gram.add_chunk(_reversed(rows), out, part(work.dtype))
+
+    def window_means(
         self,
         work: Work,
         readers: Sequence[Reader],
         cell: Cell | Box,
-        picks: Sequence[Sequence[int]],
-    ) -> Iterator[tuple[int, memoryview]]:
-        """Yield the bytes of one cell of several averages, each with its number.
+        spans: Sequence[Sequence[int]],
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of one cell of the mean of each window.
 
         Args:
             work: The averaged work.
             readers: The readers of its inputs.
             cell: The elements.
-            picks: The numbers of the inputs of each average.
+            spans: The numbers of the inputs of each window, which are consecutive.
 
         Raises:
-            NonFiniteError: As for `mean`.
+            NonFiniteError: An element is not finite in some input, or becomes so by rounding.
         """
         data, out = self._out.view(work.dtype, cell.numel)
-        if not cell.numel:
-            yield from ((number, data) for number in range(len(picks)))
-            return
-        rows = self._rows(readers, cell)
-        for number in self._averager.means(rows, picks, out, part(work.dtype), work.weights):
-            yield number, data
+        rows = self._rows(readers, cell) if cell.numel else []
+        for span in spans:
+            if cell.numel:
+                try:
+                    self._averager.mean_into(_some(rows, span), out, part(work.dtype))
+                except NonFiniteError as error:
+                    error.source = None if error.source is None else span[error.source]
+                    raise
+            yield data
 
     def without_mean(
         self,
         work: Work,
         readers: Sequence[Reader],
         cell: Cell | Box,
-        picks: Sequence[Sequence[int]],
+        spans: Sequence[Sequence[int]],
     ) -> Iterator[tuple[memoryview, bool]]:
-        """Yield the bytes of one cell of a work without a mean, and whether its inputs agree.
+        """Yield one cell of a work without a mean, and whether all inputs agree.
 
         Args:
             work: The work.
             readers: The readers of its inputs.
             cell: The elements.
-            picks: The numbers of the inputs of each output; it gets the bytes of the last one.
+            spans: For each output the numbers of its inputs, of which the last is written.
 
         Raises:
             NonFiniteError: A finite element becomes infinite by rounding.
@@ -140,16 +167,16 @@ class Buffers:
         data, out = self._out.view(work.dtype, cell.numel)
         if not cell.numel or work.treatment is Treatment.RESET:
             fill(out, work.fill, work.dtype)
-            yield from ((data, True) for _ in picks)
+            yield from ((data, True) for _ in spans)
             return
         rows = [values for values, _ in each(self._rows(readers, cell))]
-        for pick in picks:
-            last = pick[-1]
+        for span in spans:
+            last = span[-1]
             if readers[last].dtype == work.dtype:
                 out[...] = rows[last]
             else:
                 cast_into(rows[last], readers[last].dtype, out, work.dtype)
-            yield data, all(np.array_equal(rows[other], rows[last]) for other in pick[:-1])
+            yield data, all(np.array_equal(rows[row], rows[last]) for row in span[:-1])
 
     def _rows(self, readers: Sequence[Reader], cell: Cell | Box) -> Rows:
         """Read a cell of all inputs."""
@@ -171,3 +198,15 @@ class Buffers:
             Block(values[None], part(reader.dtype))
             for reader, (_, values) in zip(readers, views, strict=True)
         ]
+
+
+def _reversed(rows: Rows) -> Rows:
+    return [Block(block.values[::-1], block.dtype) for block in reversed(rows)]
+
+
+def _some(rows: Rows, span: Sequence[int]) -> Rows:
+    """Return consecutive rows, which are in one block if all rows are."""
+    cut = slice(span[0], span[-1] + 1)
+    if len(rows) == 1:
+        return [Block(rows[0].values[cut], rows[0].dtype)]
+    return rows[cut]

@@ -99,7 +99,7 @@ class Averager:
             The number of rows whose mean is in `out` now, from 1 to all.
         """
         self._resize(out.size)
-        singly = _singly(rows)
+        singly = [Block(values[None], kind) for values, kind in each(rows)]
         for done, total in enumerate(self._sums(rows, weights), 1):
             first, counted = singly[:done], weights[:done]
             self._finish(total, out, dtype, first, counted)
@@ -216,8 +216,3 @@ class Averager:
             places = unsure.nonzero()[0]
             mean[places] = exact_means(rows, weights, places, dtype)
         round_into(mean, out, dtype)
-
-
-def _singly(rows: Rows) -> list[Block]:
-    """Return the rows, each in a block of its own."""
-    return [Block(values[None], kind) for values, kind in each(rows)]

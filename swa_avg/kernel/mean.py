@@ -9,10 +9,9 @@ of the model. This module knows no file format.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from swa_avg.errors import NotFiniteError
@@ -58,61 +57,43 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One output of a kernel, and the works that it contains.
-
-    Attributes:
-        output: The output that is written.
-        places: The offset in the output of each of its works, by the work's number.
-        picks: The numbers of the sources of each of its works, by the work's number. A work
-            without a mean gets the bytes of the last of them.
-    """
-
-    output: Output
-    places: Mapping[int, int]
-    picks: Mapping[int, tuple[int, ...]]
-
-    @classmethod
-    def of_all(cls, output: Output, places: Sequence[int], works: Sequence[Work]) -> Target:
-        """Return the output that contains all works, each made from all of its sources."""
-        picks = {number: tuple(range(len(work.sources))) for number, work in enumerate(works)}
-        return cls(output, dict(enumerate(places)), picks)
-
-
-@dataclass(frozen=True)
 class Kernel:
     """The data that all tasks share.
 
     Attributes:
+        output: The output that is written.
+        places: The offset of each work in the output.
         works: The works to compute.
-        targets: The outputs. Each may contain other works, made from other sources.
         chunk: The maximum number of elements averaged at once.
         groups: For each work, the number of the group of tensors whose inner products it
-            adds to; -1 for none. Empty if no inner products are computed, or if works have
-            several means.
+            adds to; -1 for none. Empty if no inner products are computed.
+        partials: Further outputs, one fewer than there are checkpoints, or none. Output
+            number k - 1 receives the mean of the last k sources of each averaged work,
+            and the same bytes as `output` for every other work.
+        windows: All outputs, if each receives the mean of some of the sources; the last one
+            is `output`. Empty otherwise.
     """
 
+    output: Output
+    places: Sequence[int]
     works: Sequence[Work]
-    targets: Sequence[Target]
     chunk: int = CHUNK
     groups: Sequence[int] = ()
+    partials: Sequence[Output] = ()
+    windows: Sequence[Window] = ()
 
-    @cached_property
-    def takers(self) -> Sequence[Mapping[tuple[int, ...], Sequence[int]]]:
-        """For each work, the picks of its sources, and the targets that receive each."""
-        found: list[dict[tuple[int, ...], list[int]]] = [{} for _ in self.works]
-        for number, target in enumerate(self.targets):
-            for work, pick in target.picks.items():
-                found[work].setdefault(pick, []).append(number)
-        return found
+    @property
+    def targets(self) -> tuple[tuple[Output, Sequence[int]], ...]:
+        """All outputs, each with the offset of each work in it."""
+        if self.windows:
+            return tuple((window.output, window.places) for window in self.windows)
+        return tuple((output, self.places) for output in (*self.partials, self.output))
 
     def tasks(self, threads: int) -> list[list[Item]]:
         """Return all tasks in order, several for each thread."""
-        several = any(len(picks) > 1 for picks in self.takers)
-        chunking = Chunking.for_threads(
-            threads, min(self.chunk, MOST_OF_ONE) if several else self.chunk
-        )
-        groups = [(self.group(number), takers) for number, takers in enumerate(self.takers)]
+        groups = [self.group(number) for number in range(len(self.works))]
+        elements = min(self.chunk, MOST_OF_ONE) if self.partials else self.chunk
+        chunking = Chunking.for_threads(threads, elements)
         return list(tasks(self.works, groups, chunking, threads))
 
     def group(self, number: int) -> int:
@@ -123,12 +104,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of averaging into one output, besides the output itself.
+    """The results of averaging, besides the output itself.
 
     Attributes:
         checksums: The CRC-32 of each storage of the output.
         differing: Names of copied tensors that are not the same in all inputs.
-        bytes_read: Bytes read from all inputs, for all outputs together.
+        bytes_read: Bytes read from all inputs.
         crcs: The CRC-32 of every record that was read and for which the file records no
             checksum, and of some others. A recorded checksum has been compared. Records
             of equal length and CRC have the same bytes, except for one chance in 2^32.
@@ -138,6 +119,9 @@ class Outcome:
             is the same in all sources, and counts as a difference of 0.
         squares: For each of these groups, the squared norm of the written mean, without
             the elements that are not finite.
+        partial_checksums: The same as `checksums` for each of the kernel's `partials`, or for
+            each of its `windows` but the last.
+        partial_differing: The same as `differing` for each of these.
     """
 
     checksums: tuple[int, ...]
@@ -146,18 +130,17 @@ class Outcome:
     crcs: Mapping[Record, int] = field(default_factory=dict)
     grams: Mapping[int, Array] = field(default_factory=dict)
     squares: Mapping[int, float] = field(default_factory=dict)
+    partial_checksums: tuple[tuple[int, ...], ...] = ()
+    partial_differing: tuple[tuple[str, ...], ...] = ()
 
 
-def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> tuple[Outcome, ...]:
+def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outcome:
     """Compute all works and write them.
 
     Args:
-        kernel: The works and the outputs.
+        kernel: The works and the output.
         workers: The number of processes or threads.
         progress: Is called in the calling thread with the bytes read since the last call.
-
-    Returns:
-        The outcome for each target.
 
     Raises:
         SwaAvgError: The error of the first task, in their order, that failed.
@@ -215,8 +198,8 @@ def _start(job: _Job, workers: int, total: int, stack: ExitStack) -> Results[Pla
 
 
 @default_arithmetic()
-def settle(kernel: Kernel, findings: Findings, threads: int) -> tuple[Outcome, ...]:
-    """Check the checksums of all records that were read, and return the results by target.
+def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
+    """Check the checksums of all records that were read, and return the results.
 
     Args:
         kernel: The kernel whose tasks have run.
@@ -236,18 +219,22 @@ def settle(kernel: Kernel, findings: Findings, threads: int) -> tuple[Outcome, .
     with in_threads(check, -(-len(left) // _CHECKS), threads) as checked:
         for _ in checked:
             pass
-    return tuple(_outcomes(kernel, findings))
+    return _outcome(kernel, findings)
 
 
-def _outcomes(kernel: Kernel, findings: Findings) -> Iterator[Outcome]:
+def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
+    numbers = range(len(kernel.works))
+    *partial, checksums = (
+        tuple(combined(pieces.get(number, [])) for number in numbers) for pieces in findings.written
+    )
+    *others, differing = (
+        tuple(kernel.works[number].name for number in sorted(of_output))
+        for of_output in findings.differing
+    )
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}
     squares = {group: gram.square for group, gram in sorted(findings.grams.items())}
     read, crcs = findings.bytes_read, findings.ledger.found
-    every = zip(kernel.targets, findings.written, findings.differing, strict=True)
-    for target, written, different in every:
-        checksums = tuple(combined(written.get(number, [])) for number in target.places)
-        differing = tuple(kernel.works[number].name for number in sorted(different))
-        yield Outcome(checksums, differing, read, crcs, grams, squares)
+    return Outcome(checksums, differing, read, crcs, grams, squares, tuple(partial), tuple(others))
 
 
 class _Job:
@@ -291,11 +278,7 @@ class _Job:
         """Compute and write one item, cell by cell."""
         work = self.kernel.works[item.number]
         readers = readers_of(item, self.kernel.works)
-        writers = {
-            number: writer_to(target.output, item, target.places, work.dtype)
-            for number, target in enumerate(self.kernel.targets)
-            if item.number in target.places
-        }
+        writers = [writer_to(output, item, places, work.dtype) for output, places in self._targets]
         group = self.kernel.group(item.number)
         gram = Gram(len(work.sources)) if group >= 0 else None
         for cell in item.cells():
@@ -307,9 +290,9 @@ class _Job:
                         writers[number].write(data)
             except NonFiniteError as error:
                 self._refuse(item, error)
-        for target, writer in writers.items():
+        for writer, written in zip(writers, findings.written, strict=True):
             for number, piece in writer.pieces():
-                findings.written[target][number].append(piece)
+                written[number].append(piece)
         if gram is not None:
             findings.add_gram(group, gram)
         findings.bytes_read += sum(reader.close(findings.ledger) for reader in readers)
@@ -322,21 +305,44 @@ class _Job:
         gram: Gram | None,
         buffers: Buffers,
         findings: Findings,
-    ) -> Iterator[tuple[Sequence[int], memoryview]]:
-        """Yield the bytes of a cell, with the numbers of the targets that receive them."""
-        work, takers = self.kernel.works[item.number], self.kernel.takers[item.number]
-        picks, targets = [*takers], [*takers.values()]
-        if work.treatment is not Treatment.AVERAGED:
-            copies = buffers.without_mean(work, readers, cell, picks)
-            for numbers, (data, same) in zip(targets, copies, strict=True):
-                for number in () if same else numbers:
-                    findings.differing[number].add(item.number)
-                yield numbers, data
-        elif len(picks) == 1:
-            yield targets[0], buffers.mean(work, readers, cell, gram)
+    ) -> Iterator[tuple[Iterable[int], memoryview]]:
+        """Yield the bytes of a cell, with the numbers of the outputs that receive them."""
+        work = self.kernel.works[item.number]
+        everywhere = range(len(self._targets))
+        if self.kernel.windows:
+            yield from self._windows(item, readers, cell, buffers, findings)
+        elif work.treatment is not Treatment.AVERAGED:
+            ((data, same),) = buffers.without_mean(work, readers, cell, [range(len(readers))])
+            if not same:
+                for differing in findings.differing:
+                    differing.add(item.number)
+            yield everywhere, data
+        elif len(everywhere) == 1:
+            yield everywhere, buffers.mean(work, readers, cell, gram)
         else:
-            for number, data in buffers.means(work, readers, cell, picks):
-                yield targets[number], data
+            for count, data in buffers.means(work, readers, cell, gram):
+                yield (count - 1,), data
+
+    def _windows(
+        self,
+        item: Item,
+        readers: Sequence[Reader],
+        cell: Cell | Box,
+        buffers: Buffers,
+        findings: Findings,
+    ) -> Iterator[tuple[Iterable[int], memoryview]]:
+        """Yield the bytes of a cell for each window, with the number of its output."""
+        work = self.kernel.works[item.number]
+        spans = [window.rows[item.number] for window in self.kernel.windows]
+        if work.treatment is Treatment.AVERAGED:
+            for number, data in enumerate(buffers.window_means(work, readers, cell, spans)):
+                yield (number,), data
+            return
+        found = buffers.without_mean(work, readers, cell, spans)
+        for number, (data, same) in enumerate(found):
+            if not same:
+                findings.differing[number].add(item.number)
+            yield (number,), data
 
     def _refuse(self, item: Item, error: NonFiniteError) -> None:
         """Raise the error for an element that is not finite; if the file is damaged, that one."""

@@ -147,13 +147,13 @@ def buffer_bytes(works: Sequence[Work], threads: int) -> int:
 
 
 def tasks(
-    works: Sequence[Work], groups: Sequence[object], chunking: Chunking, threads: int
+    works: Sequence[Work], groups: Sequence[int], chunking: Chunking, threads: int
 ) -> Iterator[list[Item]]:
     """Divide works into tasks, several for each thread.
 
     Args:
         works: The works.
-        groups: The group of each work; only works of one group are averaged together.
+        groups: For each work the group whose inner products it adds to, or -1.
         chunking: The limits on the elements averaged at once.
         threads: The number of threads.
     """
@@ -220,7 +220,7 @@ def _bytes_each(work: Work) -> int:
 
 
 def _items(
-    works: Sequence[Work], groups: Sequence[object], chunking: Chunking, enough: int
+    works: Sequence[Work], groups: Sequence[int], chunking: Chunking, enough: int
 ) -> Iterator[tuple[Item, int]]:
     """Yield items and the bytes that they read; small works are collected into bundles."""
     waiting: list[int] = []
@@ -257,7 +257,7 @@ def _in_order(sources: Sequence[TensorRef]) -> bool:
     return all(map(whole, sources))
 
 
-def _alike(a: int, b: int, works: Sequence[Work], groups: Sequence[object]) -> bool:
+def _alike(a: int, b: int, works: Sequence[Work], groups: Sequence[int]) -> bool:
     """Return whether two averaged works can be in one bundle."""
     one, other = works[a], works[b]
     return (

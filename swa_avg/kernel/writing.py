@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -27,13 +27,13 @@ class Writer(Protocol):
         """Yield the numbers of the works, each with the checksum of its written bytes."""
 
 
-def writer_to(output: Output, item: Item, places: Mapping[int, int], dtype: DType) -> Writer:
+def writer_to(output: Output, item: Item, places: Sequence[int], dtype: DType) -> Writer:
     """Return the writer of an item.
 
     Args:
         output: The output to write to.
         item: The item.
-        places: The offset of each work in the output, by the work's number.
+        places: The offset of each work in the output.
         dtype: The dtype in the output.
     """
     if isinstance(item, Bundle):
@@ -61,7 +61,7 @@ class _RangeWriter:
 class _BundleWriter:
     """Writes the one cell of a bundle, each work to its own place."""
 
-    def __init__(self, output: Output, item: Bundle, places: Mapping[int, int], size: int) -> None:
+    def __init__(self, output: Output, item: Bundle, places: Sequence[int], size: int) -> None:
         self._write, self._places, self._numbers = output.write, places, item.numbers
         self._cuts = [slice(a * size, b * size) for a, b in pairwise(item.bounds)]
         self._pieces: list[Piece] = []
