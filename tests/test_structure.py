@@ -35,7 +35,7 @@ WINGS = {
     "averaging": "wrapper distances report pictures sampling verification computing execution "
     "prepare along heartbeat torchrun joint",
     "search": "scores candidates sweeping plot",
-    "cli": "streams progress messages failures options show beside along command",
+    "cli": "streams progress messages failures options usage show beside along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)

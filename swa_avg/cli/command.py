@@ -24,7 +24,6 @@ from swa_avg.cli.options import (
     GroupedCommand,
     Run,
     Search,
-    check_usage,
     declared,
     run_of,
 )
@@ -43,6 +42,7 @@ from swa_avg.cli.show import (
     tensors_of,
 )
 from swa_avg.cli.streams import Streams
+from swa_avg.cli.usage import check_usage
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
