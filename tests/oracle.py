@@ -29,16 +29,25 @@ class Format:
     def sign(self) -> int:
         return 1 << (self.exponent + self.fraction)
 
-    def value(self, bits: int) -> Fraction | None:
-        """Return the number that `bits` stand for; None for NaN and infinity."""
+    @property
+    def unit(self) -> int:
+        """The exponent of the smallest number: every number is a multiple of 2^-unit."""
+        return self.bias + self.fraction - 1
+
+    def multiple(self, bits: int) -> int | None:
+        """Return the number that `bits` stand for, in units of the smallest; None for no number."""
         magnitude = bits & (self.sign - 1)
         if magnitude > self.largest or (self.unsigned_zero and bits == self.sign):
             return None
         exponent, fraction = magnitude >> self.fraction, magnitude & ((1 << self.fraction) - 1)
         if exponent:
-            fraction |= 1 << self.fraction
-        scale = Fraction(2) ** (max(exponent, 1) - self.bias - self.fraction)
-        return (-1 if bits & self.sign else 1) * fraction * scale
+            fraction = (fraction | 1 << self.fraction) << (exponent - 1)
+        return -fraction if bits & self.sign else fraction
+
+    def value(self, bits: int) -> Fraction | None:
+        """Return the number that `bits` stand for; None for NaN and infinity."""
+        multiple = self.multiple(bits)
+        return None if multiple is None else Fraction(multiple, 1 << self.unit)
 
     @property
     def unsigned_zero(self) -> bool:
@@ -47,18 +56,20 @@ class Format:
 
     def bits(self, value: Fraction) -> int:
         """Return the bits of the number nearest to `value`, of two the even one."""
-        size = abs(value)
-        lowest = 1 - self.bias
-        exponent = lowest
-        if size:
-            exponent = size.numerator.bit_length() - size.denominator.bit_length()
-            if Fraction(2) ** exponent > size:
-                exponent -= 1
-            exponent = max(exponent, lowest)
-        steps = round(size / Fraction(2) ** (exponent - self.fraction))  # half to even
-        magnitude = ((exponent - lowest) << self.fraction) + steps
+        return self.nearest(value.numerator << self.unit, value.denominator)
+
+    def nearest(self, multiple: int, divisor: int) -> int:
+        """Return the bits of the number nearest to `multiple / divisor` units, of two the even."""
+        size = abs(multiple)
+        # As many times is it halved until its whole part has the bits of a fraction and one.
+        halved = max((size // divisor).bit_length() - self.fraction - 1, 0)
+        divisor <<= halved
+        steps, rest = divmod(size, divisor)
+        if 2 * rest > divisor or (2 * rest == divisor and steps % 2):
+            steps += 1
+        magnitude = (halved << self.fraction) + steps
         assert magnitude <= self.largest, "a mean is no larger than what it is the mean of"
-        negative = value < 0 and not (self.unsigned_zero and magnitude == 0)
+        negative = multiple < 0 and not (self.unsigned_zero and magnitude == 0)
         return magnitude | (self.sign if negative else 0)
 
 
@@ -77,9 +88,14 @@ PARTS = {torch.complex128: torch.float64, torch.complex64: torch.float32}
 
 def bits(values: Tensor) -> list[int]:
     """Return the bit patterns of a tensor's elements, in C order."""
-    size = values.dtype.itemsize
+    mask = (1 << 8 * values.dtype.itemsize) - 1
+    return [number & mask for number in _integers(values).tolist()]
+
+
+def _integers(values: Tensor) -> Tensor:
+    """Return the bits of a tensor's elements as integers, in C order."""
     flat = values.detach().resolve_conj().contiguous().reshape(-1)
-    return [number & ((1 << 8 * size) - 1) for number in flat.view(INTEGERS[size]).tolist()]
+    return flat.view(INTEGERS[values.dtype.itemsize])
 
 
 def from_bits(patterns: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -103,21 +119,24 @@ def mean(
         return torch.view_as_complex(mean(parts, PARTS[wanted], weights))
     same_dtype = all(values.dtype == wanted for values in inputs)
     forms = [FORMATS[values.dtype] for values in inputs]
+    target = FORMATS[wanted]
+    unit = max(form.unit for form in (*forms, target))
     times = weights or [1] * len(inputs)
+    factors = [time << (unit - form.unit) for time, form in zip(times, forms, strict=True)]
+    divisor = sum(times) << (unit - target.unit)
     made = []
     for column in zip(*map(bits, inputs), strict=True):
-        patterns = set(column)
-        if same_dtype and len(patterns) == 1:
-            made.append(patterns.pop())
+        if same_dtype and column.count(column[0]) == len(column):
+            made.append(column[0])
             continue
-        numbers = [form.value(pattern) for pattern, form in zip(column, forms, strict=True)]
+        numbers = [form.multiple(pattern) for pattern, form in zip(column, forms, strict=True)]
         assert None not in numbers, "NaN and infinity have no mean"
         zeros = zip(column, forms, strict=True)
         if all(pattern == form.sign for pattern, form in zeros):
-            made.append(0 if FORMATS[wanted].unsigned_zero else FORMATS[wanted].sign)
+            made.append(0 if target.unsigned_zero else target.sign)
             continue
-        exact = sum((n * w for n, w in zip(numbers, times, strict=True)), Fraction(0)) / sum(times)
-        made.append(FORMATS[wanted].bits(exact))
+        exact = sum(n * factor for n, factor in zip(numbers, factors, strict=True))
+        made.append(target.nearest(exact, divisor))
     return from_bits(made, wanted).reshape(inputs[0].shape)
 
 
@@ -127,4 +146,4 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_complex():
         return same_bits(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
-    return bits(a) == bits(b)
+    return bool(torch.equal(*(_integers(values) for values in (a, b))))

@@ -8,6 +8,7 @@ checkpoints alone. All outputs are computed before the first one is committed.
 from __future__ import annotations
 
 import os
+from collections import Counter as Counted
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -297,13 +298,14 @@ def _spans(lasts: Sequence[int], count: int) -> list[range]:
 def _shared(averages: Sequence[Averaging], spans: Sequence[range]) -> _Shared:
     """Return the works of all windows together."""
     shared = _Shared([], [[] for _ in averages], [[] for _ in averages])
-    own = [{work.name: n for n, work in enumerate(one.plan.works)} for one in averages]
+    own = [{key: n for n, key in enumerate(_keys(one.plan.works))} for one in averages]
     first = [{tensor.name for tensor in one.plan.tensors if tensor.of_first} for one in averages]
-    for like in averages[-1].plan.works:
+    works = averages[-1].plan.works
+    for key, like in zip(_keys(works), works, strict=True):
         sources: dict[int, TensorRef] = {}
         taken: list[list[int]] = []
         for place, (average, span) in enumerate(zip(averages, spans, strict=True)):
-            number = own[place].get(like.name)
+            number = own[place].get(key)
             work = like if number is None else average.plan.works[number]
             taken.append(_inputs_of(work, span, like.name in first[place]))
             before = [
@@ -318,6 +320,16 @@ def _shared(averages: Sequence[Averaging], spans: Sequence[range]) -> _Shared:
         for rows, numbers in zip(shared.rows, taken, strict=True):
             rows.append(tuple(order[number] for number in numbers))
     return shared
+
+
+def _keys(works: Sequence[Work]) -> list[tuple[str, int]]:
+    """Return the name of each work, numbered: a tensor written in parts has several works."""
+    seen: Counted[str] = Counted()
+    keys = []
+    for work in works:
+        keys.append((work.name, seen[work.name]))
+        seen[work.name] += 1
+    return keys
 
 
 def _inputs_of(work: Work, span: range, of_first: bool) -> list[int]:

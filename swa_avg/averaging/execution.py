@@ -216,7 +216,8 @@ class Averaging:
         for place, data in self.layout.headers(outcome.checksums, provenance):
             file.write(data, place)
             count(len(data))
-        for source in self.files:
+        copied = self.layout.copied if isinstance(self.layout, wrapper.WrapperLayout) else ()
+        for source in (*self.files, *copied):
             source.check_unchanged()
         self._verify(file, outcome.checksums, provenance, progress)
         return self._report(outcome, found)

@@ -132,7 +132,7 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """Return the report as a dict for JSON."""
-        content = {**asdict(replace(self, batchnorm=None)), "versions": self.versions}
+        content = asdict(replace(self, batchnorm=None)) | {"versions": self.versions}
         if self.batchnorm is None:
             del content["batchnorm"], content["batchnorm_notes"]
             return content

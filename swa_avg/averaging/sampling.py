@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -42,11 +43,16 @@ def wrong_in_sample(
         output: The tensors of the output, by name.
     """
     draw = random.Random(0)
-    works = [work for work in works if math.prod(work.shape)]
-    each = max(1, min(_MOST_OF_ONE, _BOXES // max(len(works), 1)))
-    for work in draw.sample(works, min(len(works), _BOXES)):
+    # A tensor that is written in parts has several works, which are all computed alike.
+    named: dict[str, list[Work]] = defaultdict(list)
+    for work in works:
+        if math.prod(work.shape):
+            named[work.name].append(work)
+    each = max(1, min(_MOST_OF_ONE, _BOXES // max(len(named), 1)))
+    for parts in draw.sample([*named.values()], min(len(named), _BOXES)):
+        work = parts[0]
         result = output[work.name]
-        sources = _sources(work, [tensors[work.name] for tensors in inputs])
+        sources = _sources(parts, [tensors[work.name] for tensors in inputs])
         for number in range(each):
             box = _box(result.shape, draw, number)
             if not _is_right(work, result, sources, box):
@@ -54,13 +60,14 @@ def wrong_in_sample(
     return None
 
 
-def _sources(work: Work, every: Sequence[TensorRef]) -> Sequence[TensorRef]:
+def _sources(parts: Sequence[Work], every: Sequence[TensorRef]) -> Sequence[TensorRef]:
     """Return the checkpoints' tensors that an output tensor is computed from."""
+    averaged = parts[0].treatment is Treatment.AVERAGED
     # A tensor that is not averaged is taken from the last of the work's sources.
-    taken = work.sources if work.treatment is Treatment.AVERAGED else work.sources[-1:]
-    records = [source.record for source in taken]
+    taken = [source for work in parts for source in work.sources[0 if averaged else -1 :]]
+    records = {record for source in taken for record in source.records}
     sources = [ref for ref in every if ref.record in records]
-    return sources if work.treatment is Treatment.AVERAGED else sources[-1:]
+    return sources if averaged else sources[-1:]
 
 
 def _box(shape: tuple[int, ...], draw: random.Random, number: int) -> Box:

@@ -20,11 +20,22 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.checkpoints import StateDict, at, find_state_dict, mapping
 from swa_avg.errors import OutputError, SwaAvgError
-from swa_avg.formats import Checkpoint, Components, DcpLayout, Layout, OutputTensor, open_checkpoint
+from swa_avg.formats import (
+    Checkpoint,
+    Components,
+    DcpLayout,
+    Layout,
+    OutputStorage,
+    OutputTensor,
+    open_checkpoint,
+)
 from swa_avg.planning import Plan
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import InputFile
 from swa_avg.tensors import TensorRef, View
+
+# What is compared, what was found, and what is expected.
+Check = tuple[str, object, object]
 
 _SMALL = 64  # bytes: shorter header data overwrite parts of longer ones
 _REMEDY = "Run it again; if it fails again, suspect the disk, the memory or a bug in swa-avg"
@@ -170,28 +181,46 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
     where = written.layout.places
     for name, item in planned.tensors.items():
         ref = found[name]
-        storage = planned.storages[item.storage]
-        checks: list[tuple[str, object, object]] = [
-            ("dtype", ref.dtype.name, storage.dtype.name),
+        parts = [part.start for part in ref.parts]
+        checks: list[Check] = [
             ("shape", ref.shape, item.shape),
+            ("parts", parts, [start for start, _ in item.parts]),
         ]
-        if ref.numel:
-            file = ref.record.file
-            start = starts[file.path] + file.start + ref.record.offset
-            itemsize = ref.dtype.itemsize
-            place = where[item.storage] + item.offset * itemsize
-            checks += [
-                ("stride", ref.stride, item.stride),
-                ("place", start + ref.offset * itemsize, place),
-            ]
-        if ref.record.crc32 is not None and ref.record.length == storage.nbytes:
-            checks.append(("checksum", ref.record.crc32, written.checksums[item.storage]))
+        stored = [(ref, item)]
+        if parts:
+            refs = (part.ref for part in ref.parts)
+            stored = list(zip(refs, (one for _, one in item.parts), strict=False))
+        for one, wanted in stored:
+            number, record = wanted.storage, one.record
+            start = starts[record.file.path] + record.file.start + record.offset
+            checks += _checks(one, wanted, planned.storages[number], start - where[number])
+            if record.crc32 is not None and record.length == planned.storages[number].nbytes:
+                checks.append(("checksum", record.crc32, written.checksums[number]))
         for what, actual, expected in checks:
             if actual != expected:
                 raise written.refusal(f"its {what} is {actual} instead of {expected}", name)
     if checkpoint.format == "torch zip" and not written.wrapped:
         _compare_values(written, entries)
     return found
+
+
+def _checks(
+    ref: TensorRef, item: OutputTensor, storage: OutputStorage, moved: int
+) -> Iterator[Check]:
+    """Yield what was found and what is expected of a tensor, or of a part of one.
+
+    Args:
+        ref: What was found.
+        item: What is expected.
+        storage: The expected storage.
+        moved: How far the found record begins behind the expected place of the storage.
+    """
+    yield "dtype", ref.dtype.name, storage.dtype.name
+    yield "shape", ref.shape, item.shape
+    if ref.numel:
+        itemsize = ref.dtype.itemsize
+        yield "stride", ref.stride, item.stride
+        yield "place in its storage", moved + ref.offset * itemsize, item.offset * itemsize
 
 
 def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:

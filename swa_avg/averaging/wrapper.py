@@ -9,8 +9,8 @@ are replaced. The provenance is added if the format has a place for it.
 from __future__ import annotations
 
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +21,9 @@ from swa_avg.formats import PROVENANCE, Splice, checksum_places, leaves, links_n
 from swa_avg.planning import Plan, Work
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Piece, Record, combined, is_dense, with_gaps
+
+# Where HuggingFaceStorageWriter leaves the parts of the ranks after it has joined them.
+_COPIES = "sharded/*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class WrapperLayout:
     ranges: tuple[_Range, ...]
     provenance: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def copied(self) -> Iterable[InputFile]:
+        """The files that are copied."""
+        return self.sources.values()
 
     @property
     def _single(self) -> InputFile | None:
@@ -107,10 +115,18 @@ class WrapperLayout:
             yield name, place
             place += file.size
 
+    @cached_property
+    def _of_file(self) -> Mapping[object, Sequence[tuple[_Range, int]]]:
+        """The ranges of each file with their numbers, by the identity of the file."""
+        found: dict[object, list[tuple[_Range, int]]] = defaultdict(list)
+        for number, r in enumerate(self.ranges):
+            found[r.record.file.identity].append((r, number))
+        return found
+
     def _outside(self, file: InputFile) -> Iterator[tuple[int, int]]:
         """Yield the start and length of each part of a file that is copied unchanged."""
         place = 0
-        inside = [r for r in self.ranges if r.record.file.identity == file.identity]
+        inside = (r for r, _ in self._of_file[file.identity])
         stretches = [(_place(r)[1], r.length) for r in inside if r.length]
         stretches += [(splice.start, splice.length) for splice in self._splices]
         for start, length in sorted(stretches):
@@ -121,9 +137,9 @@ class WrapperLayout:
     def _checksums(self, file: InputFile, checksums: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yield the new checksums of a file's records, and their places."""
         pieces: dict[Record, list[Piece]] = {}
-        for r, checksum in zip(self.ranges, checksums, strict=True):
-            if r.record.file.identity == file.identity:
-                pieces.setdefault(r.record, []).append(Piece(r.start, r.length, checksum))
+        for r, number in self._of_file[file.identity]:
+            piece = Piece(r.start, r.length, checksums[number])
+            pieces.setdefault(r.record, []).append(piece)
         # An item of a distributed checkpoint is a section of a file with its own checksums.
         places = {part: checksum_places(part) for part in {record.file for record in pieces}}
         for record, replaced in pieces.items():
@@ -150,7 +166,7 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     Raises:
         OutputError: A tensor cannot be replaced in place.
     """
-    ranges = tuple(_range(work, last) for work in plan.works)
+    ranges = tuple(map(_range, plan.works))
     named = [(r, work.name) for r, work in zip(ranges, plan.works, strict=True) if r.length]
     named.sort(key=lambda pair: _place(pair[0]))
     for (one, _), (other, name) in pairwise(named):
@@ -161,6 +177,12 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
     if not path.is_dir():
         (file,) = last.checkpoint.files
         return WrapperLayout({"": file}, ranges, plan.state_dict.provenance)
+    if next(path.glob(_COPIES), None):
+        raise OutputError(
+            f"has its weights a second time, as {_COPIES}, which would not be averaged",
+            file=path,
+            remedy="Leave out --keep-wrapper",
+        )
     sources = {}
     weights = {file.path for file in last.checkpoint.files}
     leaving = []
@@ -172,12 +194,18 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
         sources[name] = file = InputFile(inner)
         opened(file)
     counted = Counter(file.identity for file in sources.values())
-    for r in ranges:
-        if counted[r.record.file.identity] > 1:
+    for file in {r.record.file for r in ranges}:
+        if counted[file.identity] > 1:
             raise OutputError(
                 "has two names in its folder",
-                file=r.record.file.path,
+                file=file.path,
                 remedy="Remove one of the links, or leave out --keep-wrapper",
+            )
+        if not counted[file.identity]:
+            raise OutputError(
+                "was replaced by another program during this run",
+                file=file.path,
+                remedy="Run the command again",
             )
     notes = (links_note(path, leaving),) if leaving else ()
     return WrapperLayout(sources, ranges, plan.state_dict.provenance, notes)
@@ -210,10 +238,9 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
             )
 
 
-def _range(work: Work, last: StateDict) -> _Range:
-    ref = last.tensors[work.name]
-    if ref.parts:
-        raise _irreplaceable(work.name, "is stored in several parts")
+def _range(work: Work) -> _Range:
+    ref = work.replaces
+    assert ref is not None
     if not is_dense(ref.shape, ref.stride):
         raise _irreplaceable(work.name, "is a view with gaps")
     return _Range(ref.record, ref.offset * ref.dtype.itemsize, ref.nbytes)

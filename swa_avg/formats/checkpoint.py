@@ -104,12 +104,18 @@ class OutputStorage:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """A tensor of the output: its storage by number, and its offset and strides in elements."""
+    """A tensor of the output: its storage by number, and its offset and strides in elements.
+
+    Attributes:
+        parts: The boxes of a tensor that is written to several storages, each with its first
+            index in the tensor; `storage` is then that of the first box.
+    """
 
     storage: int
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    parts: tuple[tuple[tuple[int, ...], OutputTensor], ...] = ()
 
 
 @dataclass(frozen=True)

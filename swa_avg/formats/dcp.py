@@ -28,8 +28,8 @@ from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 
 _METADATA = ".metadata"
-# accelerate and Trainer save the model in a sub-folder, next to one for the optimizer.
-_INNER = "pytorch_model_fsdp_0"
+# The sub-folder with the model: of accelerate and Trainer, of NeMo, of OLMo-core.
+_INNER = ("pytorch_model_fsdp_0", "weights", "model_and_optim")
 # Files in which Lightning and Megatron-LM record the state of the run.
 _BESIDE = ("meta.pt", "common.pt")
 _CALLED = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
@@ -83,8 +83,8 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _home(folder: Path) -> Path:
-    inner = folder / _INNER
-    return inner if (inner / _METADATA).exists() else folder
+    inner = (folder / name for name in _INNER)
+    return next((home for home in inner if (home / _METADATA).exists()), folder)
 
 
 def _state_beside(folder: Path) -> object:

@@ -227,8 +227,9 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
     *partial, checksums = (
         tuple(combined(pieces.get(number, [])) for number in numbers) for pieces in findings.written
     )
+    # A tensor that is written in parts has several works.
     *others, differing = (
-        tuple(kernel.works[number].name for number in sorted(of_output))
+        tuple(dict.fromkeys(kernel.works[number].name for number in sorted(of_output)))
         for of_output in findings.differing
     )
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}

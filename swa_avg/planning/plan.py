@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
@@ -27,11 +27,13 @@ from swa_avg.planning.treatments import (
 )
 from swa_avg.storage import InputFile
 from swa_avg.tensors import (
+    Box,
     DType,
     Kind,
     Record,
     TensorRef,
     contiguous_stride,
+    cut,
     is_dense,
     memory_order,
     permuted,
@@ -55,6 +57,8 @@ class Work:
         dtype: The dtype in the output.
         fill: The value of a reset tensor.
         weights: The number of checkpoints in each source; empty if each is one.
+        replaces: The tensor of the last checkpoint, or the part of one, whose bytes it
+            replaces if the wrapper is kept; otherwise None.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Work:
     dtype: DType
     fill: float = 0.0
     weights: tuple[int, ...] = ()
+    replaces: TensorRef | None = None
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,10 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
     for tie in all_ties:
-        work, base = _work(tie.base, states, planned[tie.base], rules, counts)
+        made, base = _works(states, planned[tie.base], rules, counts, len(works))
         for name in tie.names:
-            views[name] = _view(last.tensors[name], last.tensors[tie.base], base, len(works))
-        works.append(work)
+            views[name] = _view(last.tensors[name], last.tensors[tie.base], base)
+        works += made
     notes = list(_notes(states, rules))
     if len(states) > 1:
         notes += family_notes(families, last.checkpoint.path)
@@ -215,7 +220,7 @@ def _statistics(
 ) -> Statistics:
     """Sort the BatchNorm means and variances by what the headers show."""
     alike, unfit, compared = [], [], []
-    for work in works:
+    for work in {work.name: work for work in works}.values():
         if not planned[work.name].statistic or work.name.rpartition(".")[2] == BN_COUNTER:
             continue
         known = same_bytes([state.tensors[work.name] for state in states])
@@ -270,22 +275,58 @@ def _differences(
                 )
 
 
+def _works(
+    states: Sequence[StateDict], planned: Planned, rules: Rules, counts: Sequence[int], first: int
+) -> tuple[list[Work], OutputTensor]:
+    """Return the works for a tensor, and the tensor's layout in its new storages.
+
+    A kept wrapper has a storage for each part that a rank wrote; all other outputs have one
+    for the whole tensor.
+
+    Args:
+        states: The state_dicts.
+        planned: The tensor.
+        rules: The rules for tensors.
+        counts: The number of checkpoints in each state_dict.
+        first: The number of the first new storage.
+    """
+    ref = states[-1].tensors[planned.name]
+    sources = _sources(planned, states)
+    if not (rules.wrapper and ref.parts):
+        work, written = _work(ref, sources, planned, rules, counts)
+        return [work], replace(written, storage=first)
+    boxes = [Box(part.start, part.ref.shape) for part in ref.parts]
+    columns = [cut(source, boxes) for source in sources]
+    works, parts = [], []
+    for number, part in enumerate(ref.parts):
+        column = tuple(column[number] for column in columns)
+        work, written = _work(part.ref, column, planned, rules, counts)
+        works.append(work)
+        parts.append((part.start, replace(written, storage=first + number)))
+    return works, OutputTensor(first, 0, ref.shape, ref.stride, tuple(parts))
+
+
 def _work(
-    name: str, states: Sequence[StateDict], planned: Planned, rules: Rules, counts: Sequence[int]
+    ref: TensorRef,
+    sources: tuple[TensorRef, ...],
+    planned: Planned,
+    rules: Rules,
+    counts: Sequence[int],
 ) -> tuple[Work, OutputTensor]:
-    """Return the work for a tensor, and the tensor's layout in its new storage."""
-    ref = states[-1].tensors[name]
+    """Return the work for one storage, and the layout of its tensor, like that of `ref`."""
     keeps = rules.strides and is_dense(ref.shape, ref.stride)
     stride = ref.stride if keeps else contiguous_stride(ref.shape)
     order = memory_order(ref.shape, stride)
     shape = tuple(ref.shape[dim] for dim in order)
-    sources = _sources(planned, states)
     if order != tuple(range(len(order))):
         sources = tuple(permuted(source, order, shape) for source in sources)
-    fill = _RESET.get(name.rpartition(".")[2], 0.0)
+    fill = _RESET.get(planned.name.rpartition(".")[2], 0.0)
     equal = planned.treatment is not Treatment.AVERAGED or set(counts) == {1}
     weights = () if equal else tuple(counts)
-    work = Work(name, planned.treatment, shape, sources, planned.dtype, fill, weights)
+    place = ref if rules.wrapper else None
+    work = Work(
+        planned.name, planned.treatment, shape, sources, planned.dtype, fill, weights, place
+    )
     return work, OutputTensor(0, 0, ref.shape, stride)
 
 
@@ -303,11 +344,11 @@ def _sources(planned: Planned, states: Sequence[StateDict]) -> tuple[TensorRef, 
     return every if compared and len({ref.dtype for ref in every}) == 1 else every[-1:]
 
 
-def _view(ref: TensorRef, base: TensorRef, written: OutputTensor, storage: int) -> OutputTensor:
+def _view(ref: TensorRef, base: TensorRef, written: OutputTensor) -> OutputTensor:
     """Return the layout of a tied tensor in the new storage of the tie's base."""
     if (ref.offset, ref.shape, ref.stride) == (base.offset, base.shape, base.stride):
-        return OutputTensor(storage, 0, written.shape, written.stride)
-    return OutputTensor(storage, ref.offset - base.offset, ref.shape, ref.stride)
+        return written
+    return OutputTensor(written.storage, ref.offset - base.offset, ref.shape, ref.stride)
 
 
 def _output(

@@ -80,7 +80,8 @@ def _overlapping(
     by_storage: dict[object, list[tuple[int, int, int, str]]] = {}
     for number, (name, ref) in enumerate(tensors):
         # Empty tensors share no elements; their number makes the key unique.
-        key = (ref.record, ref.dtype.name, treatments[name]) if ref.numel else number
+        place = ref.parts or ref.record
+        key = (place, ref.dtype.name, treatments[name]) if ref.numel else number
         span = (ref.offset, ref.offset + ref.extent, number, name)
         by_storage.setdefault(key, []).append(span)
     for spans in by_storage.values():
@@ -122,7 +123,7 @@ def _tied_alike(tie: Tie, state: StateDict, last: StateDict) -> bool:
     base, base_last = state.tensors[tie.base], last.tensors[tie.base]
     for name in tie.names:
         ref, ref_last = state.tensors[name], last.tensors[name]
-        if ref.record != base.record or ref.dtype != base.dtype:
+        if (ref.record, ref.parts, ref.dtype) != (base.record, base.parts, base.dtype):
             return False
         same_here = (ref.offset, ref.stride) == (base.offset, base.stride)
         if _is_same_view(ref_last, base_last):

@@ -5,6 +5,7 @@ bytes. This wing does not know any file format.
 """
 
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps
+from swa_avg.tensors.cutting import cut
 from swa_avg.tensors.floats import FORMATS, Format, part, value_of
 from swa_avg.tensors.optimizers import in_groups, is_optimizer, optimizer_groups
 from swa_avg.tensors.strided import (
@@ -53,6 +54,7 @@ __all__ = [
     "boxes",
     "combined",
     "contiguous_stride",
+    "cut",
     "elements",
     "in_groups",
     "is_dense",

@@ -160,7 +160,8 @@ def test_splitting_does_not_matter_to_the_first_layer(
     recompute_batchnorm(whole, [samples])
     recompute_batchnorm(split, samples.tensor_split(sorted(2 * cut for cut in cuts)))
     std_seen = whole.running_var.sqrt()
-    limit = 1e-6 + whole.running_mean.abs() / std_seen * 2**-23  # the buffer's own rounding
+    # The layer adds up float32 numbers, in another order with each number of threads.
+    limit = 1e-6 + whole.running_mean.abs() / std_seen * 2**-21
     assert ((whole.running_mean - split.running_mean).abs() / std_seen <= limit).all()
     assert torch.allclose(whole.running_var, split.running_var, rtol=1e-6, atol=0)
 

@@ -20,17 +20,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import save_chunks
 from injection import FAIL, HALF, SIGNAL, Commands, Ended, Fault
 from safetensors.torch import save_file
 
 ALL = os.environ.get("SWA_AVG_FAULTS") == "all"
+HALVES = [((0, 0), (40, 50)), ((0, 50), (40, 40))]
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 FORMS = ("file", "folder")
+RANKS = (*FORMS, "ranks")  # a folder that several ranks wrote, with its wrapper kept
+STEPS = {"file": 1, "folder": 1, "ranks": 3}  # of how many calls one is tried
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files and two folders, and what their averages look like: `swa` and `swa.pt`."""
+    """Two files and folders of two kinds, and what their averages look like."""
     folder = tmp_path_factory.mktemp("inputs")
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -39,6 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / str(seed)).mkdir()
         save_file(state, folder / str(seed) / "model.safetensors", {"format": "pt"})
         (folder / str(seed) / "config.json").write_text(json.dumps({"seed": seed}))
+        save_chunks(folder / f"ranks{seed}", {"a": state["a"]}, {"a": HALVES})
     return folder
 
 
@@ -47,10 +52,11 @@ class Case:
 
     def __init__(self, commands: Commands, inputs: Path, place: Path, form: str) -> None:
         self.commands = commands
-        self.place = place
-        name = {"file": "swa.pt", "folder": "swa"}[form]
-        sources = [str(inputs / {"file": f"{n}.pt", "folder": str(n)}[form]) for n in (1, 2)]
-        shards = {"file": [], "folder": ["--max-shard-size", "10KB"]}[form]
+        self.place, self.form = place, form
+        name = {"file": "swa.pt"}.get(form, "swa")
+        names = {"file": "{}.pt", "folder": "{}", "ranks": "ranks{}"}
+        sources = [str(inputs / names[form].format(n)) for n in (1, 2)]
+        shards = {"folder": ["--max-shard-size", "10KB"], "ranks": ["--keep-wrapper"]}.get(form, [])
         self.target = place / name
         self.arguments = [*sources, "-o", name, "-f", "--threads", "1", *shards]
         self.inputs = inputs
@@ -59,7 +65,8 @@ class Case:
         self.new = content(self.target)
         self.reset(old=False)
         # The old one is another: only one of the inputs.
-        assert commands.run(place, *sources[:1], "-o", name).code == 0
+        kept = shards if form == "ranks" else []
+        assert commands.run(place, *sources[:1], "-o", name, *kept).code == 0
         self.old = content(self.target)
         self.backup = Path(tempfile.mkdtemp(dir=inputs.parent)) / name
         shutil.move(self.target, self.backup)
@@ -110,7 +117,7 @@ def moments(case: Case, fault: Fault = Fault(), old: bool = True) -> list[str]: 
 # Killed.
 
 
-@pytest.mark.parametrize("case", FORMS, indirect=True)
+@pytest.mark.parametrize("case", RANKS, indirect=True)
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("old", [True, False])
 def test_killed_at_any_call(case: Case, number: signal.Signals, old: bool) -> None:
@@ -121,6 +128,7 @@ def test_killed_at_any_call(case: Case, number: signal.Signals, old: bool) -> No
     """
     kills = 0
     step = 1 if ALL else 2 if number == signal.SIGKILL else 4
+    step *= 1 if ALL else STEPS[case.form]
     calls = moments(case, old=old)
     for action in (SIGNAL, HALF):
         for at, call in list(enumerate(calls, 1))[:: step if action == SIGNAL else 2 * step]:
@@ -168,13 +176,14 @@ def test_killed_where_folders_cannot_change_places(case: Case) -> None:
 # Refused by the system.
 
 
-@pytest.mark.parametrize("case", FORMS, indirect=True)
+@pytest.mark.parametrize("case", RANKS, indirect=True)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_any_call_that_fails(case: Case, number: int) -> None:
     """One line that names the output and says why, exit code 1, and everything as it was."""
     calls = moments(case)
     failures = 0
     step = 1 if ALL else 2 if number == errno.ENOSPC else 4
+    step *= 1 if ALL else STEPS[case.form]
     for at, call in list(enumerate(calls, 1))[::step]:
         if call == "unlink":
             continue  # of what is gone already, or will be removed by the next run

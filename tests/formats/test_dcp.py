@@ -180,7 +180,8 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    mp.spawn(work, (sys.argv[1],), nprocs=2)
+    # Forked, so that torch is imported once.
+    mp.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
@@ -298,7 +299,9 @@ def test_each_byte_is_read_once_and_checked(
     assert report.bytes_read == 2 * size
     assert sum(read) < 2 * size + 200_000
     loaded = torch.load(tmp_path / "out.pt")
-    assert_same(loaded, {name: oracle.mean([one[name] for one in states]) for name in state})
+    # Exact in float64, and rounded once.
+    one, other = ({name: value.double() for name, value in found.items()} for found in states)
+    assert_same(loaded, {name: ((one[name] + other[name]) / 2).float() for name in state})
 
 
 def test_inputs_with_other_strides(tmp_path: Path) -> None:

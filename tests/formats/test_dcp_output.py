@@ -78,7 +78,8 @@ def test_two_ranks_load_shards_of_it(tmp_path: Path) -> None:
     for step in (0, 2):
         save({"w": torch.arange(24.0).view(6, 4) + step}, tmp_path / f"step{step}")
     swa_avg.average(tmp_path / "step?", tmp_path / "out")
-    mp.spawn(_load_shard, (str(tmp_path / "out"), str(tmp_path / "meeting")), nprocs=2)
+    paths = (str(tmp_path / "out"), str(tmp_path / "meeting"))
+    mp.start_processes(_load_shard, paths, nprocs=2, start_method="fork")
 
 
 def test_keep_wrapper_keeps_the_optimizer(tmp_path: Path) -> None:

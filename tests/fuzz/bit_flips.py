@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -84,8 +83,7 @@ def flips(count: int, seed: int = 0) -> Counter[str]:
     """Flip so many bits, spread over files of each kind; return how many outcomes were what."""
     draw = random.Random(seed)
     found: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(8) as pool:
-        tasks = []
+    with tempfile.TemporaryDirectory() as folder:
         for number in range(count):
             kind = KINDS[number % len(KINDS)]
             whole = Path(folder, f"{kind.__name__}.pt")
@@ -95,9 +93,7 @@ def flips(count: int, seed: int = 0) -> Counter[str]:
             bit = draw.randrange(8 * len(data))
             data[bit // 8] ^= 1 << bit % 8
             right = network().half().state_dict() if kind is _half else network().state_dict()
-            tasks.append(pool.submit(_in_its_place, Path(folder), number, bytes(data), dict(right)))
-        for task in tasks:
-            found[task.result()] += 1
+            found[_in_its_place(Path(folder), number, bytes(data), dict(right))] += 1
     return found
 
 

@@ -19,8 +19,8 @@ from fuzz import bit_flips, differential, fuzz_readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-RUNS = 1500
-FLIPS = 400
+RUNS = 600
+FLIPS = 500
 COMPARED = 400
 
 
