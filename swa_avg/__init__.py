@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
     from swa_avg.averaging import Averaging as Averaging
     from swa_avg.averaging import Report as Report
+    from swa_avg.averaging import WindowsReport as WindowsReport
     from swa_avg.averaging import average as average
     from swa_avg.averaging import planned as planned
+    from swa_avg.averaging import windows as windows
     from swa_avg.batchnorm import BatchNorm as BatchNorm
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import default_forward as default_forward
@@ -44,8 +46,10 @@ __version__ = "0.1.0"
 _HOME = {
     "Averaging": "averaging",
     "Report": "averaging",
+    "WindowsReport": "averaging",
     "average": "averaging",
     "planned": "averaging",
+    "windows": "averaging",
     "BatchNorm": "batchnorm",
     "BatchNormReport": "batchnorm",
     "default_forward": "batchnorm",
@@ -94,6 +98,7 @@ __all__ = [
     "SelectionError",
     "SwaAvgError",
     "SweepReport",
+    "WindowsReport",
     "average",
     "default_forward",
     "made_from",
@@ -101,6 +106,7 @@ __all__ = [
     "planned",
     "recompute_batchnorm",
     "sweep",
+    "windows",
 ]
 
 

@@ -25,8 +25,9 @@ _PARAMETERS = {
     "recompute-bn": "batchnorm=BatchNorm(...)",
 }
 _OF_CHOICE = ("last", "epochs", "best", "exclude")
-_WITH_VALUES = (*_OF_CHOICE, "key", "dtype", "threads", "metric", "mode", "amp")
-_OTHERS = ("bn-buffers", "start-from", "max-shard-size", "model", "data")
+_AVERAGES = ("start-from", "minus")
+_WITH_VALUES = (*_OF_CHOICE, *_AVERAGES, "key", "dtype", "threads", "metric", "mode", "amp")
+_OTHERS = ("bn-buffers", "max-shard-size", "model", "data")
 _VALUE = r"('[^']*'|[\w.:*?/\[\]-]*[\w*\]:])"
 _OPTION = re.compile(
     rf"(?<![\w-])--({'|'.join((*_PARAMETERS, *_OTHERS))})(?![\w-])(?: MOD:ATTR)?"
@@ -54,6 +55,7 @@ def _parameter(found: re.Match[str]) -> str:
     shown = f"({', '.join(values)})" if len(values) > 1 else "".join(values)
     if name in _OF_CHOICE:
         return f"choice=Choice({name}={shown or '...'})"
+    name = name.replace("-", "_")
     return f"{name}={shown}" if shown else name
 
 

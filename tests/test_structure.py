@@ -26,16 +26,16 @@ WINGS = {
     "safetensors single components sharded sharded_layout dcp_metadata dcp_layout dcp opening",
     "checkpoints": "tree words pieces names recorded families membership frameworks places "
     "halves entries layout contents metrics provenance reader",
-    "planning": "copies inputs opening order series select ties treatments plan glance "
+    "planning": "copies inputs opening order naming series select ties treatments plan glance "
     "start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "isolation calling batches moments estimators on_device statistics named loading "
     "userdata in_place recompute",
-    "averaging": "wrapper distances report pictures sampling verification execution prepare "
-    "heartbeat torchrun joint",
+    "averaging": "wrapper distances report pictures sampling verification computing execution "
+    "prepare along heartbeat torchrun joint",
     "search": "scores candidates sweeping plot",
-    "cli": "streams progress messages failures options show beside command",
+    "cli": "streams progress messages failures options usage show beside along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)

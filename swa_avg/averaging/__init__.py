@@ -6,18 +6,25 @@ they are used.
 """
 
 from swa_avg.averaging import pictures
+from swa_avg.averaging.along import Draft, Windows, WindowsReport, planned_windows, windows
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
-from swa_avg.averaging.report import Report
+from swa_avg.averaging.report import STALE, Report
 
 __all__ = [
+    "STALE",
     "Averaging",
     "Distances",
+    "Draft",
     "Report",
+    "Windows",
+    "WindowsReport",
     "average",
     "joint",
     "pictures",
     "planned",
+    "planned_windows",
     "torchrun",
+    "windows",
 ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import swa_avg
 from swa_avg.averaging import wrapper
+from swa_avg.averaging.computing import computed, usable_cores
 from swa_avg.averaging.distances import distances, groups
 from swa_avg.averaging.report import STALE, Input, Report, input_of, versions
 from swa_avg.averaging.verification import Written, read_back, verify
@@ -26,26 +25,21 @@ from swa_avg.checkpoints import (
 from swa_avg.errors import MismatchError, listed
 from swa_avg.formats import FolderLayout, Layout
 from swa_avg.kernel import buffer_bytes
-from swa_avg.planning import Base, Options, Plan, Rules, Selection
+from swa_avg.planning import Base, Options, Plan, Rules, Selection, start_from
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
-    ROOM,
     AtomicFile,
     AtomicFolder,
     InputFile,
     Output,
     RemoteFile,
-    announce,
     check_replaceable,
     is_remote,
-    reading_ahead,
 )
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNorm
     from swa_avg.kernel import Kernel, Outcome
-
-_MOST_CORES = 16
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class Averaging:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The number of checkpoints that each of `states` counts as."""
+        """The number of checkpoints that each of `states` counts as; negative if subtracted."""
         return counts_of(self.bases, self.selection.chosen)
 
     @property
@@ -185,15 +179,8 @@ class Averaging:
         Raises:
             SwaAvgError: An input is damaged, or its values have no mean.
         """
-        with ThreadPoolExecutor(1, "swa-avg-ahead") as pool:
-            # Importing numpy takes a tenth of a second: start reading ahead meanwhile.
-            pool.submit(announce, self.plan.ranges)
-            from swa_avg.kernel import run
-
-        threads = threads or usable_cores()
-        ranges = self.plan.ranges if any(is_remote(file.path) for file in self.files) else ()
-        with reading_ahead(ranges, threads, len(self.states), ROOM):
-            return run(self.kernel(file, partials), threads, progress)
+        works = self.plan.works
+        return computed(works, self.files, lambda: self.kernel(file, partials), threads, progress)
 
     def kernel(self, file: Output, partials: Sequence[Output] = ()) -> Kernel:
         """Return the work for the kernel: what to compute and where to write it."""
@@ -353,8 +340,8 @@ class Averaging:
 
 
 def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
-    """Return the number of checkpoints that each average and each checkpoint counts as."""
-    return (*(base.count for base in bases), *(1 for _ in chosen))
+    """Return the number of checkpoints that each input counts as; negative if subtracted."""
+    return (*(base.weight for base in bases), *(1 for _ in chosen))
 
 
 def how_made(
@@ -374,7 +361,7 @@ def how_made(
     Raises:
         ProvenanceError: A checkpoint would count twice.
     """
-    before = [source for base in bases for source in base.sources]
+    before = start_from.sources_in(bases)
     added = sources_of(chosen, found)
     paths = [str(state.checkpoint.path) for state in chosen]
     refuse_repeats(before, zip(added, paths, strict=True))
@@ -384,10 +371,6 @@ def how_made(
         kept = None
     elif kept == "last":
         kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
-    return Provenance(swa_avg.__version__, (*before, *added), options.described, kept)
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may use, at most 16: more do not help a disk."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(_MOST_CORES, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    subtracted = [base.state.checkpoint.path.name for base in bases if base.subtracted]
+    described = options.described | ({"minus": subtracted[0]} if subtracted else {})
+    return Provenance(swa_avg.__version__, (*before, *added), described, kept)

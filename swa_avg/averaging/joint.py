@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import swa_avg
-from swa_avg.averaging.execution import Averaging, usable_cores
+from swa_avg.averaging.computing import usable_cores
+from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.report import Report
 from swa_avg.averaging.torchrun import ProcessRanks
 from swa_avg.checkpoints import StateDict

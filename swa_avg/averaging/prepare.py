@@ -14,7 +14,7 @@ from swa_avg.averaging import wrapper
 from swa_avg.averaging.execution import Averaging, counts_of, how_made
 from swa_avg.averaging.report import Report
 from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
-from swa_avg.errors import OutputError
+from swa_avg.errors import OutputError, SelectionError
 from swa_avg.formats import Components, Form, Layout, form_of, layout_for
 from swa_avg.planning import (
     Base,
@@ -96,14 +96,14 @@ def planned(
     if options is not None and named:
         raise TypeError("planned() takes its options as one object or by name, not both")
     options = options or options_of("planned", named)
-    with ExitStack() as opened, _no_garbage() as kept:
+    with ExitStack() as opened, no_garbage() as kept:
         averaging = _planned(checkpoints, path_of(output), options, opened, progress)
-        _check_kind(output, averaging)
+        check_kind(output, averaging)
         kept()
         yield averaging
 
 
-def _check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
+def check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
     """Refuse an output that ends in a slash if the average is a file.
 
     Args:
@@ -127,10 +127,28 @@ def _planned(
     checkpoints: Paths, target: Path, options: Options, opened: ExitStack, progress: Watch | None
 ) -> Averaging:
     """Plan an average; `opened` closes the files."""
-    averages = expand(_listed(options.start_from)) if options.start_from else []
-    bases = tuple(map(base_of, _opened(Inputs(averages), options, opened, progress).states))
-    start_from.refuse_repeats(bases)
+    bases, selection = gathered(checkpoints, options, opened, progress)
+    return average_of(target, bases, selection, options, opened)
+
+
+def gathered(
+    checkpoints: Paths, options: Options, opened: ExitStack, progress: Watch | None
+) -> tuple[tuple[Base, ...], Selection]:
+    """Open the inputs and choose among the checkpoints; `opened` closes the files.
+
+    Args:
+        checkpoints: As for `planned`.
+        options: The options of the average.
+        opened: Closes the files.
+        progress: Called with a `Progress` as the headers are read.
+
+    Returns:
+        The averages of `start_from` and `minus`, and the chosen checkpoints.
+    """
     given = _listed(checkpoints)
+    bases = _bases(options, opened, progress)
+    if options.minus is not None and given:
+        raise ValueError("minus cannot be combined with checkpoints, only with start_from")
     inputs = find_inputs(given, options.choice.exclude) if given or not bases else Inputs()
     found = _opened(inputs, options, opened, progress)
     candidates = _without(found.states, bases)
@@ -138,11 +156,34 @@ def _planned(
     Counter(progress, "comparing checkpoints")
     if candidates:
         selection = select(candidates, options.choice, by_sample=options.by_sample)
-    alone = [_ALONE] if not bases and len(selection.chosen) == 1 else []
-    selection = replace(selection, notes=(*found.notes, *selection.notes, *alone))
+    more = start_from.amplification(bases)
+    return bases, replace(selection, notes=(*found.notes, *selection.notes, *more))
+
+
+def average_of(
+    target: Path,
+    bases: tuple[Base, ...],
+    selection: Selection,
+    options: Options,
+    opened: ExitStack,
+    others: Sequence[StateDict] = (),
+) -> Averaging:
+    """Plan the average of opened inputs.
+
+    Args:
+        target: The path of the output.
+        bases: The averages of `start_from` and `minus`.
+        selection: The checkpoints.
+        options: The options of the average.
+        opened: Closes files that the output is copied from.
+        others: Further checkpoints, which the output must not replace.
+    """
+    if not bases and len(selection.chosen) == 1 and not others:
+        selection = replace(selection, notes=(*selection.notes, _ALONE))
     states = [*(base.state for base in bases), *selection.chosen]
-    check_running(selection.chosen, options.ema)
-    _check_target(target, states, options)
+    if options.minus is None:
+        check_running(states)
+    _check_target(target, states, options, others)
     form = form_of(target, states[-1].checkpoint)
     strides = options.keep_wrapper or form is Form.TORCH
     rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, options.keep_wrapper)
@@ -155,8 +196,29 @@ def _planned(
     return Averaging(target, options, bases, selection, rules, plan, layout, known)
 
 
+def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple[Base, ...]:
+    """Open the averages of `start_from` and `minus`; a subtracted one comes first."""
+
+    def read(paths: Paths) -> tuple[Base, ...]:
+        inputs = Inputs(expand(_listed(paths)))
+        return tuple(map(base_of, _opened(inputs, options, opened, progress).states))
+
+    bases = read(options.start_from) if options.start_from else ()
+    if options.minus is None:
+        start_from.refuse_repeats(bases)
+        return bases
+    parts = read(options.minus)
+    for name, averages in (("start-from", bases), ("minus", parts)):
+        if len(averages) != 1:
+            raise SelectionError(
+                f"--minus subtracts one average from one, but --{name} names {len(averages)}",
+                remedy=f"Give one file with --{name}",
+            )
+    return start_from.minus(bases[0], parts[0])
+
+
 @contextmanager
-def _no_garbage() -> Iterator[Callable[[], None]]:
+def no_garbage() -> Iterator[Callable[[], None]]:
     """Pause garbage collection while the headers are read, and exempt their objects later.
 
     The collector would scan these objects again and again, although none is garbage. In
@@ -210,7 +272,9 @@ def _layout(form: Form, plan: Plan, last: StateDict, options: Options, opened: E
     return layout_for(form, plan.state_dict, last.checkpoint, last.where, options.max_shard_size)
 
 
-def _check_target(target: Path, states: Sequence[StateDict], options: Options) -> None:
+def _check_target(
+    target: Path, states: Sequence[StateDict], options: Options, others: Sequence[StateDict]
+) -> None:
     """Refuse an output that is an input, that exists, or whose name does not fit its format."""
     last = states[-1]
     form = form_of(target, last.checkpoint)
@@ -225,7 +289,7 @@ def _check_target(target: Path, states: Sequence[StateDict], options: Options) -
         check_choice(last, options.key, options.ema)
     _check_suffix(target)
     _check_form(target, last, form, keeps, options.max_shard_size)
-    files = [file for state in states for file in state.checkpoint.files]
+    files = [file for state in (*states, *others) for file in state.checkpoint.files]
     folder = last.checkpoint.path.is_dir() if keeps else form in _FOLDERS
     check = check_remote_target if is_remote(target) else check_target
     check(target, files, force=options.force, folder=folder)

@@ -31,7 +31,8 @@ class Input:
         size: Its size in bytes.
         modified: The time of its last modification, in seconds since 1970, or None.
         score: The metric that it was chosen by, or None.
-        count: The number of checkpoints that it counts as: more than one for an average.
+        count: The number of checkpoints that it counts as: more than one for an average,
+            negative for one that is subtracted.
         fingerprint: A digest of its weights, or None if they have not been read yet.
     """
 

@@ -34,6 +34,10 @@ class Framework:
         needs: The loader that needs the whole file; empty if it accepts a bare state_dict.
         running: Whether the average is an equal-weight mean since a fixed start, so that each
             average includes the earlier ones.
+        count: The dotted path of the number of models or steps in a running average; if it
+            starts with a dot, it is beside the average.
+        period: The dotted path of the number of steps between the models of a running average,
+            if `count` counts all steps.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Framework:
     loads: Loads = Loads.WEIGHTS
     needs: str = ""
     running: bool = False
+    count: str = ""
+    period: str = ""
 
 
 _LIGHTNING = "LightningModule.load_from_checkpoint"
@@ -66,6 +72,7 @@ FRAMEWORKS = (
         sign="pytorch-lightning_version",
         needs=_LIGHTNING,
         running=True,
+        count=".n_averaged",
     ),
     # mmengine/hooks/ema_hook.py: before_save_checkpoint exchanges the two.
     Framework(
@@ -102,6 +109,7 @@ FRAMEWORKS = (
         loads=Loads.EITHER,
         needs="its --resume",
         running=True,
+        count="swa_n",
     ),
     # kekmodel/FixMatch-pytorch train.py: both are resumed, the EMA is evaluated with --use-ema.
     Framework("FixMatch-pytorch", "state_dict", "ema_state_dict", loads=Loads.EITHER),
@@ -114,6 +122,8 @@ FRAMEWORKS = (
         loads=Loads.AVERAGE,
         needs="icefall's load_checkpoint",
         running=True,
+        count="batch_idx_train",
+        period="average_period",
     ),
     # vision/references/classification/train.py: model_ema is evaluated if enabled.
     Framework("torchvision's references", "model", "model_ema", loads=Loads.EITHER),

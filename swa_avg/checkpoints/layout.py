@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from shlex import quote
 
 from swa_avg.checkpoints import recorded
 from swa_avg.checkpoints.entries import Plain, read_part
@@ -87,6 +88,21 @@ class StateDict:
     def step(self) -> int | None:
         """The step that the checkpoint records, or None."""
         return recorded.step(self.checkpoint)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is an equal-weight mean that the run kept since a fixed start."""
+        row = self.framework
+        return row is not None and row.running and self.where in self.places.averages
+
+    @property
+    def run_count(self) -> int | None:
+        """The number of models in a running average, if the run records it."""
+        row = self.framework
+        if row is None or not row.count:
+            return None
+        beside = self.where.rpartition(".")[0] if row.count.startswith(".") else ""
+        return recorded.count(self.checkpoint, beside + row.count, row.period)
 
     @property
     def n_averaged(self) -> TensorRef | None:
@@ -203,25 +219,33 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
     )
 
 
-def check_running(states: Sequence[StateDict], ema: bool | None) -> None:
+def check_running(states: Sequence[StateDict]) -> None:
     """Refuse to average several running means, because each includes the earlier ones.
 
     Args:
         states: The checkpoints to average.
-        ema: Whether their averages were taken.
 
     Raises:
-        LayoutError: There are several checkpoints, and the average of their framework is an
-            equal-weight mean since a fixed start.
+        LayoutError: One of several state_dicts is an equal-weight mean since a fixed start.
     """
-    row = states[-1].framework if states else None
-    if ema and len(states) > 1 and row and row.running:
-        raise LayoutError(
-            f"has at {states[-1].where} the mean of the run so far ({row.name}), "
-            "which includes the means of the earlier checkpoints",
-            file=states[-1].checkpoint.path,
-            remedy="Use only the last (--last 1 --ema), or average the raw weights (--no-ema)",
-        )
+    running = [state for state in states if state.is_running]
+    if not running or len(states) == 1:
+        return
+    last = running[-1]
+    row = last.framework
+    assert row is not None, "a running mean has a framework"
+    between = ""
+    earlier = [state for state in running if 0 < (state.run_count or 0) < (last.run_count or 0)]
+    if earlier:
+        paths = [quote(str(state.checkpoint.path)) for state in (last, earlier[0])]
+        between = f", take the mean between two (--start-from {paths[0]} --minus {paths[1]} --ema)"
+    raise LayoutError(
+        f"has at {last.where} the mean of the run so far ({row.name}), "
+        "which includes the means of the earlier checkpoints",
+        file=last.checkpoint.path,
+        remedy=f"Use only the last (--last 1 --ema){between}, or average the raw weights "
+        "(--no-ema)",
+    )
 
 
 class Finder:

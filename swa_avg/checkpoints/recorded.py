@@ -1,4 +1,4 @@
-"""The epoch and step that a checkpoint records."""
+"""The epoch, the step and the count of a running average that a checkpoint records."""
 
 from __future__ import annotations
 
@@ -51,10 +51,30 @@ def _first(checkpoint: Checkpoint, paths: tuple[str, ...], texts: tuple[str, ...
     """Return the first whole number at one of `paths`, or in one of `texts` of the metadata."""
     for tree in (checkpoint.beside, checkpoint.tree):
         for path in paths:
-            value = at(tree, path)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if value >= 0 and value == value // 1:  # stripped Ultralytics files have epoch -1
-                return int(value)
+            value = _whole(at(tree, path))  # stripped Ultralytics files have epoch -1
+            if value is not None:
+                return value
     values = (checkpoint.metadata.get(text, "") for text in texts)
     return next((int(text) for text in values if text.isdecimal() and len(text) < 19), None)
+
+
+def count(checkpoint: Checkpoint, path: str, period: str = "") -> int | None:
+    """Return the number of models in the running average of a checkpoint, or None.
+
+    icefall adds a model each `average_period` steps, and records the number of steps.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: The dotted path of the number of models, or of steps if there is a period.
+        period: The dotted path of the number of steps between models; empty if there is none.
+    """
+    steps = _whole(at(checkpoint.tree, path))
+    between = _whole(at(checkpoint.tree, period)) if period else None
+    return steps if steps is None or not between else steps // between
+
+
+def _whole(value: object) -> int | None:
+    """Return a value as an integer if it is a whole number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if value >= 0 and value == value // 1 else None

@@ -7,7 +7,7 @@ before the output is written.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging
+    from swa_avg.averaging import Averaging, Windows
     from swa_avg.cli.options import Run
     from swa_avg.storage import AtomicFile
 
@@ -38,12 +38,19 @@ class Beside:
 
 
 @contextmanager
-def opened_beside(run: Run, averaging: Averaging | None, *, is_first: bool) -> Iterator[Beside]:
+def opened_beside(
+    run: Run,
+    averaging: Averaging | Windows | None,
+    outputs: Sequence[Path] | None = None,
+    *,
+    is_first: bool = True,
+) -> Iterator[Beside]:
     """Open the report and the plot; a file that is not committed is removed at the end.
 
     Args:
         run: The run, which has the paths.
-        averaging: The planned average, or None.
+        averaging: The planned average or averages, or None.
+        outputs: The outputs, if they are several.
         is_first: Whether this process is the only one or rank 0, which writes the files.
 
     Raises:
@@ -55,18 +62,21 @@ def opened_beside(run: Run, averaging: Averaging | None, *, is_first: bool) -> I
         if is_first:
             from swa_avg.storage import AtomicFile
 
-            for path in _checked(run, averaging):
+            for path in _checked(run, averaging, outputs or [run.output]):
                 beside.files[path] = opened.enter_context(AtomicFile(path, 0))
         yield beside
 
 
-def _checked(run: Run, averaging: Averaging | None) -> Iterator[Path]:
+def _checked(
+    run: Run, averaging: Averaging | Windows | None, outputs: Sequence[Path]
+) -> Iterator[Path]:
     """Yield the paths of the report and the plot, after checking that they can be written."""
     from swa_avg.storage import check_target, is_remote
 
     states = averaging.states if averaging else ()
     inputs = [file for state in states for file in state.checkpoint.files]
-    taken = {} if is_remote(run.output) else {os.path.realpath(run.output): "--output"}
+    local = [output for output in outputs if not is_remote(output)]
+    taken = {os.path.realpath(output): "--output" for output in local}
     for option, path in (("--report", run.report), ("--plot", run.plot)):
         if not path:
             continue

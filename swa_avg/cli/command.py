@@ -24,7 +24,6 @@ from swa_avg.cli.options import (
     GroupedCommand,
     Run,
     Search,
-    check_usage,
     declared,
     run_of,
 )
@@ -43,6 +42,7 @@ from swa_avg.cli.show import (
     tensors_of,
 )
 from swa_avg.cli.streams import Streams
+from swa_avg.cli.usage import check_usage
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
@@ -83,6 +83,11 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     run = run_of(options)
     if run.plot:
         _check_plot(run.plot)
+    if run.each:
+        from swa_avg.cli.along import average_each
+
+        average_each(run)
+        return
     if run.dry_run:
         if _is_first():
             with _planned(run) as averaging:

@@ -24,6 +24,7 @@ def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
         details = [f"{name} {value}" for name, value in source.recorded.items()]
         details += [f"{source.score.name} {source.score.value:.6g}"] if source.score else []
         details += [f"counts as {source.count}"] if source.count > 1 else []
+        details += [f"subtracted, counts as {-source.count}"] if source.count < 0 else []
         details += [f"at {source.where}"] if source.where else []
         details += [f"prefix {source.prefix} stripped"] if source.prefix else []
         yield f"{number:6}  {source.path}  {', '.join(details)}".rstrip()
@@ -49,10 +50,15 @@ def of_average(report: Report) -> Iterator[str]:
     first, last = report.inputs[0].path, report.inputs[-1].path
     of = first if len(report.inputs) == 1 else f"{first} … {last}"
     count = sum(source.count for source in report.inputs)
-    if count == 1:
+    if count == len(report.inputs) == 1:
         yield f"took the weights of the only checkpoint: {of}"
         return
-    yield f"averaged {counted(count, 'checkpoint')}: {of}"
+    if report.inputs[0].count < 0:
+        part, whole = report.inputs
+        of = f"{whole.path} ({whole.count}) minus {part.path} ({-part.count})"
+        yield f"mean of {counted(count, 'checkpoint')}: {of}"
+    else:
+        yield f"averaged {counted(count, 'checkpoint')}: {of}"
     yield f"tensors: {_treatments(report.counts, report.families)}"
 
 

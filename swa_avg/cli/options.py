@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 _GROUPS = {
     "Choose": ("--last", "--epochs", "--best", "--metric", "--mode", "--exclude"),
     "Read": ("--key", "--ema"),
-    "Average": ("--bn-buffers", "--dtype", "--start-from"),
+    "Average": ("--bn-buffers", "--dtype", "--start-from", "--minus", "--each"),
     "Write": ("--output", "--force", "--keep-wrapper", "--max-shard-size"),
     "BatchNorm": (
         "--recompute-bn",
@@ -50,11 +49,6 @@ _GROUPS = {
 
 # The BatchNorm options; their names are the fields of `swa_avg.batchnorm.Recompute`.
 BATCHNORM = ("data", "model", "forward", "device", "estimator", "batches", "amp")
-_CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
-_OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
-_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
-
-
 # Parameters of these kinds are names of files, which the shell completes.
 _FILES = ("AVERAGE", "FILE", "MOD:ATTR", "PATH")
 
@@ -90,65 +84,6 @@ class GroupedCommand(click.Command):
                 formatter.write_dl([record for name in names if (record := records[name])])
 
 
-def check_usage(ctx: click.Context) -> None:
-    """Refuse options that would be ignored."""
-
-    def given(names: Iterable[str]) -> Iterator[str]:
-        for parameter in ctx.command.params:
-            source = ctx.get_parameter_source(parameter.name or "")
-            if parameter.name in names and source is click.core.ParameterSource.COMMANDLINE:
-                yield max(parameter.opts, key=len)
-
-    named = ctx.params
-    if named["show"]:
-        others = {one.name or "" for one in ctx.command.params} - {"show", "as_json", "verbose"}
-        for other in given(others):
-            raise click.UsageError(f"--show cannot be combined with {other.lower()}.")
-        return
-    averages = named["checkpoints"] or named["start_from"]
-    if not averages and not named["recompute_bn"]:
-        raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
-    if named["key"] and named["ema"] is not None:
-        raise click.UsageError("Give --key or --ema/--no-ema, not both.")
-    if named["recompute_bn"] and not named["data"]:
-        raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
-    if named["keep_wrapper"] and named["dtype"] != "keep":
-        raise click.UsageError(
-            "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file."
-        )
-    searches = named["sweep"] or named["greedy"]
-    if searches:
-        _check_search(named)
-    elif named["plot"] and not named["distances"]:
-        raise click.UsageError("--plot needs --sweep, --greedy or --distances.")
-    if not named["recompute_bn"]:
-        for option in given([one for one in BATCHNORM if not (searches and one == "model")]):
-            raise click.UsageError(f"{option} needs --recompute-bn.")
-    unfit = () if named["checkpoints"] else _OF_CHECKPOINTS
-    for option in given(unfit if averages else (*unfit, *_OF_AVERAGING)):
-        raise click.UsageError(f"{option} needs checkpoints to average.")
-
-
-def _check_search(named: Mapping[str, Any]) -> None:
-    """Refuse options that cannot be combined with a search."""
-    option = "--sweep" if named["sweep"] else "--greedy"
-    if named["sweep"] and named["greedy"]:
-        raise click.UsageError("Give --sweep or --greedy, not both.")
-    if not named["checkpoints"]:
-        raise click.UsageError(f"{option} needs checkpoints to average.")
-    for other in ("start_from", "distances"):
-        if named[other]:
-            raise click.UsageError(f"{option} cannot be combined with --{other.replace('_', '-')}.")
-    if named["bn_buffers"] == "first":
-        raise click.UsageError(
-            f"{option} cannot be combined with --bn-buffers first: "
-            "the averages start at different checkpoints."
-        )
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdecimal() and int(world) > 1:
-        raise click.UsageError(f"{option} runs in one process: start it without torchrun.")
-
-
 def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Parse a number of bytes, such as 5GB, 500MB or 1000000, in powers of 1000."""
     if value is None:
@@ -161,10 +96,24 @@ def size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> i
     return int(digits) * unit
 
 
+def lasts(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Parse one or more numbers, separated by commas."""
+    if value is None:
+        return None
+    try:
+        return tuple(map(int, value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a valid integer.") from None
+
+
 # All arguments and options. `_GROUPS` sets the order of `--help`.
 _DECLARED = (
     click.argument("checkpoints", nargs=-1),
-    click.option("--last", type=int, metavar="N", help="Take only the N latest."),
+    click.option(
+        "--last", callback=lasts, metavar="N", help="Take only the N latest. With --each: N,N,…"
+    ),
     click.option(
         "--epochs", metavar="A:B[:STEP]", help="Take epochs (or steps) A to B, B included."
     ),
@@ -202,6 +151,14 @@ _DECLARED = (
     ),
     click.option(
         "--start-from", metavar="AVERAGE", multiple=True, help="Continue from this average."
+    ),
+    click.option(
+        "--minus", metavar="AVERAGE", help="Subtract it from --start-from: the mean of the rest."
+    ),
+    click.option(
+        "--each",
+        is_flag=True,
+        help="Average the --last N at every checkpoint; -o 'merged/{step}.pt' names them.",
     ),
     click.option(
         "-o",
@@ -298,6 +255,7 @@ class Run:
         options: The options of the average.
         recompute: The fields of `Recompute`; None without --recompute-bn.
         search: The options of the search; None without --sweep and --greedy.
+        each: The lengths of the windows along the run; empty without --each.
         dry_run: Whether to show the plan only.
         as_json: Whether to print the report as JSON.
         report: The path of the JSON report, or None.
@@ -312,6 +270,7 @@ class Run:
     options: Options
     recompute: dict[str, Any] | None
     search: Search | None
+    each: tuple[int, ...]
     dry_run: bool
     as_json: bool
     report: Path | None
@@ -365,6 +324,9 @@ def run_of(given: dict[str, Any]) -> Run:
     for name in ("report", "plot"):
         given[name] = GivenPath.of(given[name]) if given[name] else None
     search = _search_of(given)
+    numbers = given["last"]
+    given["each"] = numbers if given["each"] else ()
+    given["last"] = numbers[0] if numbers and not given["each"] else None
     try:
         choice = Choice(**taken(Choice))
     except ValueError as error:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from swa_avg.kernel.findings import Records as Records
     from swa_avg.kernel.mean import Kernel as Kernel
     from swa_avg.kernel.mean import Outcome as Outcome
+    from swa_avg.kernel.mean import Window as Window
     from swa_avg.kernel.mean import compute as compute
     from swa_avg.kernel.mean import run as run
     from swa_avg.kernel.mean import settle as settle
@@ -27,6 +28,7 @@ _HOME = {
     "Records": "findings",
     "Kernel": "mean",
     "Outcome": "mean",
+    "Window": "mean",
     "compute": "mean",
     "run": "mean",
     "settle": "mean",
@@ -41,6 +43,7 @@ __all__ = [
     "Kernel",
     "Outcome",
     "Records",
+    "Window",
     "buffer_bytes",
     "compute",
     "default_arithmetic",

@@ -117,26 +117,66 @@ class Buffers:
         if gram is not None:
             gram.add_chunk(_reversed(rows), out, part(work.dtype))
 
+    def window_means(
+        self,
+        work: Work,
+        readers: Sequence[Reader],
+        cell: Cell | Box,
+        spans: Sequence[Sequence[int]],
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of one cell of the mean of each window.
+
+        Args:
+            work: The averaged work.
+            readers: The readers of its inputs.
+            cell: The elements.
+            spans: The numbers of the inputs of each window, which are consecutive.
+
+        Raises:
+            NonFiniteError: An element is not finite in some input, or becomes so by rounding.
+        """
+        data, out = self._out.view(work.dtype, cell.numel)
+        rows = self._rows(readers, cell) if cell.numel else []
+        for span in spans:
+            if cell.numel:
+                try:
+                    self._averager.mean_into(_some(rows, span), out, part(work.dtype))
+                except NonFiniteError as error:
+                    error.source = None if error.source is None else span[error.source]
+                    raise
+            yield data
+
     def without_mean(
-        self, work: Work, readers: Sequence[Reader], cell: Cell | Box
-    ) -> tuple[memoryview, bool]:
-        """Return the bytes of one cell of a work without a mean, and whether all inputs agree.
+        self,
+        work: Work,
+        readers: Sequence[Reader],
+        cell: Cell | Box,
+        spans: Sequence[Sequence[int]],
+    ) -> Iterator[tuple[memoryview, bool]]:
+        """Yield one cell of a work without a mean, and whether all inputs agree.
+
+        Args:
+            work: The work.
+            readers: The readers of its inputs.
+            cell: The elements.
+            spans: For each output the numbers of its inputs, of which the last is written.
 
         Raises:
             NonFiniteError: A finite element becomes infinite by rounding.
         """
         data, out = self._out.view(work.dtype, cell.numel)
-        if not cell.numel:
-            return data, True
-        if work.treatment is Treatment.RESET:
+        if not cell.numel or work.treatment is Treatment.RESET:
             fill(out, work.fill, work.dtype)
-            return data, True
+            yield from ((data, True) for _ in spans)
+            return
         rows = [values for values, _ in each(self._rows(readers, cell))]
-        if readers[-1].dtype == work.dtype:
-            out[...] = rows[-1]
-        else:
-            cast_into(rows[-1], readers[-1].dtype, out, work.dtype)
-        return data, all(np.array_equal(row, rows[-1]) for row in rows[:-1])
+        for span in spans:
+            last = span[-1]
+            if readers[last].dtype == work.dtype:
+                out[...] = rows[last]
+            else:
+                cast_into(rows[last], readers[last].dtype, out, work.dtype)
+            yield data, all(np.array_equal(rows[row], rows[last]) for row in span[:-1])
 
     def _rows(self, readers: Sequence[Reader], cell: Cell | Box) -> Rows:
         """Read a cell of all inputs."""
@@ -162,3 +202,11 @@ class Buffers:
 
 def _reversed(rows: Rows) -> Rows:
     return [Block(block.values[::-1], block.dtype) for block in reversed(rows)]
+
+
+def _some(rows: Rows, span: Sequence[int]) -> Rows:
+    """Return consecutive rows, which are in one block if all rows are."""
+    cut = slice(span[0], span[-1] + 1)
+    if len(rows) == 1:
+        return [Block(rows[0].values[cut], rows[0].dtype)]
+    return rows[cut]

@@ -134,7 +134,10 @@ def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) ->
         return math.nan
     addends = (Fraction(value) * weight for value, weight in zip(values, weights, strict=True))
     exact = sum(addends, Fraction(0)) / sum(weights)
-    nearest = float(exact)
+    try:
+        nearest = float(exact)
+    except OverflowError:  # only if a weight is negative
+        return math.inf if exact > 0 else -math.inf
     missing = exact - Fraction(nearest)
     if not odd or not missing or math.frexp(nearest)[0] * 2**53 % 2:
         return nearest

@@ -11,7 +11,8 @@ count * ulp(m) / 2, which is less than ulp(sum). For counts of up to 2^26, both 
 multiples of ulp(sum), so they are equal, and the exact quotient is that tie.
 
 A weight of up to 26 bits times a number of up to 24 bits is exact in float64. A float64
-number is split into two halves first (Dekker 1971).
+number is split into two halves first (Dekker 1971). None of this depends on the signs of the
+weights, as long as their sum is positive.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ class Averager:
             rows: The rows to average, each as long as `out`.
             out: The result, a one-dimensional array of the `carrier` of `dtype`.
             dtype: The dtype of `out`.
-            weights: How often each row counts, 1 to `MOST_WEIGHT`; empty if each counts
-                once. The mean is slow if they add up to more than `MOST_WEIGHT`.
+            weights: How often each row counts, up to `MOST_WEIGHT`; empty if each counts
+                once. A row that is subtracted has a negative weight; the sum is positive. The
+                mean is slow if they add up to more than `MOST_WEIGHT`.
 
         Raises:
             NonFiniteError: An element is not finite in some row, or becomes so by rounding.

@@ -64,7 +64,8 @@ class Findings:
     Attributes:
         ledger: The checksums of the bytes read.
         written: For each output, the checksums of the bytes written, by the work's number.
-        differing: The numbers of copied works that are not the same in all inputs.
+        differing: For each output, the numbers of copied works that are not the same in all
+            inputs.
         grams: The inner products of each group.
         bytes_read: Bytes read from all inputs.
     """
@@ -78,7 +79,7 @@ class Findings:
         """
         self.ledger = Ledger(kept)
         self.written: list[dict[int, list[Piece]]] = [defaultdict(list) for _ in range(outputs)]
-        self.differing: set[int] = set()
+        self.differing: list[set[int]] = [set() for _ in range(outputs)]
         self.grams: dict[int, Gram] = {}
         self.bytes_read = 0
 
@@ -104,7 +105,7 @@ class Findings:
                 [[work, list(map(_plain, pieces))] for work, pieces in of_output.items()]
                 for of_output in self.written
             ],
-            "differing": sorted(self.differing),
+            "differing": list(map(sorted, self.differing)),
             # JSON text keeps all bits of a float64.
             "grams": [
                 [group, gram.products.tolist(), gram.square] for group, gram in self.grams.items()
@@ -130,7 +131,8 @@ class Findings:
         for mine, theirs in zip(self.written, other["written"], strict=True):
             for work, pieces in theirs:
                 mine[work] += [Piece(*piece) for piece in pieces]
-        self.differing.update(other["differing"])
+        for found, numbers in zip(self.differing, other["differing"], strict=True):
+            found.update(numbers)
         for group, products, square in other["grams"]:
             gram = Gram(len(products))
             gram.products += np.array(products)

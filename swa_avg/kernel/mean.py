@@ -40,6 +40,23 @@ _WORTH_FORKING = 32 * 1024 * 1024  # bytes; reading less takes less time than fo
 
 
 @dataclass(frozen=True)
+class Window:
+    """An output that receives the mean of some of the sources of each work.
+
+    Attributes:
+        output: The output that is written.
+        places: The offset of each work in it.
+        rows: For each work the numbers of its sources. Those of an averaged work are
+            consecutive. The last source of any other work is written, and the others are
+            compared with it.
+    """
+
+    output: Output
+    places: Sequence[int]
+    rows: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
 class Kernel:
     """The data that all tasks share.
 
@@ -53,6 +70,8 @@ class Kernel:
         partials: Further outputs, one fewer than there are checkpoints, or none. Output
             number k - 1 receives the mean of the last k sources of each averaged work,
             and the same bytes as `output` for every other work.
+        windows: All outputs, if each receives the mean of some of the sources; the last one
+            is `output`. Empty otherwise.
     """
 
     output: Output
@@ -61,11 +80,14 @@ class Kernel:
     chunk: int = CHUNK
     groups: Sequence[int] = ()
     partials: Sequence[Output] = ()
+    windows: Sequence[Window] = ()
 
     @property
-    def outputs(self) -> tuple[Output, ...]:
-        """All outputs; number k - 1 receives the mean of the last k sources."""
-        return (*self.partials, self.output)
+    def targets(self) -> tuple[tuple[Output, Sequence[int]], ...]:
+        """All outputs, each with the offset of each work in it."""
+        if self.windows:
+            return tuple((window.output, window.places) for window in self.windows)
+        return tuple((output, self.places) for output in (*self.partials, self.output))
 
     def tasks(self, threads: int) -> list[list[Item]]:
         """Return all tasks in order, several for each thread."""
@@ -97,7 +119,9 @@ class Outcome:
             is the same in all sources, and counts as a difference of 0.
         squares: For each of these groups, the squared norm of the written mean, without
             the elements that are not finite.
-        partial_checksums: The same as `checksums` for each of the kernel's `partials`.
+        partial_checksums: The same as `checksums` for each of the kernel's `partials`, or for
+            each of its `windows` but the last.
+        partial_differing: The same as `differing` for each of these.
     """
 
     checksums: tuple[int, ...]
@@ -107,6 +131,7 @@ class Outcome:
     grams: Mapping[int, Array] = field(default_factory=dict)
     squares: Mapping[int, float] = field(default_factory=dict)
     partial_checksums: tuple[tuple[int, ...], ...] = ()
+    partial_differing: tuple[tuple[str, ...], ...] = ()
 
 
 def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outcome:
@@ -146,7 +171,7 @@ def compute(
         SwaAvgError: The error of the first task, in their order, that failed.
     """
     job = _Job(kernel, task_list)
-    findings = Findings(len(kernel.outputs))
+    findings = Findings(len(kernel.targets))
     with ExitStack() as stack:
         total = bytes_read(task_list, kernel.works)
         results = _start(job, workers, total, stack)
@@ -203,11 +228,14 @@ def _outcome(kernel: Kernel, findings: Findings) -> Outcome:
         tuple(combined(pieces.get(number, [])) for number in numbers) for pieces in findings.written
     )
     # A tensor that is written in parts has several works.
-    differing = tuple(dict.fromkeys(kernel.works[n].name for n in sorted(findings.differing)))
+    *others, differing = (
+        tuple(dict.fromkeys(kernel.works[number].name for number in sorted(of_output)))
+        for of_output in findings.differing
+    )
     grams = {group: gram.products for group, gram in sorted(findings.grams.items())}
     squares = {group: gram.square for group, gram in sorted(findings.grams.items())}
     read, crcs = findings.bytes_read, findings.ledger.found
-    return Outcome(checksums, differing, read, crcs, grams, squares, tuple(partial))
+    return Outcome(checksums, differing, read, crcs, grams, squares, tuple(partial), tuple(others))
 
 
 class _Job:
@@ -226,7 +254,7 @@ class _Job:
         self.at_once = ALONE
         self.stop = threading.Event()
         self._shared = shared(kernel.works)
-        self._outputs = kernel.outputs
+        self._targets = kernel.targets
         self._local = threading.local()
 
     def records(self, number: int) -> Records:
@@ -242,7 +270,7 @@ class _Job:
     def _run_task(self, number: int) -> Plain:
         if not hasattr(self._local, "buffers"):
             self._local.buffers = Buffers(self.at_once)
-        findings = Findings(len(self._outputs), self._shared)
+        findings = Findings(len(self._targets), self._shared)
         for item in self.task_list[number]:
             self._run_item(item, self._local.buffers, findings)
         return findings.plain(self.records(number))
@@ -251,9 +279,7 @@ class _Job:
         """Compute and write one item, cell by cell."""
         work = self.kernel.works[item.number]
         readers = readers_of(item, self.kernel.works)
-        writers = [
-            writer_to(output, item, self.kernel.places, work.dtype) for output in self._outputs
-        ]
+        writers = [writer_to(output, item, places, work.dtype) for output, places in self._targets]
         group = self.kernel.group(item.number)
         gram = Gram(len(work.sources)) if group >= 0 else None
         for cell in item.cells():
@@ -283,17 +309,41 @@ class _Job:
     ) -> Iterator[tuple[Iterable[int], memoryview]]:
         """Yield the bytes of a cell, with the numbers of the outputs that receive them."""
         work = self.kernel.works[item.number]
-        everywhere = range(len(self._outputs))
-        if work.treatment is not Treatment.AVERAGED:
-            data, same = buffers.without_mean(work, readers, cell)
+        everywhere = range(len(self._targets))
+        if self.kernel.windows:
+            yield from self._windows(item, readers, cell, buffers, findings)
+        elif work.treatment is not Treatment.AVERAGED:
+            ((data, same),) = buffers.without_mean(work, readers, cell, [range(len(readers))])
             if not same:
-                findings.differing.add(item.number)
+                for differing in findings.differing:
+                    differing.add(item.number)
             yield everywhere, data
         elif len(everywhere) == 1:
             yield everywhere, buffers.mean(work, readers, cell, gram)
         else:
             for count, data in buffers.means(work, readers, cell, gram):
                 yield (count - 1,), data
+
+    def _windows(
+        self,
+        item: Item,
+        readers: Sequence[Reader],
+        cell: Cell | Box,
+        buffers: Buffers,
+        findings: Findings,
+    ) -> Iterator[tuple[Iterable[int], memoryview]]:
+        """Yield the bytes of a cell for each window, with the number of its output."""
+        work = self.kernel.works[item.number]
+        spans = [window.rows[item.number] for window in self.kernel.windows]
+        if work.treatment is Treatment.AVERAGED:
+            for number, data in enumerate(buffers.window_means(work, readers, cell, spans)):
+                yield (number,), data
+            return
+        found = buffers.without_mean(work, readers, cell, spans)
+        for number, (data, same) in enumerate(found):
+            if not same:
+                findings.differing[number].add(item.number)
+            yield (number,), data
 
     def _refuse(self, item: Item, error: NonFiniteError) -> None:
         """Raise the error for an element that is not finite; if the file is damaged, that one."""

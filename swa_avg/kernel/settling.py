@@ -80,4 +80,9 @@ def _settle_non_finite(out: Array, rows: Rows, weights: Sequence[int], dtype: DT
             value = float(wide(column[~same][first : first + 1], kind)[0])
             raise NonFiniteError(source, int(rest[first]), value)
     # The rest is finite in every input: the sum, or the rounding to `dtype`, overflowed.
-    round_at(rest, exact_means(rows, weights, rest, dtype), out, dtype)
+    means = exact_means(rows, weights, rest, dtype)
+    over = np.isinf(means)
+    if over.any():  # a difference of two numbers can exceed every float64
+        first = int(over.argmax())
+        raise NonFiniteError(None, int(rest[first]), float(means[first]))
+    round_at(rest, means, out, dtype)

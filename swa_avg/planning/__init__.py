@@ -7,6 +7,7 @@ does not know how a mean is computed.
 from swa_avg.planning import start_from
 from swa_avg.planning.glance import refuse_unlike
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
+from swa_avg.planning.naming import check_pattern, names_of
 from swa_avg.planning.opening import Opened, open_all
 from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, select
@@ -29,9 +30,11 @@ __all__ = [
     "Treatment",
     "Work",
     "base_of",
+    "check_pattern",
     "expand",
     "find_inputs",
     "make_plan",
+    "names_of",
     "open_all",
     "options_of",
     "ranges_of",

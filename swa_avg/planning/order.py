@@ -83,7 +83,7 @@ def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
         kinds.remove("number")
     named = [[_NAMED[kind](member) for member in placed] for kind in kinds]
     if not recorded:
-        named = [_either(placed, kind) for kind in kinds]
+        named = [numbers_of(placed, kind) for kind in kinds]
     return [
         *recorded,
         *(numbers for numbers in named if _is_complete(numbers)),
@@ -104,8 +104,13 @@ _RECORDED: dict[str, Callable[[Member], Number | None]] = {
 }
 
 
-def _either(given: Sequence[Member], kind: str) -> list[Number | None]:
-    """Return a number for each checkpoint: all recorded, all from names, or a mix of both."""
+def numbers_of(given: Sequence[Member], kind: str) -> list[Number | None]:
+    """Return a number for each checkpoint: all recorded, all from names, or a mix of both.
+
+    Args:
+        given: The checkpoints.
+        kind: epoch, step, count or number.
+    """
     named = [_NAMED[kind](member) for member in given]
     recorded = [_RECORDED[kind](member) if kind in _RECORDED else None for member in given]
     if _is_complete(recorded) or _is_complete(named):
@@ -124,8 +129,8 @@ def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
     most checkpoints have.
     """
     measures = [
-        ("epoch", _either(given, "epoch")),
-        ("step", _either(given, "step")),
+        ("epoch", numbers_of(given, "epoch")),
+        ("step", numbers_of(given, "step")),
         ("number in the name", [_number(member.name) for member in given]),
     ]
     lacking = [sum(number is None for number in numbers) for _, numbers in measures]

@@ -29,6 +29,7 @@ class OptionFields(TypedDict, total=False):
     max_shard_size: int | None
     choice: Choice
     start_from: Paths
+    minus: str | os.PathLike[str] | None
     distances: bool
     verify: bool
 
@@ -52,6 +53,8 @@ class Options:
         choice: Which of the checkpoints to average; all by default.
         start_from: Averages to continue from. Each weighs as much as all the checkpoints
             that it was made from.
+        minus: An average of some of the checkpoints of the one in `start_from`: the result is
+            the mean of the others.
         distances: Report the distances of the checkpoints from their mean.
         verify: Read the whole output again before the commit, and recompute a sample of its
             elements.
@@ -71,6 +74,7 @@ class Options:
     max_shard_size: int | None = None
     choice: Choice = ALL
     start_from: Paths = ()
+    minus: str | os.PathLike[str] | None = None
     distances: bool = False
     verify: bool = False
     by_sample: bool = False
@@ -83,6 +87,17 @@ class Options:
             raise ValueError(f"dtype is {self.dtype!r}; use {', '.join(OUTPUT_DTYPES)}")
         if self.keep_wrapper and self.dtype != "keep":
             raise ValueError("keep_wrapper cannot change the dtype; use dtype keep")
+        if self.minus is not None:
+            self._check_minus()
+
+    def _check_minus(self) -> None:
+        if not self.start_from:
+            raise ValueError("minus needs the average to subtract from, in start_from")
+        if self.bn_buffers in ("first", "mean"):
+            raise ValueError(f"bn_buffers {self.bn_buffers} cannot be combined with minus")
+        if self.distances or self.keep_wrapper:
+            other = "distances" if self.distances else "keep_wrapper"
+            raise ValueError(f"{other} cannot be combined with minus")
 
     @property
     def described(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ from swa_avg.storage.output import AtomicFile, AtomicFolder, Output
 from swa_avg.storage.partial import JoinedOutput
 from swa_avg.storage.remote import is_remote, path_of, remote_matches
 from swa_avg.storage.request_pool import RequestPool
-from swa_avg.storage.targets import check_replaceable, check_target
+from swa_avg.storage.targets import check_replaceable, check_room, check_target
 from swa_avg.storage.upload import RemoteFile, check_remote_target
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "announce",
     "check_remote_target",
     "check_replaceable",
+    "check_room",
     "check_target",
     "is_remote",
     "path_of",

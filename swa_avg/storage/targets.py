@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from tempfile import gettempdir
 
-from swa_avg.errors import OutputError, listed
+from swa_avg.errors import OutputError, counted, in_bytes, listed
 from swa_avg.storage.files import InputFile
 from swa_avg.storage.partial import write_error
 from swa_avg.storage.remote import is_remote
@@ -74,6 +76,38 @@ def check_target(
             file=target,
             remedy="Choose another output, or replace it with --force",
         )
+
+
+def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
+    """Refuse outputs that together do not fit on their disks, before any tensor is read.
+
+    Args:
+        outputs: The paths and sizes of the outputs; a URL is written to this machine first.
+
+    Raises:
+        OutputError: A disk has less space.
+    """
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for path, size in outputs:
+        try:
+            by_disk.setdefault(_disk(path).stat().st_dev, []).append((path, size))
+        except OSError:
+            continue  # a missing folder is reported when the file is opened
+    for together in by_disk.values():
+        first, needed = together[0][0], sum(size for _, size in together)
+        free = shutil.disk_usage(_disk(first)).free
+        if needed > free:
+            raise OutputError(
+                f"{counted(len(together), 'output')} need {in_bytes(needed)} of disk space, but "
+                f"{in_bytes(free)} are free",
+                file=first,
+                remedy="Write to another disk with -o",
+            )
+
+
+def _disk(path: Path) -> Path:
+    """Return the folder in which an output is written."""
+    return Path(gettempdir()) if is_remote(path) else Path(os.path.realpath(path)).parent
 
 
 def _is_beneath(path: Path, folder: Path) -> bool:

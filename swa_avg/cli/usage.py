@@ -1,0 +1,106 @@
+"""Checks of the command line: options that cannot be combined are refused. Does not print."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from swa_avg.cli.options import BATCHNORM
+
+_CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
+_OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
+_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
+
+
+def check_usage(ctx: click.Context) -> None:
+    """Refuse options that would be ignored."""
+
+    def given(names: Iterable[str]) -> Iterator[str]:
+        for parameter in ctx.command.params:
+            source = ctx.get_parameter_source(parameter.name or "")
+            if parameter.name in names and source is click.core.ParameterSource.COMMANDLINE:
+                yield max(parameter.opts, key=len)
+
+    named = ctx.params
+    if named["show"]:
+        others = {one.name or "" for one in ctx.command.params} - {"show", "as_json", "verbose"}
+        for other in given(others):
+            raise click.UsageError(f"--show cannot be combined with {other.lower()}.")
+        return
+    if named["minus"]:
+        _check_minus(named)
+    if named["each"]:
+        _check_each(named)
+    elif len(named["last"] or ()) > 1:
+        raise click.UsageError("--last takes several numbers only with --each.")
+    averages = named["checkpoints"] or named["start_from"]
+    if not averages and not named["recompute_bn"]:
+        raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
+    if named["key"] and named["ema"] is not None:
+        raise click.UsageError("Give --key or --ema/--no-ema, not both.")
+    if named["recompute_bn"] and not named["data"]:
+        raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
+    if named["keep_wrapper"] and named["dtype"] != "keep":
+        raise click.UsageError(
+            "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file."
+        )
+    searches = named["sweep"] or named["greedy"]
+    if searches:
+        _check_search(named)
+    elif named["plot"] and not named["distances"]:
+        raise click.UsageError("--plot needs --sweep, --greedy or --distances.")
+    if not named["recompute_bn"]:
+        for option in given([one for one in BATCHNORM if not (searches and one == "model")]):
+            raise click.UsageError(f"{option} needs --recompute-bn.")
+    unfit = () if named["checkpoints"] else _OF_CHECKPOINTS
+    for option in given(unfit if averages else (*unfit, *_OF_AVERAGING)):
+        raise click.UsageError(f"{option} needs checkpoints to average.")
+
+
+def _check_minus(named: Mapping[str, Any]) -> None:
+    """Refuse options that cannot be combined with --minus."""
+    if len(named["start_from"]) != 1:
+        raise click.UsageError("--minus needs one --start-from: the average to subtract from.")
+    if named["checkpoints"]:
+        raise click.UsageError("--minus takes no checkpoints, only --start-from.")
+
+
+def _check_each(named: Mapping[str, Any]) -> None:
+    """Refuse options that cannot be combined with --each."""
+    from swa_avg.planning import check_pattern
+
+    if not named["last"]:
+        raise click.UsageError("--each needs --last N: the number of checkpoints to average.")
+    for other in ("start_from", "best", "distances", "sweep", "greedy", "plot"):
+        if named[other]:
+            raise click.UsageError(f"--each cannot be combined with --{other.replace('_', '-')}.")
+    try:
+        check_pattern(named["output"], named["last"])
+    except ValueError as error:
+        raise click.UsageError(f"--each: {error}.") from error
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        raise click.UsageError("--each runs in one process: start it without torchrun.")
+
+
+def _check_search(named: Mapping[str, Any]) -> None:
+    """Refuse options that cannot be combined with a search."""
+    option = "--sweep" if named["sweep"] else "--greedy"
+    if named["sweep"] and named["greedy"]:
+        raise click.UsageError("Give --sweep or --greedy, not both.")
+    if not named["checkpoints"]:
+        raise click.UsageError(f"{option} needs checkpoints to average.")
+    for other in ("start_from", "distances"):
+        if named[other]:
+            raise click.UsageError(f"{option} cannot be combined with --{other.replace('_', '-')}.")
+    if named["bn_buffers"] == "first":
+        raise click.UsageError(
+            f"{option} cannot be combined with --bn-buffers first: "
+            "the averages start at different checkpoints."
+        )
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        raise click.UsageError(f"{option} runs in one process: start it without torchrun.")
