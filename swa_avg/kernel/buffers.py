@@ -166,7 +166,8 @@ class Buffers:
         """
         data, out = self._out.view(work.dtype, cell.numel)
         if not cell.numel or work.treatment is Treatment.RESET:
-            fill(out, work.fill, work.dtype)
+            if cell.numel:
+                fill(out, work.fill, work.dtype)
             yield from ((data, True) for _ in spans)
             return
         rows = [values for values, _ in each(self._rows(readers, cell))]
