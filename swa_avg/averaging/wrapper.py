@@ -212,6 +212,11 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
             )
         return
     yield f"everything else in the file (such as optimizer state) is copied from {path}"
+    if row and row.alone:
+        yield (
+            f"{row.name}'s optimizer state may hold a copy of the last checkpoint's weights; "
+            f"load the output with {row.alone}"
+        )
     if row and row.average and row.loads is not Loads.EITHER:
         averages = (*found.averages, *found.unnamed)
         loaded = averages if row.loads is Loads.AVERAGE else found.weights

@@ -77,7 +77,7 @@ _KINDS = (
         "DeepSpeed",
         "mp_rank_*_model_states.pt",
         without=("*_optim_states.pt",),
-        parts="layer_*_model_states.pt",
+        parts="layer_*model_states.pt",
         remedy=_MEGATRON_DEEPSPEED,
     ),
     # megatron/training/checkpointing.py: get_checkpoint_name.
