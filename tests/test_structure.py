@@ -22,8 +22,9 @@ WINGS = {
     "commit writeback partial targets output upload",
     "tensors": "tensor optimizers floats strided cutting checksums",
     "pickles": "budget pickled references rebuilding unpickler modules",
-    "formats": "checkpoint pickler zip_end zip_directory headers torch_zip torch_legacy "
-    "safetensors single components sharded sharded_layout dcp_metadata dcp_layout dcp opening",
+    "formats": "checkpoint pickler zip_end zip_directory torch_zip torch_legacy "
+    "safetensors single components sharded sharded_layout dcp_metadata dcp_layout dcp bundles "
+    "opening",
     "checkpoints": "tree words pieces names recorded families membership frameworks places "
     "halves entries layout contents metrics provenance reader",
     "planning": "copies inputs opening order naming series select ties treatments plan glance "

@@ -53,11 +53,11 @@ if TYPE_CHECKING:
 # Suffixes of formats that swa-avg does not write.
 _OTHERS = (
     *(".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".ggml", ".npz", ".npy", ".tflite", ".msgpack"),
-    *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".nemo", ".distcp"),
+    *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".distcp"),
     *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
     *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
 )
-_FOLDERS = (Form.FOLDER, Form.DCP)
+_SINGLE = (Form.TORCH, Form.SAFETENSORS)
 _ALONE = "only one checkpoint takes part: nothing is averaged, the output has its weights"
 
 
@@ -185,8 +185,9 @@ def average_of(
         check_running(states)
     _check_target(target, states, options, others)
     form = form_of(target, states[-1].checkpoint)
-    strides = options.keep_wrapper or form is Form.TORCH
-    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, options.keep_wrapper)
+    keeps = options.keep_wrapper or form is Form.COPY
+    strides = keeps or form is Form.TORCH
+    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, keeps)
     plan = make_plan(states, rules, counts_of(bases, selection.chosen))
     refuse_unlike(plan.tensors, states)
     known = tuple(fingerprints(states, {}))
@@ -267,8 +268,9 @@ def _identity(state: StateDict) -> tuple[object, ...]:
 
 def _layout(form: Form, plan: Plan, last: StateDict, options: Options, opened: ExitStack) -> Layout:
     """Return the layout of the output."""
-    if options.keep_wrapper:
-        return wrapper.layout(last, plan, lambda file: opened.callback(file.close))
+    if options.keep_wrapper or form is Form.COPY:
+        without = () if options.keep_wrapper else last.checkpoint.without or ()
+        return wrapper.layout(last, plan, lambda file: opened.callback(file.close), without)
     return layout_for(form, plan.state_dict, last.checkpoint, last.where, options.max_shard_size)
 
 
@@ -278,25 +280,36 @@ def _check_target(
     """Refuse an output that is an input, that exists, or whose name does not fit its format."""
     last = states[-1]
     form = form_of(target, last.checkpoint)
-    keeps = options.keep_wrapper
+    keeps = options.keep_wrapper or form is Form.COPY
     if keeps and last.checkpoint.provenance:
+        is_copy = form is Form.COPY
         raise OutputError(
-            "is an average, but --keep-wrapper needs a checkpoint to copy",
+            "is an average, but "
+            + ("an output of its kind" if is_copy else "--keep-wrapper")
+            + " needs a checkpoint to copy",
             file=last.checkpoint.path,
-            remedy="Leave out --keep-wrapper",
+            remedy="Name a file, as in -o swa.pt" if is_copy else "Leave out --keep-wrapper",
         )
     if keeps:
         check_choice(last, options.key, options.ema)
-    _check_suffix(target)
-    _check_form(target, last, form, keeps, options.max_shard_size)
+    _check_suffix(target, form)
+    _check_form(target, last, form, options)
     files = [file for state in (*states, *others) for file in state.checkpoint.files]
-    folder = last.checkpoint.path.is_dir() if keeps else form in _FOLDERS
+    folder = last.checkpoint.path.is_dir() if keeps else form not in _SINGLE
     check = check_remote_target if is_remote(target) else check_target
     check(target, files, force=options.force, folder=folder)
 
 
-def _check_suffix(target: Path) -> None:
+def _check_suffix(target: Path, form: Form) -> None:
     """Refuse a name with the suffix of a format that swa-avg does not write."""
+    if form is Form.COPY:
+        return
+    if target.suffix.lower() == ".nemo":
+        raise OutputError(
+            "ends in .nemo, but the last checkpoint is not a .nemo archive",
+            file=target,
+            remedy=f"Name it {target.stem}.pt, or average .nemo archives",
+        )
     if target.suffix.lower() in _OTHERS:
         name = target.name[: -len(target.suffix)]
         raise OutputError(
@@ -306,12 +319,18 @@ def _check_suffix(target: Path) -> None:
         )
 
 
-def _check_form(
-    target: Path, last: StateDict, form: Form, keep_wrapper: bool, max_shard_size: int | None
-) -> None:
-    """Refuse a name that does not fit the format of the output, and shards of a single file."""
+def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> None:
+    """Refuse a name or options that do not fit the format of the output."""
+    keep_wrapper, max_shard_size = options.keep_wrapper, options.max_shard_size
     safe = last.checkpoint.format == "safetensors"
-    unlike = last.checkpoint.path.is_dir() and form not in _FOLDERS
+    is_more = last.checkpoint.without is not None or last.checkpoint.path.is_dir()
+    unlike = is_more and form in _SINGLE
+    if form is Form.COPY and options.dtype != "keep":
+        raise OutputError(
+            f"will be a copy of {last.checkpoint.path} with other weights, which keeps its dtypes",
+            file=target,
+            remedy="Leave out --dtype, or name a file, as in -o swa.pt",
+        )
     if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
         raise OutputError(
             f"names another format than {last.checkpoint.path}, which --keep-wrapper copies",
@@ -319,7 +338,7 @@ def _check_form(
             remedy="Choose a name like that of the checkpoint, or leave out --keep-wrapper",
         )
     several = isinstance(last.checkpoint.tree, Components) and " + " in last.where
-    if several and form not in _FOLDERS:
+    if several and form in _SINGLE:
         names = last.where.split(" + ")
         raise OutputError(
             f"is one file, but {last.checkpoint.path} has several models ({', '.join(names)})",

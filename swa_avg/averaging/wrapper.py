@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from swa_avg.checkpoints import Loads, StateDict
-from swa_avg.errors import OutputError
+from swa_avg.errors import OutputError, listed
 from swa_avg.formats import PROVENANCE, Splice, checksum_places, leaves, links_note, with_provenance
 from swa_avg.planning import Plan, Work
 from swa_avg.storage import InputFile
@@ -155,13 +155,19 @@ def _moved(place: int, splices: Sequence[Splice]) -> int:
     return place + sum(len(splice.data) - splice.length for splice in before)
 
 
-def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -> WrapperLayout:
+def layout(
+    last: StateDict,
+    plan: Plan,
+    opened: Callable[[InputFile], object],
+    without: Sequence[str] = (),
+) -> WrapperLayout:
     """Return the layout that replaces the averaged tensors in the last checkpoint.
 
     Args:
         last: The state_dict of the last checkpoint.
         plan: The plan of the average.
         opened: Called with each file that is opened here; the caller closes it.
+        without: The patterns of files that are left out.
 
     Raises:
         OutputError: A tensor cannot be replaced in place.
@@ -183,11 +189,15 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
             file=path,
             remedy="Leave out --keep-wrapper",
         )
-    sources = {}
+    sources: dict[str, InputFile] = {}
+    left: list[str] = []
     weights = {file.path for file in last.checkpoint.files}
     leaving = []
     for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
         name = inner.relative_to(path).as_posix()
+        if any(inner.match(pattern) for pattern in without):
+            left.append(name)
+            continue
         if inner not in weights and leaves(inner, path):
             leaving.append(name)
             continue
@@ -207,8 +217,10 @@ def layout(last: StateDict, plan: Plan, opened: Callable[[InputFile], object]) -
                 file=file.path,
                 remedy="Run the command again",
             )
-    notes = (links_note(path, leaving),) if leaving else ()
-    return WrapperLayout(sources, ranges, plan.state_dict.provenance, notes)
+    notes = [links_note(path, leaving)] if leaving else []
+    if left:
+        notes.append(f"{path}: {listed(left)}: optimizer state; not copied without --keep-wrapper")
+    return WrapperLayout(sources, ranges, plan.state_dict.provenance, tuple(notes))
 
 
 def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
@@ -228,6 +240,11 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
             )
         return
     yield f"everything else in the file (such as optimizer state) is copied from {path}"
+    if row and row.alone:
+        yield (
+            f"{row.name}'s optimizer state may hold a copy of the last checkpoint's weights; "
+            f"load the output with {row.alone}"
+        )
     if row and row.average and row.loads is not Loads.EITHER:
         averages = (*found.averages, *found.unnamed)
         loaded = averages if row.loads is Loads.AVERAGE else found.weights

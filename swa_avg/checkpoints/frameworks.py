@@ -32,6 +32,8 @@ class Framework:
         sign: A path that only files of this kind have; empty if the other paths are enough.
         loads: Which of the two the framework's loader takes.
         needs: The loader that needs the whole file; empty if it accepts a bare state_dict.
+        alone: How its loader takes the weights alone, if its optimizer state has a copy of the
+            weights, which the loader prefers; empty otherwise.
         running: Whether the average is an equal-weight mean since a fixed start, so that each
             average includes the earlier ones.
         count: The dotted path of the number of models or steps in a running average; if it
@@ -46,6 +48,7 @@ class Framework:
     sign: str = ""
     loads: Loads = Loads.WEIGHTS
     needs: str = ""
+    alone: str = ""
     running: bool = False
     count: str = ""
     period: str = ""
@@ -144,12 +147,25 @@ FRAMEWORKS = (
     Framework("YOLO", "model", sign="best_fitness", needs="YOLO(...)"),
     Framework("fairseq", "model", sign="extra_state.train_iterator", needs="fairseq's loader"),
     Framework("icefall", "model", sign="batch_idx_train", needs="icefall's load_checkpoint"),
-    Framework("Megatron-LM", "model", sign="checkpoint_version", needs="Megatron-LM's --load"),
+    # With mixed precision, the optimizer state of these two has the weights in float32.
+    Framework(
+        "Megatron-LM",
+        "model",
+        sign="checkpoint_version",
+        needs="Megatron-LM's --load",
+        alone="--no-load-optim",
+    ),
     Framework("nanoGPT", "model", sign="model_args", needs="nanoGPT's sample.py"),
     # fvcore/common/checkpoint.py _load_file takes a bare state_dict as well.
     Framework("torchvision's references, detectron2 and others", "model"),
     Framework("Catalyst and others", "model_state_dict"),
-    Framework("DeepSpeed", "module", sign="dp_world_size", needs="DeepSpeed's load_checkpoint"),
+    Framework(
+        "DeepSpeed",
+        "module",
+        sign="dp_world_size",
+        needs="DeepSpeed's load_checkpoint",
+        alone="load_checkpoint(..., load_module_only=True)",
+    ),
     Framework("DeepSpeed and others", "module"),
     Framework("Composer", "state.model", needs="Composer's load_path"),
     Framework("OLMo-core and others", "app.model"),

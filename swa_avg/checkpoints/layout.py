@@ -311,7 +311,14 @@ def _components(
     if ema and not averages(tree):
         raise no_average(checkpoint)
     passed = found.weights if ema else found.averages
-    return tuple(name for name in tree if name not in passed), []
+    notes = []
+    if checkpoint.without is not None:
+        # SpeechBrain saves statistics of features like a model, but not under names of parameters.
+        others = [name for name in tree if not has_parameters(mapping(tree[name]) or {})]
+        passed = (*passed, *others)
+        if others:
+            notes = [f"{listed(others)}: not a model; copied from the last checkpoint"]
+    return tuple(name for name in tree if name not in passed), notes
 
 
 def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, ...], list[str]]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from swa_avg.checkpoints import names
 from swa_avg.checkpoints.tree import at, mapping
 from swa_avg.checkpoints.words import MODES as MODE_OF
-from swa_avg.formats import Checkpoint
+from swa_avg.formats import Checkpoint, numbers_in_yaml
 from swa_avg.pickles import Inert
 from swa_avg.tensors import Kind, TensorRef, View, read_numbers
 
@@ -35,9 +35,6 @@ _NAMED = (
 _REAL = (Kind.FLOAT, Kind.EXACT)
 _SIDECARS = (".json", ".yaml", ".yml")
 _MOST_SIDECAR_BYTES = 1_000_000
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_YAML_LINE = re.compile(r" *(['\"]?)([^\s'\"#-][^:'\"]*)\1:(?:\s+([^#\s].*?))?(?:\s+#.*)?\s*")
-_LONGEST_YAML_LINE = 1000
 
 
 @dataclass(frozen=True)
@@ -163,32 +160,6 @@ def _read_sidecar(path: Path) -> object:
         if path.stat().st_size > _MOST_SIDECAR_BYTES:
             return None
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else _numbers_in_yaml(text)
+        return json.loads(text) if path.suffix == ".json" else numbers_in_yaml(text)
     except (OSError, ValueError, RecursionError):
         return None
-
-
-def _numbers_in_yaml(text: str) -> Mapping[str, object]:
-    """Return the numbers under plain keys in a YAML text, nested by indentation.
-
-    Everything else (lists, strings, tags) is skipped, with the lines indented below it.
-    """
-    root: dict[str, object] = {}
-    # The open mapping at each indentation, or None for a skipped block.
-    levels: list[tuple[int, dict[str, object] | None]] = [(-1, root)]
-    for line in text.splitlines():
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        depth = len(line) - len(line.lstrip(" "))
-        while depth <= levels[-1][0]:
-            levels.pop()
-        parent, below = levels[-1][1], None
-        parts = _YAML_LINE.fullmatch(line) if len(line) <= _LONGEST_YAML_LINE else None
-        if parent is not None and parts:
-            _, key, value = parts.groups()
-            if value is None:
-                parent[key] = below = dict[str, object]()
-            elif re.fullmatch(rf"[-+]?{_NUMBER}", value):
-                parent[key] = float(value)
-        levels.append((depth, below))
-    return root

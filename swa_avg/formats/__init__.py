@@ -5,10 +5,12 @@ output. The format of a file is detected from its content, never from its suffix
 interpret the tensors.
 """
 
+from swa_avg.formats.bundles import numbers_in_yaml
 from swa_avg.formats.checkpoint import (
     PROVENANCE,
     Checkpoint,
     Components,
+    Headers,
     Layout,
     OutputStateDict,
     OutputStorage,
@@ -17,7 +19,6 @@ from swa_avg.formats.checkpoint import (
 )
 from swa_avg.formats.components import ROOT, averages, component_of
 from swa_avg.formats.dcp_layout import DcpLayout
-from swa_avg.formats.headers import Headers
 from swa_avg.formats.opening import (
     Form,
     checksum_places,
@@ -52,6 +53,7 @@ __all__ = [
     "layout_for",
     "leaves",
     "links_note",
+    "numbers_in_yaml",
     "open_checkpoint",
     "patch",
     "with_provenance",

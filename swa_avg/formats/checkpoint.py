@@ -1,16 +1,19 @@
-"""The types that all formats share: an opened checkpoint, and a state_dict to write."""
+"""The types that all formats share: an opened checkpoint, parsed headers, a state_dict to write."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 from swa_avg.tensors import DType, Record, Stored, TensorRef, View
 
+_T = TypeVar("_T")
+_MOST_HEADER_BYTES = 16 << 20
 # The name of the provenance of an average: of a zip record, a file, or a metadata key.
 PROVENANCE = "swa_avg.json"
 MOST_PROVENANCE_BYTES = 64 << 20
@@ -33,6 +36,8 @@ class Checkpoint:
         metadata: The metadata of a safetensors file.
         notes: Notes for the user about the files.
         beside: The content of a file beside the tensors (`trainer_state.json`), if any.
+        without: If an output of the same form is a copy of this checkpoint: the patterns of
+            its files that are left out, such as optimizer state. None for other forms.
         provenance: The provenance text of an average that swa-avg wrote; otherwise empty.
         provenance_record: The record that holds the provenance, if it has its own record.
         records: The record of each storage that a view in `tree` refers to.
@@ -46,6 +51,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     beside: object = None
+    without: tuple[str, ...] | None = None
     provenance: str = ""
     provenance_record: Record | None = None
     records: Mapping[Stored, Record] = field(default_factory=dict)
@@ -72,6 +78,42 @@ class Checkpoint:
         """Close its files."""
         for file in self.files:
             file.close()
+
+
+class Headers:
+    """A cache of headers that were parsed before.
+
+    The headers of checkpoints of one run are mostly the same, often to the byte. The cache is
+    keyed by all bytes of a header, and its values do not refer to a file. One object serves
+    one run, and is dropped when the files of the run are open.
+
+    Attributes:
+        forms: Parsed directories of zip archives, by size.
+    """
+
+    def __init__(self) -> None:
+        self.forms: dict[int, Any] = {}
+        self._read: dict[tuple[Callable[[bytes, Budget], Any], bytes], Any] = {}
+        self._kept = 0
+        self._lock = threading.Lock()
+
+    def once(self, read: Callable[[bytes, Budget], _T], data: bytes, budget: Budget) -> _T:
+        """Return `read(data, budget)`, which depends only on the bytes.
+
+        For equal bytes the result is the same object and the budget is not charged again.
+        """
+        if (read, data) in self._read:
+            made: _T = self._read[read, data]
+            return made
+        made = read(data, budget)
+        with self._lock:
+            self._read[read, data] = made
+            self._kept += len(data)
+            while self._kept > _MOST_HEADER_BYTES and len(self._read) > 1:
+                oldest = next(iter(self._read))
+                del self._read[oldest]
+                self._kept -= len(oldest[1])
+        return made
 
 
 @dataclass(frozen=True, slots=True)

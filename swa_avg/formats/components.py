@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from swa_avg.errors import FormatError, SwaAvgError
-from swa_avg.formats.checkpoint import PROVENANCE
+from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint
 from swa_avg.formats.safetensors import unique
 from swa_avg.storage import InputFile
+from swa_avg.tensors import View
 
 # The names that libraries look for. The first that exists is used; each may be sharded.
 _NAMES = (
@@ -69,7 +70,7 @@ _MODELS = re.compile(
     r"|(ema)[-_](unet|transformer|controlnet|prior|decoder|model)"
 )
 # Names of checkpoints within a run: such a folder is not a component of its parent folder.
-_PLACE_IN_RUN = re.compile(
+PLACE_IN_RUN = re.compile(
     r"(?i)\d+|(.*[^a-z])?(best|last|latest|final)"
     r"|(.*[^a-z])?(checkpoint|ckpt|epoch|ep|step|iter|iteration|model)s?[-_=]?\d.*"
 )
@@ -221,7 +222,7 @@ def _saved_apart(folder: Path, adapters: bool) -> list[str]:
     """
     entries = sorted(folder.iterdir())
     names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    places = [name for name in names if _PLACE_IN_RUN.fullmatch(name)]
+    places = [name for name in names if PLACE_IN_RUN.fullmatch(name)]
     if places and not adapters:
         return []
     found = [name for name in names if name not in places and has_weights(folder / name)]
@@ -247,6 +248,16 @@ def averages(names: Iterable[str]) -> dict[str, str | None]:
             of = [one for one in raw if rest[one] == rest[name]] or ([] if rest[name] else raw)
             found[name] = of[0] if len(of) == 1 else None
     return found
+
+
+def located(model: Checkpoint) -> object:
+    """Return the content of a model's files, with the location of each tensor."""
+    if not isinstance(model.tree, dict):
+        return model.tree
+    return {
+        name: model.located(value) if isinstance(value, View) else value
+        for name, value in model.tree.items()
+    }
 
 
 def read_json(path: Path) -> Any:

@@ -20,9 +20,8 @@ from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
 from swa_avg.formats import single
-from swa_avg.formats.checkpoint import Checkpoint
+from swa_avg.formats.checkpoint import Checkpoint, Headers
 from swa_avg.formats.components import is_inside, trainer_state
-from swa_avg.formats.headers import Headers
 from swa_avg.pickles import Budget, Global, Inert, check_shape, described, unpickler
 from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups

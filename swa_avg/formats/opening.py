@@ -17,6 +17,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
 from swa_avg.formats import (
+    bundles,
     dcp,
     dcp_layout,
     safetensors,
@@ -31,13 +32,12 @@ from swa_avg.formats.checkpoint import (
     PROVENANCE,
     Checkpoint,
     Components,
+    Headers,
     Layout,
     OutputStateDict,
     Splice,
 )
 from swa_avg.formats.components import ROOT
-from swa_avg.formats.headers import Headers
-from swa_avg.formats.single import open_file
 from swa_avg.storage import InputFile, path_of
 from swa_avg.tensors import Record
 
@@ -69,6 +69,7 @@ class Form(Enum):
     SAFETENSORS = "safetensors"
     FOLDER = "Hugging Face folder"
     DCP = "torch.distributed.checkpoint folder"
+    COPY = "copy of the last checkpoint with other weights"
 
 
 def open_checkpoint(
@@ -77,8 +78,9 @@ def open_checkpoint(
     """Read the headers of a checkpoint; its tensors stay on disk, and none of its code runs.
 
     Args:
-        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, a Hugging
-            Face folder, or a torch.distributed.checkpoint folder.
+        path: A torch file (`.pt`, `.pth`, `.ckpt`, `.bin`), a safetensors file, a `.nemo`
+            archive, a Hugging Face folder, a torch.distributed.checkpoint folder, or a folder
+            of DeepSpeed, Megatron-LM, SpeechBrain or LitGPT.
         headers: The cache of the headers of other checkpoints.
         own: Whether no other process writes to the file, which this process has written.
 
@@ -92,9 +94,11 @@ def open_checkpoint(
     path = path_of(path)
     headers = headers or Headers()
     if not path.is_dir():
-        return open_file(path, headers, own=own)
+        return bundles.open_file(path, headers, own)
     if sharded.is_checkpoint(path):
         return _with_provenance(_of_one_time(sharded.read(path, headers)))
+    if bundles.is_folder(path):
+        return _with_provenance(_of_one_time(bundles.read(path, headers)))
     if dcp.is_checkpoint(path):
         return _with_provenance(_of_one_time(dcp.read(path)))
     raise FormatError(
@@ -139,8 +143,9 @@ def _with_provenance(folder: Checkpoint) -> Checkpoint:
 def is_checkpoint(path: Path) -> bool:
     """Return whether a path looks like a checkpoint, either a file or a folder."""
     if path.is_dir():
-        return sharded.is_checkpoint(path) or dcp.is_checkpoint(path)
-    return single.is_checkpoint(path)
+        kinds = (sharded.is_checkpoint, bundles.is_folder, dcp.is_checkpoint)
+        return any(is_of_kind(path) for is_of_kind in kinds)
+    return single.is_checkpoint(path) or bundles.is_archive(path)
 
 
 def form_of(path: Path, like: Checkpoint) -> Form:
@@ -154,7 +159,10 @@ def form_of(path: Path, like: Checkpoint) -> Form:
         return Form.SAFETENSORS
     if path.suffix.lower() in _TORCH_SUFFIXES:
         return Form.TORCH
-    if like.path.is_dir():
+    is_folder = like.path.is_dir()
+    if like.without is not None and (is_folder or path.suffix in ("", ".nemo")):
+        return Form.COPY
+    if is_folder:
         return Form.FOLDER if sharded.is_checkpoint(like.path) else Form.DCP
     if not path.suffix and like.format == "safetensors":
         return Form.SAFETENSORS
@@ -233,7 +241,7 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
         return torch_zip.with_provenance(file, provenance)
     if start[8:9] == b"{":
         return safetensors.with_provenance(file, provenance)
-    return ()
+    return bundles.with_provenance(file, provenance)
 
 
 def checksum_places(file: InputFile) -> Mapping[int, tuple[int, ...]]:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swa_avg.errors import FormatError, OutputError
-from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, OutputStateDict, Splice
-from swa_avg.formats.headers import Headers
+from swa_avg.formats.checkpoint import PROVENANCE, Checkpoint, Headers, OutputStateDict, Splice
 from swa_avg.pickles import MOST_SAFETENSORS_HEADER, Budget, check_shape
 from swa_avg.storage import InputFile
 from swa_avg.tensors import SAFETENSORS_DTYPES, Record, Stored, View, contiguous_stride

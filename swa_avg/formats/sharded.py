@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from swa_avg.errors import FormatError, listed
-from swa_avg.formats.checkpoint import Checkpoint, Components
+from swa_avg.formats.checkpoint import Checkpoint, Components, Headers
 from swa_avg.formats.components import (
     ROOT,
     Weights,
     candidates,
     components,
     is_inside,
+    located,
     read_json,
     trainer_state,
 )
-from swa_avg.formats.headers import Headers
 from swa_avg.formats.single import open_file
 from swa_avg.pickles import Budget
 from swa_avg.tensors import View
@@ -60,23 +60,13 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
     return Checkpoint(
         folder,
         "Hugging Face folder of several models" if len(models) > 1 else "Hugging Face folder",
-        Components({name: _located(model) for name, model in models.items()}),
+        Components({name: located(model) for name, model in models.items()}),
         tuple(file for model in models.values() for file in model.files),
         texts[0] if all(text == texts[0] for text in texts) else {},
         tuple(f"{name}: {note}" for name, model in models.items() for note in model.notes),
         beside,
         budget=budget,
     )
-
-
-def _located(model: Checkpoint) -> object:
-    """Return the content of a model's files, with the location of each tensor."""
-    if not isinstance(model.tree, dict):
-        return model.tree
-    return {
-        name: model.located(value) if isinstance(value, View) else value
-        for name, value in model.tree.items()
-    }
 
 
 def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:

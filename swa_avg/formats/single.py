@@ -6,11 +6,11 @@ from pathlib import Path
 
 from swa_avg.errors import FormatError
 from swa_avg.formats import safetensors, torch_legacy, torch_zip, zip_directory
-from swa_avg.formats.checkpoint import Checkpoint
-from swa_avg.formats.headers import Headers
+from swa_avg.formats.checkpoint import Checkpoint, Headers
 from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 
+START = 512  # bytes by which the formats are told apart
 # Other files that are given as checkpoints by mistake: their first bytes and their type.
 _STRANGERS = (
     (b"\x1f\x8b", "a gzip file"),
@@ -50,7 +50,7 @@ def is_checkpoint(path: Path) -> bool:
     """Return whether a file begins like a checkpoint; every zip archive does."""
     file = InputFile(path)
     try:
-        start = file.read(0, min(512, file.size))
+        start = file.read(0, min(START, file.size))
         header = int.from_bytes(start[:8], "little")
         safe = start[8:9] == b"{" and header <= file.size - 8
         return safe or start.startswith(zip_directory.MAGIC) or torch_legacy.is_legacy(start)
@@ -58,20 +58,23 @@ def is_checkpoint(path: Path) -> bool:
         file.close()
 
 
-def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
+def read(
+    file: InputFile, headers: Headers, budget: Budget, start: bytes | None = None
+) -> Checkpoint:
     """Read the headers of a file.
 
     Args:
         file: The file.
         headers: The cache of headers.
         budget: Limits what is built from the headers.
+        start: The first START bytes of the file, if they have been read.
 
     Raises:
         FormatError: The file is not a checkpoint, or is damaged.
     """
     if file.size == 0:
         raise FormatError("is empty", file=file.path, expected="a checkpoint")
-    start = file.read(0, min(512, file.size))
+    start = file.read(0, min(START, file.size)) if start is None else start
     if start.startswith(zip_directory.MAGIC):
         return torch_zip.read(file, headers, budget)
     # torch reads a file that is both as a tar archive, which can hold other tensors.

@@ -18,12 +18,12 @@ from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
     PROVENANCE,
     Checkpoint,
+    Headers,
     OutputStateDict,
     OutputStorage,
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.headers import Headers
 from swa_avg.formats.zip_directory import MAGIC, UTF8
 from swa_avg.formats.zip_end import FULL
 from swa_avg.pickles import Budget, unpickler

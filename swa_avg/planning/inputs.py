@@ -20,6 +20,9 @@ from swa_avg.formats import is_checkpoint
 from swa_avg.storage import is_remote, path_of, remote_matches
 
 _MAGIC = re.compile(r"[*?[]")
+# The sub-folders of a run in which accelerate, Lightning and NeMo, SpeechBrain, and Ultralytics
+# save checkpoints.
+_OF_RUNS = ("checkpoints", "save", "weights")
 
 
 @dataclass
@@ -117,18 +120,13 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         if not path.is_dir():
             inputs.paths.append(path)
             return
+        path = _of_run(path, inputs)
         own = is_checkpoint(path)
         children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
         if own:
             children = [child for child in children if _is_of_same_run(child)]
         left_out = [child for child in children if matches(child, exclude)]
-        found = [
-            child
-            for child in children
-            if child not in left_out
-            and (child.is_file() or child.is_dir())
-            and is_checkpoint(child)
-        ]
+        found = [child for child in children if child not in left_out and _may_be_checkpoint(child)]
         if not own and not found and not left_out:
             raise SelectionError(
                 "is a folder without checkpoints",
@@ -145,6 +143,23 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         inputs.paths.append(path)
     if own and found:
         inputs.notes.append(_note_on_run_folder(path, found, alone))
+
+
+def _of_run(path: Path, inputs: Inputs) -> Path:
+    """Return a folder, or the only sub-folder in which its run saved checkpoints, with a note."""
+    if is_checkpoint(path):
+        return path
+    homes = [path / name for name in _OF_RUNS if (path / name).is_dir()]
+    inside = [home for home in homes if any(map(_may_be_checkpoint, home.iterdir()))]
+    beside = any(_may_be_checkpoint(child) for child in path.iterdir() if child not in homes)
+    if len(inside) != 1 or beside:
+        return path
+    inputs.notes.append(f"{path}: the checkpoints in its folder {inside[0].name} are used")
+    return inside[0]
+
+
+def _may_be_checkpoint(path: Path) -> bool:
+    return (path.is_file() or path.is_dir()) and is_checkpoint(path)
 
 
 def _is_of_same_run(child: Path) -> bool:
