@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import swa_avg
 from swa_avg.cli.command import command
@@ -332,3 +333,38 @@ def test_progress_bar_shows_steps_and_leaves_nothing(paths: list[Path]) -> None:
     said = stream.getvalue()
     assert "averaging" in said and "syncing to disk" in said and "\n" not in said
     assert not said.split("\r")[-2].strip()
+
+
+# Wrong kinds of arguments.
+
+
+def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
+    """One line says what was expected; nothing is written."""
+    out = paths[0].parent / "out.pt"
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="choice must be a Choice, as in Choice"):
+        swa_avg.average(paths, out, choice=5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"batchnorm must be a BatchNorm, .* not list"):
+        swa_avg.average(paths, out, batchnorm=[torch.ones(1, 2)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not Linear"):
+        swa_avg.recompute_batchnorm(torch.nn.Linear, [torch.ones(1, 2)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mode must be min or max, not minimum"):
+        swa_avg.sweep(paths, out, float, model=network, mode="minimum")  # type: ignore[arg-type]
+    with (
+        swa_avg.open_checkpoint(paths[0]) as checkpoint,
+        pytest.raises(KeyError, match="has no tensor 'nothing'"),
+    ):
+        checkpoint.read("nothing")
+    assert not out.exists()
+
+
+def test_batches_in_memory_may_be_what_batchnorm_takes() -> None:
+    """A function, a list and a Dataset give the same statistics."""
+    samples = torch.arange(24.0).reshape(8, 3)
+    found = []
+    for batches in (lambda: [samples], [samples], TensorDataset(samples)):
+        network = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+        swa_avg.recompute_batchnorm(network, batches)
+        found.append(network[0].running_mean)
+    assert torch.allclose(found[0], samples.mean(0))
+    assert torch.allclose(found[1], found[0]) and torch.allclose(found[2], found[0])

@@ -31,8 +31,8 @@ WINGS = {
     "start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
-    "batchnorm": "isolation calling batches moments estimators on_device statistics named loading "
-    "userdata in_place recompute",
+    "batchnorm": "isolation calling batches loading moments estimators on_device statistics "
+    "named userdata in_place recompute",
     "averaging": "wrapper distances report pictures sampling verification computing execution "
     "prepare along heartbeat torchrun joint",
     "search": "scores candidates sweeping plot",

@@ -138,6 +138,11 @@ class Averaging:
         Raises:
             SwaAvgError: Averaging failed, and nothing was written.
         """
+        if batchnorm is not None and not hasattr(batchnorm, "session"):
+            kind = type(batchnorm).__name__
+            raise TypeError(
+                f"batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not {kind}"
+            )
         session = batchnorm.session() if batchnorm else None
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)

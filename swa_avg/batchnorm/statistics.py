@@ -30,6 +30,7 @@ from swa_avg.batchnorm.batches import (
 from swa_avg.batchnorm.calling import Forward, default_forward, explained, samples_in
 from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
 from swa_avg.batchnorm.isolation import users_code
+from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.on_device import on_device
 from swa_avg.errors import DataError, SwaAvgError
 from swa_avg.kernel import default_arithmetic
@@ -122,7 +123,9 @@ def recompute_batchnorm(
             their dtype and device, and is otherwise unchanged: it is in training mode if it
             was before. After an error nothing has changed.
         batches: The batches: tensors, lists, tuples or mappings of tensors, or objects with a
-            `to` method. They may be endless if `max_batches` is given.
+            `to` method. They may be endless if `max_batches` is given. As with
+            `BatchNorm(data=...)`, a function that returns them, a Dataset or a DataModule
+            may be given.
         device: The device to run on: `auto`, `cpu`, `cuda`, `cuda:i` or `mps`.
         estimator: `population` or `torch`.
         forward: `forward(model, batch)` runs the model on a batch that is already on the
@@ -141,8 +144,14 @@ def recompute_batchnorm(
             one value per channel, statistics are not finite, or the model has no BatchNorm
             layer with running statistics.
         SwaAvgError: The device is not available, or `torch` is used with several ranks.
+        TypeError: The model is no module.
         ValueError: An argument has an invalid value.
     """
+    if not isinstance(model, nn.Module):
+        found = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module, not {found}")
+    if ranks is None:
+        batches = batches_of(batches, "batches", lambda job: job())
     ranks = ranks or Alone()
     _check_arguments(estimator, amp, max_batches, ranks.world)
     layers = layers_of(model)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from swa_avg import formats
 from swa_avg.checkpoints.layout import find_state_dict
-from swa_avg.tensors import read_tensor, verify
+from swa_avg.tensors import TensorRef, read_tensor, verify
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +75,11 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return self._tensors[name].shape
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
         """Return the name of a tensor's dtype in torch, without `torch.`."""
-        return self._tensors[name].dtype.name
+        return self._tensor(name).dtype.name
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor. No other tensor is read.
@@ -90,9 +91,16 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
             KeyError: There is no tensor of this name.
             FormatError: The bytes of the tensor do not match its checksum.
         """
-        ref = self._tensors[name]
+        ref = self._tensor(name)
         verify((record, name) for record in ref.records)
         return read_tensor(ref)
+
+    def _tensor(self, name: str) -> TensorRef:
+        if name not in self._tensors:
+            close = get_close_matches(name, self._tensors, 1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise KeyError(f"{self._checkpoint.path} has no tensor {name!r}{meant}")
+        return self._tensors[name]
 
     def close(self) -> None:
         """Close its files."""

@@ -87,6 +87,9 @@ class Options:
             raise ValueError(f"dtype is {self.dtype!r}; use {', '.join(OUTPUT_DTYPES)}")
         if self.keep_wrapper and self.dtype != "keep":
             raise ValueError("keep_wrapper cannot change the dtype; use dtype keep")
+        if not isinstance(self.choice, Choice):
+            kind = type(self.choice).__name__
+            raise TypeError(f"choice must be a Choice, as in Choice(last=5), not {kind}")
         if self.minus is not None:
             self._check_minus()
 

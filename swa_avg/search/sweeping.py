@@ -218,6 +218,8 @@ def sweep(
         raise ValueError(
             "start_from, distances and bn_buffers=first cannot be combined with a search"
         )
+    if mode not in (None, "min", "max"):
+        raise ValueError(f"mode must be min or max, not {mode}")
     called = getattr(evaluate, "__name__", "score")
     judge = Judge(evaluate, model, called, metric, mode)
     session = batchnorm.session(model) if batchnorm else None

@@ -485,7 +485,13 @@ FAILURES = {
         None,
         "",
     ),
-    "no iterable": (lambda: 5, None, DataError, 0, "TypeError: 'int' object is not iterable"),
+    "no iterable": (
+        lambda: 5,
+        None,
+        DataError,
+        0,
+        "batches is of type int, expected an iterable of batches",
+    ),
     "forward raises": (
         lambda: data(5, 7),
         forward_failing(BoomError("x")),
