@@ -400,7 +400,7 @@ def test_b_adapter_at_the_top_of_a_run(tmp_path: Path) -> None:
 def test_b_folders_further_down(tmp_path: Path) -> None:
     """A folder of folders holds none itself; the line says where they are."""
     for n in (1, 2):
-        save(tmp_path / "run" / f"global_step{n}", {"mp_rank_00_model_states.pt": n})
+        save(tmp_path / "run" / f"global_step{n}", {"weights_of_the_model.pt": n})
     told = re.search(r"give (.*?)\.$", fails(tmp_path, "run", code=2))
     assert told
     assert mean(tmp_path, *shlex.split(told[1]))[0] == 1.5
