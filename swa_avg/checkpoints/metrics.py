@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from itertools import dropwhile
+from itertools import takewhile
 from pathlib import Path
 
 from swa_avg.checkpoints import names, recorded, words
@@ -58,6 +58,8 @@ _NOT_METRICS = _set(
     "version checkpoint_version batch_idx_train skipped_steps dp_world_size mp_world_size "
     "global_samples lr learning_rate time data_time"
 )
+# Words before the name of a metric in the name of a file: best_loss.
+_UNRELATED = words.NOUNS | words.ROLES
 _REPORT = "checkpoint.pth"  # of ESPnet
 _SCALARS = "message_hub.log_scalars"  # of mmengine
 _SCALARS_FILE = "scalars.json"  # of mmengine
@@ -189,10 +191,10 @@ def _names(checkpoint: Checkpoint, label: Name, run: Run) -> Iterator[str]:
     yield from (str(name) for name in hub if _last_of(hub[name], str(name)) is not None)
     yield from (name for name in _scalars(checkpoint, label, run) if name not in _NOT_METRICS)
     for metric, _ in label.metrics:
-        pairs = list(zip(metric.joints, metric.words, strict=True))
-        known = (word in words.NOUNS or word in words.ROLES for word in metric.words[:-1])
-        own = list(dropwhile(lambda pair: next(known, False), pairs))
-        yield "".join(joint + word for joint, word in own).removeprefix(own[0][0])
+        own = list(takewhile(_UNRELATED.isdisjoint, ({word} for word in reversed(metric.words))))
+        start = len(metric.words) - max(len(own), 1)
+        pairs = zip(metric.joints[start:], metric.words[start:], strict=True)
+        yield "".join(joint + word for joint, word in pairs).removeprefix(metric.joints[start])
 
 
 def _logged(checkpoint: Checkpoint, label: Name, run: Run) -> Iterator[Mapping[str, object]]:

@@ -171,8 +171,6 @@ def test_mmengine(tmp_path: Path) -> None:
     assert chosen(tmp_path / "run", "acc") == {"epoch_2.pth": 0.9, "epoch_4.pth": 0.8}
     losses = chosen(tmp_path / "run", "train/loss", 4)
     for name, value in losses.items():
-        content = torch.load(tmp_path / "run" / name, weights_only=False)
-        assert content["message_hub"]["log_scalars"]["train/loss"].current() == pytest.approx(
-            value, abs=1e-6
-        )
+        hub = torch.load(tmp_path / "run" / name, weights_only=False)["message_hub"]
+        assert hub["log_scalars"]["train/loss"].current() == pytest.approx(value, abs=1e-6)
     assert "recorded there: train/loss" in refused(tmp_path / "run", "train_loss")
