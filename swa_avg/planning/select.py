@@ -194,13 +194,15 @@ def _of_epochs(given: list[Member], text: str, notes: list[str]) -> list[Member]
 
 def _scores(given: Sequence[Member], metric: str) -> dict[Path, Score]:
     """Return the metric of each checkpoint, recorded in the same place in all of them."""
-    found = [metrics.scores(member.state.checkpoint, metric) for member in given]
+    run = metrics.run_of(member.state.checkpoint for member in given)
+    found = [metrics.scores(m.state.checkpoint, metric, m.name, run) for m in given]
     lacking = [member for member, scores in zip(given, found, strict=True) if not scores]
     if lacking:
         path = lacking[0].path
         rest = [member.path for member in given if member not in lacking]
         option = exclusion([member.path for member in lacking], rest) if rest else ""
-        remedy = f"Searched {metrics.looked_at(lacking[0].state.checkpoint)}"
+        searched = metrics.looked_at(lacking[0].state.checkpoint, metric, lacking[0].name, run)
+        remedy = f"Searched {searched}"
         left = "it" if len(lacking) == 1 else "all such checkpoints"
         remedy += f"; {option} leaves out {left}" * bool(option)
         raise SelectionError(f"records no {metric}", file=path, remedy=remedy)

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from swa_avg.errors import FileError, SwaAvgError
 from swa_avg.storage.given import GivenPath
 
 _T = TypeVar("_T")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MAGIC = re.compile(r"[*?[]")
+_HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<revision>[^/]+)(?P<rest>/.*)?")
 _LOCAL = ("file://", "local://")
 _WEB = ("http://", "https://")
 
@@ -58,8 +60,34 @@ def is_remote(path: object) -> bool:
 def remote_matches(pattern: Path) -> list[Path]:
     """Return the matches of a remote pattern, sorted."""
     remote = cast(RemotePath, pattern)
+    revisions = _revisions(remote)
+    if revisions is not None:
+        magic = [path for path in revisions if _MAGIC.search(str(path))]
+        inner = [match for path in magic for match in remote_matches(cast(Path, path))]
+        return sorted([*inner, *(cast(Path, path) for path in revisions if path not in magic)])
     found = remote.call(remote.fs.glob, remote.key, detail=True)
     return sorted(cast(Path, remote.of_key(key, info)) for key, info in found.items())
+
+
+def _revisions(pattern: RemotePath) -> list[RemotePath] | None:
+    """Return a path for each revision in a repository of the Hugging Face hub that matches.
+
+    The revision is the part after the `@` in `hf://org/model@step*`. The result is None if
+    the pattern is in another part.
+    """
+    parts = _HUB.fullmatch(str(pattern))
+    if not parts or not _MAGIC.search(parts["revision"]):
+        return None
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=pattern.fs.endpoint, token=pattern.fs.token)
+    refs = pattern.call(api.list_repo_refs, parts["repo"])
+    revisions = [ref.name for ref in (*refs.branches, *refs.tags)]
+    matching = [name for name in revisions if fnmatchcase(name, unquote(parts["revision"]))]
+    rest = parts["rest"] or ""
+    # A slash in the name of a branch is no separator of the URL.
+    urls = [f"hf://{parts['repo']}@{quote(name, safe='')}{rest}" for name in matching]
+    return [RemotePath(url, pattern.fs) for url in dict.fromkeys(urls)]
 
 
 class RemotePath:
@@ -186,7 +214,9 @@ class RemotePath:
             FileError: The request failed or was denied.
         """
         if fresh:
-            self.fs.invalidate_cache(self.fs._parent(self.key))
+            # The parent of a repository of the hub is no path of its own.
+            is_repository = self.protocol == "hf" and self.key.count("/") < 2
+            self.fs.invalidate_cache(*([] if is_repository else [self.fs._parent(self.key)]))
         elif self._info is None and self._folder is not None:
             self._info = self._folder._listed().get(self.name)
             return self._info
