@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
     from swa_avg.averaging import Averaging as Averaging
     from swa_avg.averaging import Report as Report
-    from swa_avg.averaging import WindowsReport as WindowsReport
     from swa_avg.averaging import average as average
     from swa_avg.averaging import planned as planned
-    from swa_avg.averaging import windows as windows
+    from swa_avg.averaging.along import WindowsReport as WindowsReport
+    from swa_avg.averaging.along import windows as windows
     from swa_avg.batchnorm import BatchNorm as BatchNorm
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
     from swa_avg.batchnorm import default_forward as default_forward
@@ -46,10 +46,10 @@ __version__ = "0.1.0"
 _HOME = {
     "Averaging": "averaging",
     "Report": "averaging",
-    "WindowsReport": "averaging",
+    "WindowsReport": "averaging.along",
     "average": "averaging",
     "planned": "averaging",
-    "windows": "averaging",
+    "windows": "averaging.along",
     "BatchNorm": "batchnorm",
     "BatchNormReport": "batchnorm",
     "default_forward": "batchnorm",

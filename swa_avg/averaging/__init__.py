@@ -1,12 +1,10 @@
 """From checkpoints to a committed output and a report.
 
 In: paths and `Options`. Out: the averaged file or folder, verified, and a `Report`. Does not
-print. `joint` and `torchrun` (several ranks) import torch, so they are imported only where
-they are used.
+print. `joint` and `torchrun` (several ranks, which import torch), `along` (averages along a
+run) and `pictures` are imported only where they are used.
 """
 
-from swa_avg.averaging import pictures
-from swa_avg.averaging.along import Draft, Windows, WindowsReport, planned_windows, windows
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
@@ -16,15 +14,11 @@ __all__ = [
     "STALE",
     "Averaging",
     "Distances",
-    "Draft",
     "Report",
-    "Windows",
-    "WindowsReport",
+    "along",
     "average",
     "joint",
     "pictures",
     "planned",
-    "planned_windows",
     "torchrun",
-    "windows",
 ]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 
 from swa_avg.checkpoints import Loads, StateDict
 from swa_avg.errors import OutputError, listed
@@ -189,22 +190,39 @@ def layout(
             file=path,
             remedy="Leave out --keep-wrapper",
         )
-    sources: dict[str, InputFile] = {}
-    left: list[str] = []
     weights = {file.path for file in last.checkpoint.files}
-    leaving = []
-    for inner in sorted(entry for entry in path.rglob("*") if entry.is_file()):
-        name = inner.relative_to(path).as_posix()
-        if any(inner.match(pattern) for pattern in without):
-            left.append(name)
-            continue
-        if inner not in weights and leaves(inner, path):
-            leaving.append(name)
-            continue
-        sources[name] = file = InputFile(inner)
+    copied, notes = _to_copy(path, weights, without)
+    sources: dict[str, InputFile] = {}
+    for inner in copied:
+        sources[inner.relative_to(path).as_posix()] = file = InputFile(inner)
         opened(file)
-    counted = Counter(file.identity for file in sources.values())
-    for file in {r.record.file for r in ranges}:
+    _check_names(sources.values(), {r.record.file for r in ranges})
+    return WrapperLayout(sources, ranges, plan.state_dict.provenance, notes)
+
+
+def _to_copy(
+    folder: Path, weights: Container[Path], without: Sequence[str]
+) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the files of a folder that are copied, and notes on those that are not."""
+    copied, left, leaving = [], [], []
+    for inner in sorted(entry for entry in folder.rglob("*") if entry.is_file()):
+        if any(inner.match(pattern) for pattern in without):
+            left.append(inner.relative_to(folder).as_posix())
+        elif inner not in weights and leaves(inner, folder):
+            leaving.append(inner.relative_to(folder).as_posix())
+        else:
+            copied.append(inner)
+    notes = [links_note(folder, leaving)] if leaving else []
+    if left:
+        state = "optimizer state; not copied without --keep-wrapper"
+        notes.append(f"{folder}: {listed(left)}: {state}")
+    return copied, tuple(notes)
+
+
+def _check_names(copied: Iterable[InputFile], replaced: Iterable[InputFile]) -> None:
+    """Refuse files of weights that are not copied exactly once."""
+    counted = Counter(file.identity for file in copied)
+    for file in replaced:
         if counted[file.identity] > 1:
             raise OutputError(
                 "has two names in its folder",
@@ -217,10 +235,6 @@ def layout(
                 file=file.path,
                 remedy="Run the command again",
             )
-    notes = [links_note(path, leaving)] if leaving else []
-    if left:
-        notes.append(f"{path}: {listed(left)}: optimizer state; not copied without --keep-wrapper")
-    return WrapperLayout(sources, ranges, plan.state_dict.provenance, tuple(notes))
 
 
 def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:

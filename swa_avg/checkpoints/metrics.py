@@ -80,6 +80,12 @@ class Score:
     where: str
 
 
+def check_mode(mode: str | None) -> None:
+    """Raise `ValueError` if a mode is neither min nor max nor None."""
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode must be min or max, not {mode}")
+
+
 def mode_of(name: str) -> str | None:
     """Return `min` or `max` for a metric whose name shows which is better, otherwise None."""
     words = re.split(r"[^a-z0-9]+", name.lower())

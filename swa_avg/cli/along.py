@@ -19,19 +19,19 @@ from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Draft, Windows, WindowsReport
+    from swa_avg.averaging import along
 
 
 def average_each(run: Run) -> None:
     """Average the latest checkpoints at every checkpoint, or show what would be done."""
-    from swa_avg.averaging import WindowsReport, planned_windows
+    from swa_avg.averaging import along
 
     force = run.options.force or run.dry_run
     options = replace(run.options, force=force, by_sample=run.dry_run, of_command=True)
     pattern = click.get_current_context().params["output"]  # `run.output` drops a final slash
     with ExitStack() as entered:
         with watching(run.quiet, current_streams().err) as watch:
-            planned = planned_windows(run.checkpoints, pattern, run.each, options, watch)
+            planned = along.planned_windows(run.checkpoints, pattern, run.each, options, watch)
             plan = entered.enter_context(planned)
         if run.dry_run:
             _show_plan(plan, run)
@@ -52,7 +52,7 @@ def average_each(run: Run) -> None:
                 done = counted(len(reports), "output")
                 signals.after = f" {done} of {len(drafts)} {'is' if len(reports) == 1 else 'are'} "
                 signals.after += f"written, the last one is {draft.averaging.output}."
-        report = WindowsReport(tuple(reports), bytes_read, plan.notes)
+        report = along.WindowsReport(tuple(reports), bytes_read, plan.notes)
         if run.report is not None:
             beside.write(run.report, f"{json_text(report.to_dict())}\n".encode())
     if run.as_json:
@@ -62,8 +62,8 @@ def average_each(run: Run) -> None:
 
 
 def _computed(
-    plan: Windows, run: Run, watch: Watch | None, entered: ExitStack
-) -> tuple[list[Draft], int]:
+    plan: along.Windows, run: Run, watch: Watch | None, entered: ExitStack
+) -> tuple[list[along.Draft], int]:
     """Compute all averages, and recompute their BatchNorm statistics if that is wanted."""
     if run.recompute is None:
         return entered.enter_context(plan.computed(run.threads, watch))
@@ -75,7 +75,7 @@ def _computed(
     return [draft.recomputed(bn, watch) for draft in drafts], bytes_read
 
 
-def _show_plan(plan: Windows, run: Run) -> None:
+def _show_plan(plan: along.Windows, run: Run) -> None:
     """Print the plan of a dry run."""
     if run.as_json:
         averages = [average.to_dict() for average in plan.averages]
@@ -95,7 +95,7 @@ def _show_plan(plan: Windows, run: Run) -> None:
     note(dict.fromkeys([*plan.notes, *plan.averages[-1].notes]))
 
 
-def _show(report: WindowsReport, run: Run) -> None:
+def _show(report: along.WindowsReport, run: Run) -> None:
     """Print the averages, and the notes on the last one; with -v the notes on all."""
     last = report.averages[-1]
     for one in report.averages:
@@ -110,7 +110,7 @@ def _show(report: WindowsReport, run: Run) -> None:
     note(dict.fromkeys([*report.notes, *_notes(report, run)]))
 
 
-def _notes(report: WindowsReport, run: Run) -> Iterator[str]:
+def _notes(report: along.WindowsReport, run: Run) -> Iterator[str]:
     from swa_avg.averaging import STALE
 
     for one in report.averages if run.verbose else report.averages[-1:]:

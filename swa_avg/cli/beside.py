@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from swa_avg.averaging import Averaging, Windows
+    from swa_avg.averaging import Averaging, along
     from swa_avg.cli.options import Run
     from swa_avg.storage import AtomicFile
 
@@ -40,7 +40,7 @@ class Beside:
 @contextmanager
 def opened_beside(
     run: Run,
-    averaging: Averaging | Windows | None,
+    averaging: Averaging | along.Windows | None,
     outputs: Sequence[Path] | None = None,
     *,
     is_first: bool = True,
@@ -68,7 +68,7 @@ def opened_beside(
 
 
 def _checked(
-    run: Run, averaging: Averaging | Windows | None, outputs: Sequence[Path]
+    run: Run, averaging: Averaging | along.Windows | None, outputs: Sequence[Path]
 ) -> Iterator[Path]:
     """Yield the paths of the report and the plot, after checking that they can be written."""
     from swa_avg.storage import check_target, is_remote

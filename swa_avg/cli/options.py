@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 import swa_avg
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from swa_avg.planning import Options
 
 _GROUPS = {
@@ -59,6 +60,8 @@ class _FileName(click.types.StringParamType):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
         return [CompletionItem(incomplete, type="file")]
 
 

@@ -165,9 +165,10 @@ class Buffers:
             NonFiniteError: A finite element becomes infinite by rounding.
         """
         data, out = self._out.view(work.dtype, cell.numel)
-        if not cell.numel or work.treatment is Treatment.RESET:
-            if cell.numel:
-                fill(out, work.fill, work.dtype)
+        is_reset = work.treatment is Treatment.RESET
+        if is_reset and cell.numel:
+            fill(out, work.fill, work.dtype)
+        if is_reset or not cell.numel:
             yield from ((data, True) for _ in spans)
             return
         rows = [values for values, _ in each(self._rows(readers, cell))]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
 from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
-from swa_avg.pickles import holds_stream
+from swa_avg.planning.notes import header_notes
 from swa_avg.planning.ties import ties
 from swa_avg.planning.treatments import (
     Planned,
@@ -189,7 +189,7 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
         for name in tie.names:
             views[name] = _view(last.tensors[name], last.tensors[tie.base], base)
         works += made
-    notes = list(_notes(states, rules))
+    notes = list(header_notes(states, rules))
     if len(states) > 1:
         notes += family_notes(families, last.checkpoint.path)
     if untied:
@@ -360,46 +360,6 @@ def _output(
     text = dict(last.checkpoint.metadata) or {"format": "pt"}
     text = {name: value for name, value in text.items() if name not in views}
     return OutputStateDict(storages, items, last.metadata, text)
-
-
-def _notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
-    """Yield notes for the user on the checkpoints."""
-    for state in states:
-        for note in state.checkpoint.notes:
-            yield f"{state.checkpoint.path}: {note}"
-    last = states[-1]
-    for note in last.notes:
-        yield f"{last.checkpoint.path}: {note}"
-    if last.averages:
-        where = listed(last.averages)
-        yield (
-            f"{last.checkpoint.path}: also contains averaged weights, at {where}; not used "
-            "(to average them, use --ema)"
-        )
-    if last.dropped and not rules.wrapper:
-        names = listed(last.dropped)
-        yield (
-            f"{names}: neither a tensor nor a plain value; left out (to keep it, use "
-            "--keep-wrapper)"
-        )
-    if last.values and not rules.strides:
-        yield (
-            f"{listed(list(last.values))}: not a tensor; left out, because this format stores "
-            "only tensors"
-        )
-    streams = [name for name, value in last.values.items() if holds_stream(value)]
-    if streams and rules.strides and not rules.wrapper:
-        yield (
-            f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
-            "needs weights_only=False to load the output"
-        )
-    differing = [
-        name
-        for name, value in last.values.items()
-        if any(state.values.get(name) != value for state in states[:-1])
-    ]
-    if differing and rules.strides:
-        yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
 
 
 def ranges_of(works: Iterable[Work]) -> Iterator[tuple[InputFile, int, int]]:

@@ -56,8 +56,7 @@ class Choice:
             raise ValueError("best needs a metric, for example val_loss")
         if self.best is None and (self.metric is not None or self.mode):
             raise ValueError("metric and mode need best: how many of the best checkpoints to take")
-        if self.mode not in (None, *metrics.MODES):
-            raise ValueError(f"mode must be min or max, not {self.mode}")
+        metrics.check_mode(self.mode)
         if self.metric is not None and self.better is None:
             raise ValueError(
                 f"it is unknown whether a lower or a higher {self.metric} is better; give the "

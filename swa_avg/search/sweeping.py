@@ -21,7 +21,7 @@ from torch import nn
 
 from swa_avg.averaging import Averaging, planned
 from swa_avg.batchnorm import BatchNorm
-from swa_avg.checkpoints import StateDict
+from swa_avg.checkpoints import StateDict, metrics
 from swa_avg.errors import OutputError, counted, in_bytes
 from swa_avg.planning import ALL, OptionFields, Paths, make_plan, options_of
 from swa_avg.progress import Counter, Watch
@@ -218,8 +218,7 @@ def sweep(
         raise ValueError(
             "start_from, distances and bn_buffers=first cannot be combined with a search"
         )
-    if mode not in (None, "min", "max"):
-        raise ValueError(f"mode must be min or max, not {mode}")
+    metrics.check_mode(mode)
     called = getattr(evaluate, "__name__", "score")
     judge = Judge(evaluate, model, called, metric, mode)
     session = batchnorm.session(model) if batchnorm else None

@@ -502,23 +502,10 @@ def test_lightning_averages_itself(tmp_path: Path) -> None:
 def test_mmengine_itself(tmp_path: Path) -> None:
     """With its EMAHook the raw weights are those that the model trains with."""
     hooks = pytest.importorskip("mmengine.hooks")
-    from mmengine.model import BaseModel
     from mmengine.runner import Runner
+    from mmengine_model import Small
 
-    class Small(BaseModel):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, batch: torch.Tensor, mode: str = "loss") -> Any:
-            return {"loss": self.net(batch).square().mean()}
-
-        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
-            loss = self(torch.stack(list(data)))["loss"]
-            optim_wrapper.update_params(loss)
-            return {"loss": loss.detach()}
-
-    model = Small()
+    model = Small(network())
     runner = Runner(
         model=model,
         work_dir=str(tmp_path),

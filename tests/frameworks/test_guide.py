@@ -130,25 +130,12 @@ def _(folder: Path) -> Any:
 
 def of_mmengine(folder: Path, hooks: list[Any]) -> Any:
     pytest.importorskip("mmengine")
-    from mmengine.model import BaseModel
     from mmengine.runner import Runner, load_checkpoint
-
-    class Small(BaseModel):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = network()
-
-        def forward(self, batch: torch.Tensor, mode: str = "loss") -> Any:
-            return {"loss": self.net(batch).square().mean()}
-
-        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
-            loss = self(torch.stack(list(data)))["loss"]
-            optim_wrapper.update_params(loss)
-            return {"loss": loss.detach()}
+    from mmengine_model import Small
 
     work_dir = folder / "work_dir"
     Runner(
-        model=Small(),
+        model=Small(network()),
         work_dir=str(work_dir),
         train_dataloader={
             "dataset": list(torch.rand(8, 3)),
@@ -164,7 +151,7 @@ def of_mmengine(folder: Path, hooks: list[Any]) -> Any:
     ).train()
 
     def loaded() -> tuple[State, list[State]]:
-        model = Small()
+        model = Small(network())
         load_checkpoint(model, str(folder / "swa.pth"))
         states = [load(work_dir / f"epoch_{n}.pth")["state_dict"] for n in (1, 2, 3)]
         return model.state_dict(), states

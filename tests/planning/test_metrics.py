@@ -120,24 +120,8 @@ def test_mmengine(tmp_path: Path) -> None:
     """Validations are those of the checkpoint itself: the hub in it has those of earlier ones."""
     pytest.importorskip("mmengine")
     from mmengine.evaluator import BaseMetric
-    from mmengine.model import BaseModel
     from mmengine.runner import Runner
-
-    class Small(BaseModel):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = torch.nn.Linear(3, 2)
-
-        def forward(self, batch: torch.Tensor, mode: str = "loss") -> Any:
-            return {"loss": self.net(batch).square().mean()}
-
-        def train_step(self, data: Any, optim_wrapper: Any) -> Any:
-            loss = self(torch.stack(list(data)))["loss"]
-            optim_wrapper.update_params(loss)
-            return {"loss": loss.detach()}
-
-        def val_step(self, data: Any) -> Any:
-            return list(data)
+    from mmengine_model import Small
 
     class Given(BaseMetric):  # type: ignore[misc]
         calls = 0
@@ -161,7 +145,7 @@ def test_mmengine(tmp_path: Path) -> None:
     loader = {"dataset": Samples(), "batch_size": 2, "num_workers": 0,
               "sampler": {"type": "DefaultSampler", "shuffle": False}}  # fmt: skip
     Runner(
-        model=Small(), work_dir=str(tmp_path / "run"), train_dataloader=loader,
+        model=Small(torch.nn.Linear(3, 2)), work_dir=str(tmp_path / "run"), train_dataloader=loader,
         val_dataloader=loader, val_evaluator=[Given()], val_cfg={},
         train_cfg={"by_epoch": True, "max_epochs": 4, "val_interval": 1},
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.3}},

@@ -1,0 +1,53 @@
+"""Notes for the user on what the headers of the checkpoints show, apart from the tensors.
+
+Notes on the choice of the checkpoints are in `series`, those on tensors in `treatments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from swa_avg.checkpoints import StateDict
+from swa_avg.errors import listed
+from swa_avg.pickles import holds_stream
+from swa_avg.planning.treatments import Rules
+
+
+def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
+    """Yield notes for the user on the checkpoints."""
+    for state in states:
+        for note in state.checkpoint.notes:
+            yield f"{state.checkpoint.path}: {note}"
+    last = states[-1]
+    for note in last.notes:
+        yield f"{last.checkpoint.path}: {note}"
+    if last.averages:
+        where = listed(last.averages)
+        yield (
+            f"{last.checkpoint.path}: also contains averaged weights, at {where}; not used "
+            "(to average them, use --ema)"
+        )
+    if last.dropped and not rules.wrapper:
+        names = listed(last.dropped)
+        yield (
+            f"{names}: neither a tensor nor a plain value; left out (to keep it, use "
+            "--keep-wrapper)"
+        )
+    if last.values and not rules.strides:
+        yield (
+            f"{listed(list(last.values))}: not a tensor; left out, because this format stores "
+            "only tensors"
+        )
+    streams = [name for name, value in last.values.items() if holds_stream(value)]
+    if streams and rules.strides and not rules.wrapper:
+        yield (
+            f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
+            "needs weights_only=False to load the output"
+        )
+    differing = [
+        name
+        for name, value in last.values.items()
+        if any(state.values.get(name) != value for state in states[:-1])
+    ]
+    if differing and rules.strides:
+        yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
