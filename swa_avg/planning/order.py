@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from swa_avg.checkpoints import Name, Number, StateDict, names, words
@@ -135,6 +136,23 @@ def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
     ]
     lacking = [sum(number is None for number in numbers) for _, numbers in measures]
     return measures[lacking.index(min(lacking))]
+
+
+def axis_of(states: Sequence[StateDict]) -> tuple[str, tuple[Number, ...]]:
+    """Return the measure along which a run is drawn, and the number of each checkpoint.
+
+    It is the epoch or the step if that increases along the run, otherwise the place of a
+    checkpoint in the order, counted from 1.
+
+    Args:
+        states: The checkpoints, in order.
+    """
+    known = members(states)
+    for kind in ("epoch", "step"):
+        numbers = [number for number in numbers_of(known, kind) if number is not None]
+        if len(numbers) == len(known) and all(a < b for a, b in pairwise(numbers)):
+            return kind, tuple(numbers)
+    return "checkpoint", tuple(range(1, len(known) + 1))
 
 
 def _number(name: Name) -> Number | None:

@@ -47,7 +47,7 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
     _check_room(averaging, count)
     with ExitStack() as opened:
         files = [_output(averaging, opened) for _ in chosen]
-        singles = bench.singles(chosen)
+        singles = bench.singles(chosen, count)
         count_bytes = Counter(bench.watch, "averaging", averaging.plan.bytes_to_read)
         outcome = averaging.compute(
             files[-1], partials=files[:-1], threads=threads, progress=count_bytes
@@ -82,7 +82,7 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
     """
     chosen = averaging.selection.chosen
     _check_room(averaging, 2)
-    singles = bench.singles(chosen)
+    singles = bench.singles(chosen, len(chosen))
     sign = 1 if bench.scale.mode == "max" else -1
     ranked = sorted(range(len(chosen)), key=lambda n: (sign * singles[n], n), reverse=True)
     options = replace(averaging.options, choice=ALL)
@@ -228,6 +228,6 @@ def sweep(
             raise OutputError("would be a folder", file=output, expected="the name of a file")
         search = greedy_soup if greedy else swept
         with search(averaging, bench, threads) as best:
-            bench.load(best)
+            bench.load(best.file, best.averaging)
             notes = best.file.commit(progress)
     return best.report.noting(wanted.worded(notes))
