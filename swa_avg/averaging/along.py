@@ -9,7 +9,7 @@ the outputs, the averages are temporary files: something else is made of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging.computing import computed
-from swa_avg.averaging.execution import Averaging
+from swa_avg.averaging.execution import Averaging, check_batchnorm
 from swa_avg.averaging.prepare import average_of, check_kind, gathered, no_garbage
 from swa_avg.averaging.report import Report, WindowsReport
 from swa_avg.averaging.sharing import Shared, shared_by
@@ -29,6 +29,7 @@ from swa_avg.planning import (
     Paths,
     Selection,
     check_pattern,
+    gap_notes,
     names_of,
     options_of,
 )
@@ -121,7 +122,8 @@ class Windows:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the choice of checkpoints."""
-        return self.averages[0].options.worded(self.selection.notes)
+        notes = (*self.selection.notes, *gap_notes(self.states))
+        return self.averages[0].options.worded(notes)
 
     @contextmanager
     def computed(
@@ -225,6 +227,7 @@ class Windows:
             SwaAvgError: Averaging failed. Nothing was written, unless a commit failed: the
                 outputs before it are complete then.
         """
+        check_batchnorm(batchnorm)
         session = batchnorm.session() if batchnorm else None
         with self.computed(threads, progress) as (drafts, bytes_read):
             if session:
@@ -276,7 +279,7 @@ def planned_windows(
         SwaAvgError: The checkpoints cannot be averaged, or an output cannot be written.
         ValueError: An option has an invalid value or cannot be combined with windows.
     """
-    lasts = sorted({last} if isinstance(last, int) else set(last))
+    lasts = _lengths(last)
     _check_options(lasts, options, named=output is not None)
     if output is not None:
         check_pattern(os.fspath(output), lasts)
@@ -311,6 +314,15 @@ def _temporary_names(count: int, opened: ExitStack) -> list[str]:
         ) from error
     # torch's format holds what every other format holds, and ties.
     return [str(folder / f"{number}.pt") for number in range(count)]
+
+
+def _lengths(last: object) -> list[int]:
+    """Return the lengths of the windows, in order."""
+    given = list(last) if isinstance(last, Iterable) and not isinstance(last, str) else [last]
+    lengths = {one for one in given if isinstance(one, int)}
+    if not all(isinstance(one, int) for one in given):
+        raise TypeError(f"last must be a number of checkpoints or several numbers, not {last!r}")
+    return sorted(lengths)
 
 
 def _check_options(lasts: Sequence[int], options: Options, *, named: bool) -> None:

@@ -138,11 +138,7 @@ class Averaging:
         Raises:
             SwaAvgError: Averaging failed, and nothing was written.
         """
-        if batchnorm is not None and not hasattr(batchnorm, "session"):
-            kind = type(batchnorm).__name__
-            raise TypeError(
-                f"batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not {kind}"
-            )
+        check_batchnorm(batchnorm)
         session = batchnorm.session() if batchnorm else None
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)
@@ -342,6 +338,15 @@ class Averaging:
             "options": self.options.described,
             "versions": versions(),
         }
+
+
+def check_batchnorm(batchnorm: object) -> None:
+    """Refuse what is neither a `BatchNorm` nor None."""
+    if batchnorm is not None and not hasattr(batchnorm, "session"):
+        kind = type(batchnorm).__name__
+        raise TypeError(
+            f"batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not {kind}"
+        )
 
 
 def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ import click
 from swa_avg.cli.options import BATCHNORM
 
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
-_OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
-_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
+_OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances")
+_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run", "verify")
 
 
 def check_usage(ctx: click.Context) -> None:
@@ -82,6 +82,8 @@ def _check_each(named: Mapping[str, Any], *, unnamed: bool) -> None:
 
     if not named["last"]:
         raise click.UsageError("--each needs --last N: the number of checkpoints to average.")
+    if min(named["last"]) < 1:
+        raise click.UsageError("--last must be at least 1.")
     for other in ("start_from", "best", "distances", "greedy"):
         if named[other]:
             raise click.UsageError(f"--each cannot be combined with --{other.replace('_', '-')}.")

@@ -9,7 +9,7 @@ from swa_avg.planning.glance import refuse_unlike
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
 from swa_avg.planning.opening import Opened, open_all
-from swa_avg.planning.order import axis_of
+from swa_avg.planning.order import axis_of, gap_notes
 from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, select
 from swa_avg.planning.settings import OptionFields, Options, Paths, options_of
@@ -35,6 +35,7 @@ __all__ = [
     "check_pattern",
     "expand",
     "find_inputs",
+    "gap_notes",
     "make_plan",
     "names_of",
     "open_all",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from swa_avg.averaging import WindowsReport, along
+from swa_avg.averaging import WindowsReport, along, check_batchnorm
 from swa_avg.batchnorm import BatchNorm
 from swa_avg.checkpoints import Number, metrics
 from swa_avg.planning import OptionFields, Paths, axis_of, options_of
@@ -218,6 +218,7 @@ def score_windows(
     """
     wanted = options_of("score_windows", options)
     metrics.check_mode(mode)
+    check_batchnorm(batchnorm)
     judge = Judge(evaluate, model, getattr(evaluate, "__name__", "score"), metric, mode)
     session = batchnorm.session(model) if batchnorm else None
     bench = Bench(judge, session, progress)

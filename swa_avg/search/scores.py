@@ -72,6 +72,12 @@ class Judge:
         metric: str | None = None,
         mode: str | None = None,
     ) -> None:
+        if not callable(evaluate):
+            kind = type(evaluate).__name__
+            raise TypeError(f"evaluate must be a function evaluate(model), not {kind}")
+        if not isinstance(model, nn.Module):
+            kind = getattr(model, "__name__", type(model).__name__)
+            raise TypeError(f"model must be a torch.nn.Module, not {kind}")
         self.model = model
         self._evaluate = evaluate
         self._called = called

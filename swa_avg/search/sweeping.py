@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from swa_avg.averaging import Averaging, planned
+from swa_avg.averaging import Averaging, check_batchnorm, planned
 from swa_avg.batchnorm import BatchNorm
 from swa_avg.checkpoints import StateDict, metrics
 from swa_avg.errors import OutputError, counted, in_bytes
@@ -219,6 +219,7 @@ def sweep(
             "start_from, distances and bn_buffers=first cannot be combined with a search"
         )
     metrics.check_mode(mode)
+    check_batchnorm(batchnorm)
     called = getattr(evaluate, "__name__", "score")
     judge = Judge(evaluate, model, called, metric, mode)
     session = batchnorm.session(model) if batchnorm else None
