@@ -351,7 +351,7 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
         swa_avg.recompute_batchnorm(torch.nn.Linear, [torch.ones(1, 2)])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode must be min or max, not minimum"):
         swa_avg.sweep(paths, out, float, model=network, mode="minimum")  # type: ignore[arg-type]
-    each = f"{out.parent}/{{name}}.pt"
+    each = f"{out.parent}/m_{{name}}.pt"
     wrong: list[tuple[str, Any]] = [
         ("last must be a number of checkpoints", lambda: swa_avg.windows(paths, each, "2")),  # type: ignore[arg-type]
         (r"not \(1, 2\.5\)", lambda: swa_avg.windows(paths, each, (1, 2.5))),  # type: ignore[arg-type]
