@@ -4,6 +4,10 @@
 
 Both are processes of their own and take turns. Prints for each size the median seconds of both,
 the median of their ratios, the bytes read, and the peak memory of the largest process.
+
+    python tests/bench/bench_windows.py --arithmetic
+
+Prints the processor's time for the means of all windows, and for the mean of each by itself.
 """
 
 from __future__ import annotations
@@ -34,7 +38,12 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*", type=int, default=[300])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder")
+    parser.add_argument("--arithmetic", action="store_true")
     given = parser.parse_args()
+    if given.arithmetic:
+        for name in ("float32", "bfloat16", "float16"):
+            arithmetic(name)
+        return
     for size in given.sizes or [300]:
         with tempfile.TemporaryDirectory(dir=given.folder) as made:
             measure(Path(made), size, given.rounds)
@@ -67,6 +76,43 @@ def measure(folder: Path, size: int, rounds: int) -> None:
     print(f"{ours:.2f} s; reading once and writing {floor:.2f} s; ratio {ratio:.2f} ", end="")
     print(f"({', '.join(f'{a / b:.2f}' for a, b in times)})")
     print(f"read {report['bytes_read'] / whole:.3f} of the inputs; peak {memory // 1024} MiB")
+
+
+def arithmetic(name: str) -> None:
+    """Print nanoseconds for each element of all windows together, the best of ten rounds."""
+    import numpy as np
+    import torch
+
+    from swa_avg.kernel import default_arithmetic
+    from swa_avg.kernel.compensated import Block, some
+    from swa_avg.kernel.elements import carrier
+    from swa_avg.kernel.exact import Averager
+    from swa_avg.tensors import DTYPES
+
+    dtype, size = DTYPES[name], 26_000
+    values = torch.randn(COUNT, size).to(getattr(torch, name)).view(torch.uint8).numpy()
+    rows = [Block(values.view(carrier(dtype)), dtype)]
+    spans = [range(end - LAST, end) for end in range(LAST, COUNT + 1)]
+    out = np.empty(size, carrier(dtype))
+    averager = Averager()
+
+    def together() -> None:
+        for _ in averager.window_means(rows, spans, out, dtype):
+            pass
+
+    def apart() -> None:
+        for span in spans:
+            averager.mean_into(some(rows, span), out, dtype)
+
+    with default_arithmetic():
+        for what in (together, apart):
+            best = float("inf")
+            for _ in range(10):
+                start = time.process_time_ns()
+                for _ in range(10):
+                    what()
+                best = min(best, (time.process_time_ns() - start) / 10 / size)
+            print(f"{name}: {what.__name__} {best:.0f} ns for each element")
 
 
 def timed(command: list[str]) -> tuple[float, int]:
