@@ -23,7 +23,7 @@ WINGS = {
     "tensors": "tensor optimizers floats strided cutting checksums",
     "pickles": "budget pickled references rebuilding unpickler modules",
     "formats": "checkpoint pickler zip_end zip_directory torch_zip torch_legacy "
-    "safetensors single components sharded sharded_layout dcp_metadata dcp_layout dcp bundles "
+    "safetensors single components sharded sharded_layout dcp_layout dcp bundles archives "
     "opening",
     "checkpoints": "tree words pieces names recorded families membership frameworks places "
     "halves entries layout contents metrics provenance reader",

@@ -16,7 +16,7 @@ from shlex import quote
 
 from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
-from swa_avg.formats import is_checkpoint
+from swa_avg.formats import component_of, is_checkpoint
 from swa_avg.storage import is_remote, path_of, remote_matches
 
 _MAGIC = re.compile(r"[*?[]")
@@ -171,7 +171,8 @@ def _is_of_same_run(child: Path) -> bool:
     nouns = {word for word in re.split(r"[^a-z]+", child.name.lower()) if word}
     worded = name.epoch is not None or name.step is not None
     numbered = name.number is not None and bool(nouns & words.CHECKPOINT_NOUNS)
-    return (worded or numbered) and not name.parts and not name.average
+    is_other = name.parts or name.average or (child.is_file() and component_of(child))
+    return (worded or numbered) and not is_other
 
 
 def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:

@@ -171,7 +171,7 @@ class Bench:
         """
         options, batchnorm = averaging.options, None
         if self._bn:
-            batchnorm = self._bn.recompute(file, *options.found_at, self.watch)
+            batchnorm = self._bn.recompute(file, *averaging.found_at, self.watch)
             report = report.recomputed(*batchnorm)
         if len(averaging.states) == 1 and batchnorm is None and options.keeps_values:
             self._scored += 1
@@ -192,6 +192,6 @@ def _stored(file: File, averaging: Averaging) -> Iterator[StateDict]:
     """Open the state_dict of an average in its file."""
     checkpoint = open_checkpoint(file.path)
     try:
-        yield find_state_dict(checkpoint, *averaging.options.found_at)
+        yield find_state_dict(checkpoint, *averaging.found_at)
     finally:
         checkpoint.close()
