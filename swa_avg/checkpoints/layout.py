@@ -28,6 +28,7 @@ from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
     has_parameters,
+    is_extra_state,
     mapping,
     tensor_count,
 )
@@ -46,7 +47,8 @@ class StateDict:
         prefix: The prefix that was removed from every name.
         views: The tensors by name, in order. Checkpoints for which a `Finder` found the same
             headers share one object.
-        values: The other plain values by name; `order` contains their names too.
+        values: The other plain values by name; `order` contains their names too. The extra
+            state of a module may hold tensors.
         order: All names in order.
         dropped: Names of objects that cannot be written.
         metadata: The `_metadata` that torch attaches to a state_dict, or None.
@@ -156,8 +158,12 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
         notes += part.notes
     views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
     plain = Plain()
-    values = {name: value for name, value in entries.items() if name not in views and plain(value)}
-    _check_budget(checkpoint, views.values(), plain.bytes)
+    values = {
+        name: value
+        for name, value in entries.items()
+        if name not in views and plain(value, tensors=is_extra_state(name))
+    }
+    _check_budget(checkpoint, [*views.values(), *plain.views], plain.bytes)
     return StateDict(
         checkpoint=checkpoint,
         where=" + ".join(taken),
