@@ -7,7 +7,7 @@ checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from shlex import quote
@@ -18,6 +18,7 @@ from swa_avg.checkpoints.frameworks import PARTNERS, Framework, Loads
 from swa_avg.checkpoints.places import (
     NOWHERE,
     Places,
+    beside,
     candidates,
     no_average,
     no_state_dict,
@@ -339,7 +340,7 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
                 remedy=f"If both make up one model, add --key {place} --key {partner}; "
                 f"otherwise add --key {place}",
             )
-        return (place,), []
+        return (place,), list(_notes_beside(tree, place))
     if found.chunks:
         return found.chunks, []
     inner = candidates(tree)
@@ -354,6 +355,17 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
             remedy="Use them with --ema",
         )
     raise no_state_dict(checkpoint, "has no state_dict in any known place")
+
+
+def _notes_beside(tree: object, place: str) -> Iterator[str]:
+    """Yield a note on weights that are not part of the state_dict, such as a separate head."""
+    others = beside(tree, [place])
+    if others:
+        keys = " ".join(f"--key {quote(path)}" for path in (place, *others[:7]))
+        yield (
+            f"{listed(others)}: weights beside {place}; not averaged (to average them with it, "
+            f"use {keys})"
+        )
 
 
 def _is_state_dict(tree: object, holds_others: bool) -> bool:

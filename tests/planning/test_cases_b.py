@@ -563,6 +563,44 @@ def test_b_one_checkpoint_is_said(tmp_path: Path) -> None:
     assert mean(tmp_path, "--start-from", "one.pt") == (1, ())
 
 
+# Weights beside the state_dict ------------------------------------------------------------------
+
+
+def test_b_weights_beside_the_model_are_said(tmp_path: Path) -> None:
+    """A head, or rsl_rl's normaliser, is not passed over; the keys in the note take it in."""
+    norm = {"_mean": torch.ones(3), "_var": torch.ones(3), "_std": torch.ones(3)}
+    for n in (1, 2):
+        head = {"h.weight": torch.full((2, 3), 3.0 * n)}
+        extra = {"optimizer": ADAM, "iter": n, "criterion": {"weight": torch.ones(3)}}
+        save(tmp_path, {f"{n}.pt": {"model": weights(n), "head": head, **extra}})
+        norms = {"obs_norm_state_dict": {**norm, "count": torch.tensor(n)}}
+        save(tmp_path, {f"m_{n}.pt": {"model_state_dict": weights(n), **norms, **extra}})
+    value, (note,) = mean(tmp_path, "1.pt", "2.pt")
+    assert value == 1.5 and note.startswith("2.pt: head: weights beside model; not averaged")
+    keys = shlex.split(re.search(r"use (--key .*)\)$", note)[1])
+    for more in ((), ("--keep-wrapper",)):
+        done = averaged(tmp_path, "1.pt", "2.pt", *keys, *more, "--force").tensors
+        assert (done["head"] if more else done)["h.weight" if more else "head.h.weight"][
+            0, 0
+        ] == 4.5
+    saying(mean(tmp_path, "m_1.pt", "m_2.pt")[1], "obs_norm_state_dict: weights beside")
+
+
+def test_b_parts_of_a_model_in_one_file(tmp_path: Path) -> None:
+    """StyleTTS2 nests them, others put them side by side: what the line says takes all of them."""
+    for n in (1, 2):
+        parts = {"bert": weights(n), "decoder": weights(10 * n)}
+        save(tmp_path, {f"nested_{n}.pt": {"net": parts, "iters": n}, f"flat_{n}.pt": parts})
+    line = fails(tmp_path, "nested_1.pt", "nested_2.pt")
+    assert line.endswith("tensors are at: net.bert, net.decoder. --key net takes all of them.")
+    line = fails(tmp_path, "flat_1.pt", "flat_2.pt")
+    assert line.endswith("bert, decoder. To take several as one model, repeat --key.")
+    for files, keys in (("nested", ["net"]), ("flat", ["bert", "decoder"])):
+        given = [word for key in keys for word in ("--key", key)]
+        done = averaged(tmp_path, f"{files}_1.pt", f"{files}_2.pt", *given, "--force").tensors
+        assert (done["bert.a.weight"][0, 0], done["decoder.a.weight"][0, 0]) == (1.5, 15)
+
+
 # What is no model -------------------------------------------------------------------------------
 
 STRANGERS: dict[str, Any] = {
