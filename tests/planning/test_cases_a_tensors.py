@@ -7,6 +7,7 @@ definition gives.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import warnings
@@ -24,6 +25,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
+
+import swa_avg
 
 State = dict[str, Any]
 
@@ -618,6 +621,56 @@ def test_adapters_merged_before_have_the_mean_of_the_products(tmp_path: Path) ->
     done = averaged(tmp_path, *saved(tmp_path, merged))
     expected = base[0].weight + (products[0] + products[1]) / 2
     assert torch.allclose(done.tensors["0.weight"], expected, atol=1e-6) and done.notes == ()
+
+
+# What some of PEFT's adapters need besides the module that they adapt.
+ADAPTERS = {
+    "BOFT": {"boft_block_size": 4},
+    "OFT": {"oft_block_size": 4, "r": 0},
+    "VBLORA": {"num_vectors": 8, "vector_length": 4},
+    "C3A": {"block_size": 4},
+    "ADALORA": {"total_step": 10},
+    "FOURIERFT": {"n_frequency": 10},
+    "IA3": {"feedforward_modules": []},
+}
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_whose_mean_is_not_the_mean_of_the_weights_are_said(tmp_path: Path) -> None:
+    """Of each adapter of PEFT: merged, the mean is the mean of both, or a note says it is not."""
+    peft = pytest.importorskip("peft")
+    judged = {True: 0, False: 0}
+    for kind, configuration in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        known = inspect.signature(configuration).parameters
+        usual = {"target_modules": ["0"], "r": 2, "init_weights": False} | {
+            "init_lora_weights": False, **ADAPTERS.get(kind.name, {})}  # fmt: skip
+        options = {name: value for name, value in usual.items() if name in known}
+        models = []
+        try:
+            for seed in (1, 2, 2):
+                torch.manual_seed(0)  # one base and one projection
+                model = peft.get_peft_model(
+                    nn.Sequential(nn.Linear(16, 16)), configuration(**options)
+                )
+                torch.manual_seed(seed)
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        nn.init.normal_(parameter, 0.5, 0.3)
+                models.append(model)
+            states = [peft.get_peft_model_state_dict(model) for model in models[:2]]
+            save = [{name: value.contiguous() for name, value in state.items()} for state in states]
+            names = [str(tmp_path / name) for name in saved(tmp_path, save)]
+            copy.deepcopy(models[0]).merge_and_unload()
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            continue  # prompts, and adapters of whole models
+        report = swa_avg.average(names, tmp_path / OUT, force=True)
+        peft.set_peft_model_state_dict(models[2], torch.load(tmp_path / OUT))
+        one, other, mean = (model.merge_and_unload()[0].weight.detach() for model in models)
+        linear = torch.allclose(mean, (one + other) / 2, atol=1e-5)
+        assert linear == (not any("separately" in n or "rotation" in n for n in report.notes)), kind
+        judged[linear] += 1
+    assert judged[True] > 3 and judged[False] > 5
 
 
 class Reparametrized(nn.Module):
