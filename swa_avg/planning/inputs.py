@@ -17,6 +17,7 @@ from shlex import quote
 from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import component_of, is_checkpoint
+from swa_avg.planning.unfinished import broken, is_unfinished
 from swa_avg.storage import is_remote, path_of, remote_matches
 
 _MAGIC = re.compile(r"[*?[]")
@@ -126,16 +127,24 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         if own:
             children = [child for child in children if _is_of_same_run(child)]
         left_out = [child for child in children if matches(child, exclude)]
-        found = [child for child in children if child not in left_out and _may_be_checkpoint(child)]
+        rest = [child for child in children if child not in left_out]
+        begun = [child for child in rest if _may_be_checkpoint(child)]
+        found = _whole(begun, inputs)
+        others = [] if is_remote(path) else [child for child in rest if child not in begun]
+        lost = broken(others, found)
         if not own and not found and not left_out:
+            what = "".join(f" ({one.name} {_verb(why)})" for one, why in [*lost.items()][:1])
             raise SelectionError(
-                "is a folder without checkpoints",
+                f"is a folder without checkpoints{what}",
                 file=path,
-                remedy=_remedy_in_subfolders(path, children),
+                remedy=remedy_in_subfolders(path, children),
             )
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror}", file=path) from error
     inputs.excluded += left_out
+    if lost:
+        shown = listed([f"{one} ({why})" for one, why in lost.items()])
+        inputs.notes.append(f"left out, because they are no checkpoints: {shown}")
     if not own or (found and alone):
         inputs.paths += found
         inputs.found.update(found)
@@ -143,6 +152,21 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         inputs.paths.append(path)
     if own and found:
         inputs.notes.append(_note_on_run_folder(path, found, alone))
+
+
+def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
+    """Return the checkpoints of a folder without unfinished ones, with a note."""
+    unfinished = [path for path in found if is_unfinished(path)]
+    if not unfinished or len(unfinished) == len(found):
+        return found
+    shown = listed([str(path) for path in unfinished])
+    inputs.notes.append(f"left out, because their names mark unfinished checkpoints: {shown}")
+    return [path for path in found if path not in unfinished]
+
+
+def _verb(reason: str) -> str:
+    """Return what a file is as the rest of a sentence about it."""
+    return reason if reason.startswith("looks") else f"is {reason}"
 
 
 def _of_run(path: Path, inputs: Inputs) -> Path:
@@ -187,8 +211,8 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
     return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
-def _remedy_in_subfolders(path: Path, children: Sequence[Path]) -> str:
-    """Return the pattern to give, if sub-folders contain checkpoints."""
+def remedy_in_subfolders(path: Path, children: Sequence[Path]) -> str:
+    """Return the pattern to give instead of a folder, if its sub-folders contain checkpoints."""
     for child in children:
         if child.is_dir() and any(is_checkpoint(inner) for inner in child.iterdir()):
             pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
