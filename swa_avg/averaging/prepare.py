@@ -37,12 +37,7 @@ from swa_avg.planning import (
     start_from,
 )
 from swa_avg.progress import Counter, Watch
-from swa_avg.storage import (
-    check_remote_target,
-    check_target,
-    is_remote,
-    path_of,
-)
+from swa_avg.storage import check_target, path_of
 from swa_avg.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -296,8 +291,7 @@ def _check_target(
     _check_form(target, last, form, options)
     files = [file for state in (*states, *others) for file in state.checkpoint.files]
     folder = last.checkpoint.path.is_dir() if keeps else form not in _SINGLE
-    check = check_remote_target if is_remote(target) else check_target
-    check(target, files, force=options.force, folder=folder)
+    check_target(target, files, force=options.force, folder=folder)
 
 
 def _check_suffix(target: Path, form: Form) -> None:
