@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging import wrapper
@@ -27,6 +28,7 @@ from swa_avg.planning import (
     Rules,
     Selection,
     base_of,
+    check_arguments,
     expand,
     find_inputs,
     make_plan,
@@ -90,7 +92,7 @@ def planned(
     """
     if options is not None and named:
         raise TypeError("planned() takes its options as one object or by name, not both")
-    options = options or options_of("planned", named)
+    options = options or options_of(planned, named)
     with ExitStack() as opened, no_garbage() as kept:
         averaging = _planned(checkpoints, path_of(output), options, opened, progress)
         check_kind(output, averaging)
@@ -114,7 +116,7 @@ def check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
     raise OutputError(
         "is the name of a folder, but the average of these checkpoints is a file",
         file=text,
-        remedy=f"Name the file, as in -o {text.rstrip('/' + os.sep)}.pt",
+        remedy=f"Name the file, as in -o {quote(text.rstrip('/' + os.sep) + '.pt')}",
     )
 
 
@@ -204,11 +206,11 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
         start_from.refuse_repeats(bases)
         return bases
     parts = read(options.minus)
-    for name, averages in (("start-from", bases), ("minus", parts)):
+    for option, averages in (("--start-from", bases), ("--minus", parts)):
         if len(averages) != 1:
             raise SelectionError(
-                f"--minus subtracts one average from one, but --{name} names {len(averages)}",
-                remedy=f"Give one file with --{name}",
+                f"one average is subtracted from one, but {len(averages)} are given with {option}",
+                remedy=f"Give one file with {option}",
             )
     return start_from.minus(bases[0], parts[0])
 
@@ -337,13 +339,16 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
         raise OutputError(
             f"is one file, but {last.checkpoint.path} has several models ({', '.join(names)})",
             file=target,
-            remedy=f"Name a folder, as in -o swa, or take one model with --key {names[-1]}",
+            remedy=f"Name a folder, as in -o swa, or take one model with --key {quote(names[-1])}",
         )
     if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
+        plain = target.with_suffix("")
+        folder = not keep_wrapper and form_of(plain, last.checkpoint) is Form.FOLDER
         raise OutputError(
-            "will not be a Hugging Face folder, and only those are written in shards",
+            "is no Hugging Face folder, and only those are written in shards",
             file=target,
-            remedy="Leave out --max-shard-size, or average Hugging Face folders",
+            remedy="Leave out --max-shard-size"
+            + f", or name a folder, as in -o {quote(str(plain))}" * folder,
         )
 
 
@@ -383,6 +388,7 @@ def average(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value.
     """
-    wanted = options_of("average", options)
+    wanted = options_of(average, options)
+    check_arguments(batchnorm, threads)
     with planned(checkpoints, output, wanted, progress=progress) as plan:
         return plan.write(batchnorm=batchnorm, threads=threads, progress=progress)

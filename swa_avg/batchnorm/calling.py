@@ -162,7 +162,7 @@ def explained(
     """
     usual = forward is default_forward
     how = _called(batch) if usual else "forward(model, batch)"
-    found, expected = error.found, error.expected
+    found, expected, _ = error.texts
     called = f"{how}, where batch is {described(batch)}"
     if expected:
         expected += f"; the call was {called}"

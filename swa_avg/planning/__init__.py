@@ -5,6 +5,7 @@ does not know how a mean is computed.
 """
 
 from swa_avg.planning import start_from
+from swa_avg.planning.arguments import check_arguments, described, suggesting
 from swa_avg.planning.glance import refuse_unlike
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
@@ -30,7 +31,9 @@ __all__ = [
     "Treatment",
     "Work",
     "base_of",
+    "check_arguments",
     "check_pattern",
+    "described",
     "expand",
     "find_inputs",
     "make_plan",
@@ -41,4 +44,5 @@ __all__ = [
     "refuse_unlike",
     "select",
     "start_from",
+    "suggesting",
 ]

@@ -107,7 +107,9 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     long = dict.fromkeys(
         escape(str(name.path).removesuffix(name.text)) + name.pattern for name in read
     )
-    for patterns in (short, long):
+    alone = dict.fromkeys(escape(path.name) for path in paths)
+    whole = dict.fromkeys(escape(str(path)) for path in paths)
+    for patterns in (short, long, alone, whole):
         covered = all(matches(path, patterns) for path in paths)
         if covered and len(patterns) <= 8 and not any(matches(path, patterns) for path in others):
             return " ".join(f"--exclude {quote(pattern)}" for pattern in patterns)

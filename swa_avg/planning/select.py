@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from swa_avg.checkpoints import Number, Score, StateDict, metrics
-from swa_avg.errors import SelectionError, listed
+from swa_avg.errors import SelectionError, counted, listed
 from swa_avg.planning import series
+from swa_avg.planning.arguments import suggesting
 from swa_avg.planning.copies import copies
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member, measured, members, ordered
 
 
+@suggesting
 @dataclass(frozen=True)
 class Choice:
     """Which of the given checkpoints to average; all by default.
@@ -238,4 +240,5 @@ def _best(
 
 def _note_if_few(there: Sequence[object], wanted: int, what: str, notes: list[str]) -> None:
     if len(there) < wanted:
-        notes.append(f"there are only {len(there)}, fewer than --{what} {wanted}")
+        every = ("all " if len(there) > 1 else "") + counted(len(there), "checkpoint")
+        notes.append(f"--{what} {wanted} takes {every}: there are no more")

@@ -130,7 +130,8 @@ def _at_url(target: RemotePath, folder: bool) -> _Found | None:
         if found is None and target.protocol in OBJECT_STORES:
             _check_bucket(target)
     except FileError as error:
-        raise OutputError(error.found, file=target, remedy=error.remedy) from error
+        text, _, remedy = error.texts
+        raise OutputError(text, file=target, remedy=remedy) from error
     if found is None:
         return None
     return _Found((target.fs, target.key), "folder" if found["type"] == "directory" else "file")

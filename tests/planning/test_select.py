@@ -163,7 +163,7 @@ def test_fewer_than_wanted_is_said(tmp_path: Path) -> None:
     """Where there are not so many, all are taken, and the user is told."""
     names, made = plan(bare(tmp_path / "run", range(3)), Choice(last=5))
     assert len(names) == 3
-    assert made.notes[0] == "there are only 3, fewer than choice=Choice(last=5)"
+    assert made.notes[0] == "choice=Choice(last=5) takes all 3 checkpoints: there are no more"
 
 
 @pytest.mark.parametrize(
