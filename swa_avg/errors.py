@@ -47,7 +47,8 @@ _WORDS = {
     "-v lists all": "`disagreements` has all",
     "Run the command again": "Try again",
     "run the command again": "try again",
-    "Add this function to the module of the data, or give it as": "Give this function as",
+    "Add this function to the module of the data, or name it with --forward": "Give this "
+    "function as forward",
 }
 
 

@@ -191,7 +191,7 @@ def _remedy(
                 raise from_outside from None
             continue
         return (
-            "Add this function to the module of the data, or give it as forward:"
+            "Add this function to the module of the data, or name it with --forward:"
             f" def forward(model, batch): return {code}"
         )
     return ""

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.calling import Forward
 from swa_avg.batchnorm.isolation import importable, users_code
-from swa_avg.batchnorm.loading import batches_of
+from swa_avg.batchnorm.loading import batches_of, check_makes
 from swa_avg.batchnorm.named import load_attribute
 from swa_avg.errors import DataError, listed
 from swa_avg.kernel import default_arithmetic
@@ -99,6 +99,7 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
     name = spec or data.rpartition(":")[0] + ":model"
     made = module.model if spec is None else load_attribute(spec, folder)[1]
     if not isinstance(made, nn.Module) and callable(made):
+        check_makes(made, name, "model")
         with users_code(f"{name}: "):
             made = made()
     if not isinstance(made, nn.Module):
