@@ -496,6 +496,23 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"checkpoints": None}, "checkpoints must be paths, not NoneType"),
+        ({"checkpoints": [{"a": 1}]}, "paths, not dict; save it with torch.save first"),
+        ({"choice": lambda: swa_avg.Choice(last="3")}, "last must be an integer, not str"),  # type: ignore[arg-type]
+        ({"choice": lambda: swa_avg.Choice(epochs=(3, 5))}, "as in 10:20 or 10:, not (3, 5)"),  # type: ignore[arg-type]
+        ({"overwrite": True}, "no parameter 'overwrite'. Its parameters are batchnorm, bn_buffers, "),
+    ],
+)
+def test_wrong_values_are_told(tmp_path: Path, given: dict[str, Any], says: str) -> None:
+    """By the name of the parameter, with what was expected."""
+    arguments: dict[str, Any] = {"checkpoints": "no/such/folder", "output": tmp_path / "out.pt"}
+    with pytest.raises((TypeError, ValueError), match=re.escape(says)):
+        swa_avg.average(**arguments | {n: v() if callable(v) else v for n, v in given.items()})
+
+
 def test_batches_in_memory_may_be_what_batchnorm_takes() -> None:
     """A function, a list and a Dataset give the same statistics."""
     samples = torch.arange(24.0).reshape(8, 3)

@@ -28,6 +28,7 @@ from swa_avg.planning import (
     Treatment,
     Work,
     check_arguments,
+    check_count,
     check_pattern,
     names_of,
     options_of,
@@ -280,8 +281,7 @@ def planned_windows(
 
 def _check_options(lasts: Sequence[int], options: Options) -> None:
     """Refuse options that cannot be combined with windows."""
-    if not lasts or lasts[0] < 1:
-        raise ValueError("last must be at least 1")
+    check_count("last", min(lasts, default=0))
     for name in ("last", "best"):
         if getattr(options.choice, name) is not None:
             raise ValueError(f"choice with {name} cannot be combined with windows")

@@ -31,6 +31,7 @@ from swa_avg.planning import (
     check_arguments,
     expand,
     find_inputs,
+    listed_paths,
     make_plan,
     open_all,
     options_of,
@@ -142,7 +143,7 @@ def gathered(
     Returns:
         The averages of `start_from` and `minus`, and the chosen checkpoints.
     """
-    given = _listed(checkpoints)
+    given = listed_paths(checkpoints)
     bases = _bases(options, opened, progress)
     if options.minus is not None and given:
         raise ValueError("minus cannot be combined with checkpoints, only with start_from")
@@ -198,7 +199,7 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
     """Open the averages of `start_from` and `minus`; a subtracted one comes first."""
 
     def read(paths: Paths) -> tuple[Base, ...]:
-        inputs = Inputs(expand(_listed(paths)))
+        inputs = Inputs(expand(listed_paths(paths)))
         return tuple(map(base_of, _opened(inputs, options, opened, progress).states))
 
     bases = read(options.start_from) if options.start_from else ()
@@ -240,10 +241,6 @@ def no_garbage() -> Iterator[Callable[[], None]]:
             gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
 def _opened(inputs: Inputs, options: Options, opened: ExitStack, progress: Watch | None) -> Opened:

@@ -32,7 +32,7 @@ from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_fro
 from swa_avg.batchnorm.isolation import users_code
 from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.on_device import on_device
-from swa_avg.errors import DataError, SwaAvgError
+from swa_avg.errors import DataError, SwaAvgError, counted
 from swa_avg.kernel import default_arithmetic
 from swa_avg.planning import described
 from swa_avg.progress import Counter, Watch
@@ -85,6 +85,11 @@ class BatchNormReport:
     unreached: tuple[str, ...]
     frozen: tuple[str, ...]
     instance_norms: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        samples = "" if self.samples is None else f" ({self.samples:,} samples)"
+        layers, batches = counted(len(self.layers), "layer"), counted(self.batches, "batch")
+        return f"BatchNormReport({layers} over {batches}{samples}, on {self.device})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types; a shift that is not finite becomes None."""

@@ -5,7 +5,13 @@ does not know how a mean is computed.
 """
 
 from swa_avg.planning import start_from
-from swa_avg.planning.arguments import check_arguments, described, suggesting
+from swa_avg.planning.arguments import (
+    check_arguments,
+    check_count,
+    described,
+    listed_paths,
+    suggesting,
+)
 from swa_avg.planning.glance import refuse_unlike
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
@@ -32,10 +38,12 @@ __all__ = [
     "Work",
     "base_of",
     "check_arguments",
+    "check_count",
     "check_pattern",
     "described",
     "expand",
     "find_inputs",
+    "listed_paths",
     "make_plan",
     "names_of",
     "open_all",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
@@ -63,12 +64,40 @@ def check_arguments(batchnorm: object, threads: object) -> None:
             "batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not "
             + described(batchnorm)
         )
-    if threads is None:
-        return
-    if not isinstance(threads, int) or isinstance(threads, bool):
-        raise TypeError(f"threads must be an integer, not {described(threads)}")
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    if threads is not None:
+        check_count("threads", threads)
+
+
+def listed_paths(paths: object) -> list[str | os.PathLike[str]]:
+    """Return one or more paths as a list.
+
+    Raises:
+        TypeError: Something is no path.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) or not _is_several(paths) else paths
+    listed: list[Any] = list(given)  # type: ignore[call-overload]
+    for one in listed:
+        if not isinstance(one, str | os.PathLike):
+            saved = "; save it with torch.save first" if isinstance(one, Mapping) else ""
+            raise TypeError(f"checkpoints must be paths, not {described(one)}{saved}")
+    return listed
+
+
+def _is_several(paths: object) -> bool:
+    return isinstance(paths, Iterable) and not isinstance(paths, Mapping)
+
+
+def check_count(name: str, count: object) -> None:
+    """Refuse a number of checkpoints that is none.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is less than 1.
+    """
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an integer, not {described(count)}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, not {count}")
 
 
 def either(values: Iterable[str]) -> str:

@@ -22,7 +22,9 @@ from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import is_checkpoint
 from swa_avg.storage import is_remote, path_of, remote_matches
 
-_MOST_LOOKED_AT = 1000  # files in a sub-folder
+# Where checkpoints are looked for below a folder without any.
+_MOST_LEVELS = 4
+_MOST_LOOKED_AT = 2000
 _MAGIC = re.compile(r"[*?[]")
 # The sub-folders of a run in which accelerate, Lightning and NeMo, SpeechBrain, and Ultralytics
 # save checkpoints.
@@ -237,14 +239,25 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
     return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
-def _remedy_in_subfolders(path: Path, children: Sequence[Path]) -> str:
-    """Return the path or pattern to give, if sub-folders contain checkpoints."""
-    homes = [
-        child
-        for child in children
-        if child.is_dir() and any(map(is_checkpoint, islice(child.iterdir(), _MOST_LOOKED_AT)))
-    ]
+def _remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
+    """Return the path or pattern to give, if folders below one contain checkpoints."""
+    homes: list[Path] = []
+    level, looked_at = [child for child in children if child.is_dir()], 0
+    for _ in range(_MOST_LEVELS):
+        below: list[Path] = []
+        for folder in level:
+            inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
+            looked_at += len(inner)
+            homes += [folder] if any(map(is_checkpoint, inner)) else []
+            below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+        if homes or not below:
+            break
+        level = below
     if len(homes) == 1:
-        return f"Its folder {homes[0].name} contains checkpoints: give {quote(str(homes[0]))}"
-    pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
-    return f"Its sub-folders contain checkpoints: give {pattern}" if homes else ""
+        within = Path(str(homes[0])).relative_to(str(path))
+        return f"Its folder {within} contains checkpoints: give {quote(str(homes[0]))}"
+    if homes and homes[0].parent == path:
+        pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
+        return f"Its sub-folders contain checkpoints: give {pattern}"
+    some = [quote(str(home)) for home in homes]
+    return f"Folders below it contain checkpoints: {listed(some)}" if homes else ""

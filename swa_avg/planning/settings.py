@@ -154,4 +154,4 @@ def _meant(name: str, value: object, parameters: Sequence[str]) -> str:
     close = near(name, [*own, *of_choice])
     if close in of_choice:
         return f" Did you mean choice=Choice({close}={value!r})?"
-    return f" Did you mean {close}?" if close else ""
+    return f" Did you mean {close}?" if close else f" Its parameters are {', '.join(sorted(own))}."
