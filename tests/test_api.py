@@ -503,7 +503,10 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
         ({"checkpoints": [{"a": 1}]}, "paths, not dict; save it with torch.save first"),
         ({"choice": lambda: swa_avg.Choice(last="3")}, "last must be an integer, not str"),  # type: ignore[arg-type]
         ({"choice": lambda: swa_avg.Choice(epochs=(3, 5))}, "as in 10:20 or 10:, not (3, 5)"),  # type: ignore[arg-type]
-        ({"overwrite": True}, "no parameter 'overwrite'. Its parameters are batchnorm, bn_buffers, "),
+        (
+            {"overwrite": True},
+            "no parameter 'overwrite'. Its parameters are batchnorm, bn_buffers, ",
+        ),
     ],
 )
 def test_wrong_values_are_told(tmp_path: Path, given: dict[str, Any], says: str) -> None:
