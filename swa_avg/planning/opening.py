@@ -63,7 +63,7 @@ def open_all(
     for path, checkpoint in _read(inputs, closing):
         count(1)
         if isinstance(checkpoint, ForeignError):
-            others[path] = checkpoint.found.removeprefix("is ")
+            others[path] = checkpoint.texts.found.removeprefix("is ")
             continue
         whole.append(checkpoint)
         with naming(path):
