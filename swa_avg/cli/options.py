@@ -214,7 +214,9 @@ _DECLARED = (
         help="Autocast the forward pass.  [default: off]",
     ),
     click.option(
-        "--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; write the best."
+        "--sweep",
+        metavar="MOD:ATTR",
+        help="Average the last 1, 2, 3, …; write the best. With --each: score all.",
     ),
     click.option(
         "--greedy", metavar="MOD:ATTR", help="Add a checkpoint only if evaluate(model) improves."
