@@ -116,7 +116,7 @@ def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
     farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
     for layer in report.layers if layers else farthest:
         yield (
-            f"{'  ' if layers else 'largest change: '}{layer.name}: mean by "
+            f"{'  ' if layers else 'largest change, in layer '}{layer.name}: mean by "
             f"{_figure(layer.mean_shift)} standard deviations, standard deviation by a factor of "
             f"{_figure(layer.std_ratio)}"
         )
@@ -199,7 +199,7 @@ def _treatments(counts: Mapping[str, int], families: Mapping[str, int]) -> str:
     others = [name for name in families if name != _BATCHNORM and families[name]]
     by_treatment = {
         "averaged": counts["averaged"],
-        "BatchNorm buffers kept apart": statistics,
+        "BatchNorm buffers not averaged": statistics,
         f"kept from the last ({', '.join(others)})": counts["kept"] - statistics,
         "BatchNorm buffers reset": counts["reset"],
         "copied": counts["copied"],

@@ -1,7 +1,7 @@
 """The plan of an average: which checkpoints take part, and what happens to each tensor.
 
-In: paths and options. Out: a `Selection` and a `Plan`, made from headers alone. This wing
-does not know how a mean is computed.
+In: paths and options. Out: a `Selection` and a `Plan`. Reads headers, and tensors only to
+detect copies and differences. Does not compute a mean.
 """
 
 from swa_avg.planning import start_from
