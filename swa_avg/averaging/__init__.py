@@ -6,7 +6,7 @@ run) and `pictures` are imported only where they are used.
 """
 
 from swa_avg.averaging.distances import Distances
-from swa_avg.averaging.execution import Averaging, check_batchnorm
+from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
 from swa_avg.averaging.report import STALE, Report, WindowsReport
 
@@ -18,7 +18,6 @@ __all__ = [
     "WindowsReport",
     "along",
     "average",
-    "check_batchnorm",
     "joint",
     "pictures",
     "planned",

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging.computing import computed
-from swa_avg.averaging.execution import Averaging, check_batchnorm
+from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average_of, check_kind, gathered, no_garbage
 from swa_avg.averaging.report import Report, WindowsReport
 from swa_avg.averaging.sharing import Shared, shared_by
@@ -28,6 +28,8 @@ from swa_avg.planning import (
     Options,
     Paths,
     Selection,
+    check_arguments,
+    check_count,
     check_pattern,
     gap_notes,
     names_of,
@@ -69,7 +71,7 @@ class Draft:
 
     def recomputed(self, session: Session, progress: Watch | None = None) -> Draft:
         """Recompute the BatchNorm statistics of the average."""
-        found = session.recompute(self.file, *self.averaging.options.found_at, progress)
+        found = session.recompute(self.file, *self.averaging.found_at, progress)
         return replace(self, report=self.report.recomputed(*found))
 
     def commit(self, progress: Watch | None = None) -> Report:
@@ -227,7 +229,7 @@ class Windows:
             SwaAvgError: Averaging failed. Nothing was written, unless a commit failed: the
                 outputs before it are complete then.
         """
-        check_batchnorm(batchnorm)
+        check_arguments(batchnorm, threads)
         session = batchnorm.session() if batchnorm else None
         with self.computed(threads, progress) as (drafts, bytes_read):
             if session:
@@ -327,8 +329,7 @@ def _lengths(last: object) -> list[int]:
 
 def _check_options(lasts: Sequence[int], options: Options, *, named: bool) -> None:
     """Refuse options that cannot be combined with windows."""
-    if not lasts or lasts[0] < 1:
-        raise ValueError("last must be at least 1")
+    check_count("last", min(lasts, default=0))
     for name in ("last", "best"):
         if getattr(options.choice, name) is not None:
             raise ValueError(f"choice with {name} cannot be combined with windows")
@@ -345,7 +346,7 @@ def _spans(lasts: Sequence[int], count: int) -> list[range]:
     if lasts[-1] > count:
         raise SelectionError(
             f"there are only {counted(count, 'checkpoint')}, so no window of {lasts[-1]}",
-            remedy=f"Choose shorter windows, as in --last {count}",
+            remedy=f"Choose windows of at most {count}",
         )
     return [range(end - last, end) for end in range(1, count + 1) for last in lasts if last <= end]
 
@@ -387,6 +388,7 @@ def windows(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value or cannot be combined with windows.
     """
-    wanted = options_of("windows", options)
+    wanted = options_of(windows, options)
+    check_arguments(batchnorm, threads)
     with planned_windows(checkpoints, output, last, wanted, progress) as plan:
         return plan.write(batchnorm=batchnorm, threads=threads, progress=progress)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import swa_avg
 from swa_avg.averaging.distances import Distances
 from swa_avg.checkpoints import UNKNOWN, Score, StateDict
-from swa_avg.errors import as_parameters
+from swa_avg.errors import as_parameters, counted, in_bytes
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNormReport
@@ -115,6 +115,16 @@ class Report:
     batchnorm: BatchNormReport | None = None
     batchnorm_notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        count = sum(source.count for source in self.inputs)
+        stale = "; BatchNorm statistics are stale" if self.stale else ""
+        notes = len(self.notes) + len(self.batchnorm_notes)
+        return (
+            f"Report({self.output}: average of {counted(count, 'checkpoint')}, "
+            f"{in_bytes(self.bytes_written)}{stale}"
+            f"{'; ' + counted(notes, 'note') if notes else ''})"
+        )
+
     @property
     def versions(self) -> dict[str, str]:
         """The versions of swa-avg, torch and Python."""
@@ -153,6 +163,10 @@ class WindowsReport:
     averages: tuple[Report, ...]
     bytes_read: int
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        averages, last = counted(len(self.averages), "average"), self.averages[-1].output
+        return f"WindowsReport({averages}, {in_bytes(self.bytes_written)}, the last one {last})"
 
     @property
     def bytes_written(self) -> int:

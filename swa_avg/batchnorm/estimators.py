@@ -105,7 +105,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     if not layers:
         raise DataError(
             "the model has no BatchNorm layer with running statistics",
-            remedy="No recompute is needed",
+            remedy="No recompute is needed: leave out --recompute-bn",
         )
     return layers
 
@@ -222,7 +222,7 @@ class Statistics(ABC):
             if counted != layer.calls and (counted or own):
                 raise DataError(
                     f"{layer.name} has counted {counted} batches in {layer.calls} calls",
-                    expected="as many as calls: forward must call the layer itself,"
+                    expected="one batch for each call: forward must call the layer itself,"
                     " not its forward(), and must not change its buffers",
                 )
 

@@ -129,7 +129,7 @@ def _committed(
         reports.append(draft.commit(watch))
         done = counted(len(reports), "output")
         signals.after = f" {done} of {len(drafts)} {'is' if len(reports) == 1 else 'are'} "
-        signals.after += f"written, the last one is {draft.averaging.output}."
+        signals.after += f"written; the last one is {draft.averaging.output}."
     return tuple(reports)
 
 

@@ -63,10 +63,10 @@ _COMPLETION = "_SWA_AVG_COMPLETE"
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Average the checkpoints of a finished training run into one.
 
-    Every weight becomes its exact mean over the CHECKPOINTS (.pt, .pth, .ckpt, .bin,
-    .safetensors), rounded once. No code in a checkpoint is executed, and no checkpoint is
-    changed. --recompute-bn computes the BatchNorm statistics of the average. Without
-    CHECKPOINTS it recomputes those of an existing output.
+    CHECKPOINTS are files (.pt, .pth, .ckpt, .bin, .safetensors), folders, patterns or URLs.
+    Every weight becomes its exact mean over the checkpoints, rounded once. No code in a
+    checkpoint is executed, and no input is changed. --recompute-bn computes the BatchNorm
+    statistics of the average, or without CHECKPOINTS those of an existing output.
 
     \b
     Examples:
@@ -247,7 +247,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
                 return
             if written and averaging:
                 file, report = written
-                key, ema = averaging.options.found_at
+                key, ema = averaging.found_at
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
             size, picture = file.size, _drawn(report, run)
             notes = (*notes, *_commit(file, watch))

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from swa_avg.averaging import WindowsReport, along, check_batchnorm
+from swa_avg.averaging import WindowsReport, along
 from swa_avg.batchnorm import BatchNorm
 from swa_avg.checkpoints import Number, metrics
-from swa_avg.planning import OptionFields, Paths, axis_of, options_of
+from swa_avg.planning import OptionFields, Paths, axis_of, check_arguments, options_of
 from swa_avg.progress import Watch
 from swa_avg.search.candidates import Bench, Candidate, Tried
 from swa_avg.search.scores import Evaluate, Judge, Scale
@@ -155,7 +155,7 @@ def scored(plan: along.Windows, bench: Bench, threads: int | None = None) -> Ite
             singles=singles,
             tried=tuple(Tried(one.members, one.score) for one in candidates),
             best=_best(candidates, bench.scale),
-            is_recomputed=any(one.batchnorm is not None for one in candidates),
+            is_recomputed=any(one.report.batchnorm is not None for one in candidates),
         )
         yield Scored(tuple(completed), bytes_read, scores)
 
@@ -216,9 +216,9 @@ def score_windows(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value or cannot be combined with windows.
     """
-    wanted = options_of("score_windows", options)
+    wanted = options_of(score_windows, options)
     metrics.check_mode(mode)
-    check_batchnorm(batchnorm)
+    check_arguments(batchnorm, threads)
     judge = Judge(evaluate, model, getattr(evaluate, "__name__", "score"), metric, mode)
     session = batchnorm.session(model) if batchnorm else None
     bench = Bench(judge, session, progress)
