@@ -180,6 +180,37 @@ def test_full_state_of_fsdp_in_accelerate(tmp_path: Path) -> None:
     assert "has parts of a model" in line and "FULL_STATE_DICT" in line
 
 
+def test_universal_checkpoint_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    """Its engine loads `zero/*/fp32.pt`, whatever `mp_rank_00_model_states.pt` holds."""
+    for number, state in zip(NUMBERS, ONE, strict=True):
+        deepspeed(tmp_path / "run", state, number, f"global_step{number}_universal")
+        for name, value in state.items():
+            home = tmp_path / f"run/global_step{number}_universal/zero/{name}"
+            home.mkdir(parents=True)
+            torch.save({"param": value}, home / "fp32.pt")
+    line = fails(tmp_path, "run", "-o", "out")
+    assert "has parts of a model (DeepSpeed (universal checkpoint)" in line
+    assert "Average the checkpoints that ds_to_universal.py made it from" in line
+
+
+def test_other_weights_are_named(tmp_path: Path) -> None:
+    """A copy may hold weights that are not averaged, such as an adapter: a note says so."""
+    for number, state in zip(NUMBERS, ONE, strict=True):
+        home = tmp_path / f"lit/step-{number}"
+        home.mkdir(parents=True)
+        torch.save({"model": state}, home / "lit_model.pth")
+        torch.save({"model": state}, home / "lit_model.pth.lora")
+        home = tmp_path / f"run/checkpoint_{number}"
+        (home / "unet_ema").mkdir(parents=True)
+        (home / "random_states_0.pkl").write_bytes(b"random")
+        for path in (home, home / "unet_ema"):
+            save_file(state, path / "model.safetensors", {"format": "pt"})
+    said = done(tmp_path, "lit", "-o", "lit_swa")
+    assert "lit_model.pth.lora: other weights in the folder; not averaged" in said
+    said = done(tmp_path, "run", "-o", "kept", "--keep-wrapper")
+    assert "unet_ema/model.safetensors: other weights; copied, not averaged" in said
+
+
 # Lightning, Composer, OLMo.
 
 
