@@ -27,15 +27,15 @@ WINGS = {
     "opening",
     "checkpoints": "tree words pieces names recorded families membership frameworks places "
     "halves entries layout contents metrics provenance reader",
-    "planning": "copies inputs opening order naming series select ties treatments notes plan "
-    "glance start_from settings",
+    "planning": "arguments copies unfinished inputs opening order naming series select ties "
+    "treatments agreement notes plan start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "isolation calling batches loading moments estimators on_device statistics "
     "named userdata in_place recompute",
     "averaging": "wrapper distances report pictures sampling verification computing execution "
-    "prepare along heartbeat torchrun joint",
-    "search": "scores candidates sweeping plot",
+    "prepare sharing along heartbeat torchrun joint",
+    "search": "scores candidates sweeping along plot",
     "cli": "streams progress messages failures options usage show beside along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}

@@ -22,10 +22,18 @@ from swa_avg.checkpoints import (
     refuse_repeats,
     sources_of,
 )
-from swa_avg.errors import MismatchError, listed
+from swa_avg.errors import MismatchError, counted, in_bytes, listed
 from swa_avg.formats import FolderLayout, Layout
 from swa_avg.kernel import buffer_bytes
-from swa_avg.planning import Base, Options, Plan, Rules, Selection, start_from
+from swa_avg.planning import (
+    Base,
+    Options,
+    Plan,
+    Rules,
+    Selection,
+    check_arguments,
+    start_from,
+)
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     AtomicFile,
@@ -65,6 +73,13 @@ class Averaging:
     plan: Plan
     layout: Layout
     known: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"Averaging({self.output}: {counted(len(self.states), 'checkpoint')}, "
+            f"{counted(len(self.plan.tensors), 'tensor')}, "
+            f"{in_bytes(self.plan.bytes_to_read)} to read, {in_bytes(self.layout.size)} to write)"
+        )
 
     @property
     def states(self) -> tuple[StateDict, ...]:
@@ -151,12 +166,12 @@ class Averaging:
 
         Raises:
             SwaAvgError: Averaging failed, and nothing was written.
+            TypeError: An argument is of the wrong type.
+            ValueError: An argument is invalid, or the checkpoints are closed already.
         """
-        if batchnorm is not None and not hasattr(batchnorm, "session"):
-            kind = type(batchnorm).__name__
-            raise TypeError(
-                f"batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not {kind}"
-            )
+        check_arguments(batchnorm, threads)
+        if any(file.closed for file in self.files):
+            raise ValueError("the checkpoints are closed: call write() inside the with block")
         session = batchnorm.session() if batchnorm else None
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)

@@ -29,6 +29,7 @@ from swa_avg.formats import (
     OutputTensor,
     open_checkpoint,
 )
+from swa_avg.pickles import rebuilt
 from swa_avg.planning import Plan
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import InputFile
@@ -38,7 +39,10 @@ from swa_avg.tensors import TensorRef, View
 Check = tuple[str, object, object]
 
 _SMALL = 64  # bytes: shorter header data overwrite parts of longer ones
-_REMEDY = "Run it again; if it fails again, suspect the disk, the memory or a bug in swa-avg"
+_REMEDY = (
+    "Run the command again. If it fails again, the disk or the memory may be faulty, or swa-avg "
+    "has a bug"
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _opened(written: Written) -> Iterator[Checkpoint]:
     try:
         checkpoint = open_checkpoint(written.path, own=True)
     except SwaAvgError as error:
-        raise written.refusal(error.found, error.tensor) from error
+        raise written.refusal(error.texts.found, error.tensor) from error
     try:
         yield checkpoint
     finally:
@@ -238,12 +242,21 @@ def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
 
 def _compare_values(written: Written, found: Mapping[str, object]) -> None:
     """Compare the order of names, and the values that are not tensors."""
-    planned = written.plan.state_dict.items
+    planned, storages = written.plan.state_dict.items, written.plan.state_dict.storages
+
+    def leaf(value: object) -> object:
+        """Return a tensor in a value as its dtype and shape."""
+        if isinstance(value, OutputTensor):
+            return storages[value.storage].dtype, value.shape
+        return (value.dtype, value.shape) if isinstance(value, View) else value
+
     if list(found) != list(planned):
         raise written.refusal("the order of its names differs")
     for name, value in planned.items():
         # Compare as text: NaN is not equal to itself.
-        if not isinstance(value, OutputTensor) and repr(value) != repr(found[name]):
+        if not isinstance(value, OutputTensor) and not (
+            repr(rebuilt(value, leaf)) == repr(rebuilt(found[name], leaf))
+        ):
             raise written.refusal("its value differs", name)
 
 

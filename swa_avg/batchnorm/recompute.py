@@ -7,6 +7,7 @@ checkpoint. All other bytes except the provenance are unchanged.
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
     Estimator,
+    check_model,
+    check_values,
     recompute_batchnorm,
     recomputed_buffers,
 )
@@ -35,9 +38,11 @@ from swa_avg.checkpoints import StateDict, find_state_dict, provenance
 from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
+from swa_avg.pickles import Stream, rebuilt
+from swa_avg.planning import described, suggesting
 from swa_avg.progress import Watch
 from swa_avg.storage import AtomicFolder, InputFile
-from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor
+from swa_avg.tensors import Record, TensorRef, View, is_dense, read_tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Recompute:
     folder: Path = field(default_factory=Path.cwd)
 
 
+@suggesting
 @dataclass(frozen=True)
 class BatchNorm:
     """The batches and the model with which the BatchNorm statistics of an average are recomputed.
@@ -81,6 +87,10 @@ class BatchNorm:
         estimator: population, or torch, which equals `torch.optim.swa_utils.update_bn`.
         amp: off, bf16 or fp16.
         max_batches: The maximum number of batches; None uses all.
+
+    Raises:
+        TypeError: The model or `forward` is of the wrong type, or a field has an unknown name.
+        ValueError: A field has an invalid value.
     """
 
     data: Any
@@ -90,6 +100,14 @@ class BatchNorm:
     estimator: Estimator = "population"
     amp: Amp = "off"
     max_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        check_values(self.estimator, self.amp, self.max_batches)
+        if self.model is not None:
+            check_model(self.model)
+        if self.forward is not None and not callable(self.forward):
+            kind = described(self.forward)
+            raise TypeError(f"forward must be a function forward(model, batch), not {kind}")
 
     def session(self, model: nn.Module | None = None) -> Session:
         """Return a session of these batches and a model, by default its own.
@@ -260,10 +278,17 @@ def read_state(state: StateDict) -> OrderedDict[str, Any]:
     """Read a state_dict, with its plain values and its `_metadata`."""
     read: dict[TensorRef, torch.Tensor] = {}
     made: OrderedDict[str, Any] = OrderedDict()
+
+    def loaded(value: object) -> object:
+        """Return what is in a value as `torch.load` would."""
+        if isinstance(value, View):
+            return read_tensor(state.checkpoint.located(value))
+        return io.BytesIO(value.content or b"") if isinstance(value, Stream) else value
+
     for name in state.order:
         ref = state.tensors.get(name)
         if ref is None:
-            made[name] = state.values[name]
+            made[name] = rebuilt(state.values[name], loaded)
             continue
         if ref not in read:
             read[ref] = read_tensor(ref)

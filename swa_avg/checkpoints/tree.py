@@ -14,7 +14,7 @@ _DEEPEST = 8
 _MOST_DICTS = 10_000
 # The key of the extra state of Transformer Engine layers, which only they can interpret.
 _EXTRA_STATE = "_extra_state"
-# How parameters of a module by itself are called.
+# The names of the parameters of a single layer.
 _PARAMETERS = ("weight", "bias")
 
 
@@ -23,6 +23,11 @@ def mapping(value: object) -> Mapping[object, object] | None:
     if isinstance(value, Inert):
         return value.entries or state_dict_of(value)
     return value if isinstance(value, dict) else None
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether a name is that of the extra state of a module."""
+    return name.rpartition(".")[2] == _EXTRA_STATE
 
 
 def tensor_count(value: object) -> int:
@@ -88,7 +93,7 @@ def children(value: object) -> Iterator[tuple[str, object]]:
     if is_optimizer(entries):
         return
     for name, child in entries.items():
-        if isinstance(name, str) and name.rpartition(".")[2] != _EXTRA_STATE:
+        if isinstance(name, str) and not is_extra_state(name):
             yield name, child
 
 

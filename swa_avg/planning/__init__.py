@@ -1,14 +1,22 @@
 """The plan of an average: which checkpoints take part, and what happens to each tensor.
 
-In: paths and options. Out: a `Selection` and a `Plan`, made from headers alone. This wing
-does not know how a mean is computed.
+In: paths and options. Out: a `Selection` and a `Plan`. Reads headers, and tensors only to
+detect copies and differences. Does not compute a mean.
 """
 
 from swa_avg.planning import start_from
-from swa_avg.planning.glance import refuse_unlike
+from swa_avg.planning.agreement import refuse_unlike
+from swa_avg.planning.arguments import (
+    check_arguments,
+    check_count,
+    described,
+    listed_paths,
+    suggesting,
+)
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
 from swa_avg.planning.opening import Opened, open_all
+from swa_avg.planning.order import axis_of, gap_notes
 from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, select
 from swa_avg.planning.settings import OptionFields, Options, Paths, options_of
@@ -29,10 +37,16 @@ __all__ = [
     "Selection",
     "Treatment",
     "Work",
+    "axis_of",
     "base_of",
+    "check_arguments",
+    "check_count",
     "check_pattern",
+    "described",
     "expand",
     "find_inputs",
+    "gap_notes",
+    "listed_paths",
     "make_plan",
     "names_of",
     "open_all",
@@ -41,4 +55,5 @@ __all__ = [
     "refuse_unlike",
     "select",
     "start_from",
+    "suggesting",
 ]

@@ -8,17 +8,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 
 from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import component_of, is_checkpoint
+from swa_avg.planning.unfinished import broken, is_unfinished
 from swa_avg.storage import is_remote, path_of, remote_matches
 
+# Where checkpoints are looked for below a folder without any.
+_MOST_LEVELS = 4
+_MOST_LOOKED_AT = 2000
 _MAGIC = re.compile(r"[*?[]")
 # The sub-folders of a run in which accelerate, Lightning and NeMo, SpeechBrain, and Ultralytics
 # save checkpoints.
@@ -86,8 +93,48 @@ def _matching(path: Path, text: str) -> list[Path]:
         # Path.glob would change the paths as the user wrote them.
         found = [path_of(match) for match in sorted(glob(text, recursive=True))]  # noqa: PTH207
     if not found:
-        raise SelectionError("matches no file", file=text, remedy="Check the pattern")
+        remedy = "" if is_remote(path) else _what_is_there(path)
+        raise SelectionError("matches no file", file=text, remedy=remedy)
     return found
+
+
+def _check_there(path: Path) -> None:
+    """Refuse a path of this machine that does not exist, and name the nearest that does."""
+    if is_remote(path):
+        return
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = _nearest(path)
+        reason = f"cannot be opened: {error.strerror}"
+        raise FileError(reason, file=path, remedy=remedy) from error
+
+
+def _nearest(path: Path) -> str:
+    """Return what may have been meant by a path that does not exist, or what of it is missing."""
+    missing = path
+    while missing.parent != missing and not missing.parent.is_dir():
+        missing = missing.parent
+    with suppress(OSError):
+        close = get_close_matches(missing.name, os.listdir(missing.parent), 1)  # noqa: PTH208
+        rest = Path(str(path)).relative_to(str(missing))
+        meant = missing.parent / close[0] / rest if close else None
+        if meant is not None and os.path.lexists(meant):
+            return f"Did you mean {meant}?"
+    return f"There is no folder {missing}" if missing != path else ""
+
+
+def _what_is_there(pattern: Path) -> str:
+    """Return what the folder of a pattern without matches contains."""
+    folder = pattern.parent
+    while _MAGIC.search(str(folder)):
+        folder = folder.parent
+    if not folder.is_dir():
+        return _nearest(folder) or f"There is no folder {folder}"
+    with suppress(OSError):
+        there = sorted(name for name in os.listdir(folder) if name[0] != ".")  # noqa: PTH208
+        return f"{folder} contains {listed(there)}" if there else f"{folder} is empty"
+    return ""
 
 
 def matches(path: Path, patterns: Iterable[str]) -> bool:
@@ -107,7 +154,9 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     long = dict.fromkeys(
         escape(str(name.path).removesuffix(name.text)) + name.pattern for name in read
     )
-    for patterns in (short, long):
+    alone = dict.fromkeys(escape(path.name) for path in paths)
+    whole = dict.fromkeys(escape(str(path)) for path in paths)
+    for patterns in (short, long, alone, whole):
         covered = all(matches(path, patterns) for path in paths)
         if covered and len(patterns) <= 8 and not any(matches(path, patterns) for path in others):
             return " ".join(f"--exclude {quote(pattern)}" for pattern in patterns)
@@ -118,6 +167,7 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
     """Add a file, a folder that is a checkpoint, or the checkpoints in a folder."""
     try:
         if not path.is_dir():
+            _check_there(path)
             inputs.paths.append(path)
             return
         path = _of_run(path, inputs)
@@ -126,16 +176,28 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         if own:
             children = [child for child in children if _is_of_same_run(child)]
         left_out = [child for child in children if matches(child, exclude)]
-        found = [child for child in children if child not in left_out and _may_be_checkpoint(child)]
+        rest = [child for child in children if child not in left_out]
+        begun = [child for child in rest if _may_be_checkpoint(child)]
+        found = _whole(begun, inputs)
+        others = [] if is_remote(path) else [child for child in rest if child not in begun]
+        lost = broken(others, found)
         if not own and not found and not left_out:
+            what = "".join(f" ({one.name} {_verb(why)})" for one, why in [*lost.items()][:1])
             raise SelectionError(
-                "is a folder without checkpoints",
+                f"is a folder without checkpoints{what}",
                 file=path,
-                remedy=_remedy_in_subfolders(path, children),
+                remedy=remedy_in_subfolders(path, children),
             )
+        lone = not own and alone and len(found) == 1
+        inside = remedy_in_subfolders(path, children) if lone else ""
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror}", file=path) from error
+    if inside:
+        inputs.notes.append(f"{path}: contains only {found[0].name}. {inside}")
     inputs.excluded += left_out
+    if lost:
+        shown = listed([f"{one} ({why})" for one, why in lost.items()])
+        inputs.notes.append(f"left out, because they are no checkpoints: {shown}")
     if not own or (found and alone):
         inputs.paths += found
         inputs.found.update(found)
@@ -143,6 +205,21 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         inputs.paths.append(path)
     if own and found:
         inputs.notes.append(_note_on_run_folder(path, found, alone))
+
+
+def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
+    """Return the checkpoints of a folder without unfinished ones, with a note."""
+    unfinished = [path for path in found if is_unfinished(path)]
+    if not unfinished or len(unfinished) == len(found):
+        return found
+    shown = listed([str(path) for path in unfinished])
+    inputs.notes.append(f"left out, because their names mark unfinished checkpoints: {shown}")
+    return [path for path in found if path not in unfinished]
+
+
+def _verb(reason: str) -> str:
+    """Return what a file is as the rest of a sentence about it."""
+    return reason if reason.startswith("looks") else f"is {reason}"
 
 
 def _of_run(path: Path, inputs: Inputs) -> Path:
@@ -187,10 +264,25 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
     return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
-def _remedy_in_subfolders(path: Path, children: Sequence[Path]) -> str:
-    """Return the pattern to give, if sub-folders contain checkpoints."""
-    for child in children:
-        if child.is_dir() and any(is_checkpoint(inner) for inner in child.iterdir()):
-            pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
-            return f"Its sub-folders contain checkpoints: give {pattern}"
-    return ""
+def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
+    """Return the path or pattern to give, if folders below one contain checkpoints."""
+    homes: list[Path] = []
+    level, looked_at = [child for child in children if child.is_dir()], 0
+    for _ in range(_MOST_LEVELS):
+        below: list[Path] = []
+        for folder in level:
+            inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
+            looked_at += len(inner)
+            homes += [folder] if any(map(is_checkpoint, inner)) else []
+            below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+        if homes or not below:
+            break
+        level = below
+    if len(homes) == 1:
+        within = Path(str(homes[0])).relative_to(str(path))
+        return f"Its folder {within} contains checkpoints: give {quote(str(homes[0]))}"
+    if homes and homes[0].parent == path:
+        pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
+        return f"Its sub-folders contain checkpoints: give {pattern}"
+    some = [quote(str(home)) for home in homes]
+    return f"Folders below it contain checkpoints: {listed(some)}" if homes else ""

@@ -11,10 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
 from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
+from swa_avg.pickles import leaves, rebuilt
+from swa_avg.planning.agreement import disagreements
 from swa_avg.planning.notes import header_notes
 from swa_avg.planning.ties import ties
 from swa_avg.planning.treatments import (
@@ -29,9 +32,9 @@ from swa_avg.storage import InputFile
 from swa_avg.tensors import (
     Box,
     DType,
-    Kind,
     Record,
     TensorRef,
+    View,
     contiguous_stride,
     cut,
     is_dense,
@@ -177,7 +180,7 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     _refuse([error for state in states for error in no_weights(state)])
     families = members(last.tensors)
     planned = treatments(states, rules, sum(counts), families)
-    _refuse([e for state in states[:-1] for e in _differences(state, last, rules, planned)])
+    _refuse(disagreements(states, rules, planned))
     _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
     all_ties, untied = ties(
         states, {name: (p.treatment, p.of_first) for name, p in planned.items()}, rules.strides
@@ -189,6 +192,8 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
         for name in tie.names:
             views[name] = _view(last.tensors[name], last.tensors[tie.base], base)
         works += made
+    statistics = _statistics(works, planned, states)
+    values = _values(last, rules, works)
     notes = list(header_notes(states, rules))
     if len(states) > 1:
         notes += family_notes(families, last.checkpoint.path)
@@ -197,15 +202,15 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     return Plan(
         tuple(planned.values()),
         tuple(works),
-        _output(last, works, views),
+        _output(last, works, {**values, **views}),
         tuple(notes),
-        _statistics(works, planned, states),
+        statistics,
     )
 
 
-def _refuse(disagreements: Sequence[SwaAvgError]) -> None:
-    if disagreements:
-        raise MismatchError(disagreements)
+def _refuse(errors: Sequence[SwaAvgError]) -> None:
+    if errors:
+        raise MismatchError(errors)
 
 
 def _unlike(planned: Planned, states: Sequence[StateDict]) -> bool:
@@ -231,48 +236,6 @@ def _statistics(
         else:
             unfit.append(work.name)
     return Statistics(tuple(alike), tuple(unfit), tuple(compared))
-
-
-def _differences(
-    state: StateDict, last: StateDict, rules: Rules, planned: Mapping[str, Planned]
-) -> Iterator[SwaAvgError]:
-    """Yield each way in which a checkpoint does not agree with the last one."""
-    if state.views is last.views:
-        return
-    path, other = state.checkpoint.path, last.checkpoint.path
-    missing = [name for name in last.tensors if name not in state.tensors]
-    extra = [name for name in state.tensors if name not in last.tensors]
-    for names, has in ((missing, "lacks"), (extra, "has")):
-        if names:
-            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-            yield SwaAvgError(
-                f"{has} {count} that {other} {'has' if has == 'lacks' else 'lacks'}: "
-                f"{listed(names)}",
-                file=path,
-                remedy="Average checkpoints of one model",
-            )
-    for name, ref in state.tensors.items():
-        wanted = last.tensors.get(name)
-        if wanted is None or planned[name].alone:
-            continue
-        if ref.shape != wanted.shape:
-            yield SwaAvgError(
-                f"has shape {list(ref.shape)}",
-                file=path,
-                tensor=name,
-                expected=f"{list(wanted.shape)} as in {other}",
-                remedy="Average checkpoints of one model",
-            )
-        elif ref.dtype != wanted.dtype:
-            floats = ref.dtype.kind is wanted.dtype.kind is Kind.FLOAT
-            if not (floats and rules.dtype):
-                yield SwaAvgError(
-                    f"has dtype {ref.dtype}",
-                    file=path,
-                    tensor=name,
-                    expected=f"{wanted.dtype} as in {other}",
-                    remedy=f"Choose one with --dtype {wanted.dtype}" if floats else "",
-                )
 
 
 def _works(
@@ -351,14 +314,37 @@ def _view(ref: TensorRef, base: TensorRef, written: OutputTensor) -> OutputTenso
     return OutputTensor(written.storage, ref.offset - base.offset, ref.shape, ref.stride)
 
 
-def _output(
-    last: StateDict, works: Sequence[Work], views: Mapping[str, OutputTensor]
-) -> OutputStateDict:
+def _values(last: StateDict, rules: Rules, works: list[Work]) -> dict[str, object]:
+    """Return the values with tensors in them as they are written, and add their works."""
+    written: dict[TensorRef, OutputTensor] = {}
+    made: dict[str, object] = {}
+
+    def moved(value: object, name: str) -> object:
+        if not isinstance(value, View):
+            return value
+        ref = last.checkpoint.located(value)
+        if ref not in written:
+            kept = Planned(
+                f"{name}, tensor {len(written)}", Treatment.KEPT, "", ref.dtype, ref.shape
+            )
+            work, tensor = _work(ref, (ref,), kept, rules, ())
+            written[ref] = replace(tensor, storage=len(works))
+            works.append(work)
+        return written[ref]
+
+    # Other formats store only tensors, and a kept wrapper has all values already.
+    for name, value in last.values.items() if rules.strides and not rules.wrapper else ():
+        if any(isinstance(one, View) for one in leaves(value)):
+            made[name] = rebuilt(value, partial(moved, name=name))
+    return made
+
+
+def _output(last: StateDict, works: Sequence[Work], made: Mapping[str, object]) -> OutputStateDict:
     storages = tuple(OutputStorage(work.dtype, math.prod(work.shape)) for work in works)
-    items = {name: views[name] if name in views else last.values[name] for name in last.order}
+    items = {name: made[name] if name in made else last.values[name] for name in last.order}
     # transformers requires this entry to load a safetensors file.
     text = dict(last.checkpoint.metadata) or {"format": "pt"}
-    text = {name: value for name, value in text.items() if name not in views}
+    text = {name: value for name, value in text.items() if name not in made}
     return OutputStateDict(storages, items, last.metadata, text)
 
 

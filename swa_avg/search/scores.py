@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from swa_avg.batchnorm import (
     Recompute,
     Session,
+    check_model,
     importable,
     load_attribute,
     load_weights,
@@ -32,8 +34,10 @@ from swa_avg.batchnorm import (
 )
 from swa_avg.checkpoints import StateDict, mode_of
 from swa_avg.errors import DataError, SelectionError, listed
+from swa_avg.planning import described
 
 Evaluate = Callable[[nn.Module], object]
+_SCORES = "a number, or a dict of numbers"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class Judge:
         metric: str | None = None,
         mode: str | None = None,
     ) -> None:
+        if not callable(evaluate):
+            raise TypeError(
+                f"evaluate must be a function evaluate(model), not {described(evaluate)}"
+            )
+        check_model(model)
         self.model = model
         self._evaluate = evaluate
         self._called = called
@@ -118,9 +127,11 @@ class Judge:
             return self._metric
         if self._metric is None and len(result) == 1:
             return next(iter(result))
-        there = listed([str(key) for key in result], 10) or "nothing"
-        found = f"returns {there}" + (f", but not {self._metric}" if self._metric else "")
-        raise DataError(doing + found, remedy="Choose one with --metric NAME")
+        keys = [str(key) for key in result]
+        found = f"returns {listed(keys, 10) or 'an empty dict'}"
+        found += f", but not {self._metric}" if self._metric and keys else ""
+        remedy = f"Choose one, as in --metric {quote(keys[0])}" if keys else ""
+        raise DataError(doing + found, expected="" if keys else _SCORES, remedy=remedy)
 
     def _measured(self, entry: Any) -> Scale:
         """Return the scale, from `--mode` or from the names of the metric and `evaluate`."""
@@ -195,7 +206,7 @@ def _number(value: object, doing: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise DataError(
             f"{doing}returns a {type(value).__name__}",
-            expected="a number, or a mapping of names to numbers",
+            expected=_SCORES,
         )
     try:
         number = float(value)

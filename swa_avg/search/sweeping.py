@@ -23,7 +23,14 @@ from swa_avg.averaging import Averaging, planned
 from swa_avg.batchnorm import BatchNorm
 from swa_avg.checkpoints import StateDict, metrics
 from swa_avg.errors import OutputError, counted, in_bytes
-from swa_avg.planning import ALL, OptionFields, Paths, make_plan, options_of
+from swa_avg.planning import (
+    ALL,
+    OptionFields,
+    Paths,
+    check_arguments,
+    make_plan,
+    options_of,
+)
 from swa_avg.progress import Counter, Watch
 from swa_avg.search.candidates import Bench, Candidate, File, Found, SweepReport, Tried
 from swa_avg.search.scores import Evaluate, Judge, Scale
@@ -47,7 +54,7 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
     _check_room(averaging, count)
     with ExitStack() as opened:
         files = [_output(averaging, opened) for _ in chosen]
-        singles = bench.singles(chosen)
+        singles = bench.singles(chosen, count)
         count_bytes = Counter(bench.watch, "averaging", averaging.plan.bytes_to_read)
         outcome = averaging.compute(
             files[-1], partials=files[:-1], threads=threads, progress=count_bytes
@@ -82,7 +89,7 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
     """
     chosen = averaging.selection.chosen
     _check_room(averaging, 2)
-    singles = bench.singles(chosen)
+    singles = bench.singles(chosen, len(chosen))
     sign = 1 if bench.scale.mode == "max" else -1
     ranked = sorted(range(len(chosen)), key=lambda n: (sign * singles[n], n), reverse=True)
     options = replace(averaging.options, choice=ALL)
@@ -93,7 +100,8 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
             members = sorted((*(best.members if best else ()), number))
             paths = [chosen[member].checkpoint.path for member in members]
             with ExitStack() as trial:
-                average = trial.enter_context(planned(paths, averaging.output, options))
+                plan = trial.enter_context(planned(paths, averaging.output, options))
+                average = _noting(averaging, plan)
                 file = _output(average, trial)
                 report = average.write_to(file, threads=threads, progress=bench.watch)
                 label = f"the average with {chosen[number].checkpoint.path}"
@@ -104,6 +112,13 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
                     kept.enter_context(trial.pop_all())
         assert best is not None, "there is at least one checkpoint"
         yield _found(True, bench.scale, chosen, singles, candidates, best)
+
+
+def _noting(averaging: Averaging, plan: Averaging) -> Averaging:
+    """Return the plan of some checkpoints, with what was found out about all of them."""
+    whole, own = averaging.selection, plan.selection
+    notes = tuple(dict.fromkeys((*whole.notes, *own.notes)))
+    return replace(plan, selection=replace(own, scores=whole.scores, notes=notes))
 
 
 def ending(averaging: Averaging, count: int) -> Averaging:
@@ -151,7 +166,6 @@ def _found(
     candidates: Sequence[Candidate],
     best: Candidate,
 ) -> Found:
-    batchnorm, notes = best.batchnorm or (None, ())
     report = SweepReport(
         greedy=greedy,
         scale=scale,
@@ -160,8 +174,6 @@ def _found(
         tried=tuple(Tried(one.members, one.score) for one in candidates),
         best=candidates.index(best),
         average=best.report,
-        batchnorm=batchnorm,
-        notes=notes,
     )
     return Found(best.file, best.averaging, report)
 
@@ -213,10 +225,11 @@ def sweep(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value or cannot be combined with a search.
     """
-    wanted = options_of("sweep", options)
+    wanted = options_of(sweep, options)
+    check_arguments(batchnorm, threads)
     if wanted.start_from or wanted.distances or wanted.bn_buffers == "first":
         raise ValueError(
-            "start_from, distances and bn_buffers=first cannot be combined with a search"
+            'start_from, distances and bn_buffers="first" cannot be combined with a search'
         )
     metrics.check_mode(mode)
     called = getattr(evaluate, "__name__", "score")
@@ -228,6 +241,6 @@ def sweep(
             raise OutputError("would be a folder", file=output, expected="the name of a file")
         search = greedy_soup if greedy else swept
         with search(averaging, bench, threads) as best:
-            bench.load(best)
+            bench.load(best.file, best.averaging)
             notes = best.file.commit(progress)
     return best.report.noting(wanted.worded(notes))
