@@ -261,13 +261,14 @@ def _check_names(copied: Iterable[InputFile], replaced: Iterable[InputFile]) -> 
             )
 
 
-def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
+def notes(last: StateDict, kept: bool, folder: bool, whole: bool) -> Iterator[str]:
     """Yield notes about everything in the output apart from the averaged weights.
 
     Args:
         last: The state_dict of the last checkpoint.
         kept: Whether its wrapper is kept.
         folder: Whether the output is a folder.
+        whole: Whether all of its files are kept; otherwise those with optimizer state are not.
     """
     path, row, found = last.checkpoint.path, last.framework, last.places
     if not kept:
@@ -277,7 +278,9 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
                 "file, which --keep-wrapper writes"
             )
         return
-    yield f"everything else in the file (such as optimizer state) is copied from {path}"
+    such_as = " (such as optimizer state)" if whole else ""
+    what = "folder" if folder else "file"
+    yield f"everything else in the {what}{such_as} is copied from {path}"
     if row and row.alone:
         yield (
             f"{row.name}'s optimizer state may hold a copy of the last checkpoint's weights; "
