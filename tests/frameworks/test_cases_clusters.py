@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,58 @@ def test_other_weights_are_named(tmp_path: Path) -> None:
     assert "lit_model.pth.lora: other weights in the folder; not averaged" in said
     said = done(tmp_path, "run", "-o", "kept", "--keep-wrapper")
     assert "unet_ema/model.safetensors: other weights; copied, not averaged" in said
+
+
+FSDP = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+import swa_avg
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+
+def made(seed):
+    torch.manual_seed(seed)
+    return fully_shard(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), mesh=mesh)
+
+def whole(model):
+    return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+
+saved = {}
+for kind, models in (("FULL_STATE_DICT", 2), ("SHARDED_STATE_DICT", 1)):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+    given = plugin, Accelerator(cpu=True)
+    for index in range(models):
+        states = saved[kind, index] = []
+        for n in range(3):
+            model = made(10 * index + n)
+            save_fsdp_model(*given, model, f"{kind}/checkpoint_{n}", model_index=index)
+            states.append(whole(model))
+    swa_avg.average(kind, f"swa_{kind}", keep_wrapper=True)
+    for index in range(models):
+        load_fsdp_model(*given, model, f"swa_{kind}", model_index=index)
+        saved[kind, index].append(whole(model))
+torch.save(saved, "saved.pt")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.frameworks
+def test_accelerate_loads_what_its_fsdp_saves(tmp_path: Path) -> None:
+    """accelerate's own functions write the run, and load the mean of each model."""
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-c", FSDP]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    saved = load(tmp_path / "saved.pt")
+    assert len(saved) == 3
+    for *of, loaded in saved.values():
+        assert_mean(loaded, of)
 
 
 # Lightning, Composer, OLMo.
