@@ -17,7 +17,7 @@ from swa_avg.formats.checkpoint import (
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.components import ROOT, averages, component_of
+from swa_avg.formats.components import ROOT, averages, component_of, is_weights_name
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.opening import (
     Form,
@@ -50,6 +50,7 @@ __all__ = [
     "component_of",
     "form_of",
     "is_checkpoint",
+    "is_weights_name",
     "layout_for",
     "leaves",
     "links_note",
