@@ -17,7 +17,7 @@ from swa_avg.formats.checkpoint import (
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.components import ROOT, averages, component_of
+from swa_avg.formats.components import ROOT, averages, component_of, configuration
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.opening import (
     Form,
@@ -48,6 +48,7 @@ __all__ = [
     "averages",
     "checksum_places",
     "component_of",
+    "configuration",
     "form_of",
     "is_checkpoint",
     "layout_for",

@@ -7,7 +7,7 @@ in its own folder. In a folder of several models each model is read separately.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from swa_avg.formats.components import (
     components,
     is_inside,
     located,
+    other_weights,
     read_json,
     trainer_state,
 )
@@ -81,7 +82,7 @@ def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
             remedy="Give the path of the file or folder to use",
         )
     if first.is_index:
-        return _read_shards(folder, first.path, headers, budget)
+        return _read_shards(folder, first, headers, budget)
     whole = open_file(first.path, headers, budget)
     return replace(
         whole,
@@ -91,10 +92,10 @@ def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
     )
 
 
-def _read_shards(folder: Path, path: Path, headers: Headers, budget: Budget) -> Checkpoint:
+def _read_shards(folder: Path, first: Weights, headers: Headers, budget: Budget) -> Checkpoint:
     with ExitStack() as opened:
         shards: dict[str, Checkpoint] = {}
-        weight_map = _weight_map(path)
+        weight_map = _weight_map(first.path)
         for name in dict.fromkeys(weight_map.values()):
             shards[name] = open_file(folder / name, headers, budget)
             opened.callback(shards[name].close)
@@ -107,7 +108,7 @@ def _read_shards(folder: Path, path: Path, headers: Headers, budget: Budget) -> 
         tree,
         tuple(file for shard in shards.values() for file in shard.files),
         next((shard.metadata for shard in shards.values()), {}),
-        tuple(_notes(shards, weight_map)),
+        (*_notes(shards, weight_map), *_other_models(first, shards)),
         budget=budget,
     )
 
@@ -122,12 +123,15 @@ def _aliases(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) ->
     }
 
 
-def _other_models(first: Weights) -> Iterator[str]:
-    """Yield a note if accelerate saved more than one model."""
-    pattern = f"{first.stem}_[0-9]*.{first.suffix}"
-    others = sorted(other.name for other in first.path.parent.glob(pattern))
+def _other_models(first: Weights, shards: Collection[str] = ()) -> Iterator[str]:
+    """Yield a note if a folder has weights besides those that are read."""
+    others = [name for name in other_weights(first) if name not in shards]
     if others:
-        yield f"{listed(others)}: from another model; not read"
+        what = "this file" if len(others) == 1 else "one of these files"
+        yield (
+            f"{listed(others)}: other weights; not read (to average them, give {what} of each "
+            "checkpoint)"
+        )
 
 
 def _weight_map(path: Path) -> dict[str, str]:
