@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
-# Options of which the parameter is not the name and the value.
-_PARAMETERS = {
+# Options that texts name without a value, and their parameters.
+_FLAGS = {
     "ema": "ema=True",
     "no-ema": "ema=False",
     "keep-wrapper": "keep_wrapper=True",
@@ -23,45 +24,68 @@ _PARAMETERS = {
     "distances": "distances=True",
     "verify": "verify=True",
     "recompute-bn": "batchnorm=BatchNorm(...)",
+    "model": "model",
+    "data": "data",
 }
 _OF_CHOICE = ("last", "epochs", "best", "exclude")
-_AVERAGES = ("start-from", "minus")
-_WITH_VALUES = (*_OF_CHOICE, *_AVERAGES, "key", "dtype", "threads", "metric", "mode", "amp")
-_OTHERS = ("bn-buffers", "max-shard-size", "model", "data")
-_VALUE = r"('[^']*'|[\w.:*?/\[\]-]*[\w*\]:])"
-_OPTION = re.compile(
-    rf"(?<![\w-])--({'|'.join((*_PARAMETERS, *_OTHERS))})(?![\w-])(?: MOD:ATTR)?"
-    rf"|(?<![\w-])--({'|'.join(_WITH_VALUES)})(?![\w-])(?: {_VALUE}((?: --\2 {_VALUE})*))?"
-    rf"|(?<![\w-])-(o)(?![\w-])(?: {_VALUE})?"
-    r"|(-v) lists all"
+_WITH_VALUES = (
+    *_OF_CHOICE,
+    *("start-from", "minus", "key", "dtype", "bn-buffers", "max-shard-size", "threads"),
+    *("metric", "mode", "amp"),
 )
+_NAMES = {f"--{name}": name for name in (*_FLAGS, *_WITH_VALUES)} | {"-o": "output"}
+# A value as a shell reads it: in quotes, or of safe characters; punctuation after it is none.
+_VALUE = r"(?!-)(?:'[^']*'(?:\"'\"'[^']*')*|[\w@%+=:,./*?\[\]-]*[\w@%+=*?\]/:])"
+_OPTION = (
+    rf"(?:--(?:{'|'.join(_FLAGS)})(?![\w-])"
+    rf"|(?:--(?:{'|'.join(_WITH_VALUES)})|-o)(?![\w-])(?: {_VALUE})?)"
+)
+_OPTIONS = re.compile(rf"(?<![\w-]){_OPTION}(?: {_OPTION})*")
+# Other words of the command, and those of the API.
+_WORDS = {
+    " MOD:ATTR": "",
+    "-v lists all": "`disagreements` has all",
+    "Run the command again": "Try again",
+    "run the command again": "try again",
+    "Add this function to the module of the data, or name it with --forward": "Give this "
+    "function as forward",
+}
 
 
 def as_parameters(text: str) -> str:
     """Return a text with the parameters of the API in place of the options of the command."""
-    return _OPTION.sub(_parameter, text) if "-" in text else text
+    for of_command, of_api in _WORDS.items():
+        text = text.replace(of_command, of_api)
+    text = re.sub(r" with -o(?=$|[,.;:)])", "", text)
+    return _OPTIONS.sub(_parameters, text) if "-" in text else text
 
 
-def _parameter(found: re.Match[str]) -> str:
-    plain, name, value, more, _, output, target, verbose = found.groups()
-    if verbose:
-        return "`disagreements` has all"
-    if output:
-        return f'output="{target}"' if target else "output"
-    if plain:
-        return _PARAMETERS.get(plain, plain.replace("-", "_"))
-    given = [value, *re.findall(rf"--{name} {_VALUE}", more)] if value else []
-    values = [_quoted(one) for one in given]
-    shown = f"({', '.join(values)})" if len(values) > 1 else "".join(values)
-    if name in _OF_CHOICE:
-        return f"choice=Choice({name}={shown or '...'})"
-    name = name.replace("-", "_")
-    return f"{name}={shown}" if shown else name
+def _parameters(found: re.Match[str]) -> str:
+    """Return the parameters for options that stand side by side."""
+    given: dict[str, list[str]] = {}
+    for option in re.findall(_OPTION, found[0]):
+        name, _, value = option.partition(" ")
+        given.setdefault(_NAMES[name], []).extend([_quoted(value)] if value else [])
+    of_choice = [f"{name}={_one(given[name]) or '...'}" for name in given if name in _OF_CHOICE]
+    made = []
+    for name, values in given.items():
+        if name in _FLAGS:
+            made.append(_FLAGS[name])
+        elif name in _OF_CHOICE:
+            made.append(f"choice=Choice({', '.join(of_choice)})")
+        else:
+            made.append(name.replace("-", "_") + (f"={_one(values)}" if values else ""))
+    return ", ".join(dict.fromkeys(made))
+
+
+def _one(values: Sequence[str]) -> str:
+    return f"({', '.join(values)})" if len(values) > 1 else "".join(values)
 
 
 def _quoted(value: str) -> str:
-    text = value.strip("'")
-    return text if text.isdecimal() or text == "NAME" else f'"{text}"'
+    """Return a value of the command line as one of Python."""
+    text = value.replace("'\"'\"'", "\0").replace("'", "").replace("\0", "'")
+    return text if text.isdecimal() else f'"{text}"'
 
 
 def printable(text: object) -> str:
@@ -98,15 +122,24 @@ def in_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+class Texts(NamedTuple):
+    """The texts of an error, with the options of the command."""
+
+    found: str
+    expected: str
+    remedy: str
+
+
 class SwaAvgError(Exception):
     """Base of every error that swa-avg raises on purpose.
 
+    Its text is "FILE: TENSOR: found, expected …. Remedy.", and names the parameters of the API.
+
     Attributes:
-        found: What was found. The message is "FILE: TENSOR: found".
         file: The file it was found in.
         tensor: The name of the tensor it was found in.
-        expected: What should have been there.
-        remedy: What the user can do.
+        texts: What was found, what should have been there, and what the user can do, with
+            the options of the command.
     """
 
     def __init__(
@@ -118,25 +151,53 @@ class SwaAvgError(Exception):
         expected: str = "",
         remedy: str = "",
     ) -> None:
-        self.found = found
         self.file = None if file is None else str(file)
         self.tensor = tensor
-        self.expected = expected
-        self.remedy = remedy
+        self.texts = Texts(found, expected, remedy)
         super().__init__(found)
 
+    @property
+    def found(self) -> str:
+        """What was found."""
+        return as_parameters(self.texts.found)
+
+    @property
+    def expected(self) -> str:
+        """What should have been there."""
+        return as_parameters(self.texts.expected)
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do."""
+        return as_parameters(self.texts.remedy)
+
     def __str__(self) -> str:
-        return as_parameters(self.of_command())
+        return self._line(Texts(self.found, self.expected, self.remedy))
 
     def of_command(self) -> str:
         """Return the line that the command prints, which names its options."""
+        return self._line(self.texts)
+
+    def _line(self, texts: Texts) -> str:
         place = [text for text in (self.file, self.tensor) if text is not None]
-        line = ": ".join([*place, self.found])
-        if self.expected:
-            line += f", expected {self.expected}"
-        if self.remedy:
-            line += f". {self.remedy}"
+        line = ": ".join([*place, texts.found])
+        if texts.expected:
+            line += f", expected {texts.expected}"
+        if texts.remedy:
+            line += f". {texts.remedy}"
         return printable(line if line.endswith("?") else line.removesuffix(".") + ".")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[SwaAvgError], arguments: tuple[object, ...], content: dict[str, object]
+) -> SwaAvgError:
+    """Return an error that came from another process."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(content)
+    return error
 
 
 @contextmanager
@@ -184,12 +245,13 @@ class MismatchError(SwaAvgError):
         first = disagreements[0]
         more = len(disagreements) - 1
         also = f" ({more} more disagreement{'s' if more > 1 else ''}: -v lists all)" if more else ""
+        found, expected, remedy = first.texts
         super().__init__(
-            first.found,
+            found,
             file=first.file,
             tensor=first.tensor,
-            expected=first.expected,
-            remedy=first.remedy.removesuffix(".") + also,
+            expected=expected,
+            remedy=remedy.removesuffix(".") + also,
         )
         self.disagreements = tuple(disagreements)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -94,6 +98,7 @@ def test_options_have_one_set_of_names() -> None:
         ("keep_wraper", True, "Did you mean keep_wrapper?"),
         ("last", 5, "Did you mean choice=Choice(last=5)?"),
         ("epoch", "3:", "Did you mean choice=Choice(epochs='3:')?"),
+        ("thread", 2, "Did you mean threads?"),
         ("qqq", 1, "has no parameter 'qqq'"),
     ],
 )
@@ -107,11 +112,23 @@ def test_misspelt_option_names_the_nearest(
         lambda: swa_avg.average(paths, out, **wrong),  # type: ignore[arg-type]
         lambda: swa_avg.planned(paths, out, **wrong).__enter__(),  # type: ignore[arg-type]
         lambda: swa_avg.sweep(paths, out, len, model=network(), **wrong),  # type: ignore[arg-type]
-    ):
+    )[: 1 if name == "thread" else None]:  # `planned` has no threads
         with pytest.raises(TypeError) as refused:
             call()
         assert says in str(refused.value)
     assert not out.exists()
+
+
+def test_misspelt_field_names_the_nearest() -> None:
+    """Of `Choice`, `Options` and `BatchNorm`; a parameter of the function comes before a field."""
+    for call, says in (
+        (lambda: swa_avg.Choice(lst=5), "Choice has no field 'lst'. Did you mean last?"),
+        (lambda: swa_avg.Options(dtpye="keep"), "Did you mean dtype?"),
+        (lambda: swa_avg.BatchNorm(data=[], modl=None), "Did you mean model?"),
+        (lambda: swa_avg.sweep("a", "b", len, model=network(), metrc="x"), "Did you mean metric?"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(says)):
+            call()  # type: ignore[no-untyped-call]
 
 
 SNIPPET = """\
@@ -169,13 +186,12 @@ def test_every_option_of_the_command_has_a_parameter() -> None:
         ("Use a wider --dtype", "Use a wider dtype"),
         ("--key a.b --key c; else --key a", 'key=("a.b", "c"); else key="a"'),
         ("with --key; tensors are at: x", "with key; tensors are at: x"),
-        ("(--last 1 --ema), or (--no-ema)", "(choice=Choice(last=1) ema=True), or (ema=False)"),
+        ("(--last 1 --ema), or (--no-ema)", "(choice=Choice(last=1), ema=True), or (ema=False)"),
         ("--exclude '*.pt' leaves it out", 'choice=Choice(exclude="*.pt") leaves it out'),
         ("--epochs 10: matches none", 'choice=Choice(epochs="10:") matches none'),
-        ("fewer than --last 5", "fewer than choice=Choice(last=5)"),
         ("or replace it with --force", "or replace it with force=True"),
         ("Name a folder, as in -o swa, or", 'Name a folder, as in output="swa", or'),
-        ("a new file with -o, or", "a new file with output, or"),
+        ("a new file with -o, or", "a new file, or"),
         ("Megatron-LM's --load", "Megatron-LM's --load"),
         ("run--force/x-o.pt", "run--force/x-o.pt"),
     ],
@@ -183,6 +199,55 @@ def test_every_option_of_the_command_has_a_parameter() -> None:
 def test_options_become_parameters(of_command: str, of_api: str) -> None:
     """With their values; options of others and names of files stay."""
     assert as_parameters(of_command) == of_api
+
+
+OURS = {one for option in command.params for one in (*option.opts, *option.secondary_opts)}
+VALUES = {"X", "swa.pt", "swa", "min", "max", "fp16"}
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Yield each text of the library with its place; an inserted value is an X."""
+    package = Path(swa_avg.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.parent.name == "cli" or path.name in ("errors.py", "demo.py"):
+            continue
+        parsed = ast.parse(path.read_text())
+        pieces = {id(v) for n in ast.walk(parsed) if isinstance(n, ast.JoinedStr) for v in n.values}
+        pieces |= {id(n.value) for n in ast.walk(parsed) if isinstance(n, ast.Expr)}  # docstrings
+        for node in ast.walk(parsed):
+            place = f"{path.relative_to(package)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "X" for v in node.values]
+                yield place, re.sub("X(?=--)", "", "".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and id(node) not in pieces:
+                yield place, str(node.value)
+
+
+def test_no_text_of_the_api_names_an_option() -> None:
+    """Every option in a text becomes a parameter, and only what is inserted becomes its value."""
+    found = 0
+    for place, text in texts():
+        said = as_parameters(text)
+        found += said != text
+        assert not OURS & set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", said)), (place, said)
+        if said != text:
+            assert set(re.findall(r'="([^"]*)"', said)) <= VALUES, (place, said)
+    assert found > 40
+
+
+def test_error_names_parameters_in_each_of_its_parts(paths: list[Path]) -> None:
+    """Its remedy, each disagreement, and what arrives from another process; files stay."""
+    torch.save({"0.weight": torch.ones(4, 3).half()}, paths[0])
+    torch.save({"0.weight": torch.ones(4, 3)}, paths[1])
+    with pytest.raises(swa_avg.MismatchError) as refused:
+        swa_avg.average(paths[:2], paths[0].parent / "out.pt")
+    for error in (refused.value, *refused.value.disagreements):
+        for one in (error, pickle.loads(pickle.dumps(error))):
+            assert one.remedy == 'Choose one with dtype="float32"' and one.remedy in str(one)
+            assert one.texts.remedy == "Choose one with --dtype float32"
+            assert (type(one), one.file, one.tensor) == (type(error), str(paths[0]), "0.weight")
+    error = swa_avg.FileError("is lost", file="run --force.pt")
+    assert str(error) == "run --force.pt: is lost."
 
 
 def test_errors_and_notes_speak_of_parameters(paths: list[Path]) -> None:
@@ -196,7 +261,7 @@ def test_errors_and_notes_speak_of_parameters(paths: list[Path]) -> None:
     assert "--force" in refused.value.of_command()
     wanted = swa_avg.Choice(last=9)
     with swa_avg.planned(paths, out, force=True, choice=wanted) as plan:
-        assert "there are only 4, fewer than choice=Choice(last=9)" in plan.notes
+        assert "choice=Choice(last=9) takes all 4 checkpoints: there are no more" in plan.notes
 
 
 # Plans.
@@ -221,6 +286,32 @@ def test_plan_writes_whole_or_not_at_all(paths: list[Path]) -> None:
         report = plan.write()
     assert report.output == str(folder / "out.pt")
     assert sorted(folder.iterdir()) == sorted([*before, folder / "out.pt"])
+
+
+def test_plan_writes_only_while_its_checkpoints_are_open(paths: list[Path]) -> None:
+    """Later the numbers of their files may be those of others, so nothing may be read."""
+    out = paths[0].parent / "out.pt"
+    with swa_avg.planned(paths, out) as plan:
+        pass
+    with pytest.raises(ValueError, match=r"call write\(\) inside the with block"):
+        plan.write()
+    assert not out.exists()
+    with swa_avg.open_checkpoint(paths[0]) as checkpoint:
+        checkpoint.close()
+    with paths[1].open(), pytest.raises(swa_avg.FileError, match="it is closed"):
+        checkpoint.read("0.weight")
+
+
+def test_plans_and_reports_fit_a_line(paths: list[Path]) -> None:
+    """What a notebook shows of them."""
+    out = paths[0].parent / "out.pt"
+    with swa_avg.planned(paths, out) as plan:
+        report = plan.write()
+    assert repr(plan).startswith(f"Averaging({out}: 4 checkpoints, 9 tensors, ")
+    made = f"Report({out}: average of 4 checkpoints, "
+    assert repr(report).startswith(made) and repr(report).endswith("statistics are stale; 1 note)")
+    along = swa_avg.windows(paths, str(out.with_name("{epoch}_{last}.pt")), last=2)
+    assert repr(along).startswith("WindowsReport(3 averages, ")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -276,6 +367,32 @@ def test_model_holds_the_best_average_after_a_sweep(
     for name, value in model.state_dict().items():
         assert oracle.same_bits(value, written[name]), name
     assert not model.training
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_sweep_reports_what_is_to_say_of_its_output(paths: list[Path], greedy: bool) -> None:
+    """The notes on the choice, on stale statistics, and on those that were recomputed."""
+    (folder, copy), out = (paths[0].parent, paths[0].with_name("copy.pt")), paths[0].parent / "o.pt"
+    copy.write_bytes(paths[1].read_bytes())
+    given = [*paths, copy]
+
+    def accuracy(model: nn.Module) -> float:
+        goal = torch.load(paths[2])["0.weight"] + torch.load(paths[3])["0.weight"]
+        return -float((2 * model.state_dict()["0.weight"] - goal).square().sum())
+
+    report = swa_avg.sweep(given, out, accuracy, model=network(), greedy=greedy)
+    assert report.winner.members == (2, 3) and report.output == str(out) and report.stale
+    counted, *_, stale = report.notes
+    assert "copy.pt: " in counted and "counted once" in counted
+    assert "BatchNorm statistics do not fit" in stale
+    assert repr(report).startswith(f"SweepReport({out}: 2 checkpoints of 4, accuracy ")
+    bn = swa_avg.BatchNorm(data=[torch.ones(3, 3)])
+    model = network().append(nn.BatchNorm1d(2, affine=False, track_running_stats=False))
+    report = swa_avg.sweep(
+        given, folder / "p.pt", accuracy, model=model, greedy=greedy, batchnorm=bn
+    )
+    assert not report.stale and report.notes[-1] == "3: tracks no statistics; unchanged"
+    assert report.batchnorm is report.average.batchnorm is not None
 
 
 def test_average_of_one_checkpoint_is_scored_once(paths: list[Path]) -> None:
@@ -346,8 +463,29 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
         swa_avg.average(paths, out, choice=5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"batchnorm must be a BatchNorm, .* not list"):
         swa_avg.average(paths, out, batchnorm=[torch.ones(1, 2)])  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, not Linear"):
-        swa_avg.recompute_batchnorm(torch.nn.Linear, [torch.ones(1, 2)])  # type: ignore[arg-type]
+    kind: Any = torch.nn.Linear
+    for call in (
+        lambda: swa_avg.recompute_batchnorm(kind, [torch.ones(1, 2)]),
+        lambda: swa_avg.BatchNorm(data=[], model=kind),
+        lambda: swa_avg.sweep("no/such/folder", out, len, model=kind),
+    ):
+        with pytest.raises(TypeError, match=r"Module, not the class Linear; give Linear\(\)"):
+            call()
+    kind = swa_avg.BatchNorm
+    for call in (
+        lambda: swa_avg.average("no/such/folder", out, batchnorm=kind),
+        lambda: swa_avg.windows("no/such/folder", "{epoch}.pt", 2, batchnorm=kind),
+        lambda: swa_avg.sweep("no/such/folder", out, len, model=network, batchnorm=kind),
+    ):
+        with pytest.raises(TypeError, match=r"batchnorm must be a BatchNorm, .* not the class"):
+            call()
+    for call in (
+        lambda: swa_avg.average("no/such/folder", out, threads=0),
+        lambda: swa_avg.windows("no/such/folder", "{epoch}.pt", 2, threads=0),
+        lambda: swa_avg.sweep("no/such/folder", out, len, model=network, threads=0),
+    ):
+        with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
+            call()
     with pytest.raises(ValueError, match="mode must be min or max, not minimum"):
         swa_avg.sweep(paths, out, float, model=network, mode="minimum")  # type: ignore[arg-type]
     with (
@@ -356,6 +494,26 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
     ):
         checkpoint.read("nothing")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"checkpoints": None}, "checkpoints must be paths, not NoneType"),
+        ({"checkpoints": [{"a": 1}]}, "paths, not dict; save it with torch.save first"),
+        ({"choice": lambda: swa_avg.Choice(last="3")}, "last must be an integer, not str"),  # type: ignore[arg-type]
+        ({"choice": lambda: swa_avg.Choice(epochs=(3, 5))}, "as in 10:20 or 10:, not (3, 5)"),  # type: ignore[arg-type]
+        (
+            {"overwrite": True},
+            "no parameter 'overwrite'. Its parameters are batchnorm, bn_buffers, ",
+        ),
+    ],
+)
+def test_wrong_values_are_told(tmp_path: Path, given: dict[str, Any], says: str) -> None:
+    """By the name of the parameter, with what was expected."""
+    arguments: dict[str, Any] = {"checkpoints": "no/such/folder", "output": tmp_path / "out.pt"}
+    with pytest.raises((TypeError, ValueError), match=re.escape(says)):
+        swa_avg.average(**arguments | {n: v() if callable(v) else v for n, v in given.items()})
 
 
 def test_batches_in_memory_may_be_what_batchnorm_takes() -> None:

@@ -19,7 +19,7 @@ from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average_of, check_kind, gathered, no_garbage
 from swa_avg.averaging.report import Report, versions
 from swa_avg.checkpoints import StateDict
-from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, counted
+from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, counted, in_bytes
 from swa_avg.planning import (
     OptionFields,
     Options,
@@ -27,6 +27,8 @@ from swa_avg.planning import (
     Selection,
     Treatment,
     Work,
+    check_arguments,
+    check_count,
     check_pattern,
     names_of,
     options_of,
@@ -58,6 +60,10 @@ class WindowsReport:
     averages: tuple[Report, ...]
     bytes_read: int
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        averages, last = counted(len(self.averages), "average"), self.averages[-1].output
+        return f"WindowsReport({averages}, {in_bytes(self.bytes_written)}, the last one {last})"
 
     @property
     def bytes_written(self) -> int:
@@ -94,7 +100,7 @@ class Draft:
 
     def recomputed(self, session: Session, progress: Watch | None = None) -> Draft:
         """Recompute the BatchNorm statistics of the average."""
-        found = session.recompute(self.file, *self.averaging.options.found_at, progress)
+        found = session.recompute(self.file, *self.averaging.found_at, progress)
         return replace(self, report=self.report.recomputed(*found))
 
     def commit(self, progress: Watch | None = None) -> Report:
@@ -275,8 +281,7 @@ def planned_windows(
 
 def _check_options(lasts: Sequence[int], options: Options) -> None:
     """Refuse options that cannot be combined with windows."""
-    if not lasts or lasts[0] < 1:
-        raise ValueError("last must be at least 1")
+    check_count("last", min(lasts, default=0))
     for name in ("last", "best"):
         if getattr(options.choice, name) is not None:
             raise ValueError(f"choice with {name} cannot be combined with windows")
@@ -290,7 +295,7 @@ def _spans(lasts: Sequence[int], count: int) -> list[range]:
     if lasts[-1] > count:
         raise SelectionError(
             f"there are only {counted(count, 'checkpoint')}, so no window of {lasts[-1]}",
-            remedy=f"Choose shorter windows, as in --last {count}",
+            remedy=f"Choose windows of at most {count}",
         )
     return [range(end - last, end) for end in range(1, count + 1) for last in lasts if last <= end]
 
@@ -389,6 +394,7 @@ def windows(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value or cannot be combined with windows.
     """
-    wanted = options_of("windows", options)
+    wanted = options_of(windows, options)
+    check_arguments(batchnorm, threads)
     with planned_windows(checkpoints, output, last, wanted, progress) as plan:
         return plan.write(batchnorm=batchnorm, threads=threads, progress=progress)

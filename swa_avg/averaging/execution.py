@@ -22,10 +22,18 @@ from swa_avg.checkpoints import (
     refuse_repeats,
     sources_of,
 )
-from swa_avg.errors import MismatchError, listed
+from swa_avg.errors import MismatchError, counted, in_bytes, listed
 from swa_avg.formats import FolderLayout, Layout
 from swa_avg.kernel import buffer_bytes
-from swa_avg.planning import Base, Options, Plan, Rules, Selection, start_from
+from swa_avg.planning import (
+    Base,
+    Options,
+    Plan,
+    Rules,
+    Selection,
+    check_arguments,
+    start_from,
+)
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     AtomicFile,
@@ -66,6 +74,13 @@ class Averaging:
     layout: Layout
     known: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"Averaging({self.output}: {counted(len(self.states), 'checkpoint')}, "
+            f"{counted(len(self.plan.tensors), 'tensor')}, "
+            f"{in_bytes(self.plan.bytes_to_read)} to read, {in_bytes(self.layout.size)} to write)"
+        )
+
     @property
     def states(self) -> tuple[StateDict, ...]:
         """All inputs, in order: the averages of `start_from`, then the checkpoints."""
@@ -80,6 +95,20 @@ class Averaging:
     def counts(self) -> tuple[int, ...]:
         """The number of checkpoints that each of `states` counts as; negative if subtracted."""
         return counts_of(self.bases, self.selection.chosen)
+
+    @property
+    def found_at(self) -> tuple[Sequence[str], bool | None]:
+        """The `key` and the `ema` with which the state_dict of the output is found.
+
+        A copy of the last checkpoint has its state_dict where the checkpoint has it.
+        """
+        key = self.options.key
+        keys = (key,) if isinstance(key, str) else tuple(key)
+        return (keys, self.options.ema) if self._is_copy else ((), None)
+
+    @property
+    def _is_copy(self) -> bool:
+        return isinstance(self.layout, wrapper.WrapperLayout)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -137,17 +166,17 @@ class Averaging:
 
         Raises:
             SwaAvgError: Averaging failed, and nothing was written.
+            TypeError: An argument is of the wrong type.
+            ValueError: An argument is invalid, or the checkpoints are closed already.
         """
-        if batchnorm is not None and not hasattr(batchnorm, "session"):
-            kind = type(batchnorm).__name__
-            raise TypeError(
-                f"batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not {kind}"
-            )
+        check_arguments(batchnorm, threads)
+        if any(file.closed for file in self.files):
+            raise ValueError("the checkpoints are closed: call write() inside the with block")
         session = batchnorm.session() if batchnorm else None
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)
             if session:
-                recomputed = session.recompute(file, *self.options.found_at, progress)
+                recomputed = session.recompute(file, *self.found_at, progress)
                 report = report.recomputed(*recomputed)
             notes = self.options.worded(file.commit(progress))
         return replace(report, notes=(*report.notes, *notes))
@@ -218,12 +247,14 @@ class Averaging:
         made = how_made(self.bases, self.selection.chosen, self.options, found[len(self.bases) :])
         provenance = made.text(self.plan.state_dict.provenance)
         count = Counter(progress, "writing headers")
-        for place, data in self.layout.headers(outcome.checksums, provenance):
-            file.write(data, place)
-            count(len(data))
         copied = self.layout.copied if isinstance(self.layout, wrapper.WrapperLayout) else ()
-        for source in (*self.files, *copied):
-            source.check_unchanged()
+        try:
+            for place, data in self.layout.headers(outcome.checksums, provenance):
+                file.write(data, place)
+                count(len(data))
+        finally:  # a file that changed may look damaged
+            for source in (*self.files, *copied):
+                source.check_unchanged()
         self._verify(file, outcome.checksums, provenance, progress)
         return self._report(outcome, found)
 
@@ -237,7 +268,7 @@ class Averaging:
             states=self.states,
             plan=self.plan,
             layout=self.layout,
-            wrapped=isinstance(self.layout, wrapper.WrapperLayout),
+            wrapped=self._is_copy,
             checksums=checksums,
             headers=lambda: self.layout.headers(checksums, provenance),
         )
@@ -310,8 +341,7 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user that are known before averaging."""
-        wrapped = isinstance(self.layout, wrapper.WrapperLayout)
-        around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
+        around = wrapper.notes(self.states[-1], self._is_copy, self.is_folder)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
         return self.options.worded((*self.selection.notes, *self.plan.notes, *files, *around))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging import wrapper
@@ -27,8 +28,10 @@ from swa_avg.planning import (
     Rules,
     Selection,
     base_of,
+    check_arguments,
     expand,
     find_inputs,
+    listed_paths,
     make_plan,
     open_all,
     options_of,
@@ -37,12 +40,7 @@ from swa_avg.planning import (
     start_from,
 )
 from swa_avg.progress import Counter, Watch
-from swa_avg.storage import (
-    check_remote_target,
-    check_target,
-    is_remote,
-    path_of,
-)
+from swa_avg.storage import check_target, path_of
 from swa_avg.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -95,7 +93,7 @@ def planned(
     """
     if options is not None and named:
         raise TypeError("planned() takes its options as one object or by name, not both")
-    options = options or options_of("planned", named)
+    options = options or options_of(planned, named)
     with ExitStack() as opened, no_garbage() as kept:
         averaging = _planned(checkpoints, path_of(output), options, opened, progress)
         check_kind(output, averaging)
@@ -119,7 +117,7 @@ def check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
     raise OutputError(
         "is the name of a folder, but the average of these checkpoints is a file",
         file=text,
-        remedy=f"Name the file, as in -o {text.rstrip('/' + os.sep)}.pt",
+        remedy=f"Name the file, as in -o {quote(text.rstrip('/' + os.sep) + '.pt')}",
     )
 
 
@@ -145,7 +143,7 @@ def gathered(
     Returns:
         The averages of `start_from` and `minus`, and the chosen checkpoints.
     """
-    given = _listed(checkpoints)
+    given = listed_paths(checkpoints)
     bases = _bases(options, opened, progress)
     if options.minus is not None and given:
         raise ValueError("minus cannot be combined with checkpoints, only with start_from")
@@ -201,7 +199,7 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
     """Open the averages of `start_from` and `minus`; a subtracted one comes first."""
 
     def read(paths: Paths) -> tuple[Base, ...]:
-        inputs = Inputs(expand(_listed(paths)))
+        inputs = Inputs(expand(listed_paths(paths)))
         return tuple(map(base_of, _opened(inputs, options, opened, progress).states))
 
     bases = read(options.start_from) if options.start_from else ()
@@ -209,11 +207,11 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
         start_from.refuse_repeats(bases)
         return bases
     parts = read(options.minus)
-    for name, averages in (("start-from", bases), ("minus", parts)):
+    for option, averages in (("--start-from", bases), ("--minus", parts)):
         if len(averages) != 1:
             raise SelectionError(
-                f"--minus subtracts one average from one, but --{name} names {len(averages)}",
-                remedy=f"Give one file with --{name}",
+                f"one average is subtracted from one, but {len(averages)} are given with {option}",
+                remedy=f"Give one file with {option}",
             )
     return start_from.minus(bases[0], parts[0])
 
@@ -243,10 +241,6 @@ def no_garbage() -> Iterator[Callable[[], None]]:
             gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
 def _opened(inputs: Inputs, options: Options, opened: ExitStack, progress: Watch | None) -> Opened:
@@ -296,8 +290,7 @@ def _check_target(
     _check_form(target, last, form, options)
     files = [file for state in (*states, *others) for file in state.checkpoint.files]
     folder = last.checkpoint.path.is_dir() if keeps else form not in _SINGLE
-    check = check_remote_target if is_remote(target) else check_target
-    check(target, files, force=options.force, folder=folder)
+    check_target(target, files, force=options.force, folder=folder)
 
 
 def _check_suffix(target: Path, form: Form) -> None:
@@ -343,13 +336,16 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
         raise OutputError(
             f"is one file, but {last.checkpoint.path} has several models ({', '.join(names)})",
             file=target,
-            remedy=f"Name a folder, as in -o swa, or take one model with --key {names[-1]}",
+            remedy=f"Name a folder, as in -o swa, or take one model with --key {quote(names[-1])}",
         )
     if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
+        plain = target.with_suffix("")
+        folder = not keep_wrapper and form_of(plain, last.checkpoint) is Form.FOLDER
         raise OutputError(
-            "will not be a Hugging Face folder, and only those are written in shards",
+            "is no Hugging Face folder, and only those are written in shards",
             file=target,
-            remedy="Leave out --max-shard-size, or average Hugging Face folders",
+            remedy="Leave out --max-shard-size"
+            + f", or name a folder, as in -o {quote(str(plain))}" * folder,
         )
 
 
@@ -389,6 +385,7 @@ def average(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value.
     """
-    wanted = options_of("average", options)
+    wanted = options_of(average, options)
+    check_arguments(batchnorm, threads)
     with planned(checkpoints, output, wanted, progress=progress) as plan:
         return plan.write(batchnorm=batchnorm, threads=threads, progress=progress)

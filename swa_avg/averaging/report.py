@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import swa_avg
 from swa_avg.averaging.distances import Distances
 from swa_avg.checkpoints import UNKNOWN, Score, StateDict
-from swa_avg.errors import as_parameters
+from swa_avg.errors import as_parameters, counted, in_bytes
 
 if TYPE_CHECKING:
     from swa_avg.batchnorm import BatchNormReport
@@ -114,6 +114,16 @@ class Report:
     families: Mapping[str, int] = field(default_factory=dict)
     batchnorm: BatchNormReport | None = None
     batchnorm_notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        count = sum(source.count for source in self.inputs)
+        stale = "; BatchNorm statistics are stale" if self.stale else ""
+        notes = len(self.notes) + len(self.batchnorm_notes)
+        return (
+            f"Report({self.output}: average of {counted(count, 'checkpoint')}, "
+            f"{in_bytes(self.bytes_written)}{stale}"
+            f"{'; ' + counted(notes, 'note') if notes else ''})"
+        )
 
     @property
     def versions(self) -> dict[str, str]:

@@ -121,7 +121,7 @@ def _opened(written: Written) -> Iterator[Checkpoint]:
     try:
         checkpoint = open_checkpoint(written.path, own=True)
     except SwaAvgError as error:
-        raise written.refusal(error.found, error.tensor) from error
+        raise written.refusal(error.texts.found, error.tensor) from error
     try:
         yield checkpoint
     finally:

@@ -16,7 +16,13 @@ from swa_avg.batchnorm.isolation import (
 )
 from swa_avg.batchnorm.named import load_attribute
 from swa_avg.batchnorm.recompute import BatchNorm, Recompute, Session, read_state, session
-from swa_avg.batchnorm.statistics import Amp, BatchNormReport, Estimator, recompute_batchnorm
+from swa_avg.batchnorm.statistics import (
+    Amp,
+    BatchNormReport,
+    Estimator,
+    check_model,
+    recompute_batchnorm,
+)
 from swa_avg.batchnorm.userdata import UserCode, load_weights, model_of
 
 __all__ = [
@@ -29,6 +35,7 @@ __all__ = [
     "Recompute",
     "Session",
     "UserCode",
+    "check_model",
     "copy_of",
     "default_forward",
     "error_line",

@@ -167,8 +167,9 @@ def chosen_device(name: str, index: int = 0) -> torch.device:
             device = torch.device("cuda", index % max(torch.cuda.device_count(), 1))
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = "" if "Expected one of" in str(error) else f" ({error_line(error)})"
         raise SwaAvgError(
-            f"device {name} is not available ({error_line(error)})",
+            f"device {name} is not available{known}",
             remedy="Choose auto, cpu, cuda, cuda:0 or mps",
         ) from error
     return device

@@ -171,7 +171,7 @@ def explained(
     """
     usual = forward is default_forward
     how = _called(batch) if usual else "forward(model, batch)"
-    found, expected = error.found, error.expected
+    found, expected, _ = error.texts
     called = f"{how}, where batch is {described(batch)}"
     if expected:
         expected += f"; the call was {called}"
@@ -200,7 +200,7 @@ def _remedy(
                 raise from_outside from None
             continue
         return (
-            "Add this function to the module of the data, or give it as forward:"
+            "Add this function to the module of the data, or name it with --forward:"
             f" def forward(model, batch): return {code}"
         )
     return ""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, provenance
 from swa_avg.errors import LayoutError, OutputError, listed
@@ -141,7 +142,7 @@ def _check_is_whole(path: Path, checkpoint: Checkpoint) -> None:
             raise OutputError(
                 f"is a part of the average {folder}, whose record would become wrong",
                 file=path,
-                remedy=f"Give the whole average with -o {folder}",
+                remedy=f"Give the whole average with -o {quote(str(folder))}",
             )
 
 

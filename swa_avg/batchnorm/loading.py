@@ -6,6 +6,7 @@ not batched again. No framework is imported to recognise its objects.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from swa_avg.batchnorm.batches import same_draws
 from swa_avg.batchnorm.calling import described, is_batch, is_sample
 from swa_avg.batchnorm.isolation import users_code
-from swa_avg.errors import DataError
+from swa_avg.errors import DataError, listed
 
 _BATCH_SIZE = 64  # for a Dataset that comes without a loader
 
@@ -41,6 +42,7 @@ def batches_of(
     """
     with users_code(f"{name}: "):
         if isinstance(source, type) or (callable(source) and not _gives_batches(source)):
+            check_makes(source, name, "loader")
             source = source()
         if hasattr(source, "train_dataloader"):
             source = _train_dataloader(source, once)
@@ -59,6 +61,33 @@ def batches_of(
         )
     batches: Iterable[Any] = source
     return batches
+
+
+def check_makes(made: Any, name: str, what: str) -> None:
+    """Refuse a function or class that needs arguments, before it is called without any.
+
+    Args:
+        made: The function or class.
+        name: Its name, as the user gave it.
+        what: What it makes.
+
+    Raises:
+        DataError: It has parameters without a default.
+    """
+    try:
+        parameters = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):
+        return  # some functions in C have no signature
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needs = [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+    if needs:
+        arguments = ", ".join(f"{one}=..." for one in needs)
+        called = getattr(made, "__name__", name)
+        raise DataError(
+            f"{name} needs arguments: {listed(needs, 8)}",
+            expected="something that is called without arguments",
+            remedy=f"Name a function that passes them: def {what}(): return {called}({arguments})",
+        )
 
 
 def _gives_batches(source: object) -> bool:

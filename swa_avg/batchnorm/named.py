@@ -28,7 +28,8 @@ def load_attribute(spec: str, folder: Path) -> tuple[ModuleType, Any]:
     """
     name, colon, attribute = spec.rpartition(":")
     if not (name and colon and attribute):
-        raise DataError(f"{spec!r} names no attribute", expected="MOD:ATTR, as in data:loader")
+        like = spec.rstrip(":") if spec.rstrip(":") and ":" not in spec.rstrip(":") else "data"
+        raise DataError(f"{spec!r} names no attribute", expected=f"MOD:ATTR, as in {like}:loader")
     module = _imported(name, folder)
     value: Any = module
     for part in attribute.split("."):

@@ -28,6 +28,8 @@ from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
     Estimator,
+    check_model,
+    check_values,
     recompute_batchnorm,
     recomputed_buffers,
 )
@@ -37,6 +39,7 @@ from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
 from swa_avg.pickles import Stream, rebuilt
+from swa_avg.planning import described, suggesting
 from swa_avg.progress import Watch
 from swa_avg.storage import AtomicFolder, InputFile
 from swa_avg.tensors import Record, TensorRef, View, is_dense, read_tensor
@@ -68,6 +71,7 @@ class Recompute:
     folder: Path = field(default_factory=Path.cwd)
 
 
+@suggesting
 @dataclass(frozen=True)
 class BatchNorm:
     """The batches and the model with which the BatchNorm statistics of an average are recomputed.
@@ -83,6 +87,10 @@ class BatchNorm:
         estimator: population, or torch, which equals `torch.optim.swa_utils.update_bn`.
         amp: off, bf16 or fp16.
         max_batches: The maximum number of batches; None uses all.
+
+    Raises:
+        TypeError: The model or `forward` is of the wrong type, or a field has an unknown name.
+        ValueError: A field has an invalid value.
     """
 
     data: Any
@@ -92,6 +100,14 @@ class BatchNorm:
     estimator: Estimator = "population"
     amp: Amp = "off"
     max_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        check_values(self.estimator, self.amp, self.max_batches)
+        if self.model is not None:
+            check_model(self.model)
+        if self.forward is not None and not callable(self.forward):
+            kind = described(self.forward)
+            raise TypeError(f"forward must be a function forward(model, batch), not {kind}")
 
     def session(self, model: nn.Module | None = None) -> Session:
         """Return a session of these batches and a model, by default its own.

@@ -32,8 +32,9 @@ from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_fro
 from swa_avg.batchnorm.isolation import users_code
 from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.on_device import on_device
-from swa_avg.errors import DataError, SwaAvgError
+from swa_avg.errors import DataError, SwaAvgError, counted
 from swa_avg.kernel import default_arithmetic
+from swa_avg.planning import described
 from swa_avg.progress import Counter, Watch
 
 Estimator = Literal["population", "torch"]
@@ -84,6 +85,11 @@ class BatchNormReport:
     unreached: tuple[str, ...]
     frozen: tuple[str, ...]
     instance_norms: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        samples = "" if self.samples is None else f" ({self.samples:,} samples)"
+        layers, batches = counted(len(self.layers), "layer"), counted(self.batches, "batch")
+        return f"BatchNormReport({layers} over {batches}{samples}, on {self.device})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types; a shift that is not finite becomes None."""
@@ -147,13 +153,16 @@ def recompute_batchnorm(
         TypeError: The model is no module.
         ValueError: An argument has an invalid value.
     """
-    if not isinstance(model, nn.Module):
-        found = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"model must be a torch.nn.Module, not {found}")
+    check_model(model)
     if ranks is None:
         batches = batches_of(batches, "batches", lambda job: job())
     ranks = ranks or Alone()
-    _check_arguments(estimator, amp, max_batches, ranks.world)
+    check_values(estimator, amp, max_batches)
+    if estimator == "torch" and ranks.world > 1:
+        raise SwaAvgError(
+            f"the torch estimator works with only one process, not with {ranks.world}",
+            remedy="Use the population estimator, or one process",
+        )
     layers = layers_of(model)
     there = chosen_device(device, ranks.local)
     statistics = ESTIMATORS[estimator](layers, there)
@@ -209,18 +218,30 @@ def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, T
     }
 
 
-def _check_arguments(estimator: str, amp: str, max_batches: int | None, world: int) -> None:
+def check_model(model: object) -> None:
+    """Refuse what is no module, such as the class of one.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if isinstance(model, nn.Module):
+        return
+    made = f"; give {model.__name__}()" if isinstance(model, type) else ""
+    raise TypeError(f"model must be a torch.nn.Module, not {described(model)}{made}")
+
+
+def check_values(estimator: str, amp: str, max_batches: int | None) -> None:
+    """Refuse invalid values of the parameters of `recompute_batchnorm`.
+
+    Raises:
+        ValueError: A value is invalid.
+    """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator is {estimator!r}, expected population or torch")
     if amp not in _AMP_DTYPES:
         raise ValueError(f"amp is {amp!r}, expected off, bf16 or fp16")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches is {max_batches}, expected 1 or more")
-    if estimator == "torch" and world > 1:
-        raise SwaAvgError(
-            f"the torch estimator works with only one process, not with {world}",
-            remedy="Use the population estimator, or one process",
-        )
 
 
 def _length(batches: object, most: int | None) -> int | None:

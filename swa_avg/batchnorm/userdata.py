@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.calling import Forward
 from swa_avg.batchnorm.isolation import importable, users_code
-from swa_avg.batchnorm.loading import batches_of
+from swa_avg.batchnorm.loading import batches_of, check_makes
 from swa_avg.batchnorm.named import load_attribute
 from swa_avg.errors import DataError, listed
 from swa_avg.kernel import default_arithmetic
@@ -94,11 +94,12 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
         raise DataError(
             f"the module of {data} has no `model`",
             expected="an nn.Module, or a function that returns one",
-            remedy="Add it, or give the model with --model MOD:ATTR",
+            remedy=f"Add it, or give the model with {_option(module, data)}",
         )
     name = spec or data.rpartition(":")[0] + ":model"
     made = module.model if spec is None else load_attribute(spec, folder)[1]
     if not isinstance(made, nn.Module) and callable(made):
+        check_makes(made, name, "model")
         with users_code(f"{name}: "):
             made = made()
     if not isinstance(made, nn.Module):
@@ -107,6 +108,21 @@ def model_of(module: ModuleType, data: str, spec: str | None, folder: Path) -> n
             expected="an nn.Module, or a function that returns one",
         )
     return made
+
+
+def _option(module: ModuleType, data: str) -> str:
+    """Return the option that names the model: the only network of the module, if there is one."""
+    own = [name for name, value in vars(module).items() if _is_network(value, module)]
+    if not own:
+        return "--model MOD:ATTR"
+    return f"--model {data.rpartition(':')[0]}:{own[0] if len(own) == 1 else 'ATTR'}"
+
+
+def _is_network(value: object, module: ModuleType) -> bool:
+    """Return whether a value is a network, or a class of networks that the module defines."""
+    if not isinstance(value, type):
+        return isinstance(value, nn.Module)
+    return issubclass(value, nn.Module) and value.__module__ == module.__name__
 
 
 def _forward(module: ModuleType, spec: str | None, folder: Path) -> Forward | None:

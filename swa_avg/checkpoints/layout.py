@@ -334,11 +334,12 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
         place = only_of(checkpoint, found.weights)
         partner = PARTNERS.get(place)
         if partner and tensor_count(at(tree, partner)):
+            one, other = quote(place), quote(partner)
             raise LayoutError(
                 f"has {partner} beside {place}",
                 file=checkpoint.path,
-                remedy=f"If both make up one model, add --key {place} --key {partner}; "
-                f"otherwise add --key {place}",
+                remedy=f"If both make up one model, add --key {one} --key {other}; "
+                f"otherwise add --key {one}",
             )
         return (place,), list(_notes_beside(tree, place))
     if found.chunks:

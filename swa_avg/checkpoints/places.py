@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from shlex import quote
 
 from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, marks_average
 from swa_avg.checkpoints.tree import (
@@ -163,7 +164,9 @@ def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:
         remedy = f"Give its path with --key; tensors are at: {listed(near, 8)}"
         remedy += f". {several}" * (len(near) > 1)
     elif is_optimizer(mapping(tree) or {}):
-        remedy = f"It holds optimizer state; leave it out with --exclude {checkpoint.path.name}"
+        remedy = (
+            f"It holds optimizer state; leave it out with --exclude {quote(checkpoint.path.name)}"
+        )
     elif objects:
         remedy = "It holds a pickled object; save its state_dict() instead"
     else:
@@ -194,6 +197,6 @@ def only_of(checkpoint: Checkpoint, paths: Sequence[str], unnamed: Sequence[str]
             f"has several state_dicts ({', '.join(paths)})",
             file=checkpoint.path,
             expected="one",
-            remedy=f"Choose one, as in --key {paths[0]}",
+            remedy=f"Choose one, as in --key {quote(paths[0])}",
         )
     return paths[0]

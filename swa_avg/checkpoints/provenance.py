@@ -17,7 +17,7 @@ from itertools import chain
 
 from swa_avg.checkpoints.layout import StateDict
 from swa_avg.checkpoints.membership import is_bn_buffer
-from swa_avg.errors import ProvenanceError
+from swa_avg.errors import ProvenanceError, counted
 from swa_avg.formats import PROVENANCE, Checkpoint, open_checkpoint
 from swa_avg.tensors import Kind, Record, TensorRef, View
 
@@ -70,6 +70,11 @@ class Provenance:
     sources: tuple[Source, ...]
     options: Mapping[str, object] = field(default_factory=dict)
     batchnorm: object = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Provenance(average of {counted(self.count, 'checkpoint')}, by swa-avg {self.version})"
+        )
 
     @property
     def count(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from swa_avg import formats
 from swa_avg.checkpoints.layout import find_state_dict
+from swa_avg.errors import counted
 from swa_avg.tensors import TensorRef, read_tensor, verify
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class CheckpointReader(AbstractContextManager["CheckpointReader"]):
         self.epoch = state.epoch
         self.step = state.step
         self.notes = self._checkpoint.notes
+
+    def __repr__(self) -> str:
+        path, count = self._checkpoint.path, counted(len(self.names), "tensor")
+        return f"CheckpointReader({path}: {self.format}, {count})"
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from swa_avg.errors import counted, in_bytes
+from swa_avg.errors import counted, in_bytes, listed
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Distances, Report
     from swa_avg.batchnorm import BatchNormReport
-    from swa_avg.checkpoints import Provenance
+    from swa_avg.checkpoints import Provenance, Score
     from swa_avg.search import SweepReport
 
 _BATCHNORM = "BatchNorm statistics"
@@ -49,6 +49,8 @@ def of_average(report: Report) -> Iterator[str]:
     """Yield the checkpoints that were averaged, and counts of tensors by treatment."""
     first, last = report.inputs[0].path, report.inputs[-1].path
     of = first if len(report.inputs) == 1 else f"{first} … {last}"
+    if scores := [source.score for source in report.inputs if source.score]:
+        of = listed([source.path for source in report.inputs], 8) + _span(scores)
     count = sum(source.count for source in report.inputs)
     if count == len(report.inputs) == 1:
         yield f"took the weights of the only checkpoint: {of}"
@@ -60,6 +62,12 @@ def of_average(report: Report) -> Iterator[str]:
     else:
         yield f"averaged {counted(count, 'checkpoint')}: {of}"
     yield f"tensors: {_treatments(report.counts, report.families)}"
+
+
+def _span(scores: Sequence[Score]) -> str:
+    """Return the range of the metric by which checkpoints were chosen, as text."""
+    low, high = (f"{end(score.value for score in scores):.6g}" for end in (min, max))
+    return f" ({scores[0].name} {low if low == high else f'{low} to {high}'})"
 
 
 def of_distances(report: Report, distances: Distances, modules: bool) -> Iterator[str]:
@@ -109,9 +117,17 @@ def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
     for layer in report.layers if layers else farthest:
         yield (
             f"{'  ' if layers else 'largest change: '}{layer.name}: mean by "
-            f"{layer.mean_shift:.3g} standard deviations, standard deviation by a factor of "
-            f"{layer.std_ratio:.3g}"
+            f"{_figure(layer.mean_shift)} standard deviations, standard deviation by a factor of "
+            f"{_figure(layer.std_ratio)}"
         )
+
+
+def _figure(value: float) -> str:
+    """Return a positive number with three digits, or with three decimals if it is below 1."""
+    if not math.isfinite(value):
+        return str(value)
+    whole = len(str(int(value))) if value >= 1 else 0
+    return f"{value:,.{max(0, 3 - whole)}f}"
 
 
 def of_search_plan(averaging: Averaging, evaluate: str, greedy: bool) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -333,12 +334,18 @@ def run_of(given: dict[str, Any]) -> Run:
     try:
         choice = Choice(**taken(Choice))
     except ValueError as error:
-        raise click.UsageError(f"{error}.") from error
+        raise click.UsageError(f"{_with_options(str(error))}.") from error
     batchnorm = {name: value for name in BATCHNORM if (value := given.pop(name)) is not None}
     options = Options(choice=choice, **taken(Options))
     recompute = batchnorm if given["recompute_bn"] else None
     own = {one.name: given.get(one.name) for one in fields(Run)}
     return Run(**own | {"options": options, "recompute": recompute, "search": search})
+
+
+def _with_options(text: str) -> str:
+    """Return the text on an invalid value with the options in place of the parameters."""
+    text = re.sub(r"^(last|epochs|best)\b", r"--\1", text)
+    return text.replace("the mode, min or max", "--mode min or --mode max")
 
 
 def _search_of(given: dict[str, Any]) -> Search | None:

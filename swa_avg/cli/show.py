@@ -86,8 +86,8 @@ def show_search(best: Found, run: Run) -> None:
     show_average(report.average, best.averaging, run)
     if report.batchnorm:
         say(messages.of_recompute(report.batchnorm, layers=run.verbose))
-        note(report.notes)
-    say([messages.of_output(report.average.output, report.average.bytes_written)])
+        note(report.average.batchnorm_notes)
+    say([messages.of_output(report.output, report.average.bytes_written)])
 
 
 def say_picture(picture: bytes, run: Run) -> None:

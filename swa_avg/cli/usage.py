@@ -48,6 +48,10 @@ def check_usage(ctx: click.Context) -> None:
             "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file."
         )
     searches = named["sweep"] or named["greedy"]
+    if named["best"] is not None and not named["metric"]:
+        raise click.UsageError("--best needs --metric NAME, as in --metric val_loss.")
+    for option in given(("metric", "mode") if named["best"] is None and not searches else ()):
+        raise click.UsageError(f"{option} needs --best N, or --sweep or --greedy.")
     if searches:
         _check_search(named)
     elif named["plot"] and not named["distances"]:

@@ -21,6 +21,7 @@ from swa_avg.formats.components import (
     components,
     is_inside,
     located,
+    models_in_files,
     other_weights,
     read_json,
     trainer_state,
@@ -46,15 +47,18 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
         FormatError: An index or a shard is damaged.
         FileError: A shard is missing or cannot be opened.
     """
-    names = components(folder)
+    names, several = components(folder), models_in_files(folder)
     beside = trainer_state(folder)
     if names == (ROOT,):
         return replace(_read_model(folder, headers, Budget()), beside=beside)
     with ExitStack() as opened:
         models, budget = {}, Budget()
         for name in names:
-            place = folder if name == ROOT else folder / name
-            models[name] = _read_model(place, headers, budget)
+            if name in several:
+                models[name] = open_file(several[name].path, headers, budget)
+            else:
+                place = folder if name == ROOT else folder / name
+                models[name] = _read_model(place, headers, budget)
             opened.callback(models[name].close)
         opened.pop_all()
     texts = [model.metadata for model in models.values()]

@@ -5,7 +5,14 @@ does not know how a mean is computed.
 """
 
 from swa_avg.planning import start_from
-from swa_avg.planning.glance import refuse_unlike
+from swa_avg.planning.agreement import refuse_unlike
+from swa_avg.planning.arguments import (
+    check_arguments,
+    check_count,
+    described,
+    listed_paths,
+    suggesting,
+)
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
 from swa_avg.planning.opening import Opened, open_all
@@ -30,9 +37,13 @@ __all__ = [
     "Treatment",
     "Work",
     "base_of",
+    "check_arguments",
+    "check_count",
     "check_pattern",
+    "described",
     "expand",
     "find_inputs",
+    "listed_paths",
     "make_plan",
     "names_of",
     "open_all",
@@ -41,4 +52,5 @@ __all__ = [
     "refuse_unlike",
     "select",
     "start_from",
+    "suggesting",
 ]

@@ -8,18 +8,24 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from shlex import quote
 
 from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
-from swa_avg.formats import is_checkpoint
+from swa_avg.formats import component_of, is_checkpoint
 from swa_avg.planning.unfinished import broken, is_unfinished
 from swa_avg.storage import is_remote, path_of, remote_matches
 
+# Where checkpoints are looked for below a folder without any.
+_MOST_LEVELS = 4
+_MOST_LOOKED_AT = 2000
 _MAGIC = re.compile(r"[*?[]")
 # The sub-folders of a run in which accelerate, Lightning and NeMo, SpeechBrain, and Ultralytics
 # save checkpoints.
@@ -87,8 +93,48 @@ def _matching(path: Path, text: str) -> list[Path]:
         # Path.glob would change the paths as the user wrote them.
         found = [path_of(match) for match in sorted(glob(text, recursive=True))]  # noqa: PTH207
     if not found:
-        raise SelectionError("matches no file", file=text, remedy="Check the pattern")
+        remedy = "" if is_remote(path) else _what_is_there(path)
+        raise SelectionError("matches no file", file=text, remedy=remedy)
     return found
+
+
+def _check_there(path: Path) -> None:
+    """Refuse a path of this machine that does not exist, and name the nearest that does."""
+    if is_remote(path):
+        return
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = _nearest(path)
+        reason = f"cannot be opened: {error.strerror}"
+        raise FileError(reason, file=path, remedy=remedy) from error
+
+
+def _nearest(path: Path) -> str:
+    """Return what may have been meant by a path that does not exist, or what of it is missing."""
+    missing = path
+    while missing.parent != missing and not missing.parent.is_dir():
+        missing = missing.parent
+    with suppress(OSError):
+        close = get_close_matches(missing.name, os.listdir(missing.parent), 1)  # noqa: PTH208
+        rest = Path(str(path)).relative_to(str(missing))
+        meant = missing.parent / close[0] / rest if close else None
+        if meant is not None and os.path.lexists(meant):
+            return f"Did you mean {meant}?"
+    return f"There is no folder {missing}" if missing != path else ""
+
+
+def _what_is_there(pattern: Path) -> str:
+    """Return what the folder of a pattern without matches contains."""
+    folder = pattern.parent
+    while _MAGIC.search(str(folder)):
+        folder = folder.parent
+    if not folder.is_dir():
+        return _nearest(folder) or f"There is no folder {folder}"
+    with suppress(OSError):
+        there = sorted(name for name in os.listdir(folder) if name[0] != ".")  # noqa: PTH208
+        return f"{folder} contains {listed(there)}" if there else f"{folder} is empty"
+    return ""
 
 
 def matches(path: Path, patterns: Iterable[str]) -> bool:
@@ -108,7 +154,9 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     long = dict.fromkeys(
         escape(str(name.path).removesuffix(name.text)) + name.pattern for name in read
     )
-    for patterns in (short, long):
+    alone = dict.fromkeys(escape(path.name) for path in paths)
+    whole = dict.fromkeys(escape(str(path)) for path in paths)
+    for patterns in (short, long, alone, whole):
         covered = all(matches(path, patterns) for path in paths)
         if covered and len(patterns) <= 8 and not any(matches(path, patterns) for path in others):
             return " ".join(f"--exclude {quote(pattern)}" for pattern in patterns)
@@ -119,6 +167,7 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
     """Add a file, a folder that is a checkpoint, or the checkpoints in a folder."""
     try:
         if not path.is_dir():
+            _check_there(path)
             inputs.paths.append(path)
             return
         path = _of_run(path, inputs)
@@ -139,8 +188,12 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
                 file=path,
                 remedy=remedy_in_subfolders(path, children),
             )
+        lone = not own and alone and len(found) == 1
+        inside = remedy_in_subfolders(path, children) if lone else ""
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror}", file=path) from error
+    if inside:
+        inputs.notes.append(f"{path}: contains only {found[0].name}. {inside}")
     inputs.excluded += left_out
     if lost:
         shown = listed([f"{one} ({why})" for one, why in lost.items()])
@@ -195,7 +248,8 @@ def _is_of_same_run(child: Path) -> bool:
     nouns = {word for word in re.split(r"[^a-z]+", child.name.lower()) if word}
     worded = name.epoch is not None or name.step is not None
     numbered = name.number is not None and bool(nouns & words.CHECKPOINT_NOUNS)
-    return (worded or numbered) and not name.parts and not name.average
+    is_other = name.parts or name.average or (child.is_file() and component_of(child))
+    return (worded or numbered) and not is_other
 
 
 def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
@@ -210,10 +264,25 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
     return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
-def remedy_in_subfolders(path: Path, children: Sequence[Path]) -> str:
-    """Return the pattern to give instead of a folder, if its sub-folders contain checkpoints."""
-    for child in children:
-        if child.is_dir() and any(is_checkpoint(inner) for inner in child.iterdir()):
-            pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
-            return f"Its sub-folders contain checkpoints: give {pattern}"
-    return ""
+def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
+    """Return the path or pattern to give, if folders below one contain checkpoints."""
+    homes: list[Path] = []
+    level, looked_at = [child for child in children if child.is_dir()], 0
+    for _ in range(_MOST_LEVELS):
+        below: list[Path] = []
+        for folder in level:
+            inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
+            looked_at += len(inner)
+            homes += [folder] if any(map(is_checkpoint, inner)) else []
+            below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+        if homes or not below:
+            break
+        level = below
+    if len(homes) == 1:
+        within = Path(str(homes[0])).relative_to(str(path))
+        return f"Its folder {within} contains checkpoints: give {quote(str(homes[0]))}"
+    if homes and homes[0].parent == path:
+        pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
+        return f"Its sub-folders contain checkpoints: give {pattern}"
+    some = [quote(str(home)) for home in homes]
+    return f"Folders below it contain checkpoints: {listed(some)}" if homes else ""

@@ -64,7 +64,7 @@ def open_all(
     for path, checkpoint in _read(inputs, closing):
         count(1)
         if isinstance(checkpoint, ForeignError):
-            others[path] = checkpoint.found.removeprefix("is ")
+            others[path] = checkpoint.texts.found.removeprefix("is ")
             continue
         whole.append(checkpoint)
         with naming(path):
@@ -147,9 +147,13 @@ def _unfit(unfit: Mapping[Path, LayoutError], opened: Opened) -> LayoutError:
     error = next(iter(unfit.values()))
     kept = [state.checkpoint.path for state in opened.states]
     option = exclusion([*unfit], kept) if kept else ""
-    if option:
-        error.remedy += f". {option} leaves {'it' if len(unfit) == 1 else 'them'} out"
-    return error
+    if not option:
+        return error
+    found, expected, remedy = error.texts.found, error.texts.expected, error.texts.remedy
+    remedy += f". {option} leaves {'it' if len(unfit) == 1 else 'them'} out"
+    return LayoutError(
+        found, file=error.file, tensor=error.tensor, expected=expected, remedy=remedy
+    )
 
 
 def _leave_out(

@@ -17,6 +17,7 @@ from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
 from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
 from swa_avg.pickles import leaves, rebuilt
+from swa_avg.planning.agreement import disagreements
 from swa_avg.planning.notes import header_notes
 from swa_avg.planning.ties import ties
 from swa_avg.planning.treatments import (
@@ -31,7 +32,6 @@ from swa_avg.storage import InputFile
 from swa_avg.tensors import (
     Box,
     DType,
-    Kind,
     Record,
     TensorRef,
     View,
@@ -180,7 +180,7 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     _refuse([error for state in states for error in no_weights(state)])
     families = members(last.tensors)
     planned = treatments(states, rules, sum(counts), families)
-    _refuse([e for state in states[:-1] for e in _differences(state, last, rules, planned)])
+    _refuse(disagreements(states, rules, planned))
     _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
     all_ties, untied = ties(
         states, {name: (p.treatment, p.of_first) for name, p in planned.items()}, rules.strides
@@ -208,9 +208,9 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     )
 
 
-def _refuse(disagreements: Sequence[SwaAvgError]) -> None:
-    if disagreements:
-        raise MismatchError(disagreements)
+def _refuse(errors: Sequence[SwaAvgError]) -> None:
+    if errors:
+        raise MismatchError(errors)
 
 
 def _unlike(planned: Planned, states: Sequence[StateDict]) -> bool:
@@ -236,48 +236,6 @@ def _statistics(
         else:
             unfit.append(work.name)
     return Statistics(tuple(alike), tuple(unfit), tuple(compared))
-
-
-def _differences(
-    state: StateDict, last: StateDict, rules: Rules, planned: Mapping[str, Planned]
-) -> Iterator[SwaAvgError]:
-    """Yield each way in which a checkpoint does not agree with the last one."""
-    if state.views is last.views:
-        return
-    path, other = state.checkpoint.path, last.checkpoint.path
-    missing = [name for name in last.tensors if name not in state.tensors]
-    extra = [name for name in state.tensors if name not in last.tensors]
-    for names, has in ((missing, "lacks"), (extra, "has")):
-        if names:
-            count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-            yield SwaAvgError(
-                f"{has} {count} that {other} {'has' if has == 'lacks' else 'lacks'}: "
-                f"{listed(names)}",
-                file=path,
-                remedy="Average checkpoints of one model",
-            )
-    for name, ref in state.tensors.items():
-        wanted = last.tensors.get(name)
-        if wanted is None or planned[name].alone:
-            continue
-        if ref.shape != wanted.shape:
-            yield SwaAvgError(
-                f"has shape {list(ref.shape)}",
-                file=path,
-                tensor=name,
-                expected=f"{list(wanted.shape)} as in {other}",
-                remedy="Average checkpoints of one model",
-            )
-        elif ref.dtype != wanted.dtype:
-            floats = ref.dtype.kind is wanted.dtype.kind is Kind.FLOAT
-            if not (floats and rules.dtype):
-                yield SwaAvgError(
-                    f"has dtype {ref.dtype}",
-                    file=path,
-                    tensor=name,
-                    expected=f"{wanted.dtype} as in {other}",
-                    remedy=f"Choose one with --dtype {wanted.dtype}" if floats else "",
-                )
 
 
 def _works(

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from swa_avg.checkpoints import Number, Score, StateDict, metrics
-from swa_avg.errors import SelectionError, listed
+from swa_avg.errors import SelectionError, counted, listed
 from swa_avg.planning import series
+from swa_avg.planning.arguments import check_count, suggesting
 from swa_avg.planning.copies import copies
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member, measured, members, ordered
 
 
+@suggesting
 @dataclass(frozen=True)
 class Choice:
     """Which of the given checkpoints to average; all by default.
@@ -48,8 +50,8 @@ class Choice:
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
         for name, count in (("last", self.last), ("best", self.best)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, not {count}")
+            if count is not None:
+                check_count(name, count)
         if self.epochs is not None:
             _Span.parse(self.epochs)
         if self.best is not None and not self.metric:
@@ -82,7 +84,7 @@ class _Span:
 
     @classmethod
     def parse(cls, text: str) -> _Span:
-        parts = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", text)
+        parts = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", str(text))
         if not parts:
             raise ValueError(f"epochs must be A:B or A:B:STEP, as in 10:20 or 10:, not {text}")
         span = cls(int(parts[1] or 0), int(parts[2]) if parts[2] else None, int(parts[3] or 1))
@@ -238,4 +240,5 @@ def _best(
 
 def _note_if_few(there: Sequence[object], wanted: int, what: str, notes: list[str]) -> None:
     if len(there) < wanted:
-        notes.append(f"there are only {len(there)}, fewer than --{what} {wanted}")
+        every = ("all " if len(there) > 1 else "") + counted(len(there), "checkpoint")
+        notes.append(f"--{what} {wanted} takes {every}: there are no more")

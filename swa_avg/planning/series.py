@@ -219,9 +219,11 @@ def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
     ):
         return
     described = [_described(group) for group in series.values()]
-    smallest = min(series.values(), key=len)
-    option = _leaving_out(smallest, chosen)
-    yield f"averaged together: {listed(described, 5)}" + (f"; {option}" if option else "")
+    fewest = min(series.values(), key=len)
+    rest = [member.path for member in chosen if member not in fewest]
+    option = exclusion([member.path for member in fewest], rest)
+    without = f"; to leave out {_described(fewest)}, add {option}" if option else ""
+    yield f"averaged together: {listed(described, 5)}{without}"
 
 
 def _are_several_runs(series: Iterable[str]) -> bool:

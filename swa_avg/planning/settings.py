@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from swa_avg.errors import as_parameters
+from swa_avg.planning.arguments import described, either, near, parameters_of, suggesting
 from swa_avg.planning.select import ALL, Choice
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -34,6 +35,7 @@ class OptionFields(TypedDict, total=False):
     verify: bool
 
 
+@suggesting
 @dataclass(frozen=True)
 class Options:
     """The options of one average.
@@ -82,13 +84,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.bn_buffers not in BN_BUFFERS:
-            raise ValueError(f"bn_buffers is {self.bn_buffers!r}; use {', '.join(BN_BUFFERS)}")
+            raise ValueError(f"bn_buffers is {self.bn_buffers!r}; use {either(BN_BUFFERS)}")
         if self.dtype not in OUTPUT_DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; use {', '.join(OUTPUT_DTYPES)}")
+            raise ValueError(f"dtype is {self.dtype!r}; use {either(OUTPUT_DTYPES)}")
         if self.keep_wrapper and self.dtype != "keep":
             raise ValueError("keep_wrapper cannot change the dtype; use dtype keep")
         if not isinstance(self.choice, Choice):
-            kind = type(self.choice).__name__
+            kind = described(self.choice)
             raise TypeError(f"choice must be a Choice, as in Choice(last=5), not {kind}")
         if self.minus is not None:
             self._check_minus()
@@ -116,22 +118,16 @@ class Options:
         """Whether the average of one checkpoint has the values of the checkpoint."""
         return self.dtype == "keep" and self.bn_buffers != "reset"
 
-    @property
-    def found_at(self) -> tuple[Sequence[str], bool | None]:
-        """The `key` and the `ema` with which the state_dict of the output is found."""
-        keys = (self.key,) if isinstance(self.key, str) else tuple(self.key)
-        return (keys, self.ema) if self.keep_wrapper else ((), None)
-
     def worded(self, notes: Iterable[str]) -> tuple[str, ...]:
         """Return notes in the words of the command line or of the API."""
         return tuple(notes if self.of_command else map(as_parameters, notes))
 
 
-def options_of(function: str, given: Mapping[str, Any]) -> Options:
+def options_of(function: Callable[..., Any], given: Mapping[str, Any]) -> Options:
     """Return the options that were given as keyword arguments.
 
     Args:
-        function: The name of the function, for the message.
+        function: The function, for the message.
         given: The arguments.
 
     Raises:
@@ -140,18 +136,16 @@ def options_of(function: str, given: Mapping[str, Any]) -> Options:
     """
     for name in given:
         if name not in OptionFields.__annotations__:
-            raise TypeError(f"{function}() has no parameter {name!r}.{_meant(name, given[name])}")
+            meant = _meant(name, given[name], parameters_of(function))
+            raise TypeError(f"{function.__name__}() has no parameter {name!r}.{meant}")
     return Options(**given)
 
 
-def _meant(name: str, value: object) -> str:
+def _meant(name: str, value: object, parameters: Sequence[str]) -> str:
     """Return what was probably meant by the name of an unknown option."""
-    from difflib import get_close_matches
-
-    of_choice = [one.name for one in fields(Choice)]
-    near = get_close_matches(name, [*OptionFields.__annotations__, *of_choice], 1)
-    if not near:
-        return ""
-    if near[0] in of_choice:
-        return f" Did you mean choice=Choice({near[0]}={value!r})?"
-    return f" Did you mean {near[0]}?"
+    own = [*parameters, *OptionFields.__annotations__]
+    of_choice = [one.name for one in fields(Choice) if one.name not in own]
+    close = near(name, [*own, *of_choice])
+    if close in of_choice:
+        return f" Did you mean choice=Choice({close}={value!r})?"
+    return f" Did you mean {close}?" if close else f" Its parameters are {', '.join(sorted(own))}."

@@ -116,7 +116,7 @@ def minus(whole: Base, part: Base) -> tuple[Base, Base]:
         raise ProvenanceError(
             f"is the mean of {part.count}, and {of} of {whole.count}: no checkpoints are left",
             file=path,
-            remedy="Give the later average with --start-from and the earlier one with --minus",
+            remedy="Give the later average with --start-from, the earlier one with --minus",
         )
     left, missing = _difference(whole.sources, part.sources)
     # An average without a list of its checkpoints may contain the missing ones.

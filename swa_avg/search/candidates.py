@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from swa_avg.averaging import Averaging, Report
 from swa_avg.batchnorm import BatchNormReport, Session
 from swa_avg.checkpoints import StateDict, find_state_dict
+from swa_avg.errors import counted
 from swa_avg.formats import open_checkpoint
 from swa_avg.progress import Progress, Watch
 from swa_avg.search.scores import Judge, Scale
@@ -44,9 +45,7 @@ class SweepReport:
         singles: The score of each checkpoint on its own.
         tried: The averages, in the order in which they were scored.
         best: The index of the output in `tried`.
-        average: The report of the output.
-        batchnorm: The report of its BatchNorm statistics, if they were recomputed.
-        notes: Notes about the BatchNorm statistics.
+        average: The report of the output, BatchNorm statistics included.
     """
 
     greedy: bool
@@ -56,13 +55,38 @@ class SweepReport:
     tried: tuple[Tried, ...]
     best: int
     average: Report
-    batchnorm: BatchNormReport | None
-    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        count = len(self.winner.members)
+        return (
+            f"SweepReport({self.output}: {counted(count, 'checkpoint')} of {len(self.paths)}, "
+            f"{self.scale.name} {self.winner.score:.6g})"
+        )
 
     def noting(self, notes: tuple[str, ...]) -> SweepReport:
         """Return a copy with more notes about the output."""
         average = replace(self.average, notes=(*self.average.notes, *notes))
         return replace(self, average=average)
+
+    @property
+    def output(self) -> str:
+        """The path of the output."""
+        return self.average.output
+
+    @property
+    def stale(self) -> bool:
+        """Whether BatchNorm statistics of the output do not belong to its weights."""
+        return self.average.stale
+
+    @property
+    def batchnorm(self) -> BatchNormReport | None:
+        """The report of the output's BatchNorm statistics, or None if they are as they were."""
+        return self.average.batchnorm
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user on the output, its BatchNorm statistics included."""
+        return (*self.average.notes, *self.average.batchnorm_notes)
 
     @property
     def winner(self) -> Tried:
@@ -118,7 +142,6 @@ class Candidate:
     report: Report
     members: tuple[int, ...]
     score: float
-    batchnorm: tuple[BatchNormReport, tuple[str, ...]] | None
 
 
 class Bench:
@@ -169,17 +192,16 @@ class Bench:
         The average of one checkpoint is that checkpoint, which has been scored already, unless
         its BatchNorm statistics or its dtype are others.
         """
-        options, batchnorm = averaging.options, None
+        options = averaging.options
         if self._bn:
-            batchnorm = self._bn.recompute(file, *options.found_at, self.watch)
-            report = report.recomputed(*batchnorm)
-        if len(averaging.states) == 1 and batchnorm is None and options.keeps_values:
+            report = report.recomputed(*self._bn.recompute(file, *averaging.found_at, self.watch))
+        if len(averaging.states) == 1 and not self._bn and options.keeps_values:
             self._scored += 1
             score = self._alone[str(averaging.states[0].checkpoint.path)]
         else:
             with _stored(file, averaging) as state:
                 score = self._score(state, label)
-        return Candidate(file, averaging, report, tuple(members), score, batchnorm)
+        return Candidate(file, averaging, report, tuple(members), score)
 
     def load(self, best: Found) -> None:
         """Load an average into the model."""
@@ -192,6 +214,6 @@ def _stored(file: File, averaging: Averaging) -> Iterator[StateDict]:
     """Open the state_dict of an average in its file."""
     checkpoint = open_checkpoint(file.path)
     try:
-        yield find_state_dict(checkpoint, *averaging.options.found_at)
+        yield find_state_dict(checkpoint, *averaging.found_at)
     finally:
         checkpoint.close()

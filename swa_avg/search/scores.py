@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from swa_avg.checkpoints import StateDict, mode_of
 from swa_avg.errors import DataError, SelectionError, listed
 
 Evaluate = Callable[[nn.Module], object]
+_SCORES = "a number, or a dict of numbers"
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,11 @@ class Judge:
             return self._metric
         if self._metric is None and len(result) == 1:
             return next(iter(result))
-        there = listed([str(key) for key in result], 10) or "nothing"
-        found = f"returns {there}" + (f", but not {self._metric}" if self._metric else "")
-        raise DataError(doing + found, remedy="Choose one with --metric NAME")
+        keys = [str(key) for key in result]
+        found = f"returns {listed(keys, 10) or 'an empty dict'}"
+        found += f", but not {self._metric}" if self._metric and keys else ""
+        remedy = f"Choose one, as in --metric {quote(keys[0])}" if keys else ""
+        raise DataError(doing + found, expected="" if keys else _SCORES, remedy=remedy)
 
     def _measured(self, entry: Any) -> Scale:
         """Return the scale, from `--mode` or from the names of the metric and `evaluate`."""
@@ -195,7 +199,7 @@ def _number(value: object, doing: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise DataError(
             f"{doing}returns a {type(value).__name__}",
-            expected="a number, or a mapping of names to numbers",
+            expected=_SCORES,
         )
     try:
         number = float(value)

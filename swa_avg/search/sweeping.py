@@ -20,10 +20,18 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from swa_avg.averaging import Averaging, planned
-from swa_avg.batchnorm import BatchNorm
+from swa_avg.batchnorm import BatchNorm, check_model
 from swa_avg.checkpoints import StateDict, metrics
 from swa_avg.errors import OutputError, counted, in_bytes
-from swa_avg.planning import ALL, OptionFields, Paths, make_plan, options_of
+from swa_avg.planning import (
+    ALL,
+    OptionFields,
+    Paths,
+    check_arguments,
+    described,
+    make_plan,
+    options_of,
+)
 from swa_avg.progress import Counter, Watch
 from swa_avg.search.candidates import Bench, Candidate, File, Found, SweepReport, Tried
 from swa_avg.search.scores import Evaluate, Judge, Scale
@@ -93,7 +101,8 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
             members = sorted((*(best.members if best else ()), number))
             paths = [chosen[member].checkpoint.path for member in members]
             with ExitStack() as trial:
-                average = trial.enter_context(planned(paths, averaging.output, options))
+                plan = trial.enter_context(planned(paths, averaging.output, options))
+                average = _noting(averaging, plan)
                 file = _output(average, trial)
                 report = average.write_to(file, threads=threads, progress=bench.watch)
                 label = f"the average with {chosen[number].checkpoint.path}"
@@ -104,6 +113,13 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
                     kept.enter_context(trial.pop_all())
         assert best is not None, "there is at least one checkpoint"
         yield _found(True, bench.scale, chosen, singles, candidates, best)
+
+
+def _noting(averaging: Averaging, plan: Averaging) -> Averaging:
+    """Return the plan of some checkpoints, with what was found out about all of them."""
+    whole, own = averaging.selection, plan.selection
+    notes = tuple(dict.fromkeys((*whole.notes, *own.notes)))
+    return replace(plan, selection=replace(own, scores=whole.scores, notes=notes))
 
 
 def ending(averaging: Averaging, count: int) -> Averaging:
@@ -151,7 +167,6 @@ def _found(
     candidates: Sequence[Candidate],
     best: Candidate,
 ) -> Found:
-    batchnorm, notes = best.batchnorm or (None, ())
     report = SweepReport(
         greedy=greedy,
         scale=scale,
@@ -160,8 +175,6 @@ def _found(
         tried=tuple(Tried(one.members, one.score) for one in candidates),
         best=candidates.index(best),
         average=best.report,
-        batchnorm=batchnorm,
-        notes=notes,
     )
     return Found(best.file, best.averaging, report)
 
@@ -213,10 +226,14 @@ def sweep(
         TypeError: An option has an unknown name.
         ValueError: An option has an invalid value or cannot be combined with a search.
     """
-    wanted = options_of("sweep", options)
+    wanted = options_of(sweep, options)
+    check_arguments(batchnorm, threads)
+    check_model(model)
+    if not callable(evaluate):
+        raise TypeError(f"evaluate must be a function evaluate(model), not {described(evaluate)}")
     if wanted.start_from or wanted.distances or wanted.bn_buffers == "first":
         raise ValueError(
-            "start_from, distances and bn_buffers=first cannot be combined with a search"
+            'start_from, distances and bn_buffers="first" cannot be combined with a search'
         )
     metrics.check_mode(mode)
     called = getattr(evaluate, "__name__", "score")

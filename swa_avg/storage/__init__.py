@@ -12,7 +12,7 @@ from swa_avg.storage.partial import JoinedOutput
 from swa_avg.storage.remote import is_remote, path_of, remote_matches
 from swa_avg.storage.request_pool import RequestPool
 from swa_avg.storage.targets import check_replaceable, check_room, check_target
-from swa_avg.storage.upload import RemoteFile, check_remote_target
+from swa_avg.storage.upload import RemoteFile
 
 __all__ = [
     "ROOM",
@@ -27,7 +27,6 @@ __all__ = [
     "Section",
     "allow_files",
     "announce",
-    "check_remote_target",
     "check_replaceable",
     "check_room",
     "check_target",

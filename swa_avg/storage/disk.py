@@ -126,7 +126,10 @@ class DiskSource:
 
     def close(self) -> None:
         """Close the file; later reads are errors."""
-        os.close(self.fd)
+        # The number may soon belong to another file: it must not be read in place of this one.
+        descriptor, self.fd = self.fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _stable_status(descriptor: int, path: Path) -> os.stat_result:
@@ -167,4 +170,6 @@ def _open(path: Path) -> int:
 
 
 def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EBADF:
+        return "it is closed"
     return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -180,6 +180,11 @@ class InputFile:
         if isinstance(self.source, DiskSource):
             self.source.check_in_place()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the file was closed; a URL is read without an open file."""
+        return isinstance(self.source, DiskSource) and self.source.fd < 0
+
     def close(self) -> None:
         """Close the file; later reads are errors."""
         self.source.close()

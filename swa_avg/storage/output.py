@@ -39,18 +39,106 @@ class Output(Protocol):
         """Move the output to its target, and report the progress; return notes for the user."""
 
 
-class AtomicFile(AbstractContextManager["AtomicFile"]):
+class _Atomic:
+    """The life of an output beside its target: created, written, committed or removed.
+
+    Attributes:
+        target: The path as the user wrote it.
+        path: The temporary path until the commit.
+        size: The size in bytes.
+    """
+
+    def __init__(self, target: Path, size: int, force: bool) -> None:
+        """Create the temporary file or folder beside the target and allocate its size.
+
+        Raises:
+            OutputError: The system reports an error.
+        """
+        self.target = target
+        self.size = size
+        self._force = force
+        self._final = Path(os.path.realpath(target))
+        self._opened = ExitStack()
+        try:
+            # A name that is too long fails here, not at the commit.
+            self._before = commit.state_of(self._final)
+            temporary.remove_leftovers(self._final)
+            locked = False
+            while not locked:
+                self.path = temporary.name_beside(self._final)
+                # A signal can arrive between any two steps; the finalizer runs at exit anyway.
+                self._remove = weakref.finalize(self, temporary.remove, self.path)
+                locked = self._create()
+                if not locked:
+                    self._discard()
+        except OSError as error:
+            self._opened.close()
+            raise write_error(target, error) from error
+        try:
+            self._allocate()
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise write_error(target, error) from error
+            raise
+
+    def _create(self) -> bool:
+        """Create and lock what is at the temporary path; return whether it still exists."""
+        raise NotImplementedError
+
+    def _allocate(self) -> None:
+        """Allocate the size."""
+        raise NotImplementedError
+
+    def sync(self, watch: Watch | None = None) -> None:
+        """Sync the output to disk.
+
+        Raises:
+            OutputError: The system reports an error; the call is not repeated.
+        """
+        raise NotImplementedError
+
+    def _replace(self) -> None:
+        """Move the output to its target, which may exist."""
+        raise NotImplementedError
+
+    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
+        """Sync the output to disk and rename it to the target.
+
+        Returns:
+            A note for the user if something that appeared during the run was replaced.
+
+        Raises:
+            OutputError: The system reports an error, or what must not be replaced appeared
+                during the run; the target is unchanged.
+        """
+        notes: tuple[str, ...] = ()
+        with _commit_errors(self.target):
+            commit.take_mode(self.path, self._final)
+            self.sync(watch)
+            if self._force:
+                notes = _replacement_notes(self.target, self._before, commit.state_of(self._final))
+                self._replace()
+            else:
+                commit.put_new(self.path, self._final)
+        _sync_name(self.target, self._final)
+        return notes
+
+    def _discard(self) -> None:
+        self._opened.close()
+        self._remove()
+
+    def __exit__(self, *failure: object) -> None:
+        self._discard()
+
+
+class AtomicFile(_Atomic, AbstractContextManager["AtomicFile"]):
     """A file that appears complete, by `commit`, or not at all.
 
     A symbolic link stays a link: the file behind it is replaced. The output gets the mode
     of the replaced file, or 0666 minus the umask. Temporary files that killed runs left for the
     same target are removed first. After the file is open, a change of the current folder
     has no effect on it.
-
-    Attributes:
-        target: The path as the user wrote it.
-        path: The temporary path until the commit.
-        size: The size in bytes.
     """
 
     def __init__(self, target: Path, size: int, *, force: bool = True, over: State = None) -> None:
@@ -65,31 +153,16 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         Raises:
             OutputError: The system reports an error.
         """
-        self.target = target
-        self.size = size
-        self._force = force
         self._over = over
-        self._final = Path(os.path.realpath(target))
-        try:
-            # A name that is too long fails here, not at the commit.
-            self._before = commit.state_of(self._final)
-            temporary.remove_leftovers(self._final)
-            locked = False
-            while not locked:
-                self.path = temporary.name_beside(self._final)
-                # A signal can arrive between any two steps; the finalizer runs at exit anyway.
-                self._remove = weakref.finalize(self, temporary.remove, self.path)
-                self._draft = Draft(self.path, target)
-                locked = self._draft.lock()
-                if not locked:
-                    self._discard()
-        except OSError as error:
-            raise write_error(target, error) from error
-        try:
-            self._draft.reserve(size)
-        except BaseException:
-            self._discard()
-            raise
+        super().__init__(target, size, force)
+
+    def _create(self) -> bool:
+        self._draft = Draft(self.path, self.target)
+        self._opened.callback(self._draft.close)
+        return self._draft.lock()
+
+    def _allocate(self) -> None:
+        self._draft.reserve(self.size)
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Write all of `data` at `offset`; safe from several threads.
@@ -107,39 +180,14 @@ class AtomicFile(AbstractContextManager["AtomicFile"]):
         """
         self._draft.sync(_count_synced(self.size, watch))
 
-    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
-        """Sync the file to disk and rename it to the target.
-
-        Returns:
-            A note for the user if a file that appeared during the run was replaced.
-
-        Raises:
-            OutputError: The system reports an error, or a file that must not be replaced
-                appeared during the run; the target is unchanged.
-        """
-        notes: tuple[str, ...] = ()
-        with _commit_errors(self.target):
-            commit.take_mode(self.path, self._final)
-            self.sync(watch)
-            if self._over:
-                commit.put_over(self.path, self._final, self._over)
-            elif self._force:
-                notes = _replacement_notes(self.target, self._before, commit.state_of(self._final))
-                self.path.replace(self._final)
-            else:
-                commit.put_new(self.path, self._final)
-        _sync_name(self.target, self._final)
-        return notes
-
-    def _discard(self) -> None:
-        self._draft.close()
-        self._remove()
-
-    def __exit__(self, *failure: object) -> None:
-        self._discard()
+    def _replace(self) -> None:
+        if self._over:
+            commit.put_over(self.path, self._final, self._over)
+        else:
+            self.path.replace(self._final)
 
 
-class AtomicFolder(AbstractContextManager["AtomicFolder"]):
+class AtomicFolder(_Atomic, AbstractContextManager["AtomicFolder"]):
     """A folder of files that appears complete, by `commit`, or not at all.
 
     Offsets run through the files as if they were concatenated. A folder that exists is
@@ -147,10 +195,7 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
     name is missing for a short time between two renames.
 
     Attributes:
-        target: The path as the user wrote it.
-        path: The temporary folder of the files until the commit.
         files: The sizes of the files by name, in the order of their offsets.
-        size: The sum of the sizes.
     """
 
     def __init__(
@@ -174,35 +219,13 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         Raises:
             OutputError: The system reports an error.
         """
-        self.target = target
         self.files = dict(files)
         self._over = over or {}
-        self.size = sum(files.values())
-        self._force = force
-        self._final = Path(os.path.realpath(target))
-        self._opened = ExitStack()
         self._drafts = Drafts()
-        try:
-            self._before = commit.state_of(self._final)
-            temporary.remove_leftovers(self._final)
-            locked = False
-            while not locked:
-                self.path = temporary.name_beside(self._final)
-                self._remove = weakref.finalize(self, temporary.remove, self.path)
-                self.path.mkdir()
-                locked = self._lock()
-        except OSError as error:
-            self._opened.close()
-            raise write_error(target, error) from error
-        try:
-            self._allocate(files)
-        except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError):
-                raise write_error(target, error) from error
-            raise
+        super().__init__(target, sum(files.values()), force)
 
-    def _lock(self) -> bool:
+    def _create(self) -> bool:
+        self.path.mkdir()
         try:
             folder = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -210,8 +233,8 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         self._opened.callback(os.close, folder)
         return temporary.lock_new(folder, self.path)
 
-    def _allocate(self, files: Mapping[str, int]) -> None:
-        for name, size in files.items():
+    def _allocate(self) -> None:
+        for name, size in self.files.items():
             if not (self.path / name).parent.is_dir():
                 (self.path / name).parent.mkdir(parents=True)
             draft = Draft(self.path / name, self.target / name)
@@ -241,41 +264,15 @@ class AtomicFolder(AbstractContextManager["AtomicFolder"]):
         except OSError as error:
             raise write_error(self.target, error) from error
 
-    def commit(self, watch: Watch | None = None) -> tuple[str, ...]:
-        """Sync the files to disk and rename the folder to the target.
-
-        Returns:
-            A note for the user if a folder that appeared during the run was replaced.
-
-        Raises:
-            OutputError: The system reports an error, or a folder that must not be replaced
-                appeared during the run; the target is unchanged.
-        """
-        notes: tuple[str, ...] = ()
-        with _commit_errors(self.target):
-            commit.take_mode(self.path, self._final)
-            self.sync(watch)
-            if self._force:
-                notes = _replacement_notes(self.target, self._before, commit.state_of(self._final))
-                if self._over:
-                    self._check(self._final)
-                commit.put_folder(self.path, self._final, self._check)
-            else:
-                commit.put_new(self.path, self._final)
-        _sync_name(self.target, self._final)
-        return notes
+    def _replace(self) -> None:
+        if self._over:
+            self._check(self._final)
+        commit.put_folder(self.path, self._final, self._check)
 
     def _check(self, folder: Path) -> None:
         if any(commit.state_of(folder / name) != state for name, state in self._over.items()):
             raise commit.ReplacedError
         check_replaceable(folder, self.files, self.target)
-
-    def _discard(self) -> None:
-        self._opened.close()
-        self._remove()
-
-    def __exit__(self, *failure: object) -> None:
-        self._discard()
 
 
 @contextmanager
@@ -293,7 +290,7 @@ def _commit_errors(target: Path) -> Iterator[None]:
         raise OutputError(
             "was created by another program during this run and was not overwritten",
             file=target,
-            remedy="Choose another output, or replace it with --force",
+            remedy="Choose another output with -o, or replace it with --force",
         ) from error
     except OSError as error:
         raise write_error(target, error) from error

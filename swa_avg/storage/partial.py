@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from shlex import quote
 
 from swa_avg.errors import OutputError
 from swa_avg.progress import Watch
@@ -174,4 +175,6 @@ class JoinedOutput(AbstractContextManager["JoinedOutput"]):
 def write_error(target: Path, error: OSError | ValueError) -> OutputError:
     """Return the error for a target that cannot be written, with the system's reason."""
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    return OutputError(f"cannot be written: {reason}", file=target)
+    missing = isinstance(error, FileNotFoundError) and not target.parent.is_dir()
+    remedy = f"Create its folder first: mkdir -p {quote(str(target.parent))}" if missing else ""
+    return OutputError(f"cannot be written: {reason}", file=target, remedy=remedy)

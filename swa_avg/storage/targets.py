@@ -10,13 +10,20 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from tempfile import gettempdir
+from typing import cast
 
-from swa_avg.errors import OutputError, counted, in_bytes, listed
+from swa_avg.errors import FileError, OutputError, counted, in_bytes, listed
 from swa_avg.storage.files import InputFile
 from swa_avg.storage.partial import write_error
-from swa_avg.storage.remote import is_remote
+from swa_avg.storage.remote import RemotePath, is_remote, reason
+
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+_READ_ONLY = ("http", "https")
+_IS = {"file": "is a file", "folder": "is a folder", "other": "is not a regular file"}
 
 # Names of weight files. Hugging Face: with or without shards, the number of another model, or
 # a variant. torch.distributed.checkpoint: one file for each rank and `.metadata`.
@@ -34,48 +41,112 @@ _STEMS = (
 )
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What is at the path of an output.
+
+    Attributes:
+        identity: The identity that an `InputFile` of it has.
+        kind: `file`, `folder` or `other`.
+    """
+
+    identity: object
+    kind: str
+
+
 def check_target(
     target: Path, inputs: Iterable[InputFile], *, force: bool, folder: bool = False
 ) -> None:
-    """Refuse an output path that must not be written, before any tensor is read.
+    """Refuse an output path or URL that must not be written, before any tensor is read.
 
     Args:
-        target: The path of the output.
+        target: The path or URL of the output.
         inputs: Files that must not be overwritten.
         force: Whether an existing output may be replaced.
         folder: Whether the output is a folder.
 
     Raises:
-        OutputError: The path is an input, exists without `force`, or is a folder where a
-            file is needed, or the reverse.
+        OutputError: The path is an input, exists without `force`, is a folder where a file
+            is needed, or the reverse, or is a URL that cannot be written.
     """
-    try:
-        found = target.stat()
-    except FileNotFoundError:
+    found = _at_url(cast(RemotePath, target), folder) if is_remote(target) else _on_disk(target)
+    if found is None:
         return
-    except (OSError, ValueError) as error:
-        raise write_error(target, error) from error
     for file in inputs:
         beneath = folder and _is_beneath(file.path, target)
-        if file.identity == (found.st_dev, found.st_ino) or beneath:
+        if file.identity == found.identity or beneath:
             raise OutputError(
                 "contains one of the inputs" if beneath else "is one of the inputs",
                 file=target,
                 remedy="Choose another output with -o",
             )
-    fits = stat.S_ISDIR(found.st_mode) if folder else stat.S_ISREG(found.st_mode)
-    if not fits:
+    if found.kind != ("folder" if folder else "file"):
+        inside = f"{str(target).rstrip('/')}/swa.pt"
         raise OutputError(
-            "is a folder" if stat.S_ISDIR(found.st_mode) else "is not a regular file",
+            _IS[found.kind],
             file=target,
             expected=f"the name of a {'folder' if folder else 'file'} to write",
+            remedy=f"Name a file in it, as in -o {quote(inside)}"
+            if found.kind == "folder"
+            else "Choose another output with -o",
         )
     if not force:
         raise OutputError(
             "exists already",
             file=target,
-            remedy="Choose another output, or replace it with --force",
+            remedy="Choose another output with -o, or replace it with --force",
         )
+
+
+def _on_disk(target: Path) -> _Found | None:
+    """Return what is at a path of this machine."""
+    try:
+        found = target.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise write_error(target, error) from error
+    of_mode = {stat.S_IFREG: "file", stat.S_IFDIR: "folder"}
+    kind = of_mode.get(stat.S_IFMT(found.st_mode), "other")
+    return _Found((found.st_dev, found.st_ino), kind)
+
+
+def _at_url(target: RemotePath, folder: bool) -> _Found | None:
+    """Return what is at a URL, and refuse one that cannot be written."""
+    if target.protocol in _READ_ONLY:
+        raise OutputError(
+            f"cannot be written: {target.protocol} URLs are read-only",
+            file=target,
+            remedy="Write the output to this machine, then upload it",
+        )
+    if folder:
+        raise OutputError(
+            "would be a folder, and no store can replace a folder in one step",
+            file=target,
+            remedy="Write it to this machine and copy it, or name a file: swa.safetensors",
+        )
+    try:
+        found = target.info(fresh=True)
+        if found is None and target.protocol in OBJECT_STORES:
+            _check_bucket(target)
+    except FileError as error:
+        text, _, remedy = error.texts
+        raise OutputError(text, file=target, remedy=remedy) from error
+    if found is None:
+        return None
+    return _Found((target.fs, target.key), "folder" if found["type"] == "directory" else "file")
+
+
+def _check_bucket(remote: RemotePath) -> None:
+    """Refuse a bucket that does not exist; accept one whose existence is not readable."""
+    try:
+        remote.fs.info(remote.key.partition("/")[0])
+    except FileNotFoundError as error:
+        raise OutputError("cannot be written: there is no such bucket", file=remote) from error
+    except PermissionError:
+        return
+    except Exception as error:
+        raise OutputError(f"cannot be written: {reason(error)}", file=remote) from error
 
 
 def check_room(outputs: Iterable[tuple[Path, int]]) -> None:

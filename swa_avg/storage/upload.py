@@ -16,82 +16,19 @@ several files in one step.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from swa_avg.errors import FileError, OutputError, SwaAvgError
+from swa_avg.errors import OutputError, SwaAvgError
 from swa_avg.progress import Counter, Watch
-from swa_avg.storage.files import InputFile, Source
+from swa_avg.storage.files import Source
 from swa_avg.storage.output import AtomicFile
 from swa_avg.storage.remote import RemotePath, is_remote, reason
+from swa_avg.storage.targets import OBJECT_STORES
 
-_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
-_WHOLE_AT_ONCE = (*_OBJECT_STORES, "hf")
-_READ_ONLY = ("http", "https")
-
-
-def check_remote_target(
-    target: Path, inputs: Iterable[InputFile], *, force: bool, folder: bool = False
-) -> None:
-    """Refuse a URL that must not be written, before any tensor is read.
-
-    Args:
-        target: The URL of the output.
-        inputs: Files that must not be overwritten.
-        force: Whether an existing output may be replaced.
-        folder: Whether the output is a folder.
-
-    Raises:
-        OutputError: The URL is an input, exists without `force`, or cannot be written.
-    """
-    remote = _remote(target)
-    if remote.protocol in _READ_ONLY:
-        raise OutputError(
-            f"cannot be written: {remote.protocol} URLs are read-only",
-            file=target,
-            remedy="Write the output to this machine, then upload it",
-        )
-    if folder:
-        raise OutputError(
-            "would be a folder, and no store can replace a folder in one step",
-            file=target,
-            remedy="Write it to this machine and copy it, or name a file: swa.safetensors",
-        )
-    try:
-        found = remote.info(fresh=True)
-        if found is None and remote.protocol in _OBJECT_STORES:
-            _check_bucket(remote)
-    except FileError as error:
-        raise OutputError(error.found, file=target, remedy=error.remedy) from error
-    if found is None:
-        return
-    if any(file.identity == (remote.fs, remote.key) for file in inputs):
-        raise OutputError(
-            "is one of the inputs", file=target, remedy="Choose another output with -o"
-        )
-    if found["type"] == "directory":
-        raise OutputError("is a folder", file=target, expected="the name of a file to write")
-    if not force:
-        raise OutputError(
-            "exists already",
-            file=target,
-            remedy="Choose another output, or replace it with --force",
-        )
-
-
-def _check_bucket(remote: RemotePath) -> None:
-    """Refuse a bucket that does not exist; accept one whose existence is not readable."""
-    try:
-        remote.fs.info(remote.key.partition("/")[0])
-    except FileNotFoundError as error:
-        raise OutputError("cannot be written: there is no such bucket", file=str(remote)) from error
-    except PermissionError:
-        return
-    except Exception as error:
-        raise OutputError(f"cannot be written: {reason(error)}", file=str(remote)) from error
+_WHOLE_AT_ONCE = (*OBJECT_STORES, "hf")
 
 
 class RemoteFile(AbstractContextManager["RemoteFile"]):
@@ -203,7 +140,7 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
             raise OutputError(
                 "was created by another program during this run and was not overwritten",
                 file=self.target,
-                remedy="Choose another output, or replace it with --force",
+                remedy="Choose another output with -o, or replace it with --force",
             )
 
     def __exit__(self, *failure: object) -> None:

@@ -141,7 +141,7 @@ def test_defaults_and_choices_of_model_and_forward(module: str, tmp_path: Path) 
         ("nowhere.py:x", "there is no file"),
         ("{m}:lodaer", "has no attribute 'lodaer'. Did you mean loader?"),
         ("{m}:broken", "{m}:broken: OSError: no such disk"),
-        ("{m}:needs", "{m}:needs: TypeError: needs() missing 1 required positional argument"),
+        ("{m}:needs", "{m}:needs needs arguments: argument, expected"),
         ("{m}:number", "{m}:number is of type int, expected an iterable of batches"),
         ("{m}:TwoLoaders", "{m}:TwoLoaders gives several loaders, expected one"),
         ("raising.py:x", "importing raising.py: ZeroDivisionError: division by zero"),

@@ -147,6 +147,23 @@ def test_choices_are_those_of_the_library() -> None:
     assert choices["dtype"] == settings.OUTPUT_DTYPES
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--best 3", "--best needs --metric NAME, as in --metric val_loss."),
+        ("--best 0 --metric loss", "--best must be at least 1, not 0."),
+        ("--best 2 --metric m", "higher m is better; give --mode min or --mode max."),
+        ("--mode min", "--mode needs --best N, or --sweep or --greedy."),
+        ("--last 0", "--last must be at least 1, not 0."),
+        ("--epochs 5", "--epochs must be A:B or A:B:STEP, as in 10:20 or 10:, not 5."),
+    ],
+)
+def test_wrong_choices_name_the_option(tmp_path: Path, line: str, says: str) -> None:
+    """As it is typed, before anything is read."""
+    ended = run(tmp_path, "a.pt", *line.split())
+    assert ended.returncode == 2 and ended.stderr.endswith(f"{says}\n"), ended.stderr
+
+
 MODULE = """
 import torch
 from torch import nn

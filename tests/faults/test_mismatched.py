@@ -12,7 +12,7 @@ import folders
 import oracle
 import pytest
 import torch
-from command import averaged, fault, refused
+from command import averaged, fails, fault, refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,6 +82,24 @@ def test_checkpoints_that_do_not_agree_are_refused(
     """The line names both files and the tensor, before a tensor is read."""
     save(tmp_path, weights(0, **changes), weights(1))
     refused(tmp_path, "?.pt", says=f"error: {says}")
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+@fault(51)
+def test_odd_one_out_is_named(tmp_path: Path, place: int) -> None:
+    """Wherever it stands, the last one included; the option in the line leaves it out."""
+    states = [weights(number) for number in range(5)]
+    states[place] |= {"b": torch.ones(6), "d": torch.ones(1)}
+    save(tmp_path, *states)
+    other = 4 if place != 4 else 3
+    said = fails(tmp_path, "?.pt", "-o", "out.pt")
+    assert said == (
+        f"error: {place}.pt: has 1 tensor that {other}.pt lacks: d. The other 4 agree with each "
+        f"other: leave it out with --exclude {place}.pt (1 more disagreement: -v lists all)."
+    )
+    del states[place]
+    done = averaged(tmp_path, "?.pt", "--exclude", f"{place}.pt")
+    assert_same(done.tensors, mean(*states))
 
 
 @fault(52)

@@ -590,7 +590,6 @@ OTHERS = {
     "TRL's value head": ("adapter_model.safetensors", "pytorch_model.bin"),
     "LLaVA": ("non_lora_trainables.bin", "adapter_model.safetensors"),
     "Stable Diffusion": ("diffusion_pytorch_model.non_ema.bin", "diffusion_pytorch_model.bin"),
-    "accelerate": ("model_1.safetensors", "model.safetensors"),
     "a head of its own": ("classifier.pt", "model.safetensors"),
 }
 

@@ -201,15 +201,15 @@ REFUSED = {
     "--start-from all.pt --minus all.pt": "no checkpoints are left",
     "--start-from rest.pt --minus first.pt": "first.pt: was made from epoch_0.pt, which is not",
     "--start-from all.pt --minus epoch_1.pt": "epoch_1.pt: does not record how many checkpoints",
-    "--start-from all.pt --minus [fr]*st.pt": "--minus names 2. Give one file with --minus",
-    "--start-from [ar]*.pt --minus first.pt": "--start-from names 2",
+    "--start-from all.pt --minus [fr]*st.pt": "2 are given with --minus. Give one file",
+    "--start-from [ar]*.pt --minus first.pt": "2 are given with --start-from",
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_no_difference(folder: Path, line: str) -> None:
     """What cannot be the mean of the rest is refused in one line that says why."""
-    code = 2 if " names 2" in REFUSED[line] else 1
+    code = 2 if "2 are given" in REFUSED[line] else 1
     assert REFUSED[line] in fails(folder, *line.split(), "-o", "no.pt", code=code)
 
 

@@ -163,7 +163,7 @@ def test_fewer_than_wanted_is_said(tmp_path: Path) -> None:
     """Where there are not so many, all are taken, and the user is told."""
     names, made = plan(bare(tmp_path / "run", range(3)), Choice(last=5))
     assert len(names) == 3
-    assert made.notes[0] == "there are only 3, fewer than choice=Choice(last=5)"
+    assert made.notes[0] == "choice=Choice(last=5) takes all 3 checkpoints: there are no more"
 
 
 @pytest.mark.parametrize(
@@ -527,3 +527,36 @@ def test_no_checkpoints_at_all(tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="no checkpoints were given"):
         swa_avg.average([], tmp_path / "out.pt")
     assert not list(tmp_path.iterdir())
+
+
+# What is not there -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("rnu/epoch_1.pt", "No such file or directory. Did you mean {run}/epoch_1.pt?"),
+        ("run/epoch_1.pth", "No such file or directory. Did you mean {run}/epoch_1.pt?"),
+        ("other/run/x.pt", "No such file or directory. There is no folder {here}/other."),
+        ("run/*.ckpt", "matches no file. {run} contains epoch_1.pt, epoch_2.pt."),
+        ("rnu/*.pt", "matches no file. Did you mean {run}?"),
+        ("empty/*.pt", "matches no file. {here}/empty is empty."),
+    ],
+)
+def test_path_that_does_not_exist(tmp_path: Path, given: str, says: str) -> None:
+    """The line names what was probably meant, or what is there instead."""
+    run_folder = bare(tmp_path / "run", (1, 2))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(swa_avg.SwaAvgError) as refused:
+        plan(tmp_path / given, Choice())
+    assert str(refused.value).endswith(says.format(run=run_folder, here=tmp_path))
+
+
+def test_one_checkpoint_beside_a_folder_of_checkpoints(tmp_path: Path) -> None:
+    """It is taken, as the user said; the note names the folder that was probably meant."""
+    bare(tmp_path / "run", (), "best.pt")
+    torch.save(weights(1), tmp_path / "run" / "best.pt")
+    inner = bare(tmp_path / "run" / "kept", (1, 2))
+    names, made = plan(tmp_path / "run", Choice())
+    assert names == ["best.pt"]
+    assert made.notes[0].endswith(f"Its folder kept contains checkpoints: give {inner}")

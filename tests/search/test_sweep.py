@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import swa_avg
 from swa_avg.averaging.prepare import average
+from swa_avg.averaging.report import Report
 from swa_avg.batchnorm.statistics import recompute_batchnorm
 from swa_avg.checkpoints.layout import find_state_dict
 from swa_avg.checkpoints.provenance import made_from
@@ -330,7 +331,7 @@ def test_what_is_good_is_told(
         ("acc_loss", None, 0.5, "the name acc_loss does not show"),
         ("loss", None, {"acc": 1.0, "wer": 2.0}, "w: returns acc, wer. Choose one"),
         ("loss", "bleu", {"acc": 1.0}, "returns acc, but not bleu"),
-        ("loss", None, {}, "returns nothing"),
+        ("loss", None, {}, "returns an empty dict, expected a number, or a dict of numbers"),
         ("loss", None, None, "loss of w: returns a NoneType, expected a number"),
         ("loss", None, "0.5", "returns a str"),
         ("loss", None, True, "returns a bool"),
@@ -585,8 +586,8 @@ def a_report(greedy: bool = False, mode: str = "max", name: str = "$acc$ <1>") -
     tried = tuple(Tried(m, s) for m, s in zip(members, scores, strict=True))
     paths = tuple(f"epoch_{number}.pt" for number in range(4))
     singles = (0.1, 0.2, 0.3, 0.4)
-    unused: Any = None
-    return SweepReport(greedy, Scale(name, mode), paths, singles, tried, 2, unused, None)
+    average = Report("swa.pt", (), {}, False, 0, 0, ())
+    return SweepReport(greedy, Scale(name, mode), paths, singles, tried, 2, average)
 
 
 def points(root: ET.Element, name: str) -> list[tuple[float, float]]:

@@ -1,0 +1,111 @@
+"""Arguments of the API: misspelt names and wrong kinds are told before any work is done."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is most like a misspelt one; empty if none is."""
+    return next(iter(get_close_matches(name, list(known), 1)), "")
+
+
+def suggesting(kind: type[_T]) -> type[_T]:
+    """Make the constructor of a dataclass name the nearest field for an unknown one.
+
+    Args:
+        kind: The dataclass.
+
+    Raises:
+        TypeError: From the constructor: there is no field of a given name.
+    """
+    known = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    made: Callable[..., None] = kind.__init__
+
+    @wraps(made)
+    def checked(self: object, *values: Any, **named: Any) -> None:
+        for name in named:
+            if name not in known:
+                close = near(name, known)
+                meant = f" Did you mean {close}?" if close else ""
+                raise TypeError(f"{kind.__name__} has no field {name!r}.{meant}")
+        made(self, *values, **named)
+
+    kind.__init__ = checked  # type: ignore[method-assign]
+    return kind
+
+
+def parameters_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the parameters of a function, without `**options`."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        one.name for one in inspect.signature(function).parameters.values() if one.kind in named
+    ]
+
+
+def check_arguments(batchnorm: object, threads: object) -> None:
+    """Refuse what is no `BatchNorm`, and a number of workers that is none.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: There are no workers.
+    """
+    # By what it has: importing the class would import torch.
+    if batchnorm is not None and (not hasattr(batchnorm, "session") or isinstance(batchnorm, type)):
+        raise TypeError(
+            "batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not "
+            + described(batchnorm)
+        )
+    if threads is not None:
+        check_count("threads", threads)
+
+
+def listed_paths(paths: object) -> list[str | os.PathLike[str]]:
+    """Return one or more paths as a list.
+
+    Raises:
+        TypeError: Something is no path.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) or not _is_several(paths) else paths
+    listed: list[Any] = list(given)  # type: ignore[call-overload]
+    for one in listed:
+        if not isinstance(one, str | os.PathLike):
+            saved = "; save it with torch.save first" if isinstance(one, Mapping) else ""
+            raise TypeError(f"checkpoints must be paths, not {described(one)}{saved}")
+    return listed
+
+
+def _is_several(paths: object) -> bool:
+    return isinstance(paths, Iterable) and not isinstance(paths, Mapping)
+
+
+def check_count(name: str, count: object) -> None:
+    """Refuse a number of checkpoints that is none.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is less than 1.
+    """
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"{name} must be an integer, not {described(count)}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, not {count}")
+
+
+def either(values: Iterable[str]) -> str:
+    """Return the values of an option as text: a, b or c."""
+    *first, last = values
+    return f"{', '.join(first)} or {last}"
+
+
+def described(value: object) -> str:
+    """Return the type of a value, or the name of a class."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
