@@ -6,6 +6,7 @@ Every remedy that a line prints is followed by the test that asks for it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -369,6 +370,28 @@ def test_b_same_place_by_name_is_said(tmp_path: Path) -> None:
     save(tmp_path, {"epoch=1.ckpt": 1, "epoch=1-v1.ckpt": 2})
     _, notes = mean(tmp_path, "epoch=1.ckpt", "epoch=1-v1.ckpt")
     saying(notes, "epoch=1.ckpt and epoch=1-v1.ckpt have the same numbers in their names")
+
+
+def test_b_epochs_of_an_earlier_run_are_said(tmp_path: Path) -> None:
+    """A shorter run in the same folder leaves the last epochs of the one before it."""
+    save(tmp_path, {f"epoch_{n}.pt": n for n in range(1, 6)})
+    files = [f"epoch_{n}.pt" for n in range(1, 6)]
+
+    def written(*hours: float) -> None:
+        for file, hour in zip(files, hours, strict=True):
+            os.utime(tmp_path / file, (10**9 + 3600 * hour,) * 2)
+
+    written(24.1, 24.2, 24.3, 0.4, 0.5)
+    value, (note,) = mean(tmp_path, *files)
+    assert value == 3
+    assert note.startswith("epoch_4.pt, epoch_5.pt: written before epoch_3.pt, possibly by an")
+    option = re.search(r"; (--epochs :3) leaves them out$", note)
+    assert option and mean(tmp_path, *files, *option[1].split()) == (2, ())
+    assert mean(tmp_path, *files, "--last", "2") == (4.5, ())
+    # A run that was continued the next day, files copied at once, copied in another order.
+    for times in ((0.1, 0.2, 24.3, 24.4, 24.5), (0, 0, 0, 0, 0), (9.001, 9.002, 9, 9.003, 9.004)):
+        written(*times)
+        assert mean(tmp_path, *files) == (3, ())
 
 
 # Series -----------------------------------------------------------------------------------------
