@@ -47,6 +47,12 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
             f"{last.checkpoint.path}: also contains averaged weights, at {where}; not used "
             "(to average them, use --ema)"
         )
+    if last.places.unnamed and not last.ema:
+        where = listed(last.places.unnamed)
+        yield (
+            f"{last.checkpoint.path}: also contains an average, at {where}, whose tensors have no "
+            "names; not used"
+        )
     if last.dropped and not rules.wrapper:
         names = listed(last.dropped)
         yield (
