@@ -185,7 +185,7 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         lone = not own and alone and len(found) == 1
         inside = _remedy_in_subfolders(path, children) if lone else ""
     except OSError as error:
-        raise FileError(f"cannot be read: {error.strerror}", file=path) from error
+        raise _unreadable(error, path) from error
     if inside:
         inputs.notes.append(f"{path}: contains only {found[0].name}. {inside}")
     inputs.excluded += left_out
@@ -198,15 +198,29 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         inputs.notes.append(_note_on_run_folder(path, found, alone))
 
 
+def _unreadable(error: OSError, path: Path) -> FileError:
+    """Return the error for a folder, or for what in it could not be read."""
+    place = Path(os.fspath(error.filename or path))
+    place = place if os.path.lexists(place) else place.parent
+    inner = place.name and place.name != Path(os.fspath(path)).name
+    return FileError(
+        f"cannot be read: {error.strerror}",
+        file=path / place.name if inner else path,
+        remedy="If it is no checkpoint, give the others by their names" if inner else "",
+    )
+
+
 def _of_run(path: Path, inputs: Inputs) -> Path:
     """Return a folder, or the only sub-folder in which its run saved checkpoints, with a note."""
     if is_checkpoint(path):
         return path
     homes = [path / name for name in _OF_RUNS if (path / name).is_dir()]
     inside = [home for home in homes if any(map(_may_be_checkpoint, home.iterdir()))]
-    beside = any(_may_be_checkpoint(child) for child in path.iterdir() if child not in homes)
-    if len(inside) != 1 or beside:
+    if len(inside) != 1:
         return path
+    with suppress(OSError):  # what cannot be read is no checkpoint to choose
+        if any(_may_be_checkpoint(child) for child in path.iterdir() if child not in homes):
+            return path
     inputs.notes.append(f"{path}: the checkpoints in its folder {inside[0].name} are used")
     return inside[0]
 
@@ -246,10 +260,11 @@ def _remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
     for _ in range(_MOST_LEVELS):
         below: list[Path] = []
         for folder in level:
-            inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
-            looked_at += len(inner)
-            homes += [folder] if any(map(is_checkpoint, inner)) else []
-            below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+            with suppress(OSError):
+                inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
+                looked_at += len(inner)
+                below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+                homes += [folder] if any(map(is_checkpoint, inner)) else []
         if homes or not below:
             break
         level = below
