@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import pickle
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +132,96 @@ def set_size(*size: int) -> Any:
         metadata.state_dict_metadata["model.w"].size = torch.Size(size)
 
     return change
+
+
+# Checkpoints that are copied with other weights. Each function writes one, as its framework does.
+
+
+def save_deepspeed(path: Path, state: Weights, step: int) -> Path:
+    """Write what accelerate saves with DeepSpeed: `latest` names the sub-folder."""
+    inner = path / "pytorch_model"
+    inner.mkdir(parents=True)
+    (path / "latest").write_text(inner.name)
+    torch.save({"step": step}, path / "random_states_0.pkl")
+    content = {"module": state, "global_steps": step, "dp_world_size": 1, "ds_config": {}}
+    torch.save(content, inner / "mp_rank_00_model_states.pt")
+    optimizer = {"optimizer_state_dict": {"fp32": torch.rand(9)}}
+    torch.save(optimizer, inner / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    return path
+
+
+def save_megatron(path: Path, state: Weights, step: int) -> Path:
+    """Write what Megatron-LM saves without model parallelism."""
+    inner = path / "mp_rank_00"
+    inner.mkdir(parents=True)
+    content = {"args": None, "checkpoint_version": 3.0, "iteration": step, "model": state}
+    torch.save(content, inner / "model_optim_rng.pt")
+    torch.save({"fp32": torch.rand(9)}, inner / "distrib_optim.pt")
+    return path
+
+
+def save_speechbrain(path: Path, state: Weights, step: int) -> Path:
+    """Write what SpeechBrain saves of two models and an optimizer."""
+    path.mkdir(parents=True)
+    torch.save(state, path / "model.ckpt")
+    torch.save({"linear.weight": torch.full((2, 3), float(step))}, path / "encoder.ckpt")
+    torch.save({"state": {}, "param_groups": []}, path / "optimizer.ckpt")
+    (path / "counter.ckpt").write_text(str(step))
+    (path / "CKPT.yaml").write_text(f"# yamllint disable\nWER: 7.5\nunixtime: {1.7e9 + step}\n")
+    return path
+
+
+def save_litgpt(path: Path, state: Weights, step: int) -> Path:
+    """Write what LitGPT saves."""
+    path.mkdir(parents=True)
+    torch.save({"model": state, "step_count": step}, path / "lit_model.pth")
+    (path / "model_config.yaml").write_text("n_embd: 8\n")
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def save_accelerate(path: Path, state: Weights, step: int) -> Path:
+    """Write what accelerate saves of two models of one kind."""
+    path.mkdir(parents=True)
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    other = {name: value + 1 for name, value in state.items()}
+    save_file(other, path / "model_1.safetensors", {"format": "pt"})
+    for number in ("", "_1"):
+        torch.save({"state": {}, "param_groups": []}, path / f"optimizer{number}.bin")
+    torch.save({"step": step}, path / "random_states_0.pkl")
+    return path
+
+
+def save_nemo(path: Path, state: Weights, step: int, mode: str = "w:") -> Path:
+    """Write what NeMo's `_make_nemo_file_from_folder` writes."""
+    data = io.BytesIO()
+    torch.save(state, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in {
+            "./model_config.yaml": f"target: a.Model\nstep: {step}\n".encode(),
+            "./" + "0" * 120 + "_tokenizer.model": b"\0\1" * 900,
+            "./model_weights.ckpt": data.getvalue(),
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def members(path: Path) -> dict[str, bytes]:
+    """Return the content of each member of a `.nemo` archive."""
+    with tarfile.open(path, "r:") as archive:
+        found = {member.name: archive.extractfile(member) for member in archive}
+        return {name: file.read() for name, file in found.items() if file}
+
+
+# How each kind of checkpoint is written, and the name of one, with its number.
+COPIED: dict[str, tuple[Callable[[Path, Weights, int], Path], str]] = {
+    "deepspeed": (save_deepspeed, "checkpoint_{}"),
+    "megatron": (save_megatron, "iter_000000{}"),
+    "speechbrain": (save_speechbrain, "CKPT+2024-05-0{}+10-00-00+00"),
+    "litgpt": (save_litgpt, "step-00000{}"),
+    "accelerate": (save_accelerate, "checkpoint_{}"),
+    "nemo": (save_nemo, "epoch={}.nemo"),
+}

@@ -22,6 +22,14 @@ def tensors(path: Path, **options: Any) -> dict[str, torch.Tensor]:
         checkpoint.close()
 
 
+def content(path: Path) -> dict[str, bytes]:
+    """Return all bytes of a file, or of all files of a folder; nothing of what is not there."""
+    if path.is_dir():
+        inner = sorted(p for p in path.rglob("*") if p.is_file())
+        return {str(p.relative_to(path)): p.read_bytes() for p in inner}
+    return {"": path.read_bytes()} if path.exists() else {}
+
+
 def records(path: Path) -> dict[str, bytes]:
     """Return the records of a torch zip, but for the one that says how it was made."""
     with zipfile.ZipFile(path) as archive:

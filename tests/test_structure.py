@@ -23,12 +23,12 @@ WINGS = {
     "tensors": "tensor optimizers floats strided cutting checksums",
     "pickles": "budget pickled references rebuilding unpickler modules",
     "formats": "checkpoint pickler zip_end zip_directory torch_zip torch_legacy "
-    "safetensors single components sharded sharded_layout dcp_metadata dcp_layout dcp bundles "
+    "safetensors single components sharded sharded_layout dcp_layout dcp bundles archives "
     "opening",
     "checkpoints": "tree words pieces names recorded families membership frameworks places "
     "halves entries layout contents metrics provenance reader",
-    "planning": "arguments copies inputs opening order naming series select ties treatments "
-    "agreement notes plan glance start_from settings",
+    "planning": "arguments copies unfinished inputs opening order naming series select ties "
+    "treatments agreement notes plan start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "isolation calling batches loading moments estimators on_device statistics "

@@ -100,7 +100,7 @@ class Draft:
 
     def recomputed(self, session: Session, progress: Watch | None = None) -> Draft:
         """Recompute the BatchNorm statistics of the average."""
-        found = session.recompute(self.file, *self.averaging.options.found_at, progress)
+        found = session.recompute(self.file, *self.averaging.found_at, progress)
         return replace(self, report=self.report.recomputed(*found))
 
     def commit(self, progress: Watch | None = None) -> Report:

@@ -97,6 +97,20 @@ class Averaging:
         return counts_of(self.bases, self.selection.chosen)
 
     @property
+    def found_at(self) -> tuple[Sequence[str], bool | None]:
+        """The `key` and the `ema` with which the state_dict of the output is found.
+
+        A copy of the last checkpoint has its state_dict where the checkpoint has it.
+        """
+        key = self.options.key
+        keys = (key,) if isinstance(key, str) else tuple(key)
+        return (keys, self.options.ema) if self._is_copy else ((), None)
+
+    @property
+    def _is_copy(self) -> bool:
+        return isinstance(self.layout, wrapper.WrapperLayout)
+
+    @property
     def inputs(self) -> tuple[Input, ...]:
         """Descriptions of the inputs for the report."""
         return self._inputs(self.known)
@@ -162,7 +176,7 @@ class Averaging:
         with self.open_output() as file:
             report = self.write_to(file, threads=threads, progress=progress)
             if session:
-                recomputed = session.recompute(file, *self.options.found_at, progress)
+                recomputed = session.recompute(file, *self.found_at, progress)
                 report = report.recomputed(*recomputed)
             notes = self.options.worded(file.commit(progress))
         return replace(report, notes=(*report.notes, *notes))
@@ -233,12 +247,14 @@ class Averaging:
         made = how_made(self.bases, self.selection.chosen, self.options, found[len(self.bases) :])
         provenance = made.text(self.plan.state_dict.provenance)
         count = Counter(progress, "writing headers")
-        for place, data in self.layout.headers(outcome.checksums, provenance):
-            file.write(data, place)
-            count(len(data))
         copied = self.layout.copied if isinstance(self.layout, wrapper.WrapperLayout) else ()
-        for source in (*self.files, *copied):
-            source.check_unchanged()
+        try:
+            for place, data in self.layout.headers(outcome.checksums, provenance):
+                file.write(data, place)
+                count(len(data))
+        finally:  # a file that changed may look damaged
+            for source in (*self.files, *copied):
+                source.check_unchanged()
         self._verify(file, outcome.checksums, provenance, progress)
         return self._report(outcome, found)
 
@@ -252,7 +268,7 @@ class Averaging:
             states=self.states,
             plan=self.plan,
             layout=self.layout,
-            wrapped=isinstance(self.layout, wrapper.WrapperLayout),
+            wrapped=self._is_copy,
             checksums=checksums,
             headers=lambda: self.layout.headers(checksums, provenance),
         )
@@ -325,8 +341,7 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user that are known before averaging."""
-        wrapped = isinstance(self.layout, wrapper.WrapperLayout)
-        around = wrapper.notes(self.states[-1], wrapped, self.is_folder)
+        around = wrapper.notes(self.states[-1], self._is_copy, self.is_folder)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
         return self.options.worded((*self.selection.notes, *self.plan.notes, *files, *around))

@@ -29,6 +29,7 @@ from swa_avg.formats import (
     OutputTensor,
     open_checkpoint,
 )
+from swa_avg.pickles import rebuilt
 from swa_avg.planning import Plan
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import InputFile
@@ -238,12 +239,21 @@ def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
 
 def _compare_values(written: Written, found: Mapping[str, object]) -> None:
     """Compare the order of names, and the values that are not tensors."""
-    planned = written.plan.state_dict.items
+    planned, storages = written.plan.state_dict.items, written.plan.state_dict.storages
+
+    def leaf(value: object) -> object:
+        """Return a tensor in a value as its dtype and shape."""
+        if isinstance(value, OutputTensor):
+            return storages[value.storage].dtype, value.shape
+        return (value.dtype, value.shape) if isinstance(value, View) else value
+
     if list(found) != list(planned):
         raise written.refusal("the order of its names differs")
     for name, value in planned.items():
         # Compare as text: NaN is not equal to itself.
-        if not isinstance(value, OutputTensor) and repr(value) != repr(found[name]):
+        if not isinstance(value, OutputTensor) and not (
+            repr(rebuilt(value, leaf)) == repr(rebuilt(found[name], leaf))
+        ):
             raise written.refusal("its value differs", name)
 
 

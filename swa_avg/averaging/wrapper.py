@@ -23,8 +23,14 @@ from swa_avg.planning import Plan, Work
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Piece, Record, combined, is_dense, with_gaps
 
-# Where HuggingFaceStorageWriter leaves the parts of the ranks after it has joined them.
-_COPIES = "sharded/*.safetensors"
+# Files with the weights a second time: HuggingFaceStorageWriter leaves the parts of the ranks
+# after it has joined them; Trainer resumes from what FSDP or DeepSpeed saved beside its model.
+_COPIES = (
+    "sharded/*.safetensors",
+    "pytorch_model_fsdp*.bin",
+    "pytorch_model_fsdp_*/*.distcp",
+    "global_step*/*model_states.pt",
+)
 
 
 @dataclass(frozen=True)
@@ -184,13 +190,17 @@ def layout(
     if not path.is_dir():
         (file,) = last.checkpoint.files
         return WrapperLayout({"": file}, ranges, plan.state_dict.provenance)
-    if next(path.glob(_COPIES), None):
-        raise OutputError(
-            f"has its weights a second time, as {_COPIES}, which would not be averaged",
-            file=path,
-            remedy="Leave out --keep-wrapper",
-        )
     weights = {file.path for file in last.checkpoint.files}
+    # A file without averaged tensors may lie beside those with averaged tensors.
+    homes = {file.parent for file in weights} - {path}
+    for pattern in _COPIES:
+        found = (copy for copy in path.glob(pattern) if copy not in weights)
+        if any(copy.parent not in homes for copy in found):
+            raise OutputError(
+                f"has its weights a second time, as {pattern}, which would not be averaged",
+                file=path,
+                remedy="Leave out --keep-wrapper",
+            )
     copied, notes = _to_copy(path, weights, without)
     sources: dict[str, InputFile] = {}
     for inner in copied:

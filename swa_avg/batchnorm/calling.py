@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from swa_avg.batchnorm.isolation import signal_in
 from swa_avg.errors import DataError
@@ -26,20 +27,26 @@ def default_forward(model: nn.Module, batch: Any) -> object:
     """Call `model` on `batch` in the default way.
 
     A mapping becomes keyword arguments. The first element of a list or tuple is the input,
-    and the rest is ignored as targets. Anything else is the input itself.
+    and the rest is ignored as targets. Anything else is the input itself, also a
+    `PackedSequence`, which is a tuple of the parts of one input.
     """
     if isinstance(batch, Mapping):
         return model(**batch)
-    if isinstance(batch, (list, tuple)):
+    if _is_series(batch):
         return model(batch[0])
     return model(batch)
+
+
+def _is_series(batch: Any) -> bool:
+    """Return whether a batch is a list or tuple of several things: inputs and targets."""
+    return isinstance(batch, (list, tuple)) and not isinstance(batch, PackedSequence)
 
 
 def _called(batch: Any) -> str:
     """Return the code of the default call."""
     if isinstance(batch, Mapping):
         return "model(**batch)"
-    return "model(batch[0])" if isinstance(batch, (list, tuple)) else "model(batch)"
+    return "model(batch[0])" if _is_series(batch) else "model(batch)"
 
 
 # --- descriptions of batches --------------------------------------------------------
@@ -83,7 +90,9 @@ def samples_in(batch: Any) -> int | None:
         return graphs
     if isinstance(batch, Mapping):
         return _common([*batch.values()])
-    if not isinstance(batch, (list, tuple)) or hasattr(batch, "batch_sizes"):
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if not isinstance(batch, (list, tuple)):
         return None
     dims = [entry.dim() for entry in batch if isinstance(entry, Tensor)]
     if len(dims) == len(batch) > 1 and len(set(dims)) == 1 and not hasattr(batch, "_fields"):
@@ -231,6 +240,7 @@ def _ways(
         own = getattr(batch, "__dict__", {})
         entries = [(f"{code}.{key}", value) for key, value in own.items() if key.isidentifier()]
         yield from _ways_of_array(model, batch, code)
+        yield from _ways_of_numbers(model, batch, code)
     if isinstance(batch, (Mapping, list, tuple)) or inner:
         yield f"model({code})", lambda: model(batch)
     yield from _ways_of_entries(model, entries, depth)
@@ -245,10 +255,20 @@ def _ways_of_entries(
     tensors = [(code, value) for code, value in entries if isinstance(value, Tensor)]
     for code, value in sorted(tensors, key=lambda entry: not entry[1].is_floating_point()):
         yield f"model({code})", lambda value=value: model(value)  # type: ignore[misc]
+    for code, value in tensors:
+        yield from _ways_of_numbers(model, value, code)
     for code, value in entries:
         if isinstance(value, (Mapping, list, tuple)) and depth:
             yield from _ways(model, value, code, depth - 1)
         yield from _ways_of_array(model, value, code)
+
+
+def _ways_of_numbers(
+    model: nn.Module, value: Any, code: str
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the call on a floating tensor in float32, if it has another dtype."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+        yield f"model({code}.float())", lambda: model(value.float())
 
 
 def _ways_of_array(

@@ -39,6 +39,7 @@ class Layer:
         values: The number of values per channel in the current batch; 0 for none.
         exact: The mean and unbiased variance of these values in float64, if computed.
         trusted: Whether the moments in its buffers are used; None before the first test.
+        tested: The largest number of values per channel for which they were tested.
         batches: The number of batches that reached the layer.
         calls: The number of calls of the layer.
     """
@@ -50,6 +51,7 @@ class Layer:
     calls: int = 0
     exact: tuple[Tensor, Tensor] | None = None
     trusted: bool | None = None
+    tested: int = 0
     batches: int = 0
 
     @property
@@ -291,8 +293,9 @@ class _Population(Statistics):
     With momentum 1, a layer stores the mean and the unbiased variance of the batch in its
     buffers. Reading them is cheap, because the layer computes them anyway. But the mean is
     rounded to float32, and some kernels sum in float32, so their accuracy depends on the data
-    and the kernel. On the first batch that reaches a layer, they are compared with the
-    float64 moments of its input. If they do not agree, as in subclasses that compute
+    and the kernel. They are compared with the float64 moments of the layer's input on the
+    first batch that reaches the layer, and on each larger batch, since the error of a float32
+    sum grows with the number of values. If they do not agree, as in subclasses that compute
     something else, the moments of this layer are computed in float64 from then on.
 
     A batch costs a dozen small kernels for all layers together, and no wait for the GPU.
@@ -314,18 +317,20 @@ class _Population(Statistics):
                 layer.module.num_batches_tracked = torch.tensor(0, device="cpu")
 
     def observe(self, layer: Layer, x: Tensor, values: int) -> None:
+        # After a call with float64 moments, the other calls in this forward have them too.
+        wanted = not layer.trusted or values > layer.tested or layer.exact is not None
         with ExitStack() as ours:
-            if layer.values or not layer.trusted:  # otherwise the buffers are enough
+            if layer.values or wanted:  # otherwise the buffers are enough
                 ours.enter_context(torch.no_grad())
                 ours.enter_context(default_arithmetic())
             if layer.values:  # the layer was called before in this forward: all calls are merged
                 self._take([layer], layer.span)
             super().observe(layer, x, values)
-            if not layer.trusted:
+            if wanted:
                 layer.exact = two_pass(x.to(self._home), values)
 
     def after_batch(self) -> None:
-        untried = [x for x in self.layers if x.values and x.trusted is None]
+        untried = [x for x in self.layers if x.exact is not None and x.trusted is not False]
         if untried:
             self._try(untried)
         self._take(self.layers, slice(None))
@@ -348,7 +353,7 @@ class _Population(Statistics):
         ]
 
     def _try(self, layers: list[Layer]) -> None:
-        """Decide whether the moments in the buffers are accurate; this waits for the GPU once."""
+        """Decide whether the moments in the buffers are accurate; this waits for the GPU."""
         off = []
         for layer in layers:
             assert layer.exact is not None
@@ -359,6 +364,7 @@ class _Population(Statistics):
             off.append(torch.maximum(apart, (own_var - var).abs() / scale).max())
         for layer, worst in zip(layers, torch.stack(off).tolist(), strict=True):
             layer.trusted = worst <= _AGREEMENT  # NaN does not agree
+            layer.tested = max(layer.tested, layer.values)
             if layer.trusted:
                 layer.exact = None
 

@@ -7,6 +7,7 @@ checkpoint. All other bytes except the provenance are unchanged.
 
 from __future__ import annotations
 
+import io
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,10 +38,11 @@ from swa_avg.checkpoints import StateDict, find_state_dict, provenance
 from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
+from swa_avg.pickles import Stream, rebuilt
 from swa_avg.planning import described, suggesting
 from swa_avg.progress import Watch
 from swa_avg.storage import AtomicFolder, InputFile
-from swa_avg.tensors import Record, TensorRef, is_dense, read_tensor
+from swa_avg.tensors import Record, TensorRef, View, is_dense, read_tensor
 
 
 @dataclass(frozen=True)
@@ -276,10 +278,17 @@ def read_state(state: StateDict) -> OrderedDict[str, Any]:
     """Read a state_dict, with its plain values and its `_metadata`."""
     read: dict[TensorRef, torch.Tensor] = {}
     made: OrderedDict[str, Any] = OrderedDict()
+
+    def loaded(value: object) -> object:
+        """Return what is in a value as `torch.load` would."""
+        if isinstance(value, View):
+            return read_tensor(state.checkpoint.located(value))
+        return io.BytesIO(value.content or b"") if isinstance(value, Stream) else value
+
     for name in state.order:
         ref = state.tensors.get(name)
         if ref is None:
-            made[name] = state.values[name]
+            made[name] = rebuilt(state.values[name], loaded)
             continue
         if ref not in read:
             read[ref] = read_tensor(ref)

@@ -7,6 +7,7 @@ to an optimizer. This module does not read tensors and does not locate the model
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from swa_avg.checkpoints.tree import mapping
@@ -29,6 +30,8 @@ _SIGNS = (
     (SCHEDULER, frozenset({"num_bad_epochs", "patience"})),
     (SCHEDULER, frozenset({"n_warmup_steps", "n_steps"})),
 )
+# Names in a flat file of optimizer state: `state/0/exp_avg`, `exp_avg_sq.layer.weight`.
+_OF_ADAM = re.compile(r"(?P<group>(?:.*[./])?)(?:exp_avg(?:_sq)?|momentum_buffer)(?:$|[./])")
 _WITH_MEAN = (Kind.FLOAT, Kind.COMPLEX)
 _DEPTH = 5
 _MOST_ITEMS = 100_000
@@ -66,6 +69,11 @@ class _Seen:
         signs = set(_signs(entries))
         self.kinds |= signs
         names = [name for name in entries if not self._is_of_optimizer(name, signs)]
+        flat = _optimizer_groups(names)
+        if flat:
+            self.kinds.add(OPTIMIZER)
+            names = [name for name in names if not _OF_ADAM.match(str(name))]
+            names = [name for name in names if not str(name).startswith(flat)]
         # Tensors first: the first weight ends the search.
         own = () if signs - {RANDOM} else self._counted(names)
         if any(_is_weight(entries[name]) for name in own):
@@ -95,6 +103,14 @@ class _Seen:
         if found:
             self.kinds.add(OPTIMIZER)
         return found or (OPTIMIZER in signs and first in ("state", "param_groups"))
+
+
+def _optimizer_groups(names: Iterable[object]) -> tuple[str, ...]:
+    """Return the prefixes of the names of optimizer state in a flat file, or nothing."""
+    texts = (name for name in names if isinstance(name, str))
+    found = {match["group"] for text in texts if (match := _OF_ADAM.match(text))}
+    # Without a prefix only the names themselves are known: no name begins with a line end.
+    return tuple(group or "\n" for group in found)
 
 
 def _signs(entries: Mapping[object, object]) -> Iterator[str]:

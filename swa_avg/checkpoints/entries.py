@@ -197,14 +197,29 @@ def _metadata(entries: Mapping[object, object], prefix: str) -> dict[str, object
 
 
 class Plain:
-    """Checks whether values are plain, so that they can be written unchanged, and small."""
+    """Checks whether values are plain, so that they can be written unchanged, and small.
+
+    Attributes:
+        bytes: The bytes of the text in the values so far.
+        views: The tensors in them.
+    """
 
     def __init__(self) -> None:
         self.left = _MOST_PLAIN_VALUES
         self.bytes = 0
+        self.views: list[View] = []
 
-    def __call__(self, value: object, depth: int = 8) -> bool:
-        """Return whether a value and all values in it are plain."""
+    def __call__(self, value: object, depth: int = 8, tensors: bool = False) -> bool:
+        """Return whether a value and all values in it are plain.
+
+        Args:
+            value: The value.
+            depth: The number of containers that may be nested in each other.
+            tensors: Whether the containers may hold tensors.
+        """
+        if tensors and isinstance(value, View):
+            self.views.append(value)
+            return True
         if isinstance(value, Stream):
             self.bytes += len(value.content or b"")
             return value.content is not None
@@ -216,4 +231,4 @@ class Plain:
         if self.left < 0 or depth == 0:
             return False
         inner = chain(value, value.values()) if isinstance(value, dict) else value
-        return all(self(item, depth - 1) for item in inner)
+        return all(self(item, depth - 1, tensors) for item in inner)

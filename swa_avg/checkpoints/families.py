@@ -8,7 +8,7 @@ new family is a new row and a test. This module is data only: `membership` finds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 BN_COUNTER = "num_batches_tracked"
@@ -61,338 +61,338 @@ class Family:
     single: bool = False
 
 
-def _statistics(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
-    return Family(
-        name="running statistics",
-        where=where,
-        way=Way.KEPT,
-        needs=needs,
-        also=also,
-        because="measured on data, not trained",
-        note="match the weights of that checkpoint, not the average",
-    )
+def _rows(kind: Family, *rows: tuple[str, ...]) -> tuple[Family, ...]:
+    """Return rows of the table.
+
+    Args:
+        kind: What the rows have in common.
+        rows: For each row where it is defined, the names that must exist, and the names that
+            are members if they exist. A name with `~` is averaged nevertheless, one with `!`
+            must be codes, and one with `:int` must be integers.
+    """
+    made = []
+    for where, needs, *also in rows:
+        names = " ".join((needs, *also)).split()
+        plain = [name.rstrip("~!").removesuffix(":int") for name in names]
+        count = len(needs.split())
+        marked = {mark: tuple(one for name, one in zip(names, plain, strict=True)
+                              if name.endswith(mark)) for mark in ("~", "!", ":int")}  # fmt: skip
+        made.append(
+            replace(
+                kind,
+                where=where,
+                needs=tuple(plain[:count]),
+                also=tuple(plain[count:]),
+                averaged=marked["~"],
+                codes=marked["!"],
+                integers=marked[":int"],
+            )
+        )
+    return tuple(made)
 
 
-def _codebook(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
-    return Family(
-        name="EMA codebook",
-        where=where,
-        way=Way.KEPT,
-        needs=needs,
-        also=also,
-        because="the codes are the sums divided by the counts, so all come from one checkpoint",
-        note="match the encoder of that checkpoint, not the average",
-    )
-
-
-def _observer(
-    where: str, *needs: str, also: tuple[str, ...] = (), integers: tuple[str, ...] = ()
-) -> Family:
-    return Family(
-        name="quantisation range",
-        where=where,
-        way=Way.KEPT,
-        needs=needs,
-        also=also,
-        because="scales and zero points belong together and to the observed values",
-        note="match the weights of that checkpoint, not the average; if this matters, run the "
-        "observers on some batches again",
-        integers=integers,
-    )
-
-
-def _counter(where: str, *needs: str, single: bool = False, also: tuple[str, ...] = ()) -> Family:
-    return Family(
-        name="counter",
-        where=where,
-        way=Way.KEPT,
-        needs=needs,
-        also=also,
-        because="a counter or switch, not trained",
-        single=single,
-    )
-
-
-def _spectral(where: str, *needs: str, also: tuple[str, ...] = (), averaged: str = "") -> Family:
-    return Family(
-        name="spectral norm",
-        where=where,
-        way=Way.KEPT,
-        needs=needs,
-        also=also,
-        averaged=(averaged,),
-        because="unit vectors of one power iteration",
-    )
-
-
-def _quantised(
-    where: str, *needs: str, also: tuple[str, ...] = (), codes: tuple[str, ...] = ()
-) -> Family:
-    return Family(
-        name="quantised weights",
-        where=where,
-        way=Way.SAME,
-        needs=needs,
-        also=also,
-        because="codes have a meaning only with their own scales",
-        remedy=BEFORE_QUANTISATION,
-        codes=codes,
-    )
-
-
-def _factors(where: str, *needs: str, also: tuple[str, ...] = ()) -> Family:
-    return Family(
-        name="low-rank adapter",
-        where=where,
-        way=Way.AVERAGED,
-        needs=needs,
-        also=also,
-        because="each factor separately",
-        note="each factor is averaged separately, and the product of the means is not the mean "
-        "of the products B·A; to average the products, merge each adapter into its model first",
-    )
-
-
-def _weight_norm(where: str, *needs: str) -> Family:
-    return Family(
-        name="weight norm",
-        where=where,
-        way=Way.AVERAGED,
-        needs=needs,
-        because="g and v separately, as AveragedModel does",
-        note="g and v are averaged separately, so their weight is not the mean of the weights",
-    )
+def _kind(name: str, way: Way, because: str, note: str = "", remedy: str = "") -> Family:
+    """Return what the rows of one kind have in common."""
+    return Family(name, "", way, (), because=because, note=note, remedy=remedy)
 
 
 BEFORE_QUANTISATION = "Average the weights before they are quantised"
+_BATCHNORM = _kind("BatchNorm statistics", Way.BATCHNORM, because="measured on data, not trained")
+_STATISTICS = _kind(
+    "running statistics",
+    Way.KEPT,
+    because="measured on data, not trained",
+    note="match the weights of that checkpoint, not the average",
+)
+_CODEBOOK = _kind(
+    "EMA codebook",
+    Way.KEPT,
+    because="the codes are the sums divided by the counts, so all come from one checkpoint",
+    note="match the encoder of that checkpoint, not the average",
+)
+_OBSERVER = _kind(
+    "quantisation range",
+    Way.KEPT,
+    because="scales and zero points belong together and to the observed values",
+    note="match the weights of that checkpoint, not the average; if this matters, run the "
+    "observers on some batches again",
+)
+_LEARNED_RANGE = _kind(
+    "learned quantisation range",
+    Way.KEPT,
+    because="scale and zero point are trained; the rest are switches",
+)
+_COUNTER = _kind("counter", Way.KEPT, because="a counter or switch, not trained")
+_SPECTRAL = _kind("spectral norm", Way.KEPT, because="unit vectors of one power iteration")
+_PRUNING = _kind("pruning", Way.KEPT, because="a mask is zero or one")
+_NOISE = _kind("noise", Way.KEPT, because="a random sample, not trained")
+_QUEUE = _kind(
+    "queue of keys", Way.KEPT, because="each row comes from one sample and has unit length"
+)
+_BALANCE = _kind("expert balance", Way.KEPT, because="computed from token counts, not trained")
+_METRIC = _kind("state of a metric", Way.KEPT, because="counts of samples, not trained")
+_EXTRA = _kind("extra state", Way.KEPT, because="only its module can interpret it")
+_MOMENTS = _kind(
+    "moments of the run's weights",
+    Way.SAME,
+    because="they include the models of earlier checkpoints",
+    remedy="Use only the last (--last 1), which includes the models of the earlier checkpoints",
+)
+_BASE = _kind(
+    "orthogonal parametrization",
+    Way.SAME,
+    because="the trained values are relative to this base",
+    remedy="Apply torch.nn.utils.parametrize.remove_parametrizations before averaging",
+)
+_QUANTISED = _kind(
+    "quantised weights",
+    Way.SAME,
+    because="codes have a meaning only with their own scales",
+    remedy=BEFORE_QUANTISATION,
+)
+_WEIGHT_NORM = _kind(
+    "weight norm",
+    Way.AVERAGED,
+    because="g and v separately, as AveragedModel does",
+    note="g and v are averaged separately, so their weight is not the mean of the weights",
+)
+_FACTORS = _kind(
+    "low-rank adapter",
+    Way.AVERAGED,
+    because="each factor separately",
+    note="each factor is averaged separately, and the product of the means is not the mean "
+    "of the products B·A; to average the products, merge each adapter into its model first",
+)
+_ROTATION = _kind(
+    "orthogonal adapter",
+    Way.AVERAGED,
+    because="the numbers that a rotation is computed from",
+    note="the rotation that belongs to the mean is not the mean of the rotations; to average "
+    "the weights, merge each adapter into its model first",
+)
+
+# In each group: where it is defined, the names that must exist, names that also belong to it.
 FAMILIES: tuple[Family, ...] = (
     # Layers that look like BatchNorm come before it.
-    _statistics("rl_games RunningMeanStd", "count", "running_mean", "running_var",
-                also=(BN_COUNTER,)),
-    Family(
-        name="BatchNorm statistics",
-        where="torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
-        way=Way.BATCHNORM,
-        needs=BN_STATISTICS,
-        also=(BN_COUNTER,),
-        because="measured on data, not trained",
+    *_rows(
+        _STATISTICS,
+        ("rl_games RunningMeanStd", "count running_mean running_var", BN_COUNTER),
     ),
-    _statistics(
-        "mappo ValueNorm", "running_mean_sq", "running_mean", also=("debiasing_term",)
+    *_rows(
+        _BATCHNORM,
+        ("torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
+         " ".join(BN_STATISTICS), BN_COUNTER),
     ),
-    _statistics("skrl RunningStandardScaler", "running_variance", "running_mean",
-                also=("current_count",)),
-    _statistics("batch renormalisation", "running_std", "running_mean",
-                also=("rmax", "dmax", "r_max", "d_max", BN_COUNTER)),
-    _codebook("residual quantisers with means of codes", "code_count", "running_mean",
-              also=("weight",)),
-    _statistics("layers with the names of torch.nn.BatchNorm*d", "running_*",
-                also=(BN_COUNTER,)),
-    _statistics("layers with the names of TensorFlow", "moving_mean",
-                also=("moving_var", "moving_variance")),
-    _statistics("rsl_rl EmpiricalNormalization", "count", "_mean", "_var", also=("_std",)),
-    _statistics("RunningMeanStd of gym and similar", "count", "mean", "var", also=("std",)),
-    _statistics("RunningMeanStd of gym and similar", "count", "mean", "std"),
-    _statistics("normalisers of inputs", "*_var", "*_mean", "count", also=("*_std",)),
-    _statistics("normalisers of inputs", "*_std", "*_mean", "count"),
-    _statistics("normalisers of inputs", "*_count", "*_mean", "*_var", also=("*_std",)),
-    _statistics("normalisers of inputs", "*_count", "*_mean", "*_std"),
-    _statistics("MeshGraphNets Normalizer", "_acc_sum_squared", "_acc_sum", "_acc_count",
-                also=("_num_accumulations",)),
-    _statistics("MeshGraphNets Normalizer", "acc_sum_squared", "acc_sum", "acc_count",
-                also=("num_accumulations",)),
-    _statistics("mappo PopArt", "mean_sq", "mean", also=("stddev", "debiasing_term")),
-    _statistics("Welford's algorithm", "m2", "mean", also=("count", "n")),
-    _statistics("Welford's algorithm", "M2", "mean", also=("count", "n")),
+    *_rows(
+        _STATISTICS,
+        ("mappo ValueNorm", "running_mean_sq running_mean", "debiasing_term"),
+        ("skrl RunningStandardScaler", "running_variance running_mean", "current_count"),
+        ("batch renormalisation", "running_std running_mean",
+         f"rmax dmax r_max d_max {BN_COUNTER}"),
+    ),
+    *_rows(_CODEBOOK, ("residual quantisers with means of codes", "code_count running_mean",
+                       "weight")),
+    *_rows(
+        _STATISTICS,
+        ("layers with the names of torch.nn.BatchNorm*d", "running_*", BN_COUNTER),
+        ("layers with the names of TensorFlow", "moving_mean", "moving_var moving_variance"),
+        ("layers with moving averages", "ema_var ema_mean"),
+        ("layers with moving averages", "var_ema mean_ema"),
+        ("StyleGAN3 SynthesisLayer", "magnitude_ema weight~"),
+        ("brax running_statistics", "summed_variance mean", "std count"),
+        ("rsl_rl EmpiricalNormalization", "count _mean _var", "_std"),
+        *(("RunningMeanStd of gym and similar", f"{count} mean {spread}", "std")
+          for count in ("count", "n", "num_samples", "steps", "step") for spread in ("var", "std")),
+        ("normalisers of inputs", "*_var *_mean count", "*_std"),
+        ("normalisers of inputs", "*_std *_mean count"),
+        ("normalisers of inputs", "*_count *_mean *_var", "*_std"),
+        ("normalisers of inputs", "*_count *_mean *_std"),
+        ("torchrl VecNorm", "*_ssq *_sum *_count"),
+        ("torchrl VecNormV2", "_loc _var _count"),
+        ("sums of squares", "sumsq sum count"),
+        ("sums of squares", "sum_sq sum count"),
+        ("MeshGraphNets Normalizer", "_acc_sum_squared _acc_sum _acc_count", "_num_accumulations"),
+        ("MeshGraphNets Normalizer", "acc_sum_squared acc_sum acc_count", "num_accumulations"),
+        ("mappo PopArt", "mean_sq mean", "stddev debiasing_term"),
+        ("Welford's algorithm", "m2 mean", "count n"),
+        ("Welford's algorithm", "M2 mean", "count n"),
+    ),
+    # The mean of running means counts the early models more often than the late ones.
+    *_rows(_MOMENTS, ("SWAG of swa_gaussian", "*_cov_mat_sqrt *_sq_mean *_mean")),
+    *_rows(_STATISTICS, ("means and means of squares", "*_sq_mean *_mean")),
     # Reparametrised weights.
-    _spectral("torch.nn.utils.spectral_norm", "*_u", "*_orig", also=("*_v",), averaged="*_orig"),
-    _spectral(
-        "torch.nn.utils.parametrizations.spectral_norm",
-        "parametrizations.*.#._u",
-        "parametrizations.*.#._v",
+    *_rows(
+        _SPECTRAL,
+        ("torch.nn.utils.spectral_norm", "*_u *_orig~", "*_v *_sigma"),
+        ("torch.nn.utils.parametrizations.spectral_norm",
+         "parametrizations.*.#._u parametrizations.*.#._v"),
+        ("SpectralNorm of SAGAN", "*_u *_bar~", "*_v"),
+        ("BigGAN layers.SN", "sv0 u0 weight~", "u1 u2 u3 sv1 sv2 sv3"),
+        ("torch-mimicry SpectralNorm", "sn_u weight~", "sn_sigma"),
+        ("SNConv2d, SNLinear of SN-GAN", "u weight~", "v"),
+        ("SNConv2d, SNLinear of SN-GAN", "_u weight~", "_v"),
     ),
-    _spectral("SpectralNorm of SAGAN", "*_u", "*_bar", also=("*_v",), averaged="*_bar"),
-    _spectral("BigGAN layers.SN", "sv0", "u0", "weight",
-              also=("u1", "u2", "u3", "sv1", "sv2", "sv3"), averaged="weight"),
-    _spectral("SNConv2d, SNLinear of SN-GAN", "u", "weight", also=("v",), averaged="weight"),
-    _spectral("SNConv2d, SNLinear of SN-GAN", "_u", "weight", also=("_v",), averaged="weight"),
-    Family(
-        name="pruning",
-        where="torch.nn.utils.prune",
-        way=Way.KEPT,
-        needs=("*_mask", "*_orig"),
-        averaged=("*_orig",),
-        because="a mask is zero or one",
+    *_rows(
+        _PRUNING,
+        ("torch.nn.utils.prune", "*_mask *_orig~"),
+        ("sparse training", "weight_mask weight~"),
     ),
-    _weight_norm("torch.nn.utils.weight_norm", "weight_g", "weight_v"),
-    _weight_norm("torch.nn.utils.weight_norm", "weight_*_g", "weight_*_v"),
-    _weight_norm(
-        "torch.nn.utils.parametrizations.weight_norm",
-        "parametrizations.*.original1",
-        "parametrizations.*.original0",
+    *_rows(_NOISE, ("NoisyLinear of NoisyNet", "*_epsilon *_mu~ *_sigma~")),
+    *_rows(
+        _WEIGHT_NORM,
+        ("torch.nn.utils.weight_norm", "weight_g weight_v"),
+        ("torch.nn.utils.weight_norm", "weight_*_g weight_*_v"),
+        ("torch.nn.utils.parametrizations.weight_norm",
+         "parametrizations.*.original1 parametrizations.*.original0"),
     ),
-    Family(
-        name="orthogonal parametrization",
-        where="torch.nn.utils.parametrizations.orthogonal",
-        way=Way.SAME,
-        needs=("parametrizations.*.#.base", "parametrizations.*.original"),
-        averaged=("parametrizations.*.original",),
-        because="the trained values are relative to this base",
-        remedy="Apply torch.nn.utils.parametrize.remove_parametrizations before averaging",
-    ),
+    *_rows(_BASE, ("torch.nn.utils.parametrizations.orthogonal",
+                   "parametrizations.*.#.base parametrizations.*.original~")),
     # Fake quantisation during training.
-    Family(
-        name="learned quantisation range",
-        where="torch.ao.quantization _LearnableFakeQuantize",
-        way=Way.KEPT,
-        needs=("learning_enabled", "scale", "zero_point"),
-        also=("fake_quant_enabled", "static_enabled", "observer_enabled", "eps"),
-        averaged=("scale", "zero_point"),
-        because="scale and zero point are trained; the rest are switches",
+    *_rows(
+        _LEARNED_RANGE,
+        ("torch.ao.quantization _LearnableFakeQuantize", "learning_enabled scale~ zero_point~",
+         "fake_quant_enabled static_enabled observer_enabled eps"),
     ),
-    _observer(
-        "torch.ao.quantization FakeQuantize",
-        "fake_quant_enabled",
-        "scale",
-        "zero_point",
-        also=(
-            "observer_enabled",
-            *(f"activation_post_process.{name}"
-              for name in ("eps", "min_val", "max_val", "histogram", "scale", "zero_point")),
-        ),
+    *_rows(
+        _OBSERVER,
+        ("torch.ao.quantization FakeQuantize", "fake_quant_enabled scale zero_point",
+         "observer_enabled activation_post_process.eps activation_post_process.min_val "
+         "activation_post_process.max_val activation_post_process.histogram "
+         "activation_post_process.scale activation_post_process.zero_point"),
+        ("torch.ao.quantization observers", "max_val min_val eps", "histogram"),
+        ("torch.ao.quantization observers",
+         "activation_post_process.max_val activation_post_process.min_val",
+         "activation_post_process.histogram"),
+        ("torch.ao.quantization FixedQParamsObserver",
+         "activation_post_process.scale activation_post_process.zero_point"),
+        ("torch.ao.nn.quantized modules", "zero_point:int scale"),
+        ("NVIDIA modelopt, pytorch-quantization TensorQuantizer", "*_quantizer._amax",
+         "*_quantizer._pre_quant_scale"),
+        ("float8_experimental Float8Linear", "fp8_amax_* fp8_scale_*", "fp8_amax_history_*"),
+        ("Transformer Engine before extra state", "fp8_amax_history fp8_scale", "fp8_scale_inv"),
+        ("I-BERT QuantAct", "x_max x_min", "act_scaling_factor"),
+        ("observers with moving averages", "ema_max ema_min"),
     ),
-    _observer("torch.ao.quantization observers", "max_val", "min_val", "eps",
-              also=("histogram",)),
-    _observer("torch.ao.quantization observers", "activation_post_process.max_val",
-              "activation_post_process.min_val",
-              also=("activation_post_process.histogram",)),
-    _observer("torch.ao.quantization FixedQParamsObserver", "activation_post_process.scale",
-              "activation_post_process.zero_point"),
-    _observer("torch.ao.nn.quantized modules", "zero_point", "scale", integers=("zero_point",)),
-    _observer("NVIDIA modelopt, pytorch-quantization TensorQuantizer", "*_quantizer._amax",
-              also=("*_quantizer._pre_quant_scale",)),
-    _observer("float8_experimental Float8Linear", "fp8_amax_*", "fp8_scale_*",
-              also=("fp8_amax_history_*",)),
     # Codebooks updated by a moving average.
-    _codebook(
-        "vector-quantize-pytorch and encodec EuclideanCodebook; EmbeddingEMA",
-        "embed_avg",
-        "cluster_size",
-        also=("embed", "weight", "initted", "inited", "batch_mean", "batch_variance",
-              "codebook_mean", "codebook_variance", "codebook_mean_needs_init",
-              "codebook_variance_needs_init"),
+    *_rows(
+        _CODEBOOK,
+        ("vector-quantize-pytorch and encodec EuclideanCodebook; EmbeddingEMA",
+         "embed_avg cluster_size",
+         "embed weight initted inited batch_mean batch_variance codebook_mean codebook_variance "
+         "codebook_mean_needs_init codebook_variance_needs_init"),
+        ("zalandoresearch VectorQuantizerEMA", "_ema_cluster_size _ema_w", "_embedding.weight"),
+        ("VectorQuantizerEMA and similar", "ema_cluster_size",
+         "ema_w ema_embed ema_dw embedding.weight embedding embeddings embed codebook "
+         "codebook.weight weight"),
+        ("VectorQuantizerEMA and similar", "ema_count ema_weight",
+         "embedding embedding.weight codebook weight"),
+        ("VectorQuantizerEMA and similar", "embedding_avg cluster_size",
+         "embedding embedding.weight codebook weight"),
+        ("VectorQuantizerEMA and similar", "ema_cluster_size_hidden ema_dw_hidden",
+         "embeddings counter"),
+        ("VectorQuantizerEMA and similar", "embed_ema cluster_size_ema", "embed"),
+        ("VectorQuantizerEMA and similar", "cluster_size dw", "embedding embedding.weight"),
+        ("T2M-GPT QuantizeEMAReset and similar", "code_sum code_count",
+         "codebook initted inited initialized"),
+        ("VQ-VAE with SonnetExponentialMovingAverage", "N_i_ts.hidden m_i_ts.hidden",
+         "N_i_ts.average m_i_ts.average N_i_ts.counter m_i_ts.counter e_i_ts"),
+        ("VideoGPT Codebook", "z_avg N", "embeddings"),
+        ("Moshi EuclideanCodebook", "embedding_sum cluster_usage", "_initialized"),
+        ("transformers MimiEuclideanCodebook", "embed_sum cluster_usage", "initialized"),
+        ("codebooks with sums", "embed_sum cluster_size", "embed initialized inited"),
+        ("Jukebox BottleneckBlock", "k_sum k_elem", "k"),
     ),
-    _codebook("zalandoresearch VectorQuantizerEMA", "_ema_cluster_size", "_ema_w",
-              also=("_embedding.weight",)),
-    _codebook("VectorQuantizerEMA and similar", "ema_cluster_size",
-              also=("ema_w", "ema_embed", "ema_dw", "embedding.weight", "embedding", "embeddings",
-                    "embed", "codebook", "codebook.weight", "weight")),
-    _codebook("VectorQuantizerEMA and similar", "ema_count", "ema_weight",
-              also=("embedding", "embedding.weight", "codebook", "weight")),
-    _codebook("VectorQuantizerEMA and similar", "embedding_avg", "cluster_size",
-              also=("embedding", "embedding.weight", "codebook", "weight")),
-    _codebook("VectorQuantizerEMA and similar", "ema_cluster_size_hidden", "ema_dw_hidden",
-              also=("embeddings", "counter")),
-    _codebook("T2M-GPT QuantizeEMAReset and similar", "code_sum", "code_count",
-              also=("codebook", "initted", "inited", "initialized")),
-    _codebook("VQ-VAE with SonnetExponentialMovingAverage", "N_i_ts.hidden", "m_i_ts.hidden",
-              also=("N_i_ts.average", "m_i_ts.average", "N_i_ts.counter", "m_i_ts.counter",
-                    "e_i_ts")),
-    _codebook("VideoGPT Codebook", "z_avg", "N", also=("embeddings",)),
-    _codebook("Moshi EuclideanCodebook", "embedding_sum", "cluster_usage", also=("_initialized",)),
-    _codebook("transformers MimiEuclideanCodebook", "embed_sum", "cluster_usage",
-              also=("initialized",)),
-    _codebook("Jukebox BottleneckBlock", "k_sum", "k_elem", also=("k",)),
     # Queues of keys.
-    *(
-        Family(
-            name="queue of keys",
-            where=where,
-            way=Way.KEPT,
-            needs=needs,
-            also=also,
-            because="each row comes from one sample and has unit length",
-        )
-        for where, needs, also in (
-            ("MoCo", ("queue_ptr", "queue"), ("queue_id", "queue_l", "queue_ptr2", "queue2")),
-            ("ALBEF, BLIP", ("image_queue", "text_queue"),
-             ("idx_queue", "queue_ptr", "ptr_queue")),
-        )
+    *_rows(
+        _QUEUE,
+        ("MoCo", "queue_ptr queue", "queue_id queue_l queue_y queue_ptr2 queue2"),
+        ("ALBEF, BLIP", "image_queue text_queue", "idx_queue queue_ptr ptr_queue"),
+        ("CMC", "memory_l memory_ab", "params"),
+        ("lightly MemoryBankModule, DenseCL and similar", "*_ptr:int *", "*_y *_id *_label"),
     ),
     # Balance of experts.
-    *(
-        Family(
-            name="expert balance",
-            where=where,
-            way=Way.KEPT,
-            needs=needs,
-            also=also,
-            averaged=averaged,
-            because="computed from token counts, not trained",
-        )
-        for where, needs, also, averaged in (
-            ("torchtitan, Megatron-LM", ("tokens_per_expert",), ("expert_bias",), ()),
-            ("torchtitan", ("expert_bias", "router.gate.weight"), (), ("router.gate.weight",)),
-            ("Megatron-LM", ("router.expert_bias",), ("router.local_tokens_per_expert",), ()),
-            ("DeepSeek-V3", ("e_score_correction_bias",), (), ()),
-        )
+    *_rows(
+        _BALANCE,
+        ("torchtitan, Megatron-LM", "tokens_per_expert", "expert_bias"),
+        ("torchtitan, AFMoE", "expert_bias router.gate.weight~"),
+        ("LFM2", "expert_bias gate.weight~"),
+        ("Ling", "expert_bias weight~"),
+        ("Megatron-LM", "router.expert_bias",
+         "router.local_tokens_per_expert router.global_tokens_per_expert"),
+        ("DeepSeek-V3", "e_score_correction_bias"),
+        ("OLMo-core", "router.score_bias", "router.batch_size_per_expert"),
+    ),
+    *_rows(
+        _METRIC,
+        ("torchmetrics StatScores", "tp fp tn fn"),
+        ("torchmetrics ConfusionMatrix", "confmat"),
     ),
     # Counters, switches and the state of modules.
-    _counter("LitEma of Stable Diffusion", "num_updates", "decay"),
-    _counter("ema_pytorch EMA", "initted", "step"),
-    _counter("thop", "total_ops", "total_params"),
-    _counter("batch renormalisation", "rmax", "dmax"),
-    _counter("batch renormalisation", "r_max", "d_max"),
-    *(
-        _counter(where, name, single=True)
-        for where, name in (
-            ("ActNorm, codebooks", "initialized"),
-            ("ActNorm, codebooks", "_initialized"),
-            ("ActNorm, codebooks", "inited"),
-            ("ActNorm, codebooks", "initted"),
-            ("torch.optim.swa_utils.AveragedModel", "n_averaged"),
-            ("moving averages", "num_updates"),
-            ("training loops", "num_steps"),
-            ("training loops", "global_step"),
-        )
+    *_rows(
+        _COUNTER,
+        ("LitEma of Stable Diffusion", "num_updates decay"),
+        ("ema_pytorch EMA", "initted step"),
+        ("thop", "total_ops total_params"),
+        ("batch renormalisation", "rmax dmax"),
+        ("batch renormalisation", "r_max d_max"),
     ),
-    Family(
-        name="extra state",
-        where="torch.nn.Module.get_extra_state, Transformer Engine",
-        way=Way.KEPT,
-        needs=("_extra_state",),
-        because="only its module can interpret it",
+    *_rows(
+        replace(_COUNTER, single=True),
+        *(("ActNorm, codebooks", name)
+          for name in ("initialized", "_initialized", "inited", "initted")),
+        ("torch.optim.swa_utils.AveragedModel", "n_averaged"),
+        ("moving averages", "num_updates"),
+        *(("training loops", name)
+          for name in ("num_steps", "global_step", "current_step", "iteration", "current_epoch")),
     ),
+    *_rows(_EXTRA, ("torch.nn.Module.get_extra_state, Transformer Engine", "_extra_state")),
     # Quantised weights.
-    _quantised("GPTQ, AWQ, VPTQ", "qweight", "scales", also=("qzeros", "g_idx", "zeros")),
-    _quantised("bitsandbytes Linear4bit", "*.absmax", "*",
-               also=("*.quant_map", "*.nested_absmax", "*.nested_quant_map",
-                     "*.quant_state.bitsandbytes__nf4", "*.quant_state.bitsandbytes__fp4"),
-               codes=("*",)),
-    _quantised("bitsandbytes Linear8bitLt", "SCB", "weight", also=("weight_format",),
-               codes=("weight",)),
-    _quantised("compressed-tensors", "*_packed", "*_scale",
-               also=("*_shape", "*_zero_point", "*_g_idx", "*_global_scale")),
-    _quantised("DeepSeek-V3 fp8", "*_scale_inv", "*", codes=("*",)),
-    _quantised("compressed-tensors, modelopt, fp8, BitNet", "*_scale", "*",
-               also=("*_scale_2", "*_zero_point", "input_scale", "output_scale"), codes=("*",)),
-    _quantised("EETQ", "*_scales", "*", codes=("*",)),
-    _quantised("gpt-oss MXFP4", "*_blocks", "*_scales", codes=("*_blocks",)),
-    _quantised("HQQ", "W_q", also=("scale", "zero", "meta.scale", "meta.zero")),
-    _quantised("optimum-quanto", "*._data", "*._scale", also=("*._shift", "*._zeropoint")),
-    _quantised("torchao", "*_qdata", "*_scale", also=("*_zero_point", "*_zero")),
-    _quantised("AQLM", "codebooks", "codes", "scales", codes=("codes",)),
-    _quantised("QuIP#", "Qidxs", also=("SU", "SV", "Wscale")),
+    *_rows(
+        _QUANTISED,
+        ("GPTQ, AWQ, VPTQ", "qweight scales", "qzeros g_idx zeros"),
+        ("bitsandbytes Linear4bit", "*.absmax *!",
+         "*.quant_map *.nested_absmax *.nested_quant_map *.quant_state.bitsandbytes__nf4 "
+         "*.quant_state.bitsandbytes__fp4"),
+        ("bitsandbytes Linear8bitLt", "SCB weight!", "weight_format"),
+        ("compressed-tensors", "*_packed *_scale", "*_shape *_zero_point *_g_idx *_global_scale"),
+        ("DeepSeek-V3 fp8", "*_scale_inv *!"),
+        ("DeepSeek-V3 fp8", "scale weight!"),
+        ("compressed-tensors, modelopt, fp8, BitNet", "*_scale *!",
+         "*_scale_2 *_zero_point input_scale output_scale"),
+        ("ComfyUI scaled fp8", "scale_weight weight!", "scale_input"),
+        ("EETQ", "*_scales *!"),
+        ("gpt-oss MXFP4", "*_blocks! *_scales"),
+        ("HQQ", "W_q", "scale zero meta.scale meta.zero"),
+        ("optimum-quanto", "*._data *._scale", "*._shift *._zeropoint"),
+        ("torchao", "*_qdata *_scale", "*_zero_point *_zero"),
+        ("AQLM", "codebooks codes! scales"),
+        ("QuIP#", "Qidxs", "SU SV Wscale"),
+    ),
     # Factors whose product is the weight.
-    _factors("PEFT, loralib", "lora_A**", "lora_B**", also=("lora_E**",)),
-    _factors("torchtune", "lora_a**", "lora_b**"),
-    _factors("PEFT", "lora_embedding_A**", "lora_embedding_B**"),
-    _factors("kohya-ss", "lora_down**", "lora_up**"),
-    _factors("diffusers", "lora.down**", "lora.up**"),
-    _factors("diffusers", "*_lora.down**", "*_lora.up**"),
-    _factors("LoHa", "hada_w1_a**", "hada_w1_b**", also=("hada_w2_a**", "hada_w2_b**")),
-    _factors("LoKr", "lokr_w2_a**", "lokr_w2_b**",
-             also=("lokr_w1**", "lokr_w1_a**", "lokr_w1_b**")),
-    _factors("LoKr", "lokr_w1**", "lokr_w2**"),
-    _factors("PEFT VeRA", "vera_lambda_b**", "vera_lambda_d**"),
+    *_rows(
+        _FACTORS,
+        ("PEFT, loralib", "lora_A** lora_B**", "lora_E**"),
+        ("torchtune", "lora_a** lora_b**"), ("PEFT", "lora_embedding_A** lora_embedding_B**"),
+        ("adapters of q, k and v", "lora_A_*.weight lora_B_*.weight"),
+        ("kohya-ss", "lora_down** lora_up**", "lora_mid**"),
+        ("diffusers", "lora.down** lora.up**"), ("diffusers", "*_lora.down** *_lora.up**"),
+        ("diffusers", "lora_layer.down** lora_layer.up**"),
+        ("x-flux", "*_lora#.down** *_lora#.up**"),
+        ("LoHa", "hada_w1_a** hada_w1_b**", "hada_w2_a** hada_w2_b**"),
+        ("LoKr", "lokr_w2_a** lokr_w2_b**", "lokr_w1** lokr_w1_a** lokr_w1_b**"),
+        ("LoKr", "lokr_w1** lokr_w2**"), ("PEFT VeRA", "vera_lambda_b** vera_lambda_d**"),
+        *((f"PEFT {name}", f"{stem}_A** {stem}_B**") for name, stem in (
+            ("Poly", "poly_lora"), ("DeLoRA", "delora"), ("GraLoRA", "gralora"), ("HiRA", "hira"),
+            ("PEANuT", "peanut"), ("AdaMSS", "adamss"), ("GLoRA", "glora"),
+            ("SuperTuning", "supertuning_lora"), ("VB-LoRA", "vblora_logits"))),
+        ("PEFT pVeRA", "pvera_lambda_b** pvera_lambda_d**"),
+        ("PEFT RandLora", "randlora_lambda** randlora_gamma**"),
+        ("PEFT DEFT", "deft_P** deft_R**"), ("PEFT UniLoRA", "unilora_theta_d**"),
+        ("PEFT OSF", "osf_svd_params.U_low** osf_svd_params.V_low**", "osf_svd_params.S_low**"),
+    ),
+    *_rows(
+        _ROTATION,
+        ("PEFT OFT", "oft_r**"), ("PEFT OFT", "oft_R**"), ("PEFT BOFT", "boft_R**", "boft_s**"),
+        ("LyCORIS Diag-OFT", "oft_blocks**"), ("PEFT HRA", "hra_u**"), ("PEFT PSOFT", "psoft_R**"),
+    ),
 )  # fmt: skip

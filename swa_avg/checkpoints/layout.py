@@ -7,7 +7,7 @@ checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from shlex import quote
@@ -18,6 +18,7 @@ from swa_avg.checkpoints.frameworks import PARTNERS, Framework, Loads
 from swa_avg.checkpoints.places import (
     NOWHERE,
     Places,
+    beside,
     candidates,
     no_average,
     no_state_dict,
@@ -28,6 +29,7 @@ from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
     has_parameters,
+    is_extra_state,
     mapping,
     tensor_count,
 )
@@ -46,7 +48,8 @@ class StateDict:
         prefix: The prefix that was removed from every name.
         views: The tensors by name, in order. Checkpoints for which a `Finder` found the same
             headers share one object.
-        values: The other plain values by name; `order` contains their names too.
+        values: The other plain values by name; `order` contains their names too. The extra
+            state of a module may hold tensors.
         order: All names in order.
         dropped: Names of objects that cannot be written.
         metadata: The `_metadata` that torch attaches to a state_dict, or None.
@@ -156,8 +159,12 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
         notes += part.notes
     views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
     plain = Plain()
-    values = {name: value for name, value in entries.items() if name not in views and plain(value)}
-    _check_budget(checkpoint, views.values(), plain.bytes)
+    values = {
+        name: value
+        for name, value in entries.items()
+        if name not in views and plain(value, tensors=is_extra_state(name))
+    }
+    _check_budget(checkpoint, [*views.values(), *plain.views], plain.bytes)
     return StateDict(
         checkpoint=checkpoint,
         where=" + ".join(taken),
@@ -334,7 +341,7 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
                 remedy=f"If both make up one model, add --key {one} --key {other}; "
                 f"otherwise add --key {one}",
             )
-        return (place,), []
+        return (place,), list(_notes_beside(tree, place))
     if found.chunks:
         return found.chunks, []
     inner = candidates(tree)
@@ -349,6 +356,17 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
             remedy="Use them with --ema",
         )
     raise no_state_dict(checkpoint, "has no state_dict in any known place")
+
+
+def _notes_beside(tree: object, place: str) -> Iterator[str]:
+    """Yield a note on weights that are not part of the state_dict, such as a separate head."""
+    others = beside(tree, [place])
+    if others:
+        keys = " ".join(f"--key {quote(path)}" for path in (place, *others[:7]))
+        yield (
+            f"{listed(others)}: weights beside {place}; not averaged (to average them with it, "
+            f"use {keys})"
+        )
 
 
 def _is_state_dict(tree: object, holds_others: bool) -> bool:

@@ -101,9 +101,9 @@ def read(path: Path, depth: int = 1) -> Name:
         path: The path of a checkpoint.
         depth: The number of last parts of the path to parse; 1 for the name only.
     """
-    parts = path.parts[-depth:]
+    parts = path.parts[-depth:] or (".",)
     suffix = _suffix(parts[-1])
-    text = "/".join(parts).removesuffix(suffix) if parts else ""
+    text = "/".join(parts).removesuffix(suffix)
     return _Reading(text, suffix, path, Tokens(text)).result()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from shlex import quote
 
 from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, marks_average
@@ -133,13 +134,35 @@ def candidates(tree: object) -> list[str]:
     return found
 
 
+def beside(tree: object, taken: Sequence[str]) -> list[str]:
+    """Return the paths of the dicts that may be further parts of a model.
+
+    Args:
+        tree: The saved object.
+        taken: The paths of the weights that are taken.
+    """
+    return [
+        path
+        for path in candidates(tree)
+        if not any(f"{path}.".startswith(f"{one}.") or one.startswith(f"{path}.") for one in taken)
+    ]
+
+
 def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:
     """Return the error for a missing state_dict, with a suggestion."""
     tree = checkpoint.tree
     near = [path for path in dicts_of_tensors(tree) if has_weights(at(tree, path))]
     objects = [path for path in ("", *WEIGHTS) if isinstance(at(tree, path), Inert)]
     if near:
+        columns = zip(*(path.split(".")[:-1] for path in near), strict=False)
+        around = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, columns)]
+        several = (
+            f"--key {'.'.join(around)} takes all of them"
+            if around
+            else ("To take several as one model, repeat --key")
+        )
         remedy = f"Give its path with --key; tensors are at: {listed(near, 8)}"
+        remedy += f". {several}" * (len(near) > 1)
     elif is_optimizer(mapping(tree) or {}):
         remedy = (
             f"It holds optimizer state; leave it out with --exclude {quote(checkpoint.path.name)}"

@@ -25,6 +25,11 @@ def mapping(value: object) -> Mapping[object, object] | None:
     return value if isinstance(value, dict) else None
 
 
+def is_extra_state(name: str) -> bool:
+    """Return whether a name is that of the extra state of a module."""
+    return name.rpartition(".")[2] == _EXTRA_STATE
+
+
 def tensor_count(value: object) -> int:
     """Return the number of tensors directly in a mapping; 0 for any other value."""
     entries = mapping(value) or {}
@@ -88,7 +93,7 @@ def children(value: object) -> Iterator[tuple[str, object]]:
     if is_optimizer(entries):
         return
     for name, child in entries.items():
-        if isinstance(name, str) and name.rpartition(".")[2] != _EXTRA_STATE:
+        if isinstance(name, str) and not is_extra_state(name):
             yield name, child
 
 

@@ -59,6 +59,11 @@ NOUNS = _set(
     "network weights weight state params param save saved saves training train "
     "pytorch no nr num number n"
 )
+# These are models of one checkpoint that may have the same tensors. They are never one run.
+MODELS = _set(
+    "generator discriminator gen disc netg netd actor critic policy value q qf qnet target encoder "
+    "decoder student teacher online momentum prior posterior"
+)
 # A folder with one of these words in its name is a checkpoint of a run.
 CHECKPOINT_NOUNS = _set("checkpoint checkpoints chkpt ckpt ckpts snapshot save")
 # Whether a lower or a higher value is better, by a word in the name of the metric.
@@ -69,7 +74,11 @@ METRICS = {
 }
 MODES = {word: mode for mode, words in METRICS.items() for word in words.split()}
 # Metrics whose names do not show whether a lower or a higher value is better.
-SCORES = _set("score metric monitor reward fitness kappa pesq stoi sdr sisdr pcc corr lpips kid")
+SCORES = _set(
+    "score metric monitor reward rewards rew return returns profit elo fitness kappa pesq stoi sdr "
+    "sisdr pcc corr spearman pearson lpips kid ap mcc cider spice elbo bpc bpd epe hausdorff "
+    "jaccard"
+)
 # These qualify a metric: `val_loss` is a different metric from `loss`.
 QUALIFIERS = _set(
     "val valid validation dev test train training eval evaluation macro micro weighted mean avg "

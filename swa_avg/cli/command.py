@@ -247,7 +247,7 @@ def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRank
                 return
             if written and averaging:
                 file, report = written
-                key, ema = averaging.options.found_at
+                key, ema = averaging.found_at
             batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
             size, picture = file.size, _drawn(report, run)
             notes = (*notes, *_commit(file, watch))

@@ -1,14 +1,13 @@
-"""Checkpoints that bundle weights with other files: folders of frameworks, and `.nemo` archives.
+"""Folders of frameworks that bundle weights with other files.
 
 A bundle has files of weights in known places. An output of the same kind is a copy of the
-last bundle with other weights, so this module only reads. A `.nemo` file is a tar archive. If
-it is not compressed, its weights are a range of bytes of the archive.
+last bundle with other weights, so this module only reads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,17 +17,14 @@ from shlex import quote
 from swa_avg.errors import FormatError, listed
 from swa_avg.formats import single
 from swa_avg.formats.checkpoint import (
-    MOST_PROVENANCE_BYTES,
-    PROVENANCE,
     Checkpoint,
     Components,
     Headers,
-    Splice,
 )
-from swa_avg.formats.components import PLACE_IN_RUN, is_inside, located
+from swa_avg.formats.components import PLACE_IN_RUN, is_inside, located, trainer_state
 from swa_avg.pickles import Budget
-from swa_avg.storage import InputFile, Section
-from swa_avg.tensors import Record, Tensor
+from swa_avg.storage import InputFile
+from swa_avg.tensors import Tensor
 
 _MEGATRON_DEEPSPEED = (
     "Merge them with Megatron-DeepSpeed's tools/convert_checkpoint/deepspeed_to_megatron.py "
@@ -51,7 +47,8 @@ class _Kind:
         several: Whether each file is a model; otherwise several files are parts of one.
         without: The patterns of files with optimizer state. An output needs none of them.
         parts: The pattern of files with parts of the model; such a folder is refused.
-        remedy: How to merge the parts; `{run}` and `{name}` are the folder's parent and name.
+        remedy: How to merge the parts; `{run}` and `{name}` are the parent and the name of the
+            folder with the parts, and `{out}` is the name of the checkpoint.
     """
 
     name: str
@@ -70,7 +67,7 @@ _KINDS = (
         "zero_pp_rank_*_model_states.pt",
         parts="zero_pp_rank_*_model_states.pt",
         remedy="Merge them with DeepSpeed's zero_to_fp32.py, and average what it writes: "
-        "python {run}/zero_to_fp32.py {run} merged/{name} -t {name}",
+        "python {run}/zero_to_fp32.py {run} merged/{out} -t {name}",
     ),
     # deepspeed/runtime/pipe/module.py: ckpt_layer_path; experts: _get_expert_ckpt_name.
     _Kind(
@@ -89,24 +86,27 @@ _KINDS = (
     ),
     # speechbrain/utils/checkpoints.py: a file for each recoverable.
     _Kind("SpeechBrain", "*.ckpt", sign="CKPT.yaml", several=True),
+    # accelerate/utils/fsdp_utils.py: save_fsdp_model, with a file for each model.
+    _Kind(
+        "accelerate (FSDP)",
+        "pytorch_model_fsdp*.bin",
+        several=True,
+        parts="pytorch_model_fsdp*_rank*.bin",
+        remedy="Load it with accelerate, and save it with FSDP's state_dict_type "
+        "FULL_STATE_DICT or SHARDED_STATE_DICT",
+    ),
     # litgpt/finetune and litgpt/pretrain.py; LoRA and adapters have further suffixes.
     _Kind("LitGPT", "lit_model.pth"),
     _Kind("LitGPT", "lit_model.pth.*"),
 )
 _LATEST = "latest"  # DeepSpeed's file with the name of the sub-folder to load
+_ENGINE = re.compile(r"pytorch_model(_\d+)?")  # accelerate's names of such sub-folders
 _MOST_LATEST_BYTES = 1000
 _SPEECHBRAIN = "CKPT.yaml"
 _MOST_YAML_BYTES = 1_000_000
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _YAML_LINE = re.compile(r" *(['\"]?)([^\s'\"#-][^:'\"]*)\1:(?:\s+([^#\s].*?))?(?:\s+#.*)?\s*")
 _LONGEST_YAML_LINE = 1000
-# nemo/core/connectors/save_restore_connector.py: model_weights_ckpt; a folder if distributed.
-_NEMO_WEIGHTS = "model_weights.ckpt"
-_NEMO_FOLDER = "model_weights/"
-_MOST_MEMBERS = 10_000
-_MOST_HEADER_BYTES = 1 << 20
-_BLOCK = 512
-_GZIP = b"\x1f\x8b"
 
 
 def is_folder(folder: Path) -> bool:
@@ -132,12 +132,30 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
             f"has parts of a model ({kind.name}: {listed(names)})",
             file=folder,
             expected="one file with the whole model",
-            remedy=kind.remedy.format(run=quote(str(home.parent)), name=quote(home.name)),
+            remedy=kind.remedy.format(
+                run=quote(str(home.parent)), name=quote(home.name), out=quote(folder.name)
+            ),
         )
+    _refuse_several(folder, home, kind)
     if kind.several:
         return replace(_read_models(home, files, headers), format=f"{kind.name} folder")
     whole = single.open_file(files[0], headers)
     return replace(whole, path=folder, format=f"{kind.name} folder", without=kind.without)
+
+
+def _refuse_several(folder: Path, home: Path, kind: _Kind) -> None:
+    """Refuse a folder in which accelerate saved several models with DeepSpeed."""
+    if home == folder:
+        return
+    beside = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    models = [path.name for path in beside if _matching(path, kind.sign or kind.weights)]
+    if len(models) > 1:
+        raise FormatError(
+            f"has several models ({listed(models)})",
+            file=folder,
+            remedy="Give the folder of one of them in each checkpoint, as in "
+            f"{quote(str(folder / models[0]))}",
+        )
 
 
 def _read_models(folder: Path, files: list[Path], headers: Headers) -> Checkpoint:
@@ -178,8 +196,10 @@ def _found(folder: Path) -> tuple[Path, _Kind] | None:
     if kind:
         return folder, kind
     name = _text(folder / _LATEST, _MOST_LATEST_BYTES).strip()
-    # accelerate and Lightning save with DeepSpeed into a sub-folder of their own checkpoint.
-    if name and is_inside(name) and not PLACE_IN_RUN.fullmatch(name) and (folder / name).is_dir():
+    # accelerate, Lightning and Trainer save with DeepSpeed into a sub-folder of their checkpoint.
+    is_own = _ENGINE.fullmatch(name) or trainer_state(folder) is not None
+    is_part = is_own or not PLACE_IN_RUN.fullmatch(name)  # and not a checkpoint of a run
+    if name and is_inside(name) and is_part and (folder / name).is_dir():
         kind = next((k for k in _KINDS if _matching(folder / name, k.sign or k.weights)), None)
     return (folder / name, kind) if kind else None
 
@@ -228,162 +248,3 @@ def numbers_in_yaml(text: str) -> Mapping[str, object]:
                 parent[key] = float(value)
         levels.append((depth, below))
     return root
-
-
-# Archives.
-
-
-def is_archive(path: Path) -> bool:
-    """Return whether a file is a `.nemo` archive, or one that is compressed."""
-    file = InputFile(path)
-    try:
-        if file.read(0, min(2, file.size)) == _GZIP:
-            return path.suffix == ".nemo"
-        return _is_tar(file) and any(map(_is_weights, _members(file)[0]))
-    finally:
-        file.close()
-
-
-def open_file(path: Path, headers: Headers, own: bool = False) -> Checkpoint:
-    """Open a file of any format, also a `.nemo` archive, and read its headers.
-
-    Args:
-        path: The file.
-        headers: The cache of headers.
-        own: Whether no other process writes to the file, which this process has written.
-
-    Raises:
-        FileError: The file cannot be opened.
-        FormatError: The file is not a checkpoint, is damaged, or is compressed.
-    """
-    file = InputFile(path, own)
-    try:
-        start = file.read(0, min(single.START, file.size))
-        if start.startswith(_GZIP) and path.suffix == ".nemo":
-            raise FormatError(
-                "is a compressed archive, which cannot be read by range",
-                file=path,
-                remedy=f"Decompress it: gzip -dc {quote(str(path))} > uncompressed.nemo",
-            )
-        if _has_tar_magic(start):
-            return _read_archive(file, headers)
-        return single.read(file, headers, Budget(), start)
-    except BaseException:
-        file.close()
-        raise
-
-
-def _read_archive(file: InputFile, headers: Headers) -> Checkpoint:
-    members, _ = _members(file)
-    weights = [name for name in members if _is_weights(name)]
-    if not weights:
-        return single.read(file, headers, Budget())  # refused as a tar archive
-    if weights != [_NEMO_WEIGHTS]:
-        distributed = any(name.startswith(_NEMO_FOLDER) for name in weights)
-        name = file.path.stem
-        raise FormatError(
-            f"has its weights in several files ({listed(weights)})",
-            file=file.path,
-            expected=_NEMO_WEIGHTS,
-            remedy=f"Unpack each into a folder and average {_NEMO_FOLDER} of these: "
-            f"mkdir {quote(name)} && tar -xf {quote(str(file.path))} -C {quote(name)}"
-            if distributed
-            else "Merge them with NeMo's megatron_change_num_partitions.py",
-        )
-    inner = single.read(members[_NEMO_WEIGHTS], headers, Budget())
-    record, text = inner.provenance_record, inner.provenance
-    if PROVENANCE in members:
-        section = members[PROVENANCE]
-        text = section.read(0, min(section.size, MOST_PROVENANCE_BYTES)).decode("ascii", "replace")
-        record = Record(section, 0, section.size)
-    return replace(
-        inner,
-        path=file.path,
-        format="NeMo archive",
-        files=(file,),
-        without=(),
-        provenance=text,
-        provenance_record=record,
-    )
-
-
-def _is_weights(name: str) -> bool:
-    return name.rpartition("/")[2] == _NEMO_WEIGHTS or name.startswith(_NEMO_FOLDER)
-
-
-def _is_tar(file: InputFile) -> bool:
-    return _has_tar_magic(file.read(0, min(single.START, file.size)))
-
-
-def _has_tar_magic(start: bytes) -> bool:
-    return start[257:262] == b"ustar"
-
-
-class _Headers:
-    """The headers of a tar archive, as a file for `tarfile`, which limits what is read at once."""
-
-    def __init__(self, file: InputFile) -> None:
-        self._file, self._place = file, 0
-
-    def read(self, length: int) -> bytes:
-        if length > _MOST_HEADER_BYTES:
-            raise ValueError(f"a header of {length} bytes")
-        data = self._file.read(self._place, max(0, min(length, self._file.size - self._place)))
-        self._place += len(data)
-        return data
-
-    def seek(self, place: int) -> None:
-        self._place = min(max(place, 0), self._file.size)
-
-    def tell(self) -> int:
-        return self._place
-
-
-def _members(file: InputFile) -> tuple[dict[str, Section], int]:
-    """Return the regular files in a tar archive by name, and the place of the archive's end."""
-    import tarfile
-
-    found: dict[str, Section] = {}
-    try:
-        for number, (name, start, size) in enumerate(_entries(file)):
-            if name in found or number >= _MOST_MEMBERS:
-                what = f"two files with the name {name}" if name in found else "too many files"
-                raise FormatError(f"is a tar archive with {what}", file=file.path)
-            if size < 0:
-                return found, start
-            found[name] = Section(file, start, size)
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise FormatError(
-            f"is a damaged tar archive ({error})",
-            file=file.path,
-            remedy="Copy it again from its source",
-        ) from error
-    raise AssertionError("an archive has an end")
-
-
-def _entries(file: InputFile) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, start and size of each regular file; the last size is negative: the end."""
-    import tarfile
-
-    archive = tarfile.TarFile(fileobj=_Headers(file), mode="r")  # type: ignore[arg-type]
-    for member in archive:
-        # Sparse files and links have no range of their own.
-        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            yield member.name.removeprefix("./"), member.offset_data, member.size
-    end = archive.offset
-    if end + _BLOCK > file.size or any(file.read(end, _BLOCK)):
-        raise tarfile.ReadError("its end is missing")
-    yield "", end, -1
-
-
-def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
-    """Return the change that adds a provenance text to a `.nemo` archive; empty for other files."""
-    import tarfile
-
-    if not _is_tar(file):
-        return ()
-    data = provenance.encode()
-    header = tarfile.TarInfo(f"./{PROVENANCE}")
-    header.size, header.mode = len(data), 0o644
-    block = header.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % _BLOCK)
-    return (Splice(_members(file)[1], 0, block),)

@@ -7,8 +7,9 @@ same parts.
 Most folders hold one model. A sentence-transformers folder lists its modules in
 `modules.json`, and a diffusers pipeline lists its models in `model_index.json`. Training
 scripts of diffusers save a folder for each model (`unet/`, `unet_ema/`), and PEFT saves a
-folder for each named adapter. Each of these models is a component of the folder. This
-module reads only file names and small JSON files.
+folder for each named adapter. accelerate saves several models as files of one folder
+(`model.safetensors`, `model_1.safetensors`). Each of these models is a component of the
+folder. This module reads only file names and small JSON files.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ ROOT = "."  # the component in the folder itself
 _MODULES = "modules.json"
 _PIPELINE = "model_index.json"
 _ROUTER = "router_config.json"
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_STEM = "adapter_model"
 # Files that a checkpoint of a run contains and a folder of checkpoints does not.
 _RUN_STATE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|rng_state)(_\d+)*\.(bin|pt|pth|pkl|safetensors)"
@@ -63,6 +65,8 @@ _RUN_STATE = re.compile(
 )
 # accelerate's files of several models in one checkpoint.
 _SEVERAL = re.compile(r"(?:pytorch_)?model(?P<number>_\d+)?\.(?:safetensors|bin)")
+# accelerate's sub-folders for its models, with DeepSpeed and with FSDP.
+_OF_ENGINES = re.compile(r"pytorch_model(_fsdp)?(_\d+)?")
 # The names of models in diffusers pipelines, and of the folders of its training scripts.
 _MODELS = re.compile(
     r"(unet|transformer|controlnet|text_encoder|image_encoder|vae|prior|decoder|vqvae|vqgan"
@@ -87,7 +91,8 @@ class Weights:
     Attributes:
         path: The path of the file.
         stem: The first part of its name.
-        variant: The variant with its dot (`.fp16`), or empty.
+        variant: The variant with its dot (`.fp16`), the number of one of accelerate's models
+            (`_1`), or empty.
         suffix: `safetensors` or `bin`; empty if the name of an index has neither.
         is_index: Whether the file is an index.
     """
@@ -104,12 +109,22 @@ class Weights:
         return not self.variant and f"{self.stem}.{self.suffix}" in _NAMES
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether they are the weights of a PEFT adapter."""
+        return self.stem == _ADAPTER_STEM
+
+    @property
     def _stem_written(self) -> str:
         return _RENAMED.get(self.stem, self.stem) if self.suffix == "bin" else self.stem
 
+    def needs_index(self, count: int) -> bool:
+        """Return whether `count` safetensors files of a model are found only by an index."""
+        alone = f"{self._stem_written}{self.variant}.safetensors"
+        return count > 1 or (self.is_index and not is_weights_name(alone))
+
     def shard_written(self, number: int, count: int) -> str:
         """Return the name of one of the `count` safetensors files of a model."""
-        part = f"-{number:05}-of-{count:05}" if count > 1 else ""
+        part = f"-{number:05}-of-{count:05}" if self.needs_index(count) else ""
         return f"{self._stem_written}{self.variant}{part}.safetensors"
 
     @property
@@ -149,14 +164,54 @@ def _named(path: Path) -> Weights:
 def components(folder: Path) -> tuple[str, ...]:
     """Return the paths of the models in a folder; ROOT is the folder itself.
 
-    The result is empty if the folder is not a checkpoint.
+    A model of accelerate is named after its file: `model`, `model_1`. The result is empty if
+    the folder is not a checkpoint.
     """
+    if several := models_in_files(folder):
+        return tuple(several)
     found = [ROOT] if has_weights(folder) else []
     named = list(declared(folder))
     found += [name for name in named if has_weights(folder / name)]
-    if not named and (not found or (folder / _ADAPTER).exists()):
+    if not named and (not found or (folder / ADAPTER_CONFIG).exists()):
         found += _saved_apart(folder, adapters=bool(found))
     return tuple(dict.fromkeys(found))
+
+
+def models_in_files(folder: Path) -> dict[str, Weights]:
+    """Return the files of the models that accelerate saved in one folder, by component.
+
+    The result is empty if it did not save several. The files of a run may have the same
+    names; only a checkpoint has files with the state of the run beside them.
+    """
+    if not folder.is_dir():
+        return {}
+    entries = sorted(folder.iterdir())
+    found: dict[str, Weights] = {}
+    for path in entries:  # `load_state` takes the safetensors file, if there are two
+        match = _SEVERAL.fullmatch(path.name)
+        if match:
+            suffix = path.suffix.removeprefix(".")
+            name, number = f"model{match['number'] or ''}", match["number"] or ""
+            stem = path.stem.removesuffix(number) if number else path.stem
+            if name not in found or suffix == "safetensors":
+                found[name] = Weights(path, stem, number, suffix, False)
+    names = ["model", *(f"model_{number}" for number in range(1, len(found)))]
+    if len(found) < 2 or set(found) != set(names) or not _has_run_state(folder):
+        return {}
+    return {name: found[name] for name in names}
+
+
+def _has_run_state(folder: Path) -> bool:
+    """Return whether a folder has files that a checkpoint has, and a folder of a run has not."""
+    return any(_RUN_STATE.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def weights_of(folder: Path, component: str) -> Weights:
+    """Return the file of weights, or the index, of a component of a folder."""
+    several = models_in_files(folder)
+    if component in several:
+        return several[component]
+    return next(candidates(folder if component == ROOT else folder / component))
 
 
 def component_of(path: Path) -> str:
@@ -168,11 +223,14 @@ def component_of(path: Path) -> str:
         folder = path if path.is_dir() else path.parent
         if folder is path or is_weights_name(path.name):
             inner = folder.name in components(folder.parent)
-            if inner and not (folder / _ADAPTER).exists():
+            if inner and not (folder / ADAPTER_CONFIG).exists():
                 return folder.name
+        if folder is path and _OF_ENGINES.fullmatch(path.name) and not has_weights(path):
+            return path.name if _has_run_state(path.parent) else ""
         several = None if folder is path else _SEVERAL.fullmatch(path.name)
-        if several and any(_RUN_STATE.fullmatch(entry.name) for entry in folder.iterdir()):
-            return f"model{several['number'] or ''}"
+        name = f"model{several['number'] or ''}" if several else ""
+        if name in models_in_files(folder):
+            return name
     except (OSError, SwaAvgError):
         pass  # what is around a checkpoint need not be sound
     return ""
@@ -226,11 +284,11 @@ def _saved_apart(folder: Path, adapters: bool) -> list[str]:
     if places and not adapters:
         return []
     found = [name for name in names if name not in places and has_weights(folder / name)]
-    adapted = [name for name in found if (folder / name / _ADAPTER).exists()]
+    adapted = [name for name in found if (folder / name / ADAPTER_CONFIG).exists()]
     if adapters or adapted == found:
         return adapted
     known = any(map(_MODELS.fullmatch, found)) or any(averages(found).values())
-    return found if known or any(_RUN_STATE.fullmatch(entry.name) for entry in entries) else []
+    return found if known or _has_run_state(folder) else []
 
 
 def averages(names: Iterable[str]) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from shlex import quote
 
 from swa_avg.errors import FormatError, listed
 from swa_avg.formats import single
@@ -28,7 +29,8 @@ from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups,
 
 _METADATA = ".metadata"
 # The sub-folder with the model: of accelerate and Trainer, of NeMo, of OLMo-core.
-_INNER = ("pytorch_model_fsdp_0", "weights", "model_and_optim")
+_FSDP = "pytorch_model_fsdp_"
+_INNER = (f"{_FSDP}0", "weights", "model_and_optim")
 # Files in which Lightning and Megatron-LM record the state of the run.
 _BESIDE = ("meta.pt", "common.pt")
 _CALLED = re.compile(r"optim(izer)?s?(_states?|_\d+)?")
@@ -54,6 +56,7 @@ def read(folder: Path) -> Checkpoint:
         FileError: A file is missing or cannot be opened.
     """
     home = _home(folder)
+    _refuse_several(folder, home)
     path = home / _METADATA
     if not path.exists():
         raise FormatError(
@@ -79,6 +82,18 @@ def read(folder: Path) -> Checkpoint:
         beside=trainer_state(folder) or _state_beside(home),
         budget=source.budget,
     )
+
+
+def _refuse_several(folder: Path, home: Path) -> None:
+    """Refuse a folder in which accelerate saved several models."""
+    models = sorted(path.parent for path in folder.glob(f"{_FSDP}[0-9]*/{_METADATA}"))
+    if len(models) > 1 and home != folder:
+        raise FormatError(
+            f"has several models ({listed([path.name for path in models])})",
+            file=folder,
+            remedy="Give the folder of one of them in each checkpoint, as in "
+            f"{quote(str(models[0]))}",
+        )
 
 
 def _home(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from zlib_ng.zlib_ng import crc32
 
 from swa_avg.errors import FormatError
 from swa_avg.formats import (
+    archives,
     bundles,
     dcp,
     dcp_layout,
@@ -94,7 +95,7 @@ def open_checkpoint(
     path = path_of(path)
     headers = headers or Headers()
     if not path.is_dir():
-        return bundles.open_file(path, headers, own)
+        return archives.open_file(path, headers, own)
     if sharded.is_checkpoint(path):
         return _with_provenance(_of_one_time(sharded.read(path, headers)))
     if bundles.is_folder(path):
@@ -145,7 +146,7 @@ def is_checkpoint(path: Path) -> bool:
     if path.is_dir():
         kinds = (sharded.is_checkpoint, bundles.is_folder, dcp.is_checkpoint)
         return any(is_of_kind(path) for is_of_kind in kinds)
-    return single.is_checkpoint(path) or bundles.is_archive(path)
+    return single.is_checkpoint(path) or archives.is_checkpoint(path)
 
 
 def form_of(path: Path, like: Checkpoint) -> Form:
@@ -188,7 +189,6 @@ def layout_for(
     """
     if form is Form.FOLDER:
         parts = where.split(" + ") if isinstance(like.tree, Components) else (ROOT,)
-        shard_bytes = shard_bytes or sharded_layout.SHARD_BYTES
         return sharded_layout.layout(state_dict, like.path, parts, shard_bytes)
     if form is Form.DCP:
         return dcp_layout.layout(state_dict, where)
@@ -241,7 +241,7 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
         return torch_zip.with_provenance(file, provenance)
     if start[8:9] == b"{":
         return safetensors.with_provenance(file, provenance)
-    return bundles.with_provenance(file, provenance)
+    return archives.with_provenance(file, provenance)
 
 
 def checksum_places(file: InputFile) -> Mapping[int, tuple[int, ...]]:

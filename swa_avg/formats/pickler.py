@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
-from swa_avg.pickles import STORAGE_DTYPES, Dict, Stream
+from swa_avg.pickles import STORAGE_DTYPES, Dict, Stream, leaves, rebuilt
 
 # Dtypes without a typed storage class in torch are pickled with an untyped storage.
 _STORAGE_NAMES = {
@@ -50,7 +50,23 @@ def dump_tensor(tensor: OutputTensor, storage: OutputStorage) -> bytes:
 def _item(value: object, storages: Sequence[OutputStorage]) -> bytes:
     if isinstance(value, OutputTensor):
         return b"".join(_tensor(value, storages[value.storage]))
-    return _value(value)
+    if not any(isinstance(one, OutputTensor) for one in leaves(value)):
+        return _value(value)
+    return b"".join(_container(value, storages))
+
+
+def _container(value: object, storages: Sequence[OutputStorage]) -> Iterator[bytes]:
+    """Yield the opcodes of a container with tensors in it."""
+    if isinstance(value, dict):
+        ordered = isinstance(value, Dict | OrderedDict)
+        yield from _ordered_dict() if ordered else (pickle.EMPTY_DICT,)
+        yield from _set_items((key, _item(item, storages)) for key, item in value.items())
+        return
+    assert isinstance(value, list | tuple), "only a container can hold a tensor"
+    of_list = isinstance(value, list)
+    yield pickle.EMPTY_LIST + pickle.MARK if of_list else pickle.MARK
+    yield from (_item(item, storages) for item in value)
+    yield pickle.APPENDS if of_list else pickle.TUPLE
 
 
 def _value(value: object) -> bytes:
@@ -60,14 +76,9 @@ def _value(value: object) -> bytes:
 
 def _restored(value: object) -> object:
     """Return a value with placeholders replaced by OrderedDicts and `io.BytesIO` objects."""
-    if isinstance(value, dict):
-        kind = OrderedDict if isinstance(value, Dict | OrderedDict) else dict
-        return kind((key, _restored(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return type(value)(map(_restored, value))
-    if isinstance(value, Stream):
-        return io.BytesIO(value.content or b"")
-    return value
+    return rebuilt(
+        value, lambda one: io.BytesIO(one.content or b"") if isinstance(one, Stream) else one
+    )
 
 
 def _set_items(items: Iterator[tuple[object, bytes]]) -> Iterator[bytes]:

@@ -21,6 +21,7 @@ from swa_avg.formats.components import (
     components,
     is_inside,
     located,
+    models_in_files,
     read_json,
     trainer_state,
 )
@@ -45,15 +46,18 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
         FormatError: An index or a shard is damaged.
         FileError: A shard is missing or cannot be opened.
     """
-    names = components(folder)
+    names, several = components(folder), models_in_files(folder)
     beside = trainer_state(folder)
     if names == (ROOT,):
         return replace(_read_model(folder, headers, Budget()), beside=beside)
     with ExitStack() as opened:
         models, budget = {}, Budget()
         for name in names:
-            place = folder if name == ROOT else folder / name
-            models[name] = _read_model(place, headers, budget)
+            if name in several:
+                models[name] = open_file(several[name].path, headers, budget)
+            else:
+                place = folder if name == ROOT else folder / name
+                models[name] = _read_model(place, headers, budget)
             opened.callback(models[name].close)
         opened.pop_all()
     texts = [model.metadata for model in models.values()]
@@ -73,21 +77,24 @@ def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
     """Read the headers of the model whose weights are directly in a folder."""
     first, *more = candidates(folder)
     others = [one for one in more if (one.stem, one.variant) != (first.stem, first.variant)]
+    names = [one.path.name for one in others]
     if others and not first.is_usual:
         what = "indices" if first.is_index else "models"
         raise FormatError(
-            f"has several {what} ({first.path.name}, {others[0].path.name})",
+            f"has several {what} ({first.path.name}, {names[0]})",
             file=folder,
             remedy="Give the path of the file or folder to use",
         )
+    notes = [f"{listed(names)}: other weights in the folder; not averaged"] if names else []
     if first.is_index:
-        return _read_shards(folder, first.path, headers, budget)
+        whole = _read_shards(folder, first.path, headers, budget)
+        return replace(whole, notes=(*whole.notes, *notes))
     whole = open_file(first.path, headers, budget)
     return replace(
         whole,
         path=folder,
         format=f"Hugging Face folder of {whole.format}",
-        notes=(*whole.notes, *_other_models(first)),
+        notes=(*whole.notes, *notes, *_other_models(first)),
     )
 
 
@@ -123,7 +130,7 @@ def _aliases(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) ->
 
 
 def _other_models(first: Weights) -> Iterator[str]:
-    """Yield a note if accelerate saved more than one model."""
+    """Yield a note on files like those of accelerate's models, if they are not components."""
     pattern = f"{first.stem}_[0-9]*.{first.suffix}"
     others = sorted(other.name for other in first.path.parent.glob(pattern))
     if others:

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from swa_avg.errors import listed
+from swa_avg.errors import OutputError, listed
 from swa_avg.formats.checkpoint import PROVENANCE, Layout, OutputStateDict
 from swa_avg.formats.components import (
+    ADAPTER_CONFIG,
     ROOT,
     averages,
-    candidates,
     components,
     declared,
     is_weights_name,
+    models_in_files,
+    weights_of,
 )
 from swa_avg.formats.safetensors import layout as safetensors_layout
 from swa_avg.storage import InputFile, is_remote
@@ -98,7 +101,7 @@ def layout(
     state_dict: OutputStateDict,
     like: Path,
     where: Sequence[str] = (ROOT,),
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
 ) -> FolderLayout:
     """Lay out a folder of safetensors files in the form that `save_pretrained` writes.
 
@@ -109,27 +112,66 @@ def layout(
         where: The components to write. Names in the state_dict begin with the component and
             a slash, except for ROOT and for a component that is written alone.
         shard_bytes: The maximum size of the tensors in one file; a larger tensor has its own.
+            None means 5 GB.
+
+    Raises:
+        OutputError: The models of accelerate cannot be written in shards.
     """
     shards: list[_Shard] = []
     indices: dict[str, bytes] = {}
+    in_files = models_in_files(like)
+    _check_in_files(like, tuple(in_files), where, shard_bytes)
     for component, members in _members(state_dict, where).items():
-        weights = next(candidates(like / component if component != ROOT else like))
-        before = "" if component == ROOT else f"{component}/"
-        # A component that is written alone keeps the names of its own files.
-        prefix = before if len(where) > 1 else ""
-        groups = _grouped(state_dict, members, shard_bytes)
+        weights, inside = weights_of(like, component), f"{component}/"
+        before = "" if component == ROOT or component in in_files else inside
+        # A component that is written alone keeps the names of its own files, and a model of
+        # accelerate gets the name of an only model.
+        prefix = inside if component != ROOT and len(where) > 1 else ""
+        if component in in_files and len(where) == 1:
+            weights = replace(weights, variant="")
+        in_one = component in in_files and len(where) > 1
+        limit = sys.maxsize if in_one else shard_bytes or SHARD_BYTES
+        groups = _grouped(state_dict, members, limit)
         made = []
         for number, group in enumerate(groups, 1):
             laid_out = safetensors_layout(_part(state_dict, group, prefix))
             made.append(_Shard(weights.shard_written(number, len(groups)), laid_out, group))
-        if len(groups) > 1:
+        if weights.needs_index(len(groups)):
             indices[before + weights.index_written] = _index(state_dict, made, prefix)
         shards += [replace(shard, name=before + shard.name) for shard in made]
     beside = side_files(like, _parts(like, where))
-    others = beside.contents | indices
+    # Without the weights of an adapter, its configuration would lead loaders astray.
+    merged = {
+        "" if component == ROOT else f"{component}/"
+        for component in where
+        if not weights_of(like, component).is_adapter
+    }
+    passed = {home + ADAPTER_CONFIG for home in merged}
+    others = {name: data for name, data in beside.contents.items() if name not in passed}
+    others |= indices
     if state_dict.provenance:
         others[PROVENANCE] = state_dict.provenance.encode()
     return FolderLayout(tuple(shards), others, (*beside.notes, *_left_out(like, where)))
+
+
+def _check_in_files(
+    like: Path, models: Sequence[str], where: Sequence[str], shard_bytes: int | None
+) -> None:
+    """Refuse an output that accelerate would not load, if the input has several of its models."""
+    if not models or len(where) == 1:
+        return
+    if set(models) != set(where):
+        raise OutputError(
+            f"has the models {', '.join(models)}, and accelerate loads all of them",
+            file=like,
+            remedy=f"Take one of them, as in --key {where[0]}, or all without --key",
+        )
+    if shard_bytes:
+        raise OutputError(
+            f"has the models {', '.join(models)}, and accelerate loads each from one file",
+            file=like,
+            remedy="Leave out --max-shard-size",
+        )
 
 
 def _parts(like: Path, where: Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from swa_avg.pickles.pickled import (
     UnreadableTensor,
     described,
     holds_stream,
+    leaves,
+    rebuilt,
 )
 from swa_avg.pickles.references import check_shape
 
@@ -35,6 +37,8 @@ __all__ = [
     "check_shape",
     "described",
     "holds_stream",
+    "leaves",
+    "rebuilt",
     "state_dict_of",
     "unpickler",
 ]

@@ -6,7 +6,8 @@ does not read pickles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,33 @@ class UnreadableTensor:
     what: str
 
 
+def rebuilt(value: object, leaf: Callable[[object], object]) -> object:
+    """Return a plain value in containers of Python, with everything else in it changed.
+
+    Args:
+        value: The value.
+        leaf: Returns what replaces a value that is not a container.
+    """
+    if isinstance(value, dict):
+        kind = OrderedDict if isinstance(value, Dict | OrderedDict) else dict
+        return kind((key, rebuilt(item, leaf)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(rebuilt(item, leaf) for item in value)
+    return leaf(value)
+
+
+def leaves(value: object) -> Iterator[object]:
+    """Yield everything in a plain value that is not a container."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
 def holds_stream(value: object) -> bool:
     """Return whether a plain value is a stream or contains one."""
-    if isinstance(value, dict):
-        return any(map(holds_stream, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(holds_stream, value))
-    return isinstance(value, Stream)
+    return any(isinstance(one, Stream) for one in leaves(value))
 
 
 @dataclass(frozen=True)

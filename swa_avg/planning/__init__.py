@@ -5,6 +5,7 @@ does not know how a mean is computed.
 """
 
 from swa_avg.planning import start_from
+from swa_avg.planning.agreement import refuse_unlike
 from swa_avg.planning.arguments import (
     check_arguments,
     check_count,
@@ -12,7 +13,6 @@ from swa_avg.planning.arguments import (
     listed_paths,
     suggesting,
 )
-from swa_avg.planning.glance import refuse_unlike
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
 from swa_avg.planning.opening import Opened, open_all

@@ -2,6 +2,9 @@
 
 The output has those of the last checkpoint, so all are compared with it. If it is the odd one
 out, the others are compared with each other, so that the message names the odd one.
+
+Of the tensors that must be the same in all checkpoints, the first few kilobytes are compared,
+too. Tensors that differ after that are found while averaging.
 """
 
 from __future__ import annotations
@@ -9,10 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from swa_avg.checkpoints import StateDict, members
-from swa_avg.errors import SwaAvgError, counted, listed
+from swa_avg.errors import MismatchError, SwaAvgError, counted, listed
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.treatments import Planned, Rules, treatments
-from swa_avg.tensors import Kind
+from swa_avg.storage import is_remote
+from swa_avg.tensors import Kind, TensorRef
+
+_MOST_TENSORS = 16
+_MOST_BYTES = 16 << 10
 
 
 def disagreements(
@@ -115,3 +122,35 @@ def _differences(
                     expected=f"{wanted.dtype} as in {other}",
                     remedy=f"Choose one with --dtype {wanted.dtype}" if floats else remedy,
                 )
+
+
+def refuse_unlike(planned: Sequence[Planned], states: Sequence[StateDict]) -> None:
+    """Refuse tensors that must be the same and already differ in their first bytes.
+
+    Raises:
+        MismatchError: Some tensors differ; it lists those that were compared.
+    """
+    last = states[-1]
+    if len(states) < 2 or any(is_remote(state.checkpoint.path) for state in states):
+        return  # requests to a server are slow
+    must = [tensor for tensor in planned if tensor.must_agree][:_MOST_TENSORS]
+    unlike = [
+        tensor.refusal(last.checkpoint.path)
+        for tensor in must
+        if _differ([state.tensors[tensor.name] for state in states])
+    ]
+    if unlike:
+        raise MismatchError(unlike)
+
+
+def _differ(refs: Sequence[TensorRef]) -> bool:
+    """Return whether the first bytes of contiguous tensors differ."""
+    if any(ref.parts or not ref.contiguous for ref in refs):
+        return False
+    return len({_beginning(ref) for ref in refs}) > 1
+
+
+def _beginning(ref: TensorRef) -> bytes:
+    record = ref.record
+    place = record.offset + ref.offset * ref.dtype.itemsize
+    return record.file.read(place, min(ref.nbytes, _MOST_BYTES))

@@ -19,7 +19,8 @@ from shlex import quote
 
 from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
-from swa_avg.formats import is_checkpoint
+from swa_avg.formats import component_of, is_checkpoint
+from swa_avg.planning.unfinished import broken, is_unfinished
 from swa_avg.storage import is_remote, path_of, remote_matches
 
 # Where checkpoints are looked for below a folder without any.
@@ -175,20 +176,28 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         if own:
             children = [child for child in children if _is_of_same_run(child)]
         left_out = [child for child in children if matches(child, exclude)]
-        found = [child for child in children if child not in left_out and _may_be_checkpoint(child)]
+        rest = [child for child in children if child not in left_out]
+        begun = [child for child in rest if _may_be_checkpoint(child)]
+        found = _whole(begun, inputs)
+        others = [] if is_remote(path) else [child for child in rest if child not in begun]
+        lost = broken(others, found)
         if not own and not found and not left_out:
+            what = "".join(f" ({one.name} {_verb(why)})" for one, why in [*lost.items()][:1])
             raise SelectionError(
-                "is a folder without checkpoints",
+                f"is a folder without checkpoints{what}",
                 file=path,
-                remedy=_remedy_in_subfolders(path, children),
+                remedy=remedy_in_subfolders(path, children),
             )
         lone = not own and alone and len(found) == 1
-        inside = _remedy_in_subfolders(path, children) if lone else ""
+        inside = remedy_in_subfolders(path, children) if lone else ""
     except OSError as error:
         raise _unreadable(error, path) from error
     if inside:
         inputs.notes.append(f"{path}: contains only {found[0].name}. {inside}")
     inputs.excluded += left_out
+    if lost:
+        shown = listed([f"{one} ({why})" for one, why in lost.items()])
+        inputs.notes.append(f"left out, because they are no checkpoints: {shown}")
     if not own or (found and alone):
         inputs.paths += found
         inputs.found.update(found)
@@ -208,6 +217,21 @@ def _unreadable(error: OSError, path: Path) -> FileError:
         file=path / place.name if inner else path,
         remedy="If it is no checkpoint, give the others by their names" if inner else "",
     )
+
+
+def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
+    """Return the checkpoints of a folder without unfinished ones, with a note."""
+    unfinished = [path for path in found if is_unfinished(path)]
+    if not unfinished or len(unfinished) == len(found):
+        return found
+    shown = listed([str(path) for path in unfinished])
+    inputs.notes.append(f"left out, because their names mark unfinished checkpoints: {shown}")
+    return [path for path in found if path not in unfinished]
+
+
+def _verb(reason: str) -> str:
+    """Return what a file is as the rest of a sentence about it."""
+    return reason if reason.startswith("looks") else f"is {reason}"
 
 
 def _of_run(path: Path, inputs: Inputs) -> Path:
@@ -238,7 +262,8 @@ def _is_of_same_run(child: Path) -> bool:
     nouns = {word for word in re.split(r"[^a-z]+", child.name.lower()) if word}
     worded = name.epoch is not None or name.step is not None
     numbered = name.number is not None and bool(nouns & words.CHECKPOINT_NOUNS)
-    return (worded or numbered) and not name.parts and not name.average
+    is_other = name.parts or name.average or (child.is_file() and component_of(child))
+    return (worded or numbered) and not is_other
 
 
 def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
@@ -253,7 +278,7 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
     return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
-def _remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
+def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
     """Return the path or pattern to give, if folders below one contain checkpoints."""
     homes: list[Path] = []
     level, looked_at = [child for child in children if child.is_dir()], 0

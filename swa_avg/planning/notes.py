@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from swa_avg.checkpoints import StateDict
 from swa_avg.errors import listed
-from swa_avg.pickles import holds_stream
+from swa_avg.pickles import holds_stream, leaves
 from swa_avg.planning.treatments import Rules
+from swa_avg.tensors import View, same_bytes
 
 
 def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
@@ -44,10 +45,16 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
             f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
             "needs weights_only=False to load the output"
         )
-    differing = [
-        name
-        for name, value in last.values.items()
-        if any(state.values.get(name) != value for state in states[:-1])
-    ]
+    differing = [name for name in last.values if _differs(name, states)]
     if differing and rules.strides:
         yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
+
+
+def _differs(name: str, states: Sequence[StateDict]) -> bool:
+    """Return whether a value may differ between checkpoints; its tensors may have no checksum."""
+    value = states[-1].values[name]
+    if any(state.values.get(name) != value for state in states[:-1]):
+        return True
+    tensors = [[state.checkpoint.located(one) for one in leaves(state.values[name])
+                if isinstance(one, View)] for state in states]  # fmt: skip
+    return not all(same_bytes(refs) for refs in zip(*tensors, strict=True))

@@ -15,7 +15,7 @@ from pathlib import Path
 from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
 from swa_avg.errors import ForeignError, LayoutError, listed, naming
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
-from swa_avg.planning.inputs import Inputs, exclusion
+from swa_avg.planning.inputs import Inputs, exclusion, remedy_in_subfolders
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import RequestPool, allow_files, is_remote
 
@@ -131,7 +131,9 @@ def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
     """Raise the error for inputs that all contain something other than a model."""
     for path, other in others.items():
         if other != NO_WEIGHTS or path in inputs.found:
-            raise LayoutError(f"is not a model: it contains {other}", file=path)
+            given = path in inputs.found and not is_remote(path)
+            remedy = remedy_in_subfolders(path.parent, [*path.parent.iterdir()]) if given else ""
+            raise LayoutError(f"is not a model: it contains {other}", file=path, remedy=remedy)
 
 
 def _leave_out(

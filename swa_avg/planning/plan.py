@@ -11,10 +11,12 @@ import math
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from swa_avg.checkpoints import BN_COUNTER, StateDict, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
 from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
+from swa_avg.pickles import leaves, rebuilt
 from swa_avg.planning.agreement import disagreements
 from swa_avg.planning.notes import header_notes
 from swa_avg.planning.ties import ties
@@ -32,6 +34,7 @@ from swa_avg.tensors import (
     DType,
     Record,
     TensorRef,
+    View,
     contiguous_stride,
     cut,
     is_dense,
@@ -189,6 +192,8 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
         for name in tie.names:
             views[name] = _view(last.tensors[name], last.tensors[tie.base], base)
         works += made
+    statistics = _statistics(works, planned, states)
+    values = _values(last, rules, works)
     notes = list(header_notes(states, rules))
     if len(states) > 1:
         notes += family_notes(families, last.checkpoint.path)
@@ -197,9 +202,9 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     return Plan(
         tuple(planned.values()),
         tuple(works),
-        _output(last, works, views),
+        _output(last, works, {**values, **views}),
         tuple(notes),
-        _statistics(works, planned, states),
+        statistics,
     )
 
 
@@ -309,14 +314,37 @@ def _view(ref: TensorRef, base: TensorRef, written: OutputTensor) -> OutputTenso
     return OutputTensor(written.storage, ref.offset - base.offset, ref.shape, ref.stride)
 
 
-def _output(
-    last: StateDict, works: Sequence[Work], views: Mapping[str, OutputTensor]
-) -> OutputStateDict:
+def _values(last: StateDict, rules: Rules, works: list[Work]) -> dict[str, object]:
+    """Return the values with tensors in them as they are written, and add their works."""
+    written: dict[TensorRef, OutputTensor] = {}
+    made: dict[str, object] = {}
+
+    def moved(value: object, name: str) -> object:
+        if not isinstance(value, View):
+            return value
+        ref = last.checkpoint.located(value)
+        if ref not in written:
+            kept = Planned(
+                f"{name}, tensor {len(written)}", Treatment.KEPT, "", ref.dtype, ref.shape
+            )
+            work, tensor = _work(ref, (ref,), kept, rules, ())
+            written[ref] = replace(tensor, storage=len(works))
+            works.append(work)
+        return written[ref]
+
+    # Other formats store only tensors, and a kept wrapper has all values already.
+    for name, value in last.values.items() if rules.strides and not rules.wrapper else ():
+        if any(isinstance(one, View) for one in leaves(value)):
+            made[name] = rebuilt(value, partial(moved, name=name))
+    return made
+
+
+def _output(last: StateDict, works: Sequence[Work], made: Mapping[str, object]) -> OutputStateDict:
     storages = tuple(OutputStorage(work.dtype, math.prod(work.shape)) for work in works)
-    items = {name: views[name] if name in views else last.values[name] for name in last.order}
+    items = {name: made[name] if name in made else last.values[name] for name in last.order}
     # transformers requires this entry to load a safetensors file.
     text = dict(last.checkpoint.metadata) or {"format": "pt"}
-    text = {name: value for name, value in text.items() if name not in views}
+    text = {name: value for name, value in text.items() if name not in made}
     return OutputStateDict(storages, items, last.metadata, text)
 
 

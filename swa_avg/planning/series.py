@@ -7,14 +7,15 @@ Several series of names are refused if they cannot be of one run, else there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from itertools import combinations
 from shlex import quote
 from typing import Any, TypeVar
 
-from swa_avg.checkpoints import provenance
+from swa_avg.checkpoints import provenance, words
 from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
 from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion
@@ -23,6 +24,8 @@ from swa_avg.storage import is_remote
 
 _Key = TypeVar("_Key")
 _INDEX = "*.index.json"
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
+_WORD = re.compile(r"[^\W\d_]+")
 
 
 def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
@@ -210,8 +213,9 @@ def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
 
 def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
     series = _series(chosen)
-    if len(series) < 2 or not any(
-        len(group) > 1 or group[0].is_placed for group in series.values()
+    if len(series) < 2 or not (
+        any(len(group) > 1 or group[0].is_placed for group in series.values())
+        or _are_several_runs(series)
     ):
         return
     described = [_described(group) for group in series.values()]
@@ -220,6 +224,16 @@ def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
     option = exclusion([member.path for member in fewest], rest)
     without = f"; to leave out {_described(fewest)}, add {option}" if option else ""
     yield f"averaged together: {listed(described, 5)}{without}"
+
+
+def _are_several_runs(series: Iterable[str]) -> bool:
+    """Return whether names differ in a number or a word that tells runs or models apart.
+
+    Examples are seed_1 and seed_2, fold0 and fold1, generator and discriminator.
+    """
+    alike = [_NUMBER.sub("#", name) for name in series]
+    models = {frozenset(_WORD.findall(name.lower())) & words.MODELS for name in series}
+    return len(set(alike)) < len(alike) or len(models) > 1
 
 
 def _described(group: Sequence[Member]) -> str:

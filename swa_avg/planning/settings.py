@@ -118,12 +118,6 @@ class Options:
         """Whether the average of one checkpoint has the values of the checkpoint."""
         return self.dtype == "keep" and self.bn_buffers != "reset"
 
-    @property
-    def found_at(self) -> tuple[Sequence[str], bool | None]:
-        """The `key` and the `ema` with which the state_dict of the output is found."""
-        keys = (self.key,) if isinstance(self.key, str) else tuple(self.key)
-        return (keys, self.ema) if self.keep_wrapper else ((), None)
-
     def worded(self, notes: Iterable[str]) -> tuple[str, ...]:
         """Return notes in the words of the command line or of the API."""
         return tuple(notes if self.of_command else map(as_parameters, notes))

@@ -20,7 +20,7 @@ from swa_avg.pickles import Inert, buffers_of
 from swa_avg.tensors import DType, Kind, TensorRef
 
 # Names of tensors that contain the scales of quantised weights.
-_SCALE = re.compile(r"scale|absmax|zero|scb", re.IGNORECASE)
+_SCALE = re.compile(r"(?!logit).*(?:scale|absmax|zero|scb)", re.IGNORECASE)
 _CODES_OR_TABLE = (
     f"If it contains codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
     f"{BEFORE_QUANTISATION[1:]}. If it is a table, remove it from the files"
@@ -110,7 +110,7 @@ def treatments(
     """
     last = states[-1]
     buffers = _buffers(last)
-    scaled = frozenset(_module(name) for name in last.tensors if _SCALE.search(_leaf(name)))
+    scaled = frozenset(_module(name) for name in last.tensors if _SCALE.match(_leaf(name)))
     decide = _Decision(states, rules, count, buffers, scaled)
     return {name: decide(name, ref, families.get(name)) for name, ref in last.tensors.items()}
 
@@ -222,7 +222,9 @@ class _Decision:
             must_agree=ref.dtype.kind is Kind.OPAQUE,
         )
         integers = ref.dtype.kind is Kind.EXACT and ref.dtype.name != "bool" and ref.numel > 1
-        if integers and (len(ref.shape) > 1 or _module(plain.name) in self.scaled):
+        # Counts have 64 bits, codes never do.
+        beside = ref.dtype.itemsize < 8 and _module(plain.name) in self.scaled
+        if integers and (len(ref.shape) > 1 or beside):
             return replace(copied, must_agree=True, remedy=_CODES_OR_TABLE)
         return copied
 

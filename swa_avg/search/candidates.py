@@ -194,7 +194,7 @@ class Bench:
         """
         options = averaging.options
         if self._bn:
-            report = report.recomputed(*self._bn.recompute(file, *options.found_at, self.watch))
+            report = report.recomputed(*self._bn.recompute(file, *averaging.found_at, self.watch))
         if len(averaging.states) == 1 and not self._bn and options.keeps_values:
             self._scored += 1
             score = self._alone[str(averaging.states[0].checkpoint.path)]
@@ -214,6 +214,6 @@ def _stored(file: File, averaging: Averaging) -> Iterator[StateDict]:
     """Open the state_dict of an average in its file."""
     checkpoint = open_checkpoint(file.path)
     try:
-        yield find_state_dict(checkpoint, *averaging.options.found_at)
+        yield find_state_dict(checkpoint, *averaging.found_at)
     finally:
         checkpoint.close()

@@ -13,6 +13,8 @@ import torch
 from command import run
 from users_module import RECOMPUTE, data, done, failed, made, same, told
 
+import swa_avg
+
 REMEDY = re.compile(r"(def forward\(model, batch\)): (return .*)\.$")
 
 
@@ -105,6 +107,26 @@ MISFITS = {
         "where batch is tuple of (ndarray, list of 8 int)",
         "model(torch.as_tensor(batch[0]))",
     ),
+    "another precision": (
+        "loader = [(x.double(), torch.zeros(8)) for x in loader]\n",
+        "where batch is tuple of (float64[8,3,8,8], float32[8])",
+        "model(batch[0].float())",
+    ),
+    "a loader of DALI": (
+        "loader = [[{'data': x, 'label': torch.zeros(8)}] for x in loader]\n",
+        "where batch is list of (dict with data: float32[8,3,8,8], label: float32[8])",
+        "model(batch[0]['data'])",
+    ),
+    "a dataclass": (
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Batch:\n"
+        "    labels: torch.Tensor\n"
+        "    pixels: torch.Tensor\n"
+        "loader = [Batch(torch.zeros(8), x) for x in loader]\n",
+        "call was model(batch), where batch is Batch",
+        "model(batch.pixels)",
+    ),
     "an object": (
         "class Graph:\n"
         "    def __init__(self, x): self.x = x\n"
@@ -136,6 +158,31 @@ def test_d_batch_for_which_no_call_works_gets_no_remedy(tmp_path: Path) -> None:
     line = failed(made(tmp_path, "loader = [(['p'] * 8, torch.zeros(8, 5)) for x in loader]\n"))
     assert "tuple of (list of 8 str, float32[8,5])" in line
     assert "def forward" not in line
+
+
+def test_d_packed_sequence_is_one_input(tmp_path: Path) -> None:
+    """It is a tuple of the parts of one input: an LSTM would run over its parts, too."""
+    from torch import nn
+    from torch.nn.utils.rnn import pack_sequence
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.norm = nn.LSTM(3, 4), nn.BatchNorm1d(4)
+
+        def forward(self, packed):
+            return self.norm(self.lstm(packed)[0].data)
+
+    torch.manual_seed(0)
+    model = Net()
+    batches = [pack_sequence([torch.randn(5, 3), torch.randn(2, 3)]) for _ in range(3)]
+    report = swa_avg.recompute_batchnorm(model, batches)
+    assert (report.batches, report.samples) == (3, 6)
+    seen = torch.cat([model.lstm(packed)[0].data for packed in batches])
+    torch.testing.assert_close(model.norm.running_mean, seen.mean(0))
+    # Beside targets it is the input as any other.
+    swa_avg.recompute_batchnorm(model, [(packed, torch.zeros(2)) for packed in batches])
+    torch.testing.assert_close(model.norm.running_mean, seen.mean(0))
 
 
 # --- names --------------------------------------------------------------------------

@@ -20,16 +20,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import save_chunks
+from folders import save_accelerate, save_chunks, save_deepspeed, save_nemo
 from injection import FAIL, HALF, SIGNAL, Commands, Ended, Fault
 from safetensors.torch import save_file
+from stored import content
 
 ALL = os.environ.get("SWA_AVG_FAULTS") == "all"
 HALVES = [((0, 0), (40, 50)), ((0, 50), (40, 40))]
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 FORMS = ("file", "folder")
-RANKS = (*FORMS, "ranks")  # a folder that several ranks wrote, with its wrapper kept
-STEPS = {"file": 1, "folder": 1, "ranks": 3}  # of how many calls one is tried
+# Copies of the last checkpoint: a folder that several ranks wrote, a folder with a sub-folder, a
+# folder of several models, and an archive.
+COPIES = ("ranks", "deepspeed", "accelerate", "nemo")
+ALL_FORMS = (*FORMS, *COPIES)
+# Of how many calls one is tried.
+STEPS = {"file": 1, "folder": 1, "ranks": 3, "deepspeed": 3, "accelerate": 4, "nemo": 2}
+KEEP = {"ranks": ["--keep-wrapper"], "accelerate": ["--keep-wrapper"]}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file(state, folder / str(seed) / "model.safetensors", {"format": "pt"})
         (folder / str(seed) / "config.json").write_text(json.dumps({"seed": seed}))
         save_chunks(folder / f"ranks{seed}", {"a": state["a"]}, {"a": HALVES})
+        save_deepspeed(folder / f"deepspeed{seed}", state, seed)
+        save_accelerate(folder / f"accelerate{seed}", {"a": state["a"]}, seed)
+        save_nemo(folder / f"nemo{seed}.nemo", state, seed)
     return folder
 
 
@@ -53,10 +62,11 @@ class Case:
     def __init__(self, commands: Commands, inputs: Path, place: Path, form: str) -> None:
         self.commands = commands
         self.place, self.form = place, form
-        name = {"file": "swa.pt"}.get(form, "swa")
-        names = {"file": "{}.pt", "folder": "{}", "ranks": "ranks{}"}
-        sources = [str(inputs / names[form].format(n)) for n in (1, 2)]
-        shards = {"folder": ["--max-shard-size", "10KB"], "ranks": ["--keep-wrapper"]}.get(form, [])
+        name = {"file": "swa.pt", "nemo": "swa.nemo"}.get(form, "swa")
+        names = {"file": "{}.pt", "folder": "{}", "nemo": "nemo{}.nemo"}
+        sources = [str(inputs / names.get(form, form + "{}").format(n)) for n in (1, 2)]
+        kept = KEEP.get(form, [])
+        shards = ["--max-shard-size", "10KB"] if form == "folder" else kept
         self.target = place / name
         self.arguments = [*sources, "-o", name, "-f", "--threads", "1", *shards]
         self.inputs = inputs
@@ -65,7 +75,6 @@ class Case:
         self.new = content(self.target)
         self.reset(old=False)
         # The old one is another: only one of the inputs.
-        kept = shards if form == "ranks" else []
         assert commands.run(place, *sources[:1], "-o", name, *kept).code == 0
         self.old = content(self.target)
         self.backup = Path(tempfile.mkdtemp(dir=inputs.parent)) / name
@@ -93,14 +102,6 @@ class Case:
         return [path.name for path in self.place.iterdir() if path != self.target]
 
 
-def content(path: Path) -> dict[str, bytes]:
-    """Return all bytes of a file, or of all files of a folder; nothing of what is not there."""
-    if path.is_dir():
-        inner = sorted(p for p in path.rglob("*") if p.is_file())
-        return {str(p.relative_to(path)): p.read_bytes() for p in inner}
-    return {"": path.read_bytes()} if path.exists() else {}
-
-
 @pytest.fixture
 def case(request: pytest.FixtureRequest, commands: Commands, inputs: Path, tmp_path: Path) -> Case:
     return Case(commands, inputs, tmp_path, request.param)
@@ -117,7 +118,7 @@ def moments(case: Case, fault: Fault = Fault(), old: bool = True) -> list[str]: 
 # Killed.
 
 
-@pytest.mark.parametrize("case", RANKS, indirect=True)
+@pytest.mark.parametrize("case", ALL_FORMS, indirect=True)
 @pytest.mark.parametrize("number", CODES)
 @pytest.mark.parametrize("old", [True, False])
 def test_killed_at_any_call(case: Case, number: signal.Signals, old: bool) -> None:
@@ -176,7 +177,7 @@ def test_killed_where_folders_cannot_change_places(case: Case) -> None:
 # Refused by the system.
 
 
-@pytest.mark.parametrize("case", RANKS, indirect=True)
+@pytest.mark.parametrize("case", ALL_FORMS, indirect=True)
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_any_call_that_fails(case: Case, number: int) -> None:
     """One line that names the output and says why, exit code 1, and everything as it was."""
@@ -217,7 +218,7 @@ def test_rename_that_fails_puts_the_old_folder_back(case: Case) -> None:
     assert (ended.code, case.found(), case.left()) == (1, "old", [])
 
 
-@pytest.mark.parametrize("case", FORMS, indirect=True)
+@pytest.mark.parametrize("case", ALL_FORMS, indirect=True)
 def test_failed_fsync_is_not_tried_again(case: Case) -> None:
     """The kernel may have dropped what it could not write, and say yes the second time."""
     calls = moments(case)
@@ -230,7 +231,7 @@ def test_failed_fsync_is_not_tried_again(case: Case) -> None:
         assert paths.count(paths[-1]) == 1
 
 
-@pytest.mark.parametrize("case", FORMS, indirect=True)
+@pytest.mark.parametrize("case", ALL_FORMS, indirect=True)
 def test_everything_is_on_disk_before_it_has_its_name(case: Case) -> None:
     """After a power failure too: bytes, then names in the folder, then the name, then its folder.
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from command import fails, run, snapshot
+from folders import members, save_nemo
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks, not ours
@@ -329,28 +330,6 @@ def test_speechbrain_checkpointer_recovers_the_mean(
 # NeMo.
 
 
-def nemo(path: Path, state: State, mode: str = "w:") -> Path:
-    """Write what NeMo's `_make_nemo_file_from_folder` writes."""
-    data = io.BytesIO()
-    torch.save(state, data)
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in {
-            "./model_config.yaml": b"target: a.Model\n",
-            "./" + "0" * 120 + "_tokenizer.model": b"\0\1" * 900,
-            "./model_weights.ckpt": data.getvalue(),
-        }.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
-
-
-def members(path: Path) -> dict[str, bytes]:
-    with tarfile.open(path, "r:") as archive:
-        found = {member.name: archive.extractfile(member) for member in archive}
-        return {name: file.read() for name, file in found.items() if file}
-
-
 def weights_of(path: Path) -> State:
     """Load the weights as NeMo does, with its own connector if it is installed."""
     try:
@@ -372,7 +351,7 @@ def load_bytes(data: bytes) -> Any:
 def test_nemo_archives(tmp_path: Path) -> None:
     """`-o x.nemo` is the last archive with other weights; every other member keeps its bytes."""
     for n, state in enumerate(STATES):
-        nemo(tmp_path / f"epoch={n}.nemo", state)
+        save_nemo(tmp_path / f"epoch={n}.nemo", state, n)
     inputs = [f"epoch={n}.nemo" for n in range(3)]
     done(tmp_path, *inputs, "-o", "swa.nemo", "--verify")
     last, made = members(tmp_path / "epoch=2.nemo"), members(tmp_path / "swa.nemo")
@@ -393,8 +372,8 @@ def test_nemo_archives(tmp_path: Path) -> None:
 
 def test_compressed_archives_and_their_remedy(tmp_path: Path) -> None:
     """A compressed archive is refused; after the command in the message it is read."""
-    nemo(tmp_path / "old.nemo", STATES[0], "w:gz")
-    nemo(tmp_path / "new.nemo", STATES[1])
+    save_nemo(tmp_path / "old.nemo", STATES[0], 0, "w:gz")
+    save_nemo(tmp_path / "new.nemo", STATES[1], 1)
     line = fails(tmp_path, "old.nemo", "new.nemo", "-o", "out.nemo")
     assert "is a compressed archive" in line
     remedy = line.partition("Decompress it: ")[2].removesuffix(".")
@@ -408,7 +387,7 @@ def test_compressed_archives_and_their_remedy(tmp_path: Path) -> None:
 
 def test_archives_that_are_not_sound_are_refused(tmp_path: Path) -> None:
     """A cut archive, two files of one name, a link or a folder of weights: one line, no output."""
-    whole = nemo(tmp_path / "whole.nemo", STATES[0]).read_bytes()
+    whole = save_nemo(tmp_path / "whole.nemo", STATES[0], 0).read_bytes()
     start = whole.index(b"./model_weights.ckpt")
     cases = {
         "cut": (whole[: start + 2000], "is cut short"),

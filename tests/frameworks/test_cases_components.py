@@ -14,6 +14,7 @@ import pytest
 import torch
 from command import fails, run, snapshot
 from safetensors.torch import load_file, save_file
+from stored import content
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of the libraries, not ours
@@ -226,6 +227,111 @@ def test_adapters_by_name_are_averaged_each_by_itself(tmp_path: Path) -> None:
     made.load_adapter(tmp_path / "avg/style", "style")
     for name, those in states.items():
         assert_mean(peft.get_peft_model_state_dict(made, adapter_name=name), those)
+
+
+def pair(seed: int) -> tuple[Any, Any]:
+    """Two models of one architecture, so that nothing but their files tells them apart."""
+    torch.manual_seed(seed)
+    return tuple(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)) for _ in "ab")  # type: ignore[return-value]
+
+
+def accelerated(models: tuple[Any, ...], optimizer: bool = True) -> Any:
+    """Return an Accelerator with these models, and their optimizers if wanted."""
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    for one in models:
+        accelerator.prepare(one)
+        if optimizer:
+            accelerator.prepare(torch.optim.AdamW(one.parameters(), lr=0.1))
+    return accelerator
+
+
+def accelerated_run(run: Path, safe: bool = True) -> list[list[Weights]]:
+    """Let accelerate save both models three times; return the states of each."""
+    models = pair(0)
+    accelerator = accelerated(models)
+    states: list[list[Weights]] = [[], []]
+    for number in range(3):
+        for model, those, optimizer in zip(models, states, accelerator._optimizers, strict=True):
+            accelerator.backward(model(torch.rand(4, 3)).square().mean())
+            optimizer.step()
+            those.append({name: value.clone() for name, value in model.state_dict().items()})
+        accelerator.save_state(str(run / f"checkpoint_{number}"), safe_serialization=safe)
+    return states
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_models_of_accelerate_are_averaged_each_by_itself(tmp_path: Path, safe: bool) -> None:
+    """`load_state` takes the mean of either model, and the optimizers of the last checkpoint."""
+    states = accelerated_run(tmp_path / "run", safe)
+    inputs = [f"run/checkpoint_{number}" for number in range(3)]
+    done(tmp_path, *inputs, "-o", "swa", "--keep-wrapper", "--verify")
+    last, suffix = tmp_path / "run/checkpoint_2", "safetensors" if safe else "bin"
+    names = [f"model{n}.{suffix}" if safe else f"pytorch_model{n}.{suffix}" for n in ("", "_1")]
+    found, expected = content(tmp_path / "swa"), content(last)
+    assert {name for name in found if found[name] != expected.get(name)} == {
+        *names, "swa_avg.json"
+    }  # fmt: skip
+    fresh = pair(9)
+    accelerator = accelerated(fresh)
+    accelerator.load_state(str(tmp_path / "swa"))
+    for model, those, optimizer in zip(fresh, states, accelerator._optimizers, strict=True):
+        assert_mean(model.state_dict(), those)
+        assert optimizer.state_dict()["state"][0]["step"] == 3
+    # Without the state of the run, as safetensors; also from the run folder, and once more.
+    said = done(tmp_path, "run", "-o", "bare", "--verify")
+    assert "not read" not in said and "left out" not in said
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == {
+        "model.safetensors", "model_1.safetensors", "swa_avg.json"
+    }  # fmt: skip
+    done(tmp_path, "--start-from", "bare", "-o", "again")
+    for folder in ("bare", "again"):
+        fresh = pair(9)
+        accelerated(fresh, optimizer=False).load_state(str(tmp_path / folder))
+        for model, those in zip(fresh, states, strict=True):
+            assert_mean(model.state_dict(), those)
+    # One model, in one file or in a folder of its own; each remedy works.
+    line = fails(tmp_path, *inputs, "-o", "swa.pt")
+    assert "several models (model, model_1)" in line and "--key model_1" in line
+    done(tmp_path, *inputs, "-o", "one.safetensors", "--key", "model_1")
+    said = done(tmp_path, *inputs, "-o", "one", "--key", "model_1")
+    assert "model: not averaged; not in the output" in said
+    assert_mean(load_file(tmp_path / "one.safetensors"), states[1])
+    assert_mean(load_file(tmp_path / "one/model.safetensors"), states[1])
+    line = fails(tmp_path, *inputs, "-o", "small", "--max-shard-size", "1KB")
+    assert "accelerate loads each from one file" in line
+
+
+def test_files_of_the_models_of_accelerate(tmp_path: Path) -> None:
+    """Given as files, those of one model are averaged, and those of two are refused.
+
+    In a folder, as in a run of files of such names, no file of another model is a checkpoint.
+    """
+    states = accelerated_run(tmp_path / "run")
+    files = [f"run/checkpoint_{number}/model_1.safetensors" for number in range(3)]
+    done(tmp_path, *files, "-o", "one.safetensors")
+    assert_mean(load_file(tmp_path / "one.safetensors"), states[1])
+    line = fails(tmp_path, *files, "run/checkpoint_0/model.safetensors", "-o", "two.safetensors")
+    assert "expected the same model of each checkpoint" in line
+    done(tmp_path, "run/checkpoint_1", "-o", "single")
+    assert_mean(load_file(tmp_path / "single/model_1.safetensors"), states[1][1:2])
+    # Two of three models are no checkpoint of accelerate.
+    for number in range(2):
+        home = tmp_path / f"three/checkpoint_{number}"
+        home.mkdir(parents=True)
+        for name in ("model", "model_1", "model_2"):
+            save_file(states[0][number], home / f"{name}.safetensors", {"format": "pt"})
+        (home / "random_states_0.pkl").write_bytes(b"random")
+    line = fails(tmp_path, "three", "-o", "two", "--key", "model", "--key", "model_2")
+    assert "accelerate loads all of them" in line
+    done(tmp_path, "three", "-o", "two", "--key", "model")
+    done(tmp_path, "three", "-o", "three_avg")
+    # Without the state of a run, files of such names are the checkpoints of one model.
+    epochs = tmp_path / "epochs"
+    epochs.mkdir()
+    for number in (1, 2, 3):
+        save_file(states[0][number - 1], epochs / f"model_{number}.safetensors", {"format": "pt"})
+    done(tmp_path, "epochs", "-o", "epochs.safetensors")
+    assert_mean(load_file(tmp_path / "epochs.safetensors"), states[0])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ as its source does them.
 
 from __future__ import annotations
 
+import io
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from command import run
+from folders import members, save_megatron, save_nemo, save_speechbrain
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import swa_avg
@@ -222,6 +226,76 @@ def _(folder: Path) -> Any:
     return loaded
 
 
+@row("accelerate, several models ✓")
+def _(folder: Path) -> Any:
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    models = [network(0), network(1)]
+    for model in models:
+        accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for n in range(3):
+        for model, states in zip(models, (RAW, EMA), strict=True):
+            model.load_state_dict(states[n])
+        accelerator.save_state(str(folder / f"run/checkpoint_{n}"))
+
+    def loaded() -> tuple[State, list[State]]:
+        for model in models:
+            model.load_state_dict(network(9).state_dict())
+        accelerator.load_state(str(folder / "swa"))
+        found = [under(f"{n}.", dict(model.state_dict())) for n, model in enumerate(models)]
+        each = [under("0.", RAW[n]) | under("1.", EMA[n]) for n in range(3)]
+        return found[0] | found[1], each
+
+    return loaded
+
+
+@row("sentence-transformers ✓")
+def _(folder: Path) -> Any:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    import transformers
+    from sentence_transformers import models
+
+    states = []
+    for n in range(3):
+        torch.manual_seed(n)
+        bert = folder / f"bert-{n}"
+        config = transformers.BertConfig(
+            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=8, max_position_embeddings=16,
+        )  # fmt: skip
+        transformers.BertModel(config).save_pretrained(bert)
+        (bert / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
+        transformers.BertTokenizerFast(str(bert / "vocab.txt")).save_pretrained(bert)
+        parts = [models.Transformer(str(bert)), models.Pooling(8), models.Dense(8, 4)]
+        made = sentence_transformers.SentenceTransformer(modules=parts, device="cpu")
+        made.save(str(folder / f"run/checkpoint-{n}"))
+        states.append({name: value.cpu().clone() for name, value in made.state_dict().items()})
+
+    def loaded() -> tuple[State, list[State]]:
+        found = sentence_transformers.SentenceTransformer(str(folder / "swa"), device="cpu")
+        return found.state_dict(), states
+
+    return loaded
+
+
+@row("diffusers ✓")
+def _(folder: Path) -> Any:
+    kind = pytest.importorskip("diffusers").UNet2DModel
+    states = []
+    for n in range(3):
+        for name in ("unet", "unet_ema"):
+            torch.manual_seed(n + 10 * (name == "unet"))
+            model = kind(
+                sample_size=8, in_channels=1, out_channels=1, layers_per_block=1,
+                norm_num_groups=4, block_out_channels=(8, 8),
+                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+            )  # fmt: skip
+            model.save_pretrained(folder / f"run/checkpoint-{n}" / name)
+        states.append(model.state_dict())
+        torch.save({"state": {}}, folder / f"run/checkpoint-{n}/optimizer.bin")
+    made = folder / "swa"
+    return lambda: (kind.from_pretrained(made, subfolder="unet_ema").state_dict(), states)
+
+
 @row("Ignite ✓")
 def _(folder: Path) -> Any:
     handlers = pytest.importorskip("ignite.handlers")
@@ -267,6 +341,51 @@ def _(folder: Path) -> Any:
     return of_dcp(folder, "iter_000{}", "", lambda state: under(prefix, state))
 
 
+@row("NeMo 2")
+def _(folder: Path) -> Any:
+    for n, state in enumerate(RAW):
+        home = folder / f"run/checkpoints/model--step={n}"
+        optimizer = under("optimizer.state.exp_avg.module.", state)
+        dcp.save(under("module.", state) | optimizer, checkpoint_id=home / "weights")
+        (home / "context").mkdir()
+        (home / "context/model.yaml").write_text(f"step: {n}\n")
+
+    def loaded() -> tuple[State, list[State]]:
+        inner = under("module.", {name: torch.empty_like(one) for name, one in RAW[0].items()})
+        dcp.load(inner, checkpoint_id=folder / "swa/weights")
+        assert (folder / "swa/context/model.yaml").read_text() == "step: 2\n"
+        return {name.removeprefix("module."): value for name, value in inner.items()}, RAW
+
+    return loaded
+
+
+@row("LitGPT ✓")
+def _(folder: Path) -> Any:
+    litgpt = pytest.importorskip("litgpt")
+    from litgpt.utils import check_valid_checkpoint_dir, lazy_load, save_config
+
+    config = litgpt.Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, padded_vocab_size=16,
+                           block_size=8)  # fmt: skip
+    states = []
+    for n in range(3):
+        home = folder / f"out/step-{n:06d}"
+        home.mkdir(parents=True)
+        torch.manual_seed(n)
+        states.append(dict(litgpt.GPT(config).state_dict()))
+        torch.save({"model": states[-1]}, home / "lit_model.pth")
+        save_config(config, home)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (home / name).write_text("{}")
+
+    def loaded() -> tuple[State, list[State]]:
+        check_valid_checkpoint_dir(folder / "swa")
+        model = litgpt.GPT(litgpt.Config.from_file(folder / "swa/model_config.yaml"))
+        model.load_state_dict(lazy_load(folder / "swa/lit_model.pth")["model"])
+        return dict(model.state_dict()), states
+
+    return loaded
+
+
 @row("ema_pytorch ✓")
 def _(folder: Path) -> Any:
     ema_pytorch = pytest.importorskip("ema_pytorch")
@@ -285,6 +404,75 @@ def _(folder: Path) -> Any:
 
 
 # By hand --------------------------------------------------------------------------------------
+
+
+@row("`.nemo`")
+def _(folder: Path) -> Any:
+    for n, state in enumerate(RAW):
+        save_nemo(folder / f"nemo/epoch={n}.nemo", state, n)
+
+    def loaded() -> tuple[State, list[State]]:
+        data = members(folder / "swa.nemo")["./model_weights.ckpt"]
+        return torch.load(io.BytesIO(data), weights_only=True), RAW
+
+    return loaded
+
+
+@row("DeepSpeed (ZeRO-1, ZeRO-2)")
+def _(folder: Path) -> Any:
+    name = "mp_rank_00_model_states.pt"
+    for n, state in enumerate(RAW):
+        home = folder / f"run/global_step{n}"
+        home.mkdir(parents=True)
+        content = {"module": state, "global_steps": n, "dp_world_size": 1, "ds_version": "0.19.8"}
+        torch.save(content, home / name)
+        torch.save({}, home / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    (folder / "run/latest").write_text("global_step2")
+    # deepspeed/runtime/engine.py: _load_checkpoint, load_module_state_dict
+    return lambda: (load(folder / "run/swa" / name)["module"], RAW)
+
+
+@row("Megatron-LM")
+def _(folder: Path) -> Any:
+    for n, state in enumerate(RAW):
+        save_megatron(folder / f"run/iter_000000{n}", state, n)
+    (folder / "run/latest_checkpointed_iteration.txt").write_text("2")
+
+    def loaded() -> tuple[State, list[State]]:
+        # megatron/training/checkpointing.py: read_metadata, get_checkpoint_name
+        found = load(folder / "run/release/mp_rank_00/model_optim_rng.pt")
+        assert found["checkpoint_version"] == 3.0
+        return found["model"], RAW
+
+    return loaded
+
+
+@row("SpeechBrain")
+def _(folder: Path) -> Any:
+    for n, state in enumerate(RAW):
+        save_speechbrain(folder / f"results/save/CKPT+2024-05-0{n + 1}+10-00-00+00", state, n)
+
+    def loaded() -> tuple[State, list[State]]:
+        # speechbrain/utils/checkpoints.py: _construct_checkpoint_objects, torch_recovery
+        assert (folder / "CKPT+swa/CKPT.yaml").exists()
+        found = {name: load(folder / f"CKPT+swa/{name}.ckpt") for name in ("model", "encoder")}
+        assert torch.equal(found["encoder"]["linear.weight"], torch.ones(2, 3))
+        return found["model"], RAW
+
+    return loaded
+
+
+@row("torchtune")
+def _(folder: Path) -> Any:
+    name = "model-00001-of-00001.safetensors"
+    for n, state in enumerate(RAW):
+        home = folder / f"out/epoch_{n}"
+        home.mkdir(parents=True)
+        save_file(state, home / name, {"format": "pt"})
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, name)}
+        (home / "model.safetensors.index.json").write_text(json.dumps(index))
+        (home / "config.json").write_text("{}")
+    return lambda: (load_file(folder / "swa/model.safetensors"), RAW)
 
 
 def by_hand(

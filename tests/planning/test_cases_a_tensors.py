@@ -7,9 +7,11 @@ definition gives.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
+
+import swa_avg
 
 State = dict[str, Any]
 
@@ -188,14 +192,62 @@ KEPT_TOGETHER = {
     "thop": ("total_ops total_params", "w"),
     "ActNorm": ("flow.initialized", "flow.loc flow.scale"),
     "pruning": ("a.weight_mask", "a.weight_orig"),
+    "sparse training": ("a.weight_mask", "a.weight"),
+    "spectral norm of SNGP": ("c.weight_u c.weight_v c.weight_sigma", "c.weight_orig"),
+    "torch-mimicry": ("c.sn_u c.sn_sigma", "c.weight"),
+    "NoisyNet": (
+        "n.weight_epsilon n.bias_epsilon",
+        "n.weight_mu n.weight_sigma n.bias_mu n.bias_sigma",
+    ),
+    "torchrl VecNorm": ("obs_sum obs_ssq obs_count", "a.weight"),
+    "torchrl VecNormV2": ("n._loc n._var n._count", "a.weight"),
+    "brax": ("n.mean n.std n.summed_variance n.count", "a.weight"),
+    "another counter": ("n.steps n.mean n.var", "a.weight"),
+    "sums": ("n.sum n.sumsq n.count", "a.weight"),
+    "moments": ("obs_mean obs_sq_mean", "a.weight"),
+    "moving averages": ("n.ema_mean n.ema_var", "n.weight"),
+    "StyleGAN3": ("l.magnitude_ema", "l.weight"),
+    "lightly": ("m.bank m.bank_ptr", "a.weight"),
+    "DenseCL": ("queue queue_ptr queue2 queue2_ptr", "a.weight"),
+    "CMC": ("m.memory_l m.memory_ab m.params", "a.weight"),
+    "Ling": ("mlp.gate.expert_bias", "mlp.gate.weight"),
+    "LFM2": ("feed_forward.expert_bias", "feed_forward.gate.weight"),
+    "OLMo-core": ("moe.router.score_bias", "moe.router.weight"),
+    "torchmetrics": ("acc.tp acc.fp acc.tn acc.fn", "a.weight"),
+    "a confusion matrix": ("val.confmat", "a.weight"),
+    "codebook with an EMA of its own": ("q.embed q.embed_ema q.cluster_size_ema", "a.weight"),
+    "codebook with sums": ("q.embed q.embed_sum q.cluster_size", "a.weight"),
+    "I-BERT": ("q.x_min q.x_max q.act_scaling_factor", "a.weight"),
+    "training loops": ("iteration current_epoch", "a.weight"),
     "Transformer Engine": ("attn._extra_state", "attn.weight"),
 }
 
 
 def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
     """Each family is the last one's as a whole, integers, too; what is trained is the mean."""
-    integers = ("queue_ptr", "idx_queue", "num_updates", "codebook_mean_needs_init")
-    single = ("inited", "initted", "initialized", "count", "decay", "num_updates")
+    integers = (
+        "queue_ptr",
+        "idx_queue",
+        "num_updates",
+        "codebook_mean_needs_init",
+        "bank_ptr",
+        "queue2_ptr",
+        "confmat",
+        "tp",
+        "fp",
+        "tn",
+        "fn",
+    )
+    single = (
+        "inited",
+        "initted",
+        "initialized",
+        "count",
+        "decay",
+        "num_updates",
+        "iteration",
+        "current_epoch",
+    )
     states: list[State] = [{} for _ in range(3)]
     kept = []
     for number, (together, beside) in enumerate(KEPT_TOGETHER.values()):
@@ -381,6 +433,8 @@ QUANTISED: dict[str, Callable[[], State]] = {
         "gate_up_proj_scales": codes(2, dtype=torch.uint8),
     },
     "quanto": lambda: {"weight._data": codes(4, dtype=torch.int8), "weight._scale": torch.rand(1)},
+    "fp8 of DeepSeek-V3's own": lambda: {"weight": fp8(4, 4), "scale": torch.rand(1, 1)},
+    "scaled fp8 of ComfyUI": lambda: {"weight": fp8(4, 4), "scale_weight": torch.rand(())},
     "torchao": lambda: {"_weight_qdata": codes(4, 2, dtype=torch.int8),
                         "_weight_scale": torch.rand(4)},
     "EETQ": lambda: {"weight": codes(4, 2, dtype=torch.int8), "weight_scales": torch.rand(2)},
@@ -443,6 +497,33 @@ def test_quantised_modules_of_torch_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, *saved(tmp_path, states), says=says)
 
 
+def test_float8_without_scales_is_averaged(tmp_path: Path) -> None:
+    """Weights that were only cast, also beside CLIP's logit_scale."""
+    states = [{"text_projection": fp8(4, 4), "logit_scale": torch.randn(()), "l.weight": fp8(4)}
+              for _ in range(2)]  # fmt: skip
+    assert_last_and_mean(averaged(tmp_path, *saved(tmp_path, states)).tensors, states)
+
+
+def test_integers_of_one_dimension_beside_a_scale_are_no_codes(tmp_path: Path) -> None:
+    """Counts have 64 bits, and the scale of CLIP's logits belongs to no codes."""
+    states = [{"q.usage": codes(4, dtype=torch.int64), "q.scale": torch.randn(4), "w": fp8(2),
+               "rng_state": codes(99, dtype=torch.uint8), "logit_scale": torch.randn(())}
+              for _ in range(2)]  # fmt: skip
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    assert_last_and_mean(done.tensors, states, "q.usage", "rng_state")
+    assert len(noted(done, "differs between checkpoints")) == 2
+
+
+def test_moments_of_weights_are_refused(tmp_path: Path) -> None:
+    """SWAG's moments include all earlier models: the last ones are the run's, as the line says."""
+    names = ("l.weight_mean", "l.weight_sq_mean", "l.weight_cov_mat_sqrt")
+    states = [{name: torch.randn(3) for name in names} for _ in range(3)]
+    names_of_files = saved(tmp_path, states)
+    refused(tmp_path, *names_of_files, says=("moments of the run's weights", "(--last 1)"))
+    done = averaged(tmp_path, *names_of_files, "--last", "1")
+    assert_last_and_mean(done.tensors, states, *names)
+
+
 def test_tables_of_integers_that_differ_are_refused(tmp_path: Path) -> None:
     """No one knows what a mean of them is; left out of the files, the rest is averaged."""
     states = [{"table": torch.full((3, 2), n), "pad": torch.eye(2, dtype=torch.bool) * n > 0,
@@ -490,6 +571,11 @@ FACTORS = {
     "diffusers, old": ("to_q_lora.down.weight", "to_q_lora.up.weight"),
     "LoHa": ("l.hada_w1_a", "l.hada_w1_b", "l.hada_w2_a", "l.hada_w2_b"),
     "LoKr": ("l.lokr_w1", "l.lokr_w2_a", "l.lokr_w2_b"),
+    "PEFT Poly": ("l.poly_lora_A.default", "l.poly_lora_B.default"),
+    "PEFT RandLora": ("l.randlora_lambda.default", "l.randlora_gamma.default"),
+    "PEFT VB-LoRA": ("l.vblora_logits_A.default", "l.vblora_logits_B.default"),
+    "x-flux": ("b.qkv_lora1.down.weight", "b.qkv_lora1.up.weight"),
+    "diffusers, ControlNet": ("to_q.lora_layer.down.weight", "to_q.lora_layer.up.weight"),
 }
 
 
@@ -504,6 +590,17 @@ def test_lora_factors_are_averaged_and_said(tmp_path: Path) -> None:
     assert f" and {len(names) - 1} more (low-rank adapter)" in note
     assert done.stdout.count("each factor separately") == len(names)
     assert not noted(averaged(tmp_path, "0.pt"), "low-rank")
+
+
+def test_rotations_are_averaged_and_said(tmp_path: Path) -> None:
+    """OFT, BOFT and HRA train what a rotation is computed from."""
+    names = ("q.oft_r.default", "k.oft_R.default.weight", "v.boft_R.default", "v.boft_s.default",
+             "o.oft_blocks", "u.hra_u.default")  # fmt: skip
+    states = [{name: torch.randn(2, 2) for name in names} for _ in range(2)]
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    assert_last_and_mean(done.tensors, states)
+    (note,) = done.notes
+    assert "and 5 more (orthogonal adapter)" in note and "merge each adapter" in note
 
 
 @pytest.mark.frameworks
@@ -524,6 +621,56 @@ def test_adapters_merged_before_have_the_mean_of_the_products(tmp_path: Path) ->
     done = averaged(tmp_path, *saved(tmp_path, merged))
     expected = base[0].weight + (products[0] + products[1]) / 2
     assert torch.allclose(done.tensors["0.weight"], expected, atol=1e-6) and done.notes == ()
+
+
+# What some of PEFT's adapters need besides the module that they adapt.
+ADAPTERS = {
+    "BOFT": {"boft_block_size": 4},
+    "OFT": {"oft_block_size": 4, "r": 0},
+    "VBLORA": {"num_vectors": 8, "vector_length": 4},
+    "C3A": {"block_size": 4},
+    "ADALORA": {"total_step": 10},
+    "FOURIERFT": {"n_frequency": 10},
+    "IA3": {"feedforward_modules": []},
+}
+
+
+@pytest.mark.frameworks
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_whose_mean_is_not_the_mean_of_the_weights_are_said(tmp_path: Path) -> None:
+    """Of each adapter of PEFT: merged, the mean is the mean of both, or a note says it is not."""
+    peft = pytest.importorskip("peft")
+    judged = {True: 0, False: 0}
+    for kind, configuration in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        known = inspect.signature(configuration).parameters
+        usual = {"target_modules": ["0"], "r": 2, "init_weights": False} | {
+            "init_lora_weights": False, **ADAPTERS.get(kind.name, {})}  # fmt: skip
+        options = {name: value for name, value in usual.items() if name in known}
+        models = []
+        try:
+            for seed in (1, 2, 2):
+                torch.manual_seed(0)  # one base and one projection
+                model = peft.get_peft_model(
+                    nn.Sequential(nn.Linear(16, 16)), configuration(**options)
+                )
+                torch.manual_seed(seed)
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        nn.init.normal_(parameter, 0.5, 0.3)
+                models.append(model)
+            states = [peft.get_peft_model_state_dict(model) for model in models[:2]]
+            save = [{name: value.contiguous() for name, value in state.items()} for state in states]
+            names = [str(tmp_path / name) for name in saved(tmp_path, save)]
+            copy.deepcopy(models[0]).merge_and_unload()
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            continue  # prompts, and adapters of whole models
+        report = swa_avg.average(names, tmp_path / OUT, force=True)
+        peft.set_peft_model_state_dict(models[2], torch.load(tmp_path / OUT))
+        one, other, mean = (model.merge_and_unload()[0].weight.detach() for model in models)
+        linear = torch.allclose(mean, (one + other) / 2, atol=1e-5)
+        assert linear == (not any("separately" in n or "rotation" in n for n in report.notes)), kind
+        judged[linear] += 1
+    assert judged[True] > 3 and judged[False] > 5
 
 
 class Reparametrized(nn.Module):
@@ -633,22 +780,63 @@ def test_extra_state_of_transformer_engine(tmp_path: Path) -> None:
         assert oracle.same_bits(
             found["stream.weight"], oracle.mean([s["stream.weight"] for s in states])
         )
-    # What holds tensors or foreign objects stays with the file only.
-    nested = [
-        {"l._extra_state": {"scale": torch.full((2,), n)}, "l.w": torch.tensor([n]), "l.b": one}
-        for n, one in ((1.0, torch.ones(1)), (2.0, torch.ones(1)))
+    # What holds foreign objects stays with the file only.
+    foreign = [
+        {"l._extra_state": {"recipe": Recipe()}, "l.w": torch.tensor([n])} for n in (1.0, 2.0)
     ]
-    (note,) = noted(averaged(tmp_path, *saved(tmp_path, nested, ".pt")), "_extra_state")
+    (note,) = noted(averaged(tmp_path, *saved(tmp_path, foreign)), "_extra_state")
     assert note == (
         "l._extra_state: neither a tensor nor a plain value; left out "
         "(to keep it, use --keep-wrapper)"
     )
-    assert not noted(averaged(tmp_path, "0.pt", "1.pt", "--keep-wrapper"), "_extra_state")
-    found = torch.load(tmp_path / OUT, weights_only=True)
-    assert torch.equal(found["l._extra_state"]["scale"], torch.full((2,), 2.0))
     names = saved(tmp_path, [{"state_dict": state} for state in states])
     ended = run(tmp_path, *names, "-o", "x.safetensors")
     assert "stream._extra_state, dict._extra_state: not a tensor; left out" in ended.stderr
+
+
+class Recipe:
+    """An object of the user's own class in an extra state."""
+
+
+class Nested(nn.Linear):
+    """Keeps tensors in the containers of its extra state, one of them twice."""
+
+    def __init__(self, value: int = 0) -> None:
+        super().__init__(2, 2)
+        self.value = float(value)
+
+    def get_extra_state(self) -> object:
+        scale = torch.full((2,), self.value)
+        history = OrderedDict(amax=[torch.eye(2).T * self.value, scale], steps=self.value)
+        return {"scale": scale, "history": (history, None), "none": [], "t": torch.ones(())}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.loaded = state
+
+
+def test_extra_state_with_tensors_is_that_of_the_last(tmp_path: Path) -> None:
+    """A strict load of the bare file gives the last one's, in the same containers; nothing runs."""
+    states = [nn.Sequential(nn.Linear(2, 2), Nested(n)).state_dict() for n in range(3)]
+    names = saved(tmp_path, states)
+    for arguments in (["--verify"], ["--keep-wrapper"]):
+        done = averaged(tmp_path, *names, *arguments)  # loads it with weights_only
+        assert not noted(done, "left out")
+        assert len(noted(done, "1._extra_state: differs between checkpoints; taken from 2.pt")) == 1
+        network = nn.Sequential(nn.Linear(2, 2), Nested())
+        network.load_state_dict(done.tensors, strict=True)
+        last, loaded = states[-1]["1._extra_state"], network[1].loaded
+        assert str(loaded) == str(last) and list(done.tensors) == list(states[-1])
+        assert loaded["history"][0]["amax"][0].stride() == (1, 2)
+        assert oracle.same_bits(
+            done.tensors["0.weight"], oracle.mean([s["0.weight"] for s in states])
+        )
+    again = averaged_anew(tmp_path, "1.pt", "2.pt", out="again.pt")
+    assert str(again.tensors["1._extra_state"]) == str(last)
+    ended = run(tmp_path, *names, "-o", "x.safetensors")
+    assert "1._extra_state: not a tensor; left out" in ended.stderr
+    # Equal ones have no note.
+    equal = [{"l._extra_state": {"scale": torch.ones(2)}, "l.w": torch.randn(2)} for _ in range(2)]
+    assert averaged(tmp_path, *saved(tmp_path, equal)).notes == ()
 
 
 # BatchNorm statistics that do not move.

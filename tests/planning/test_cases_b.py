@@ -202,6 +202,71 @@ def test_b_average_by_its_counter(tmp_path: Path) -> None:
     saying(notes, "epoch_3.pt", "because it is an average")
 
 
+# What was not completed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "epoch_3.pt.tmp", "epoch_3.pt.part", "epoch_3.pt.crdownload", "epoch_3.pt.incomplete",
+    "tmp_epoch_3.pt",
+])  # fmt: skip
+def test_b_unfinished_file(name: str, tmp_path: Path) -> None:
+    """A file that is still written or was not to its end is left out, whole or cut short."""
+    save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2, name: 30})
+    path = tmp_path / "run" / name
+    for data in (path.read_bytes(), path.read_bytes()[:300]):
+        path.write_bytes(data)
+        value, (note,) = mean(tmp_path, "run")
+        assert value == 1.5
+        assert note == f"left out, because their names mark unfinished checkpoints: run/{name}"
+
+
+def test_b_unfinished_folder(tmp_path: Path) -> None:
+    """Trainer's tmp-checkpoint-N, and a checkpoint of which only the configuration was saved."""
+    for name, value in (("checkpoint-1", 1), ("checkpoint-2", 2), ("tmp-checkpoint-3", 30)):
+        save_model(tmp_path / "run" / name, value)
+    (tmp_path / "run" / "checkpoint-4").mkdir()
+    (tmp_path / "run" / "checkpoint-4" / "config.json").write_text("{}")
+    (tmp_path / "run" / "logs_5").mkdir()
+    value, notes = mean(tmp_path, "run")
+    assert value == 1.5 and len(notes) == 2
+    saying(notes, "unfinished", "run/tmp-checkpoint-3")
+    saying(notes, "are no checkpoints: run/checkpoint-4 (a folder without weights)")
+
+
+def test_b_names_of_settings_are_not_unfinished(tmp_path: Path) -> None:
+    """`temp` is a temperature, and where all names say `tmp`, these are the checkpoints."""
+    save(tmp_path / "run", {"temp_0.7_epoch_1.pt": 1, "temp_0.7_epoch_2.pt": 2, "best.pt": 3})
+    assert mean(tmp_path, "run")[0] == 2
+    save(tmp_path / "tmp", {"tmp_epoch_1.pt": 1, "tmp_epoch_2.pt": 2})
+    assert mean(tmp_path, "tmp") == (1.5, ())
+
+
+BROKEN = {
+    b"": "(empty)",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n": "(looks like a Git LFS pointer",
+    b"<html>404</html>": "(looks like HTML",
+    b"\0" * 1000: "(of an unknown format)",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN, ids=BROKEN.values())
+def test_b_file_that_is_no_checkpoint_any_more(data: bytes, tmp_path: Path) -> None:
+    """What is called like a checkpoint and is none is not passed over without a word."""
+    save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2})
+    (tmp_path / "run" / "epoch_3.pt").write_bytes(data)
+    (tmp_path / "run" / "train.bin").write_bytes(b"tokens" * 99)
+    value, (note,) = mean(tmp_path, "run")
+    assert value == 1.5
+    assert note.startswith("left out, because they are no checkpoints: run/epoch_3.pt ")
+    assert BROKEN[data] in note and "train.bin" not in note
+    for name in ("epoch_1.pt", "epoch_2.pt"):
+        (tmp_path / "run" / name).write_bytes(data)
+    line = fails(tmp_path, "run", code=2)
+    assert f"run: is a folder without checkpoints (epoch_1.pt {BROKEN[data][1:4]}" in line or (
+        "(epoch_1.pt is " in line
+    )
+
+
 # Names ------------------------------------------------------------------------------------------
 
 ORDERS = {
@@ -231,6 +296,17 @@ def test_b_order_by_epoch_and_step_not_by_metric(names: Sequence[str], tmp_path:
     save(tmp_path, {name: number for number, name in enumerate(names)})
     assert order(tmp_path, *reversed(names)) == list(names)
     assert order(tmp_path, *names, "--last", "1") == [names[-1]]
+
+
+@pytest.mark.parametrize("metric", ["return", "elo", "AP", "rew"])
+def test_b_whole_metrics_are_no_order(metric: str, tmp_path: Path) -> None:
+    """A score without a fraction is not a step, and does not part a run into series."""
+    names = [f"{metric}_{value}.pt" for value in (350, 290)]
+    save(tmp_path, {name: number for number, name in enumerate(names)})
+    saying(mean(tmp_path, *names)[1], "an epoch or a step")
+    placed = [f"last_Ant_ep_{n}_{metric}_{value}.pt" for n, value in ((1, 1023), (2, 912))]
+    save(tmp_path, {name: number for number, name in enumerate(placed)})
+    assert order(tmp_path, *reversed(placed)) == placed and mean(tmp_path, *placed)[1] == ()
 
 
 def test_b_metric_from_names(tmp_path: Path) -> None:
@@ -342,6 +418,26 @@ def test_b_two_series_are_said(tmp_path: Path) -> None:
     saying(notes, "averaged together: a/epoch_9.pt, b/epoch_9.pt")
 
 
+RUNS = {
+    "folds": ("fold0/best.pt", "fold1/best.pt"),
+    "seeds": ("model_seed1.pt", "model_seed2.pt"),
+    "runs": ("run1/model.pt", "run2/model.pt"),
+    "a sweep": ("lr_0.1/last.pt", "lr_0.01/last.pt"),
+    "models of a checkpoint": ("step_9/actor.pt", "step_9/critic.pt"),
+    "models of a GAN": ("generator.pt", "discriminator.pt"),
+}
+
+
+@pytest.mark.parametrize("names", RUNS.values(), ids=RUNS)
+def test_b_one_checkpoint_of_each_run_is_said(names: Sequence[str], tmp_path: Path) -> None:
+    """The names say that these may be several runs or models; their mean may be meant."""
+    save(tmp_path, {name: 1 + 2 * number for number, name in enumerate(names)})
+    value, notes = mean(tmp_path, *names)
+    assert value == 2
+    note = saying(notes, "averaged together", *names)
+    assert len(notes) == 1 and mean(tmp_path, *names, *options(note))[0] in (1, 3)
+
+
 def test_b_other_model_in_a_folder(tmp_path: Path) -> None:
     """SpeechBrain's normalizer beside the models has other tensors: left out as the line says."""
     for n in (1, 2):
@@ -444,6 +540,15 @@ def test_b_models_of_a_checkpoint_by_name(names: Sequence[str], tmp_path: Path) 
 # One checkpoint ---------------------------------------------------------------------------------
 
 
+def test_b_the_current_folder(tmp_path: Path) -> None:
+    """`.` is a folder as any other: one checkpoint, or a run."""
+    save_model(tmp_path / "checkpoint-1", 1)
+    save_model(tmp_path / "checkpoint-2", 2)
+    assert order(tmp_path, ".") == ["checkpoint-1", "checkpoint-2"]
+    assert order(tmp_path / "checkpoint-1", ".") == ["."]
+    assert order(tmp_path / "checkpoint-1", ".", "../checkpoint-2") == [".", "../checkpoint-2"]
+
+
 def test_b_one_checkpoint_is_said(tmp_path: Path) -> None:
     """Nothing is averaged, and the user is told; not where it joins an average."""
     save(tmp_path, {"epoch_1.pt": 1, "epoch_2.pt": 2})
@@ -456,6 +561,44 @@ def test_b_one_checkpoint_is_said(tmp_path: Path) -> None:
     assert (value, notes) == (1.5, ())
     assert "give it with --start-from" in fails(tmp_path, "one.pt", code=2)
     assert mean(tmp_path, "--start-from", "one.pt") == (1, ())
+
+
+# Weights beside the state_dict ------------------------------------------------------------------
+
+
+def test_b_weights_beside_the_model_are_said(tmp_path: Path) -> None:
+    """A head, or rsl_rl's normaliser, is not passed over; the keys in the note take it in."""
+    norm = {"_mean": torch.ones(3), "_var": torch.ones(3), "_std": torch.ones(3)}
+    for n in (1, 2):
+        head = {"h.weight": torch.full((2, 3), 3.0 * n)}
+        extra = {"optimizer": ADAM, "iter": n, "criterion": {"weight": torch.ones(3)}}
+        save(tmp_path, {f"{n}.pt": {"model": weights(n), "head": head, **extra}})
+        norms = {"obs_norm_state_dict": {**norm, "count": torch.tensor(n)}}
+        save(tmp_path, {f"m_{n}.pt": {"model_state_dict": weights(n), **norms, **extra}})
+    value, (note,) = mean(tmp_path, "1.pt", "2.pt")
+    assert value == 1.5 and note.startswith("2.pt: head: weights beside model; not averaged")
+    keys = shlex.split(re.search(r"use (--key .*)\)$", note)[1])
+    for more in ((), ("--keep-wrapper",)):
+        done = averaged(tmp_path, "1.pt", "2.pt", *keys, *more, "--force").tensors
+        assert (done["head"] if more else done)["h.weight" if more else "head.h.weight"][
+            0, 0
+        ] == 4.5
+    saying(mean(tmp_path, "m_1.pt", "m_2.pt")[1], "obs_norm_state_dict: weights beside")
+
+
+def test_b_parts_of_a_model_in_one_file(tmp_path: Path) -> None:
+    """StyleTTS2 nests them, others put them side by side: what the line says takes all of them."""
+    for n in (1, 2):
+        parts = {"bert": weights(n), "decoder": weights(10 * n)}
+        save(tmp_path, {f"nested_{n}.pt": {"net": parts, "iters": n}, f"flat_{n}.pt": parts})
+    line = fails(tmp_path, "nested_1.pt", "nested_2.pt")
+    assert line.endswith("tensors are at: net.bert, net.decoder. --key net takes all of them.")
+    line = fails(tmp_path, "flat_1.pt", "flat_2.pt")
+    assert line.endswith("bert, decoder. To take several as one model, repeat --key.")
+    for files, keys in (("nested", ["net"]), ("flat", ["bert", "decoder"])):
+        given = [word for key in keys for word in ("--key", key)]
+        done = averaged(tmp_path, f"{files}_1.pt", f"{files}_2.pt", *given, "--force").tensors
+        assert (done["bert.a.weight"][0, 0], done["decoder.a.weight"][0, 0]) == (1.5, 15)
 
 
 # What is no model -------------------------------------------------------------------------------
@@ -491,6 +634,7 @@ STRANGERS: dict[str, Any] = {
     "dl_state_dict.bin": {"_iterator_finished": False, "order": torch.arange(5)},
     "shadow.pt": {"decay": 0.999, "shadow_params": [torch.ones(2, 3)]},
     "loss.pt": {"train": [0.3, 0.2]},
+    "optimizer_state.pt": {"state/0/exp_avg": torch.ones(2), "state/0/step": torch.ones(())},
 }
 
 

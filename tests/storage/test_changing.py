@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import stored
 import torch
+from folders import COPIED
 from injection import SIGNAL, Commands, Ended, Fault
 from safetensors.torch import save, save_file
 
@@ -179,6 +180,44 @@ def test_writer_beside_the_command(tmp_path: Path, commands: Commands) -> None:
         trainer.wait()
         trainer.stdout.close()
     print(f"{codes.count(0)} right, {codes.count(1)} refused")
+
+
+@pytest.mark.parametrize("kind", COPIED)
+def test_copied_checkpoint_that_changes(tmp_path: Path, kind: str) -> None:
+    """Any file of the last, with weights or only copied: refused when the headers are written.
+
+    So is a file of weights of an earlier checkpoint. The old output stays, and nothing else.
+    """
+    save, name = COPIED[kind]
+    paths = [tmp_path / name.format(number) for number in (1, 2)]
+    for number, path in enumerate(paths, 1):
+        save(path, {"a": torch.full((2, 90), float(number)), "n.bias": torch.ones(3)}, number)
+    output = tmp_path / ("out.nemo" if kind == "nemo" else "out")
+    swa_avg.average(paths, output, keep_wrapper=True)
+    before = stored.content(output)
+    last = sorted(path for path in (paths[1], *paths[1].rglob("*")) if path.is_file())
+    assert len(last) > (kind != "nemo")
+    first = [paths[0] / path.relative_to(paths[1]) for path in last[:1]]
+    for path in (*last, *(one for one in first if "model" in one.name)):
+        sound = path.read_bytes()
+        steps = set()
+
+        def change(now: swa_avg.Progress, path: Path = path, steps: set[str] = steps) -> None:
+            if now.step == "writing headers" and now.step not in steps:
+                with path.open("r+b") as file:
+                    file.write(bytes(8))
+            steps.add(now.step)
+
+        with pytest.raises(SwaAvgError, match="changed while being read") as refused:
+            swa_avg.average(paths, output, keep_wrapper=True, force=True, progress=change)
+        assert str(path) in str(refused.value)
+        assert stored.content(output) == before
+        assert {entry.name for entry in tmp_path.iterdir()} == {
+            output.name, *(one.name for one in paths)
+        }  # fmt: skip
+        path.write_bytes(sound)
+    swa_avg.average(paths, output, keep_wrapper=True, force=True)
+    assert stored.content(output) == before
 
 
 def test_write_in_the_same_tick_is_told_from_the_last_one(tmp_path: Path) -> None:
