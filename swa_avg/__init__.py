@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from swa_avg.averaging import Averaging as Averaging
     from swa_avg.averaging import Report as Report
+    from swa_avg.averaging import WindowsReport as WindowsReport
     from swa_avg.averaging import average as average
     from swa_avg.averaging import planned as planned
-    from swa_avg.averaging.along import WindowsReport as WindowsReport
     from swa_avg.averaging.along import windows as windows
     from swa_avg.batchnorm import BatchNorm as BatchNorm
     from swa_avg.batchnorm import BatchNormReport as BatchNormReport
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from swa_avg.planning import Options as Options
     from swa_avg.progress import Progress as Progress
     from swa_avg.progress import ProgressBar as ProgressBar
+    from swa_avg.search import ScoredWindows as ScoredWindows
     from swa_avg.search import SweepReport as SweepReport
+    from swa_avg.search import score_windows as score_windows
     from swa_avg.search import sweep as sweep
 
 __version__ = "0.1.0"
@@ -46,7 +48,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Averaging": "averaging",
     "Report": "averaging",
-    "WindowsReport": "averaging.along",
+    "WindowsReport": "averaging",
     "average": "averaging",
     "planned": "averaging",
     "windows": "averaging.along",
@@ -72,7 +74,9 @@ _HOME = {
     "Options": "planning",
     "Progress": "progress",
     "ProgressBar": "progress",
+    "ScoredWindows": "search",
     "SweepReport": "search",
+    "score_windows": "search",
     "sweep": "search",
 }
 
@@ -95,6 +99,7 @@ __all__ = [
     "Provenance",
     "ProvenanceError",
     "Report",
+    "ScoredWindows",
     "SelectionError",
     "SwaAvgError",
     "SweepReport",
@@ -105,6 +110,7 @@ __all__ = [
     "open_checkpoint",
     "planned",
     "recompute_batchnorm",
+    "score_windows",
     "sweep",
     "windows",
 ]

@@ -488,6 +488,30 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
             call()
     with pytest.raises(ValueError, match="mode must be min or max, not minimum"):
         swa_avg.sweep(paths, out, float, model=network, mode="minimum")  # type: ignore[arg-type]
+    each = f"{out.parent}/m_{{name}}.pt"
+    wrong: list[tuple[str, Any]] = [
+        ("last must be a number of checkpoints", lambda: swa_avg.windows(paths, each, "2")),  # type: ignore[arg-type]
+        (r"not \(1, 2\.5\)", lambda: swa_avg.windows(paths, each, (1, 2.5))),  # type: ignore[arg-type]
+        (
+            "batchnorm must be a BatchNorm",
+            lambda: swa_avg.windows(paths, each, 2, batchnorm=[]),  # type: ignore[arg-type]
+        ),
+        (
+            "evaluate must be a function",
+            lambda: swa_avg.score_windows(paths, each, 2, model=network),  # type: ignore[arg-type]
+        ),
+        (
+            r"model must be a torch\.nn\.Module, not the class Linear",
+            lambda: swa_avg.score_windows(paths, len, 2, model=torch.nn.Linear),  # type: ignore[arg-type]
+        ),
+        (
+            "batchnorm must be a BatchNorm",
+            lambda: swa_avg.sweep(paths, out, len, model=network, batchnorm=[1]),  # type: ignore[arg-type]
+        ),
+    ]
+    for says, call in wrong:
+        with pytest.raises(TypeError, match=says):
+            call()
     with (
         swa_avg.open_checkpoint(paths[0]) as checkpoint,
         pytest.raises(KeyError, match="has no tensor 'nothing'"),

@@ -34,8 +34,8 @@ WINGS = {
     "batchnorm": "isolation calling batches loading moments estimators on_device statistics "
     "named userdata in_place recompute",
     "averaging": "wrapper distances report pictures sampling verification computing execution "
-    "prepare along heartbeat torchrun joint",
-    "search": "scores candidates sweeping plot",
+    "prepare sharing along heartbeat torchrun joint",
+    "search": "scores candidates sweeping along plot",
     "cli": "streams progress messages failures options usage show beside along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}

@@ -8,13 +8,14 @@ run) and `pictures` are imported only where they are used.
 from swa_avg.averaging.distances import Distances
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average, planned
-from swa_avg.averaging.report import STALE, Report
+from swa_avg.averaging.report import STALE, Report, WindowsReport
 
 __all__ = [
     "STALE",
     "Averaging",
     "Distances",
     "Report",
+    "WindowsReport",
     "along",
     "average",
     "joint",

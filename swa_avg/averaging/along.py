@@ -2,40 +2,49 @@
 
 A window is a number of consecutive checkpoints. The averages of all windows are computed
 while each checkpoint is read once. Each is the same as the average of the window's
-checkpoints alone. All outputs are computed before the first one is committed.
+checkpoints alone. All outputs are computed before the first one is committed. Without names for
+the outputs, the averages are temporary files: something else is made of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter as Counted
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging.computing import computed
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import average_of, check_kind, gathered, no_garbage
-from swa_avg.averaging.report import Report, versions
+from swa_avg.averaging.report import Report, WindowsReport
+from swa_avg.averaging.sharing import Shared, shared_by
 from swa_avg.checkpoints import StateDict
-from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, counted, in_bytes
+from swa_avg.errors import OutputError, SelectionError, counted
 from swa_avg.planning import (
     OptionFields,
     Options,
     Paths,
     Selection,
-    Treatment,
-    Work,
     check_arguments,
     check_count,
     check_pattern,
+    gap_notes,
     names_of,
     options_of,
 )
 from swa_avg.progress import Counter, Watch
-from swa_avg.storage import AtomicFile, AtomicFolder, RemoteFile, allow_files, check_room, path_of
-from swa_avg.tensors import TensorRef
+from swa_avg.storage import (
+    AtomicFile,
+    AtomicFolder,
+    InputFile,
+    RemoteFile,
+    allow_files,
+    check_room,
+    path_of,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,44 +53,6 @@ if TYPE_CHECKING:
     from swa_avg.kernel import Kernel, Outcome
 
 File = AtomicFile | AtomicFolder | RemoteFile
-
-
-@dataclass(frozen=True)
-class WindowsReport:
-    """The report of averages along a run.
-
-    Attributes:
-        averages: The report of each average, in the order of the run. Its `bytes_read` are
-            the bytes of its checkpoints, which other averages share.
-        bytes_read: The number of tensor bytes that were read for all averages together.
-        notes: Notes for the user on the choice of checkpoints.
-    """
-
-    averages: tuple[Report, ...]
-    bytes_read: int
-    notes: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        averages, last = counted(len(self.averages), "average"), self.averages[-1].output
-        return f"WindowsReport({averages}, {in_bytes(self.bytes_written)}, the last one {last})"
-
-    @property
-    def bytes_written(self) -> int:
-        """The size of all outputs together."""
-        return sum(report.bytes_written for report in self.averages)
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the report as a dict for JSON."""
-        averages = [report.to_dict() for report in self.averages]
-        for content in averages:
-            del content["versions"]
-        return {
-            "averages": averages,
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "notes": list(self.notes),
-            "versions": versions(),
-        }
 
 
 @dataclass(frozen=True)
@@ -108,20 +79,13 @@ class Draft:
         notes = self.averaging.options.worded(self.file.commit(progress))
         return replace(self.report, notes=(*self.report.notes, *notes))
 
-
-@dataclass(frozen=True)
-class _Shared:
-    """The works of all windows, which are computed together.
-
-    Attributes:
-        works: The works, with the sources of all windows.
-        rows: For each window and work, the numbers of the sources.
-        numbers: For each window and work, the number of the work in the window's own plan.
-    """
-
-    works: list[Work] = field(default_factory=list)
-    rows: list[list[tuple[int, ...]]] = field(default_factory=list)
-    numbers: list[list[int]] = field(default_factory=list)
+    def unwritten(self) -> Report:
+        """Return the report of an average that does not become an output."""
+        averaging = self.averaging
+        chosen = averaging.options.worded((*averaging.selection.notes, *averaging.plan.notes))
+        of_output = {*averaging.notes}.difference(chosen)
+        notes = tuple(note for note in self.report.notes if note not in of_output)
+        return replace(self.report, output="", bytes_written=0, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -130,13 +94,17 @@ class Windows:
 
     Attributes:
         averages: The plan of each average, in the order of the run.
+        spans: The numbers of the checkpoints of each average.
         selection: All checkpoints, in order.
         shared: The works of all windows.
+        is_named: Whether the outputs have names. If not, the averages are temporary files.
     """
 
     averages: tuple[Averaging, ...]
+    spans: tuple[range, ...]
     selection: Selection
-    shared: _Shared
+    shared: Shared
+    is_named: bool = True
 
     @property
     def states(self) -> tuple[StateDict, ...]:
@@ -149,9 +117,15 @@ class Windows:
         return sum(source.nbytes for work in self.shared.works for source in work.sources)
 
     @property
+    def size(self) -> int:
+        """The size of all averages together."""
+        return sum(one.layout.size for one in self.averages)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes on the choice of checkpoints."""
-        return self.averages[0].options.worded(self.selection.notes)
+        notes = (*self.selection.notes, *gap_notes(self.states))
+        return self.averages[0].options.worded(notes)
 
     @contextmanager
     def computed(
@@ -169,20 +143,45 @@ class Windows:
         Raises:
             SwaAvgError: A disk is full, or averaging failed.
         """
-        check_room((one.output, one.layout.size) for one in self.averages)
-        inputs = [file for state in self.selection.chosen for file in state.checkpoint.files]
+        with self.opened() as files:
+            yield self.compute(files, threads, progress)
+
+    @contextmanager
+    def opened(self) -> Iterator[list[File]]:
+        """Open the temporary file of each average; those not committed are removed at the end.
+
+        Raises:
+            OutputError: A disk is full, or an output cannot be written.
+        """
+        check_room(
+            ((one.output, one.layout.size) for one in self.averages),
+            temporary=not self.is_named,
+        )
         outputs = sum(len(one.layout.files) or 1 for one in self.averages)
-        allow_files(len(inputs) + outputs)
+        allow_files(len(self._inputs) + outputs)
         with ExitStack() as opened:
             files: list[File] = []
             for one in self.averages:
                 files.append(one.open_output())
                 opened.enter_context(files[-1])
-            count = Counter(progress, "averaging", self.bytes_to_read)
-            outcome = computed(
-                self.shared.works, inputs, lambda: self._kernel(files), threads, count
-            )
-            yield list(self._drafts(files, outcome, progress)), outcome.bytes_read
+            yield files
+
+    def compute(
+        self, files: Sequence[File], threads: int | None = None, progress: Watch | None = None
+    ) -> tuple[list[Draft], int]:
+        """Compute all averages into opened files; return them and the number of bytes read.
+
+        Raises:
+            SwaAvgError: Averaging failed.
+        """
+        count = Counter(progress, "averaging", self.bytes_to_read)
+        works = self.shared.works
+        outcome = computed(works, self._inputs, lambda: self._kernel(files), threads, count)
+        return list(self._drafts(files, outcome, progress)), outcome.bytes_read
+
+    @property
+    def _inputs(self) -> list[InputFile]:
+        return [file for state in self.states for file in state.checkpoint.files]
 
     def _kernel(self, files: Sequence[File]) -> Kernel:
         from swa_avg.kernel import Kernel, Window
@@ -230,18 +229,41 @@ class Windows:
             SwaAvgError: Averaging failed. Nothing was written, unless a commit failed: the
                 outputs before it are complete then.
         """
+        check_arguments(batchnorm, threads)
         session = batchnorm.session() if batchnorm else None
         with self.computed(threads, progress) as (drafts, bytes_read):
             if session:
                 drafts = [draft.recomputed(session, progress) for draft in drafts]
-            reports = tuple(draft.commit(progress) for draft in drafts)
+            reports = committed(drafts, progress)
         return WindowsReport(reports, bytes_read, self.notes)
+
+
+def sync_all(drafts: Sequence[Draft], progress: Watch | None = None) -> None:
+    """Sync all averages to disk, so that the commits that follow take little time.
+
+    The disk writes all of them at once. If it fails, nothing is committed.
+
+    Raises:
+        OutputError: The system reports an error; the call is not repeated.
+    """
+    for draft in drafts:
+        draft.file.sync(progress)
+
+
+def committed(drafts: Sequence[Draft], progress: Watch | None = None) -> tuple[Report, ...]:
+    """Commit all averages, in order, and return the reports.
+
+    Raises:
+        OutputError: The system reports an error. The outputs before it are complete.
+    """
+    sync_all(drafts, progress)
+    return tuple(draft.commit(progress) for draft in drafts)
 
 
 @contextmanager
 def planned_windows(
     checkpoints: Paths,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
     last: int | Sequence[int],
     options: Options,
     progress: Watch | None = None,
@@ -250,7 +272,7 @@ def planned_windows(
 
     Args:
         checkpoints: As for `windows`.
-        output: As for `windows`.
+        output: As for `windows`; None for averages that are only temporary files.
         last: As for `windows`.
         options: The options of the averages.
         progress: Called with a `Progress` as the headers are read.
@@ -259,14 +281,17 @@ def planned_windows(
         SwaAvgError: The checkpoints cannot be averaged, or an output cannot be written.
         ValueError: An option has an invalid value or cannot be combined with windows.
     """
-    lasts = sorted({last} if isinstance(last, int) else set(last))
-    pattern = os.fspath(output)
-    _check_options(lasts, options)
-    check_pattern(pattern, lasts)
+    lasts = _lengths(last)
+    _check_options(lasts, options, named=output is not None)
+    if output is not None:
+        check_pattern(os.fspath(output), lasts)
     with ExitStack() as opened, no_garbage() as kept:
         _, selection = gathered(checkpoints, options, opened, progress)
         spans = _spans(lasts, len(selection.chosen))
-        names = names_of(pattern, selection.chosen, spans)
+        if output is None:
+            names = _temporary_names(len(spans), opened)
+        else:
+            names = names_of(os.fspath(output), selection.chosen, spans)
         averages = []
         for name, span in zip(names, spans, strict=True):
             chosen = selection.chosen[span.start : span.stop]
@@ -274,12 +299,35 @@ def planned_windows(
             average = average_of(path_of(name), (), own, options, opened, selection.chosen)
             check_kind(name, average)
             averages.append(average)
-        shared = _shared(averages, spans)
+        shared = shared_by(averages, spans)
         kept()
-        yield Windows(tuple(averages), selection, shared)
+        named = output is not None
+        yield Windows(tuple(averages), tuple(spans), selection, shared, named)
 
 
-def _check_options(lasts: Sequence[int], options: Options) -> None:
+def _temporary_names(count: int, opened: ExitStack) -> list[str]:
+    """Return names in a temporary folder, which `opened` removes."""
+    try:
+        folder = Path(opened.enter_context(TemporaryDirectory(prefix="swa-avg-")))
+    except OSError as error:
+        raise OutputError(
+            f"the averages need a temporary folder, which cannot be made: {error.strerror}",
+            remedy="Set TMPDIR to a folder that can be written",
+        ) from error
+    # torch's format holds what every other format holds, and ties.
+    return [str(folder / f"{number}.pt") for number in range(count)]
+
+
+def _lengths(last: object) -> list[int]:
+    """Return the lengths of the windows, in order."""
+    given = list(last) if isinstance(last, Iterable) and not isinstance(last, str) else [last]
+    lengths = {one for one in given if isinstance(one, int)}
+    if not all(isinstance(one, int) for one in given):
+        raise TypeError(f"last must be a number of checkpoints or several numbers, not {last!r}")
+    return sorted(lengths)
+
+
+def _check_options(lasts: Sequence[int], options: Options, *, named: bool) -> None:
     """Refuse options that cannot be combined with windows."""
     check_count("last", min(lasts, default=0))
     for name in ("last", "best"):
@@ -288,6 +336,9 @@ def _check_options(lasts: Sequence[int], options: Options) -> None:
     for name in ("start_from", "minus", "distances"):
         if getattr(options, name):
             raise ValueError(f"{name} cannot be combined with windows")
+    for name in () if named else ("keep_wrapper", "max_shard_size"):
+        if getattr(options, name):
+            raise ValueError(f"{name} needs output: the name of the averages")
 
 
 def _spans(lasts: Sequence[int], count: int) -> list[range]:
@@ -298,63 +349,6 @@ def _spans(lasts: Sequence[int], count: int) -> list[range]:
             remedy=f"Choose windows of at most {count}",
         )
     return [range(end - last, end) for end in range(1, count + 1) for last in lasts if last <= end]
-
-
-def _shared(averages: Sequence[Averaging], spans: Sequence[range]) -> _Shared:
-    """Return the works of all windows together."""
-    shared = _Shared([], [[] for _ in averages], [[] for _ in averages])
-    own = [{key: n for n, key in enumerate(_keys(one.plan.works))} for one in averages]
-    first = [{tensor.name for tensor in one.plan.tensors if tensor.of_first} for one in averages]
-    works = averages[-1].plan.works
-    for key, like in zip(_keys(works), works, strict=True):
-        sources: dict[int, TensorRef] = {}
-        taken: list[list[int]] = []
-        for place, (average, span) in enumerate(zip(averages, spans, strict=True)):
-            number = own[place].get(key)
-            work = like if number is None else average.plan.works[number]
-            taken.append(_inputs_of(work, span, like.name in first[place]))
-            before = [
-                sources.setdefault(*pair) for pair in zip(taken[-1], work.sources, strict=True)
-            ]
-            fits = len(own[place]) == len(own[-1]) and _described(work) == _described(like)
-            if number is None or not fits or before != list(work.sources):
-                raise MismatchError([_unlike(like.name, average)])
-            shared.numbers[place].append(number)
-        order = {number: row for row, number in enumerate(sorted(sources))}
-        shared.works.append(replace(like, sources=tuple(sources[number] for number in order)))
-        for rows, numbers in zip(shared.rows, taken, strict=True):
-            rows.append(tuple(order[number] for number in numbers))
-    return shared
-
-
-def _keys(works: Sequence[Work]) -> list[tuple[str, int]]:
-    """Return the name of each work, numbered: a tensor written in parts has several works."""
-    seen: Counted[str] = Counted()
-    keys = []
-    for work in works:
-        keys.append((work.name, seen[work.name]))
-        seen[work.name] += 1
-    return keys
-
-
-def _inputs_of(work: Work, span: range, of_first: bool) -> list[int]:
-    """Return the numbers of the checkpoints that the sources of a work belong to."""
-    ordered = [*reversed(span)] if of_first else [*span]
-    return ordered[len(ordered) - len(work.sources) :]
-
-
-def _described(work: Work) -> tuple[Treatment, tuple[int, ...], object, float]:
-    return work.treatment, work.shape, work.dtype, work.fill
-
-
-def _unlike(name: str, average: Averaging) -> SwaAvgError:
-    """Return the error for a tensor that is not stored alike in all checkpoints."""
-    return SwaAvgError(
-        "is tied or stored in another order than in later checkpoints",
-        file=average.states[-1].checkpoint.path,
-        tensor=name,
-        remedy="Average each window by itself",
-    )
 
 
 def windows(

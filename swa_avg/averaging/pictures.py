@@ -53,7 +53,7 @@ def check_plot(path: Path) -> str:
         OutputError: The suffix is not supported, or matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise OutputError("cannot be drawn", file=path, expected=f"a name in {', '.join(SUFFIXES)}")
+        raise OutputError("cannot be drawn", file=path, expected=f"one of {', '.join(SUFFIXES)}")
     if find_spec("matplotlib") is None:
         raise OutputError(
             "cannot be drawn without matplotlib",

@@ -56,7 +56,7 @@ _OTHERS = (
     *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
 )
 _SINGLE = (Form.TORCH, Form.SAFETENSORS)
-_ALONE = "only one checkpoint takes part: nothing is averaged, the output has its weights"
+_ALONE = "only one checkpoint takes part: nothing is averaged; the output has its weights"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The report of an average."""
+"""The report of an average, and of the averages along a run."""
 
 from __future__ import annotations
 
@@ -147,3 +147,41 @@ class Report:
             del content["batchnorm"], content["batchnorm_notes"]
             return content
         return content | {"batchnorm": self.batchnorm.to_dict()}
+
+
+@dataclass(frozen=True)
+class WindowsReport:
+    """The report of averages along a run.
+
+    Attributes:
+        averages: The report of each average, in the order of the run. Its `bytes_read` are
+            the bytes of its checkpoints, which other averages share.
+        bytes_read: The number of tensor bytes that were read for all averages together.
+        notes: Notes for the user on the choice of checkpoints.
+    """
+
+    averages: tuple[Report, ...]
+    bytes_read: int
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        averages, last = counted(len(self.averages), "average"), self.averages[-1].output
+        return f"WindowsReport({averages}, {in_bytes(self.bytes_written)}, the last one {last})"
+
+    @property
+    def bytes_written(self) -> int:
+        """The size of all outputs together."""
+        return sum(report.bytes_written for report in self.averages)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the report as a dict for JSON."""
+        averages = [report.to_dict() for report in self.averages]
+        for content in averages:
+            del content["versions"]
+        return {
+            "averages": averages,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "notes": list(self.notes),
+            "versions": versions(),
+        }

@@ -39,7 +39,10 @@ from swa_avg.tensors import TensorRef, View
 Check = tuple[str, object, object]
 
 _SMALL = 64  # bytes: shorter header data overwrite parts of longer ones
-_REMEDY = "Run it again; if it fails again, suspect the disk, the memory or a bug in swa-avg"
+_REMEDY = (
+    "Run the command again. If it fails again, the disk or the memory may be faulty, or swa-avg "
+    "has a bug"
+)
 
 
 @dataclass(frozen=True)

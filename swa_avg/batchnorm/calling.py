@@ -209,13 +209,13 @@ def _remedy(
 def _ways(
     model: nn.Module, batch: Any, code: str = "batch", depth: int = 2
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield other calls than the usual one, as code and as what does it.
+    """Yield alternatives to the default call, each as source code and as a function.
 
     Args:
-        model: Is called.
+        model: The model to call.
         batch: The batch, or a part of it.
-        code: What stands for it.
-        depth: How far down parts of it are tried.
+        code: The source code of `batch`.
+        depth: The number of levels of nested parts to try.
     """
     inner = depth < 2
     if isinstance(batch, Mapping):
@@ -251,7 +251,7 @@ def _ways(
 def _ways_of_entries(
     model: nn.Module, entries: Sequence[tuple[str, Any]], depth: int
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls on one entry of a batch: tensors first, those of numbers before others."""
+    """Yield calls on one entry of a batch: floating tensors, other tensors, nested parts."""
     tensors = [(code, value) for code, value in entries if isinstance(value, Tensor)]
     for code, value in sorted(tensors, key=lambda entry: not entry[1].is_floating_point()):
         yield f"model({code})", lambda value=value: model(value)  # type: ignore[misc]

@@ -222,7 +222,7 @@ class Statistics(ABC):
             if counted != layer.calls and (counted or own):
                 raise DataError(
                     f"{layer.name} has counted {counted} batches in {layer.calls} calls",
-                    expected="as many as calls: forward must call the layer itself,"
+                    expected="one batch for each call: forward must call the layer itself,"
                     " not its forward(), and must not change its buffers",
                 )
 

@@ -73,9 +73,9 @@ def frames_of(error: BaseException) -> tuple[str, ...]:
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether an exception was raised by other code than this package.
+    """Return whether an exception was raised by code outside this package.
 
-    No code of this package raises `SystemExit` and its like, but for signals.
+    This package raises `SystemExit` and other non-`Exception`s only for signals.
     """
     where = error.__traceback__
     while where is not None and where.tb_next is not None:

@@ -244,14 +244,13 @@ def _renamed_versions(versions: Mapping[str, Any], fit: Fit) -> dict[str, Any]:
 
 def _check_shapes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     wrong = [
-        f"{key} {tuple(found[key].shape)} for {tuple(value.shape)}"
+        f"{key} {tuple(found[key].shape)} (model: {tuple(value.shape)})"
         for key, value in wanted.items()
         if isinstance(value, Tensor) and isinstance(found.get(key), Tensor)
         if not is_lazy(value) and found[key].shape != value.shape
     ]
     if wrong:
         raise DataError(
-            f"{len(wrong)} tensors of the checkpoint have another shape in the model"
-            f" ({listed(wrong)})",
+            f"shapes differ between the checkpoint and the model: {listed(wrong)}",
             remedy="Check that --model is the network that was trained",
         )

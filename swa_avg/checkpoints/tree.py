@@ -14,7 +14,7 @@ _DEEPEST = 8
 _MOST_DICTS = 10_000
 # The key of the extra state of Transformer Engine layers, which only they can interpret.
 _EXTRA_STATE = "_extra_state"
-# How parameters of a module by itself are called.
+# The names of the parameters of a single layer.
 _PARAMETERS = ("weight", "bias")
 
 

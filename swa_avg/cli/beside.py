@@ -62,7 +62,7 @@ def opened_beside(
         if is_first:
             from swa_avg.storage import AtomicFile
 
-            for path in _checked(run, averaging, outputs or [run.output]):
+            for path in _checked(run, averaging, [run.output] if outputs is None else outputs):
                 beside.files[path] = opened.enter_context(AtomicFile(path, 0))
         yield beside
 

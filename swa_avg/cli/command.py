@@ -63,10 +63,10 @@ _COMPLETION = "_SWA_AVG_COMPLETE"
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Average the checkpoints of a finished training run into one.
 
-    Every weight becomes its exact mean over the CHECKPOINTS (.pt, .pth, .ckpt, .bin,
-    .safetensors), rounded once. No code in a checkpoint is executed, and no checkpoint is
-    changed. --recompute-bn computes the BatchNorm statistics of the average. Without
-    CHECKPOINTS it recomputes those of an existing output.
+    CHECKPOINTS are files (.pt, .pth, .ckpt, .bin, .safetensors), folders, patterns or URLs.
+    Every weight becomes its exact mean over the checkpoints, rounded once. No code in a
+    checkpoint is executed, and no input is changed. --recompute-bn computes the BatchNorm
+    statistics of the average, or without CHECKPOINTS those of an existing output.
 
     \b
     Examples:

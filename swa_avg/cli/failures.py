@@ -43,9 +43,9 @@ def reported(error: BaseException, signals: Signals, streams: Streams, *, everyt
 
 
 def _of_users_code(error: BaseException, everything: bool) -> list[str]:
-    """Return the lines of an exception that the user's code raised where no gate was.
+    """Return the lines of an exception that the user's code raised outside `users_code`.
 
-    What this package raised itself is raised again.
+    An exception that this package raised is raised again.
     """
     from swa_avg.batchnorm import error_line, frames_of, is_foreign
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Distances, Report
     from swa_avg.batchnorm import BatchNormReport
     from swa_avg.checkpoints import Provenance, Score
-    from swa_avg.search import SweepReport
+    from swa_avg.search import SweepReport, WindowScores
 
 _BATCHNORM = "BatchNorm statistics"
 
@@ -116,7 +116,7 @@ def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
     farthest = sorted(report.layers, key=lambda layer: layer.mean_shift)[-1:]
     for layer in report.layers if layers else farthest:
         yield (
-            f"{'  ' if layers else 'largest change: '}{layer.name}: mean by "
+            f"{'  ' if layers else 'largest change, in layer '}{layer.name}: mean by "
             f"{_figure(layer.mean_shift)} standard deviations, standard deviation by a factor of "
             f"{_figure(layer.std_ratio)}"
         )
@@ -161,6 +161,25 @@ def of_search(report: SweepReport) -> Iterator[str]:
         yield f"{count}{score:>12}{singles[number]:>12}  {line}"
 
 
+def of_window_scores(scores: WindowScores) -> Iterator[str]:
+    """Yield the scores along a run: a line for each checkpoint, a column for each window."""
+    scale, lasts = scores.scale, scores.lasts
+    better = "larger" if scale.mode == "max" else "smaller"
+    averaged = iter(_aligned([one.score for one in scores.tried]))
+    at = {(one.members[-1], len(one.members)): next(averaged) for one in scores.tried}
+    columns = "".join(f"{f'last {last}':>12}" for last in lasts)
+    yield f"{scale.name} ({better} is better):"
+    if scores.is_recomputed:
+        yield "(last: with recomputed BatchNorm statistics; alone: with its own)"
+    yield f"{scores.axis:>10}{columns}{'alone':>12}"
+    for number, alone in enumerate(_aligned(scores.singles)):
+        columns = "".join(f"{at.get((number, last), ''):>12}" for last in lasts)
+        yield f"{scores.numbers[number]:>10}{columns}{alone:>12}  {scores.paths[number]}"
+    best = scores.winner
+    score, path = _aligned([best.score])[0], scores.paths[best.members[-1]]
+    yield f"best average: {score}, the last {len(best.members)} at {path}"
+
+
 def _aligned(scores: Sequence[float]) -> list[str]:
     """Format numbers with the same decimals, chosen so that the largest has five digits."""
     largest = max(map(abs, scores), default=0)
@@ -180,7 +199,7 @@ def _treatments(counts: Mapping[str, int], families: Mapping[str, int]) -> str:
     others = [name for name in families if name != _BATCHNORM and families[name]]
     by_treatment = {
         "averaged": counts["averaged"],
-        "BatchNorm buffers kept apart": statistics,
+        "BatchNorm buffers not averaged": statistics,
         f"kept from the last ({', '.join(others)})": counts["kept"] - statistics,
         "BatchNorm buffers reset": counts["reset"],
         "copied": counts["copied"],

@@ -116,28 +116,40 @@ def lasts(
 _DECLARED = (
     click.argument("checkpoints", nargs=-1),
     click.option(
-        "--last", callback=lasts, metavar="N", help="Take only the N latest. With --each: N,N,…"
+        "--last", callback=lasts, metavar="N", help="Take only the N latest (with --each: N,N,…)."
     ),
     click.option(
-        "--epochs", metavar="A:B[:STEP]", help="Take epochs (or steps) A to B, B included."
+        "--epochs",
+        metavar="A:B[:STEP]",
+        help="Take every STEP-th epoch (or step) from A to B, both included.",
     ),
     click.option("--best", type=int, metavar="N", help="Take only the N best by --metric."),
     click.option(
-        "--metric", metavar="NAME", help="A metric recorded in or beside the checkpoints."
+        "--metric",
+        metavar="NAME",
+        help="Metric for --best, or name of the score for a search.",
     ),
     click.option(
-        "--mode", type=click.Choice(["min", "max"]), help="Whether low or high values are better."
+        "--mode",
+        type=click.Choice(["min", "max"]),
+        help="min if lower values are better, max if higher ones are.",
     ),
     click.option(
-        "--exclude", metavar="GLOB", multiple=True, help="Leave out these paths or names."
+        "--exclude",
+        metavar="GLOB",
+        multiple=True,
+        help="Leave out paths or names that match. Can be repeated.",
     ),
     click.option(
-        "--key", metavar="PATH", multiple=True, help="Path of the state_dict in the file (a.b.c)."
+        "--key",
+        metavar="PATH",
+        multiple=True,
+        help="Path of the state_dict in each file (a.b.c), if it is not found.",
     ),
     click.option(
         "--ema/--no-ema",
         default=None,
-        help="Take the EMA or SWA weights of the run, or the raw ones.",
+        help="Average the EMA or SWA weights that the run saved, or the raw weights.",
     ),
     click.option(
         "--bn-buffers",
@@ -154,15 +166,20 @@ _DECLARED = (
         help="Output dtype: keep, float32, bfloat16 or float16.  [default: keep]",
     ),
     click.option(
-        "--start-from", metavar="AVERAGE", multiple=True, help="Continue from this average."
+        "--start-from",
+        metavar="AVERAGE",
+        multiple=True,
+        help="Add the checkpoints to this earlier average. Can be repeated.",
     ),
     click.option(
-        "--minus", metavar="AVERAGE", help="Subtract it from --start-from: the mean of the rest."
+        "--minus",
+        metavar="AVERAGE",
+        help="Subtract this average from --start-from; gives the mean of the rest.",
     ),
     click.option(
         "--each",
         is_flag=True,
-        help="Average the --last N at every checkpoint; -o 'merged/{step}.pt' names them.",
+        help="Average the --last N at every checkpoint, as in -o 'merged/{step}.pt'.",
     ),
     click.option(
         "-o",
@@ -173,7 +190,9 @@ _DECLARED = (
     ),
     click.option("-f", "--force", is_flag=True, help="Replace the output if it exists."),
     click.option(
-        "--keep-wrapper", is_flag=True, help="Copy the last file; replace only its weights."
+        "--keep-wrapper",
+        is_flag=True,
+        help="Write a copy of the last checkpoint with the averaged weights.",
     ),
     click.option(
         "--max-shard-size",
@@ -214,15 +233,19 @@ _DECLARED = (
         help="Autocast the forward pass.  [default: off]",
     ),
     click.option(
-        "--sweep", metavar="MOD:ATTR", help="Average the last 1, 2, 3, …; write the best."
+        "--sweep",
+        metavar="MOD:ATTR",
+        help="Average the last 1, 2, 3, …; write the best. With --each: score all.",
     ),
     click.option(
-        "--greedy", metavar="MOD:ATTR", help="Add a checkpoint only if evaluate(model) improves."
+        "--greedy",
+        metavar="MOD:ATTR",
+        help="Greedy soup: add a checkpoint only if it improves evaluate(model).",
     ),
     click.option(
         "--plot", metavar="FILE", help="Plot the scores or distances: .png, .svg or .html."
     ),
-    click.option("--dry-run", is_flag=True, help="Show what would be done; read headers only."),
+    click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing."),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON."),
     click.option("--report", metavar="FILE", help="Write the report as JSON to a file."),
     click.option(
@@ -231,7 +254,12 @@ _DECLARED = (
     click.option("--verify", is_flag=True, help="Reread the output; recompute a sample of it."),
     click.option("--show", metavar="FILE", help="Print how an average was made, and exit."),
     click.option("-q", "--quiet", is_flag=True, help="Print only errors."),
-    click.option("-v", "--verbose", is_flag=True, help="Show every tensor and every disagreement."),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        help="Show every tensor, and every disagreement between checkpoints.",
+    ),
     click.option(
         "--threads",
         type=click.IntRange(1),

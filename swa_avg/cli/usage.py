@@ -11,8 +11,8 @@ import click
 from swa_avg.cli.options import BATCHNORM
 
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
-_OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances", "verify")
-_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run")
+_OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances")
+_OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run", "verify")
 
 
 def check_usage(ctx: click.Context) -> None:
@@ -33,7 +33,8 @@ def check_usage(ctx: click.Context) -> None:
     if named["minus"]:
         _check_minus(named)
     if named["each"]:
-        _check_each(named)
+        scored = ctx.get_parameter_source("output") is click.core.ParameterSource.DEFAULT
+        _check_each(named, unnamed=bool(named["sweep"]) and scored)
     elif len(named["last"] or ()) > 1:
         raise click.UsageError("--last takes several numbers only with --each.")
     averages = named["checkpoints"] or named["start_from"]
@@ -54,6 +55,8 @@ def check_usage(ctx: click.Context) -> None:
         raise click.UsageError(f"{option} needs --best N, or --sweep or --greedy.")
     if searches:
         _check_search(named)
+    elif named["plot"] and named["each"]:
+        raise click.UsageError("--plot with --each needs --sweep MOD:ATTR.")
     elif named["plot"] and not named["distances"]:
         raise click.UsageError("--plot needs --sweep, --greedy or --distances.")
     if not named["recompute_bn"]:
@@ -72,19 +75,32 @@ def _check_minus(named: Mapping[str, Any]) -> None:
         raise click.UsageError("--minus takes no checkpoints, only --start-from.")
 
 
-def _check_each(named: Mapping[str, Any]) -> None:
-    """Refuse options that cannot be combined with --each."""
+def _check_each(named: Mapping[str, Any], *, unnamed: bool) -> None:
+    """Refuse options that cannot be combined with --each.
+
+    Args:
+        named: The options.
+        unnamed: Whether the averages are only scored, and written under no name.
+    """
     from swa_avg.planning import check_pattern
 
     if not named["last"]:
         raise click.UsageError("--each needs --last N: the number of checkpoints to average.")
-    for other in ("start_from", "best", "distances", "sweep", "greedy", "plot"):
+    if min(named["last"]) < 1:
+        raise click.UsageError("--last must be at least 1.")
+    for other in ("start_from", "best", "distances", "greedy"):
         if named[other]:
             raise click.UsageError(f"--each cannot be combined with --{other.replace('_', '-')}.")
-    try:
-        check_pattern(named["output"], named["last"])
-    except ValueError as error:
-        raise click.UsageError(f"--each: {error}.") from error
+    if unnamed:
+        for other in ("force", "keep_wrapper", "max_shard_size"):
+            if named[other]:
+                option = f"--{other.replace('_', '-')}"
+                raise click.UsageError(f"{option} needs -o, as in -o 'merged/{{step}}.pt'.")
+    else:
+        try:
+            check_pattern(named["output"], named["last"])
+        except ValueError as error:
+            raise click.UsageError(f"--each: {error}.") from error
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise click.UsageError("--each runs in one process: start it without torchrun.")
@@ -100,7 +116,7 @@ def _check_search(named: Mapping[str, Any]) -> None:
     for other in ("start_from", "distances"):
         if named[other]:
             raise click.UsageError(f"{option} cannot be combined with --{other.replace('_', '-')}.")
-    if named["bn_buffers"] == "first":
+    if named["bn_buffers"] == "first" and not named["each"]:
         raise click.UsageError(
             f"{option} cannot be combined with --bn-buffers first: "
             "the averages start at different checkpoints."

@@ -62,7 +62,7 @@ def read(folder: Path) -> Checkpoint:
         raise FormatError(
             f"has no {_METADATA}",
             file=home,
-            remedy="The run ended before the checkpoint was complete",
+            remedy="The checkpoint is not complete: leave it out, for example with --exclude",
         )
     with ExitStack() as opened:
         source = _Source(home, opened)

@@ -1,7 +1,7 @@
 """The exact mean of the same byte range of every input, written to one range of the output.
 
-In: the works of a plan. Out: bytes of the output, checksums, inner products. This wing
-does not know file formats or the meaning of names.
+In: the works of a plan. Out: bytes of the output, checksums, inner products. Does not depend
+on file formats or on the names of tensors.
 """
 
 from __future__ import annotations

@@ -136,14 +136,11 @@ class Buffers:
             NonFiniteError: An element is not finite in some input, or becomes so by rounding.
         """
         data, out = self._out.view(work.dtype, cell.numel)
-        rows = self._rows(readers, cell) if cell.numel else []
-        for span in spans:
-            if cell.numel:
-                try:
-                    self._averager.mean_into(_some(rows, span), out, part(work.dtype))
-                except NonFiniteError as error:
-                    error.source = None if error.source is None else span[error.source]
-                    raise
+        if not cell.numel:
+            yield from (data for _ in spans)
+            return
+        rows = self._rows(readers, cell)
+        for _ in self._averager.window_means(rows, spans, out, part(work.dtype)):
             yield data
 
     def without_mean(
@@ -204,11 +201,3 @@ class Buffers:
 
 def _reversed(rows: Rows) -> Rows:
     return [Block(block.values[::-1], block.dtype) for block in reversed(rows)]
-
-
-def _some(rows: Rows, span: Sequence[int]) -> Rows:
-    """Return consecutive rows, which are in one block if all rows are."""
-    cut = slice(span[0], span[-1] + 1)
-    if len(rows) == 1:
-        return [Block(rows[0].values[cut], rows[0].dtype)]
-    return rows[cut]

@@ -1,5 +1,8 @@
-"""Sums and quotients of float64 numbers with error terms, and rational arithmetic for the rest.
+"""Sums of windows, sums and quotients with error terms, and rational arithmetic for the rest.
 
+* The sum of a window of rows is that of the window before it, with one addition and one
+  subtraction, whatever its length. If neither was rounded, it is exact, as if the rows of the
+  window were added up. If one was rounded, it is not used.
 * TwoSum (Knuth, The Art of Computer Programming vol. 2, 4.2.2, theorem B) computes the
   rounding error of each addition. The errors are added up in a second float64.
 * A quotient is rounded to odd, so that it can be rounded once more (see `rounding`).
@@ -12,16 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from swa_avg.kernel.elements import wide
+from swa_avg.kernel.arithmetic import RoundingDetector
+from swa_avg.kernel.elements import is_small, wide, widen, widen_scaled
 from swa_avg.tensors import DType
 
 if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
 
+_MOST_WAITED = 64  # chunks for which no window is tried after a sum was rounded
 _SPLITTER = 2.0**27 + 1
 # Below this quotient the error term may be subnormal, and two float64 are not enough.
 _LEAST_QUOTIENT = 2.0**-960
@@ -56,6 +62,14 @@ def each(rows: Rows) -> Iterator[tuple[Array, DType]]:
     for block in rows:
         for values in block.values:
             yield values, block.dtype
+
+
+def some(rows: Rows, span: Sequence[int]) -> Rows:
+    """Return consecutive rows, which are in one block if all rows are."""
+    cut = slice(span[0], span[-1] + 1)
+    if len(rows) == 1:
+        return [Block(rows[0].values[cut], rows[0].dtype)]
+    return rows[cut]
 
 
 def lost(a: Array, b: Array, total: Array) -> Array:
@@ -142,3 +156,80 @@ def _exact_mean(values: tuple[float, ...], weights: Sequence[int], odd: bool) ->
     if not odd or not missing or math.frexp(nearest)[0] * 2**53 % 2:
         return nearest
     return math.nextafter(nearest, math.inf if missing > 0 else -math.inf)
+
+
+class SlidingSums:
+    """Exact sums of windows, in reused buffers.
+
+    Args:
+        rounded: Detects additions that were rounded.
+        few: Whether the sums are float32, of rows of a small dtype divided by its `scale`;
+            otherwise they are float64.
+    """
+
+    def __init__(self, rounded: RoundingDetector, few: bool = False) -> None:
+        self._rounded = rounded
+        self._few = few
+        self._memory = np.empty((0, 0), np.float32 if few else np.float64)
+        self._wide: Array = self._memory  # receives the numbers of a small dtype
+        self._waited = self._waiting = 0
+
+    def is_ready(self) -> bool:
+        """Return whether sums are tried for the next chunk.
+
+        After a sum that was rounded, those of the next chunks are probably rounded too. So some
+        calls return False, and more of them after each further failure.
+        """
+        if self._waited < self._waiting:
+            self._waited += 1
+            return False
+        self._waited = 0
+        return True
+
+    def of(self, rows: Rows, spans: Sequence[Sequence[int]], size: int) -> Iterator[Array | None]:
+        """Yield the sum of each window, valid until the next one; None if it is not exact.
+
+        After the first None there is no further sum.
+
+        Args:
+            rows: The rows.
+            spans: The numbers of the rows of each window.
+            size: The length of a row.
+        """
+        lengths = dict.fromkeys(map(len, spans))
+        if self._memory.shape[0] <= len(lengths) or self._memory.shape[1] < size:
+            self._memory = np.empty((len(lengths) + 1, size), self._memory.dtype)
+        *sums, self._wide = self._memory[: len(lengths) + 1, :size]
+        totals = dict(zip(lengths, sums, strict=True))
+        before = dict.fromkeys(lengths, range(0))
+        blocks = [Block(values, dtype) for values, dtype in each(rows)]
+        for number, span in enumerate(spans):
+            window, total = range(span[0], span[-1] + 1), totals[len(span)]
+            self._rounded.clear()
+            self._move(total, before[len(span)], window, blocks)
+            if self._rounded.raised():
+                self._waiting = min(_MOST_WAITED, 2 * self._waiting + 1)
+                yield from repeat(None, len(spans) - number)
+                return
+            before[len(span)] = window
+            yield total
+        self._waiting = 0
+
+    def _move(self, total: Array, before: range, window: range, rows: Sequence[Block]) -> None:
+        """Change the sum of one window into that of another."""
+        gone, new = range(before.start, window.start), range(before.stop, window.stop)
+        if window.start < before.start or len(gone) + len(new) >= len(window):
+            np.copyto(total, self._widened(rows[window.start]))
+            gone, new = range(0), window[1:]
+        for number in gone:
+            np.subtract(total, self._widened(rows[number]), out=total)
+        for number in new:
+            np.add(total, self._widened(rows[number]), out=total)
+
+    def _widened(self, row: Block) -> Array:
+        """Return the numbers of a row, in a dtype that numpy can add to a sum."""
+        if not is_small(row.dtype):
+            return row.values
+        wide = self._wide
+        (widen_scaled if self._few else widen)(row.values, wide, row.dtype)
+        return wide

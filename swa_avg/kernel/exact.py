@@ -13,21 +13,35 @@ multiples of ulp(sum), so they are equal, and the exact quotient is that tie.
 A weight of up to 26 bits times a number of up to 24 bits is exact in float64. A float64
 number is split into two halves first (Dekker 1971). None of this depends on the signs of the
 weights, as long as their sum is positive.
+
+Windows that overlap share sums if these are exact (see `compensated`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from swa_avg.kernel.arithmetic import RoundingDetector, rounding_detector
-from swa_avg.kernel.compensated import Block, Rows, Sum, count_of, each, exact_means, lost, refine
+from swa_avg.kernel.compensated import (
+    Block,
+    Rows,
+    SlidingSums,
+    Sum,
+    count_of,
+    each,
+    exact_means,
+    lost,
+    refine,
+    some,
+)
 from swa_avg.kernel.elements import is_small, scale, widen
-from swa_avg.kernel.few_bits import MOST_ROWS, FewBits
-from swa_avg.kernel.rounding import round_into
+from swa_avg.kernel.few_bits import FewBits, is_few
+from swa_avg.kernel.rounding import NonFiniteError, round_into
 from swa_avg.kernel.settling import settle
 from swa_avg.tensors import DType
 
@@ -43,6 +57,7 @@ MOST_OF_ONE = 16 * 1024  # numbers of one input, when running means are computed
 _LEAST_ROWS = 5
 _ALIGNED = 64
 _LOWER_HALF = (1 << 27) - 1  # of a float64's significand
+_COLUMNS = 5
 
 
 class Averager:
@@ -57,9 +72,11 @@ class Averager:
 
     def __init__(self, at_once: int = ALONE, rounded: RoundingDetector | None = None) -> None:
         self._at_once = at_once
-        self._columns = np.empty((5, 0))
+        self._columns = np.empty((_COLUMNS, 0))
         self._rounded = rounded or rounding_detector()
         self._few = FewBits(self._rounded)
+        self._sliding = SlidingSums(self._rounded)
+        self._sliding_few = SlidingSums(self._rounded, few=True)
         self._careful = False
 
     def mean_into(self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int] = ()) -> None:
@@ -84,8 +101,8 @@ class Averager:
         self._resize(min(step, out.size))
         for start in range(0, out.size, step):
             cut = slice(start, start + step)
-            some = [Block(block.values[:, cut], block.dtype) for block in rows]
-            self._mean(some, out[cut], dtype, weights)
+            part = [Block(block.values[:, cut], block.dtype) for block in rows]
+            self._mean(part, out[cut], dtype, weights)
         settle(out, rows, weights, dtype)
 
     def running_means(
@@ -106,10 +123,50 @@ class Averager:
             settle(out, first, counted, dtype)
             yield done
 
+    def window_means(
+        self, rows: Rows, spans: Sequence[Sequence[int]], out: Array, dtype: DType
+    ) -> Iterator[int]:
+        """Write the mean of each window into `out`, one after the other.
+
+        Each mean is the same as that of `mean_into` for the rows of the window.
+
+        Args:
+            rows: The rows, each as long as `out`.
+            spans: The numbers of the rows of each window, which are consecutive.
+            out: The result.
+            dtype: The dtype of `out`.
+
+        Yields:
+            The number of the window whose mean is in `out` now.
+
+        Raises:
+            NonFiniteError: As for `mean_into`; its source is the number of the row.
+        """
+        few = is_few(rows, dtype, max(map(len, spans))) and self._sliding_few.is_ready()
+        sums: Iterable[Array | None] = repeat(None, len(spans))
+        if few or self._sliding.is_ready():
+            sums = (self._sliding_few if few else self._sliding).of(rows, spans, out.size)
+        for number, (span, total) in enumerate(zip(spans, sums, strict=True)):
+            window = some(rows, span)
+            try:
+                if total is None:
+                    self.mean_into(window, out, dtype)
+                elif few:
+                    self._few.finish(total, len(span), rows[0].dtype, out, dtype)
+                    settle(out, window, (), dtype)
+                else:
+                    self._resize(out.size)
+                    self._finish(Sum(total), out, dtype, window, ())
+                    settle(out, window, (), dtype)
+            except NonFiniteError as error:
+                error.source = None if error.source is None else span[error.source]
+                raise
+            yield number
+
     def _resize(self, size: int) -> None:
         """Make the columns at least `size` long."""
         if self._columns.shape[1] < size:
-            self._columns = np.empty((5, size))
+            self._columns = np.empty((_COLUMNS, size))
 
     def _mean(self, rows: Rows, out: Array, dtype: DType, weights: Sequence[int]) -> None:
         """Write the mean of one step of `mean_into`."""
@@ -120,7 +177,7 @@ class Averager:
             values, kind = rows[0]
             if is_small(kind):
                 values = self._few.widened(values, kind)
-                exact = len(values) <= MOST_ROWS and dtype.significand <= 24
+                exact = is_few(rows, dtype, len(values))
                 if exact and self._few.averaged(values, kind, out, dtype):
                     return
             total = self._sum(rows, weights, high, values)
@@ -207,6 +264,8 @@ class Averager:
         mean = self._columns[4, : out.size]
         if count > MOST_WEIGHT:
             unsure = np.ones(out.size, np.bool_)
+        elif total.low is None and count & (count - 1) == 0:
+            np.multiply(total.high, 1 / count, out=mean)  # the same number, in half the time
         elif total.low is None:
             np.divide(total.high, count, out=mean)
         else:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swa_avg.kernel.arithmetic import RoundingDetector
-from swa_avg.kernel.elements import narrow, scale, widen_scaled
+from swa_avg.kernel.compensated import Rows
+from swa_avg.kernel.elements import is_small, narrow, scale, widen_scaled
 from swa_avg.tensors import DType
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 # A tie between results of 11 bits has 12 bits; its product with a count must fit in 24.
 MOST_ROWS = 1 << 11
 _MOST_WAITED = 64  # sums that skip float32 after a sum that was not exact in it
+
+
+def is_few(rows: Rows, dtype: DType, count: int) -> bool:
+    """Return whether sums of rows may be computed in float32.
+
+    Args:
+        rows: The rows.
+        dtype: The dtype of the mean.
+        count: The number of rows that are added up.
+    """
+    small = len(rows) == 1 and is_small(rows[0].dtype)
+    return small and count <= MOST_ROWS and dtype.significand <= 24
 
 
 class FewBits:
@@ -34,7 +47,7 @@ class FewBits:
 
     def __init__(self, rounded: RoundingDetector) -> None:
         self._rounded = rounded
-        self._buffer = np.empty(0, np.float32)
+        self._buffer = self._mean = np.empty(0, np.float32)
         self._waited = self._waiting = 0
 
     def widened(self, rows: Array, dtype: DType) -> Array:
@@ -70,7 +83,22 @@ class FewBits:
             self._waiting = min(_MOST_WAITED, 2 * self._waiting + 1)
             return False
         self._waiting = 0
-        # A power of two in the divisor changes only the exponent of the quotient.
-        np.divide(mean, np.float32(len(single) / scale(kind)), out=mean)
-        narrow(mean, out, dtype)
+        self.finish(mean, len(single), kind, out, dtype)
         return True
+
+    def finish(self, total: Array, count: int, kind: DType, out: Array, dtype: DType) -> None:
+        """Write the mean of rows into `out`, from their exact sum in float32.
+
+        Args:
+            total: The sum of the rows, each divided by the `scale` of `kind`.
+            count: The number of rows.
+            kind: The dtype of the rows.
+            out: The result.
+            dtype: The dtype of `out`, of up to 24 bits.
+        """
+        if self._mean.size < total.size:
+            self._mean = np.empty(total.size, np.float32)
+        mean = self._mean[: total.size]
+        # A power of two in the divisor changes only the exponent of the quotient.
+        np.divide(total, np.float32(count / scale(kind)), out=mean)
+        narrow(mean, out, dtype)

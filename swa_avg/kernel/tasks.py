@@ -106,8 +106,8 @@ class Chunking:
 
     Attributes:
         elements: The maximum number of elements.
-        bytes: The maximum of bytes in all inputs together; a minimum of elements goes
-            before it.
+        bytes: The maximum of bytes in all inputs together, unless that is less than the
+            minimum of elements.
     """
 
     elements: int

@@ -141,5 +141,5 @@ def _check(found: str, count: int, most: int) -> None:
         raise FormatError(
             found.format(f"{count:,}"),
             expected=f"{most:,} at most",
-            remedy="swa-avg reads no file that asks for more",
+            remedy="The limit protects against hostile files and cannot be changed",
         )

@@ -1,7 +1,7 @@
 """The plan of an average: which checkpoints take part, and what happens to each tensor.
 
-In: paths and options. Out: a `Selection` and a `Plan`, made from headers alone. This wing
-does not know how a mean is computed.
+In: paths and options. Out: a `Selection` and a `Plan`. Reads headers, and tensors only to
+detect copies and differences. Does not compute a mean.
 """
 
 from swa_avg.planning import start_from
@@ -16,6 +16,7 @@ from swa_avg.planning.arguments import (
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
 from swa_avg.planning.opening import Opened, open_all
+from swa_avg.planning.order import axis_of, gap_notes
 from swa_avg.planning.plan import Plan, Work, make_plan, ranges_of
 from swa_avg.planning.select import ALL, Choice, Selection, select
 from swa_avg.planning.settings import OptionFields, Options, Paths, options_of
@@ -36,6 +37,7 @@ __all__ = [
     "Selection",
     "Treatment",
     "Work",
+    "axis_of",
     "base_of",
     "check_arguments",
     "check_count",
@@ -43,6 +45,7 @@ __all__ = [
     "described",
     "expand",
     "find_inputs",
+    "gap_notes",
     "listed_paths",
     "make_plan",
     "names_of",

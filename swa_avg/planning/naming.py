@@ -23,17 +23,21 @@ def check_pattern(pattern: str, lasts: Sequence[int]) -> None:
     Raises:
         ValueError: The pattern is invalid, or gives several outputs the same name.
     """
-    found = [name for _, name, _, _ in Formatter().parse(pattern) if name is not None]
-    for name in found:
-        if name not in FIELDS:
+    found = []
+    for _, name, _, conversion in Formatter().parse(pattern):
+        if name is None:
+            continue
+        if name not in FIELDS or conversion:
             wanted = ", ".join(f"{{{field}}}" for field in FIELDS)
-            raise ValueError(f"the output's name has {{{name}}}; use {wanted}")
+            given = f"{name}!{conversion}" if conversion else name
+            raise ValueError(f"the output's name has {{{given}}}; use {wanted}")
+        found.append(name)
     if not {"step", "epoch", "name"} & set(found):
         raise ValueError(
             "each average needs a name of its own; name them with {step}, {epoch} or {name}, "
             "as in 'merged/{step}.pt'"
         )
-    if len(lasts) > 1 and "last" not in found:
+    if len({*lasts}) > 1 and "last" not in found:
         raise ValueError(
             "windows of several lengths need {last} in the output's name, as in "
             "'merged/{step}_{last}.pt'"
@@ -54,6 +58,7 @@ def names_of(pattern: str, states: Sequence[StateDict], windows: Sequence[range]
     """
     known = members(states)
     epochs, steps = numbers_of(known, "epoch"), numbers_of(known, "step")
+    own = _names(known)
     taken: dict[str, str] = {}
     names: list[str] = []
     for window in windows:
@@ -61,7 +66,7 @@ def names_of(pattern: str, states: Sequence[StateDict], windows: Sequence[range]
         values = {
             "step": steps[last],
             "epoch": epochs[last],
-            "name": _name(known[last]),
+            "name": own[last],
             "last": len(window),
         }
         name = _filled(pattern, values, known[last])
@@ -71,16 +76,33 @@ def names_of(pattern: str, states: Sequence[StateDict], windows: Sequence[range]
             raise OutputError(
                 f"would be the name of two averages: of {same}, and of {what}",
                 file=name,
-                remedy="Use {name} in the outputs' names",
+                remedy=_distinct(epochs, steps, own),
             )
         names.append(name)
     return names
 
 
-def _name(member: Member) -> str:
-    """Return the name of a checkpoint without the suffix of a file."""
-    path = member.path
-    return path.name if path.is_dir() else path.stem
+def _names(known: Sequence[Member]) -> list[str]:
+    """Return the names of checkpoints without the suffixes of files.
+
+    If several files have the same name, as in `step_1/model.pt`, they are those of the folders.
+    """
+    paths = [member.path for member in known]
+    files = [path.name if path.is_dir() else path.stem for path in paths]
+    folders = [path.parent.name for path in paths]
+    return folders if len({*files}) < len({*folders}) == len(files) else files
+
+
+def _distinct(*fields: Sequence[object]) -> str:
+    """Return the remedy for outputs of the same name: a field that tells checkpoints apart.
+
+    Args:
+        *fields: The epoch, the step and the name of each checkpoint.
+    """
+    for field, values in zip(("name", "step", "epoch"), reversed(fields), strict=True):
+        if None not in values and len({*values}) == len(values):
+            return f"Use {{{field}}} in the outputs' names"
+    return "Give the checkpoints different names, and use {name} in the outputs' names"
 
 
 def _filled(pattern: str, values: dict[str, Number | str | None], member: Member) -> str:

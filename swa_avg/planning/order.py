@@ -7,11 +7,15 @@ if possible, because frameworks count epochs from 0 in one place and from 1 in a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from swa_avg.checkpoints import Name, Number, StateDict, names, words
+from swa_avg.errors import listed
+
+_LEAST_GAPS = 3  # of which most can be said to be alike
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +139,42 @@ def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
     ]
     lacking = [sum(number is None for number in numbers) for _, numbers in measures]
     return measures[lacking.index(min(lacking))]
+
+
+def axis_of(states: Sequence[StateDict]) -> tuple[str, tuple[Number, ...]]:
+    """Return the measure along which a run is drawn, and the number of each checkpoint.
+
+    It is the epoch or the step if that increases along the run, otherwise the place of a
+    checkpoint in the order, counted from 1.
+
+    Args:
+        states: The checkpoints, in order.
+    """
+    known = members(states)
+    for kind in ("epoch", "step"):
+        numbers = [number for number in numbers_of(known, kind) if number is not None]
+        if len(numbers) == len(known) and all(a < b for a, b in pairwise(numbers)):
+            return kind, tuple(numbers)
+    return "checkpoint", tuple(range(1, len(known) + 1))
+
+
+def gap_notes(states: Sequence[StateDict]) -> Iterator[str]:
+    """Yield a note on checkpoints that are much farther apart than most are.
+
+    Args:
+        states: The checkpoints, in order.
+    """
+    kind, numbers = axis_of(states)
+    pairs = [(b - a, a, b) for a, b in pairwise(numbers)]
+    if kind == "checkpoint" or len(pairs) < _LEAST_GAPS:
+        return
+    usual = sorted(pairs)[len(pairs) // 2][0]
+    wide = [f"{kind} {a} to {b}" for gap, a, b in pairs if gap >= 2 * usual]
+    if wide:
+        yield (
+            f"{listed(wide)}: no checkpoint lies between, although most are {usual} apart; "
+            "averages across it span more of the run"
+        )
 
 
 def _number(name: Name) -> Number | None:

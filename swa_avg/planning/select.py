@@ -57,7 +57,7 @@ class Choice:
         if self.best is not None and not self.metric:
             raise ValueError("best needs a metric, for example val_loss")
         if self.best is None and (self.metric is not None or self.mode):
-            raise ValueError("metric and mode need best: how many of the best checkpoints to take")
+            raise ValueError("metric and mode need best, the number of best checkpoints to take")
         metrics.check_mode(self.mode)
         if self.metric is not None and self.better is None:
             raise ValueError(
@@ -205,7 +205,7 @@ def _scores(given: Sequence[Member], metric: str) -> dict[Path, Score]:
         searched = metrics.looked_at(lacking[0].state.checkpoint, metric, lacking[0].name, run)
         remedy = f"Searched {searched}"
         left = "it" if len(lacking) == 1 else "all such checkpoints"
-        remedy += f"; {option} leaves out {left}" * bool(option)
+        remedy += f"; {option} leaves {left} out" * bool(option)
         raise SelectionError(f"records no {metric}", file=path, remedy=remedy)
     for where in found[0]:
         if all(where in scores for scores in found):

@@ -120,7 +120,7 @@ def refuse_components(given: Sequence[Member]) -> None:
 
 def _of_parts(member: Member) -> str:
     parts = (f"{label} {number}" for label, number in member.name.parts)
-    return ", ".join(parts) or "all of it"
+    return ", ".join(parts) or "the whole"
 
 
 def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
@@ -223,7 +223,7 @@ def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
     rest = [member.path for member in chosen if member not in fewest]
     option = exclusion([member.path for member in fewest], rest)
     without = f"; to leave out {_described(fewest)}, add {option}" if option else ""
-    yield f"averaged together: {listed(described, 5)}{without}"
+    yield f"several series are averaged together: {listed(described, 5)}{without}"
 
 
 def _are_several_runs(series: Iterable[str]) -> bool:

@@ -114,7 +114,8 @@ def minus(whole: Base, part: Base) -> tuple[Base, Base]:
     path, of = part.state.checkpoint.path, whole.state.checkpoint.path
     if part.count >= whole.count:
         raise ProvenanceError(
-            f"is the mean of {part.count}, and {of} of {whole.count}: no checkpoints are left",
+            f"is the mean of {part.count} checkpoints, and {of} is the mean of {whole.count}:"
+            " no checkpoints are left",
             file=path,
             remedy="Give the later average with --start-from, the earlier one with --minus",
         )
@@ -139,8 +140,8 @@ def amplification(bases: Iterable[Base]) -> list[str]:
     part, whole = bases
     factor = (whole.count + part.count) / (whole.count - part.count)
     return [
-        f"{whole.state.checkpoint.path} is the mean of {whole.count}, "
-        f"{part.state.checkpoint.path} of {part.count}: the mean of the other "
+        f"{whole.state.checkpoint.path} is the mean of {whole.count} checkpoints, and "
+        f"{part.state.checkpoint.path} of {part.count} of them: the mean of the other "
         f"{whole.count - part.count} has up to {factor:.3g} times their rounding errors"
     ]
 

@@ -16,9 +16,9 @@ from swa_avg.errors import counted
 from swa_avg.formats import open_checkpoint
 from swa_avg.progress import Progress, Watch
 from swa_avg.search.scores import Judge, Scale
-from swa_avg.storage import AtomicFile, RemoteFile
+from swa_avg.storage import AtomicFile, AtomicFolder, RemoteFile
 
-File = AtomicFile | RemoteFile
+File = AtomicFile | AtomicFolder | RemoteFile
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,14 @@ class Bench:
         """The scale of the scores; known after the first one."""
         return self._judge.scale
 
-    def singles(self, states: Sequence[StateDict]) -> tuple[float, ...]:
-        """Return the score of each checkpoint on its own."""
-        self._total = 2 * len(states)
+    def singles(self, states: Sequence[StateDict], averages: int) -> tuple[float, ...]:
+        """Return the score of each checkpoint on its own.
+
+        Args:
+            states: The checkpoints.
+            averages: The number of averages that will be scored after them.
+        """
+        self._total = len(states) + averages
         paths = [str(state.checkpoint.path) for state in states]
         for path, state in zip(paths, states, strict=True):
             self._alone[path] = self._score(state, path)
@@ -203,9 +208,9 @@ class Bench:
                 score = self._score(state, label)
         return Candidate(file, averaging, report, tuple(members), score)
 
-    def load(self, best: Found) -> None:
+    def load(self, file: File, averaging: Averaging) -> None:
         """Load an average into the model."""
-        with _stored(best.file, best.averaging) as state:
+        with _stored(file, averaging) as state:
             self._judge.load(state)
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from swa_avg.batchnorm import (
     Recompute,
     Session,
+    check_model,
     importable,
     load_attribute,
     load_weights,
@@ -33,6 +34,7 @@ from swa_avg.batchnorm import (
 )
 from swa_avg.checkpoints import StateDict, mode_of
 from swa_avg.errors import DataError, SelectionError, listed
+from swa_avg.planning import described
 
 Evaluate = Callable[[nn.Module], object]
 _SCORES = "a number, or a dict of numbers"
@@ -74,6 +76,11 @@ class Judge:
         metric: str | None = None,
         mode: str | None = None,
     ) -> None:
+        if not callable(evaluate):
+            raise TypeError(
+                f"evaluate must be a function evaluate(model), not {described(evaluate)}"
+            )
+        check_model(model)
         self.model = model
         self._evaluate = evaluate
         self._called = called

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from swa_avg.averaging import Averaging, planned
-from swa_avg.batchnorm import BatchNorm, check_model
+from swa_avg.batchnorm import BatchNorm
 from swa_avg.checkpoints import StateDict, metrics
 from swa_avg.errors import OutputError, counted, in_bytes
 from swa_avg.planning import (
@@ -28,7 +28,6 @@ from swa_avg.planning import (
     OptionFields,
     Paths,
     check_arguments,
-    described,
     make_plan,
     options_of,
 )
@@ -55,7 +54,7 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
     _check_room(averaging, count)
     with ExitStack() as opened:
         files = [_output(averaging, opened) for _ in chosen]
-        singles = bench.singles(chosen)
+        singles = bench.singles(chosen, count)
         count_bytes = Counter(bench.watch, "averaging", averaging.plan.bytes_to_read)
         outcome = averaging.compute(
             files[-1], partials=files[:-1], threads=threads, progress=count_bytes
@@ -90,7 +89,7 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
     """
     chosen = averaging.selection.chosen
     _check_room(averaging, 2)
-    singles = bench.singles(chosen)
+    singles = bench.singles(chosen, len(chosen))
     sign = 1 if bench.scale.mode == "max" else -1
     ranked = sorted(range(len(chosen)), key=lambda n: (sign * singles[n], n), reverse=True)
     options = replace(averaging.options, choice=ALL)
@@ -228,9 +227,6 @@ def sweep(
     """
     wanted = options_of(sweep, options)
     check_arguments(batchnorm, threads)
-    check_model(model)
-    if not callable(evaluate):
-        raise TypeError(f"evaluate must be a function evaluate(model), not {described(evaluate)}")
     if wanted.start_from or wanted.distances or wanted.bn_buffers == "first":
         raise ValueError(
             'start_from, distances and bn_buffers="first" cannot be combined with a search'
@@ -245,6 +241,6 @@ def sweep(
             raise OutputError("would be a folder", file=output, expected="the name of a file")
         search = greedy_soup if greedy else swept
         with search(averaging, bench, threads) as best:
-            bench.load(best)
+            bench.load(best.file, best.averaging)
             notes = best.file.commit(progress)
     return best.report.noting(wanted.worded(notes))

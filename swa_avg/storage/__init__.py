@@ -1,7 +1,7 @@
 """Input and output of bytes: local files, URLs, and an output that appears complete or not at all.
 
 In: paths. Out: files to read by range (`InputFile`), and files, folders and remote
-objects to write (`Output`). This wing does not know what a tensor is.
+objects to write (`Output`). Does not depend on tensors or formats.
 """
 
 from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead

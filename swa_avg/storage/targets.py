@@ -149,11 +149,12 @@ def _check_bucket(remote: RemotePath) -> None:
         raise OutputError(f"cannot be written: {reason(error)}", file=remote) from error
 
 
-def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
+def check_room(outputs: Iterable[tuple[Path, int]], *, temporary: bool = False) -> None:
     """Refuse outputs that together do not fit on their disks, before any tensor is read.
 
     Args:
         outputs: The paths and sizes of the outputs; a URL is written to this machine first.
+        temporary: Whether they are in the temporary folder and become no outputs.
 
     Raises:
         OutputError: A disk has less space.
@@ -168,11 +169,15 @@ def check_room(outputs: Iterable[tuple[Path, int]]) -> None:
         first, needed = together[0][0], sum(size for _, size in together)
         free = shutil.disk_usage(_disk(first)).free
         if needed > free:
+            what = counted(len(together), "temporary file" if temporary else "output")
+            moved = temporary or is_remote(first)
             raise OutputError(
-                f"{counted(len(together), 'output')} need {in_bytes(needed)} of disk space, but "
-                f"{in_bytes(free)} are free",
-                file=first,
-                remedy="Write to another disk with -o",
+                f"{what} need{'s' if len(together) == 1 else ''} {in_bytes(needed)} of disk "
+                f"space, but {in_bytes(free)} are free",
+                file=_disk(first) if moved else first,
+                remedy="Set TMPDIR to a folder on another disk"
+                if moved
+                else "Write to another disk with -o",
             )
 
 

@@ -1,7 +1,7 @@
 """Tensors in files: dtype, shape, stride and byte range.
 
 In: files. Out: references to tensors, boxes of their elements, and checksums of their
-bytes. This wing does not know any file format.
+bytes. Does not depend on file formats.
 """
 
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps

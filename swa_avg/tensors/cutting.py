@@ -46,7 +46,7 @@ def _collected(ref: TensorRef, box: Box, parts: Sequence[Part]) -> TensorRef:
 
 
 def _overlaps(box: Box, parts: Sequence[Part]) -> Iterator[Part]:
-    """Yield what a box has of each part, with its place in the box."""
+    """Yield the intersection of a box with each part, and its place in the box."""
     for part in parts:
         ends = zip(part.start, part.ref.shape, box.start, box.shape, strict=True)
         spans = [(max(a, b), min(a + size, b + wanted)) for a, size, b, wanted in ends]

@@ -129,6 +129,8 @@ def test_several_windows_from_one_reading(folder: Path, tmp_path: Path) -> None:
         ("--each --last 3", "each average needs a name of its own"),
         ("--each --last 3 -o {nr}.pt", "the output's name has {nr}"),
         ("--each --last 3,4 -o {step}.pt", "need {last} in the output's name"),
+        ("--each --last 0 -o {step}.pt", "--last must be at least 1"),
+        ("--each --last 3 -o {step!r}.pt", "the output's name has {step!r}"),
         ("--last 3,4", "--last takes several numbers only with --each"),
         ("--each --last 3 --distances -o {step}.pt", "cannot be combined with --distances"),
         ("--each --last 3 --start-from x.pt -o {step}.pt", "combined with --start-from"),
@@ -153,6 +155,30 @@ def test_names_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "5.pt").write_bytes(b"old")
     assert "5.pt: exists already" in fails(folder, *each, "3", "-o", f"{tmp_path}/{{epoch}}.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["5.pt"]
+
+
+def test_names_of_folders(tmp_path: Path) -> None:
+    """{name} is that of the folder where files have the same name; the remedy works."""
+    for n in range(3):
+        (tmp_path / f"ckpt-{n}").mkdir()
+        torch.save({"model": weights(n), "global_step": 7}, tmp_path / f"ckpt-{n}" / "model.pt")
+    each = ("ckpt-0/model.pt", "ckpt-1/model.pt", "ckpt-2/model.pt", "--each", "--last", "2", "-o")
+    assert "Use {name} in the outputs' names." in fails(tmp_path, *each, "m_{step}.pt")
+    ended = run(tmp_path, *each, "m_{name}.pt")
+    assert ended.returncode == 0, ended.stderr
+    assert [path.name for path in sorted(tmp_path.glob("m_*"))] == ["m_ckpt-1.pt", "m_ckpt-2.pt"]
+
+
+def test_gaps_are_told(tmp_path: Path) -> None:
+    """A note names the places where checkpoints are farther apart than most, only there."""
+    for n, step in enumerate((100, 200, 300, 500, 600, 640)):
+        torch.save({"model": {"w": torch.ones(2) * n}, "step": step}, tmp_path / f"{n}.pt")
+    given = [tmp_path / f"{n}.pt" for n in range(6)]
+    gap = "step 300 to 500: no checkpoint lies between, although most are 100 apart"
+    report = swa_avg.windows(given, f"{tmp_path}/m_{{step}}.pt", 2)
+    assert [gap in note for note in report.notes] == [True]
+    report = swa_avg.windows(given[3:], f"{tmp_path}/n_{{step}}.pt", 2)
+    assert not report.notes
 
 
 def test_disk_is_checked_for_all(

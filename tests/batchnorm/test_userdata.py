@@ -311,8 +311,8 @@ def test_the_versions_of_layers_go_along() -> None:
         ),
         (
             lambda s: s.update({"conv.weight": torch.zeros(5, 3, 1, 1)}),
-            "1 tensors of the checkpoint have another shape in the model"
-            " (conv.weight (5, 3, 1, 1) for (4, 3, 1, 1))",
+            "shapes differ between the checkpoint and the model:"
+            " conv.weight (5, 3, 1, 1) (model: (4, 3, 1, 1))",
         ),
         (
             lambda s: s.update({"conv.bias": "text"}),

@@ -93,7 +93,7 @@ def test_counters_integers_and_bool(done: Averaged) -> None:
     assert_mean(done, "bn.running_mean", "double.running_var")
 
 
-@fault(65, "complex", "averaged; complex128 refused by name into safetensors")
+@fault(65, "complex", "averaged; complex128 refused for safetensors, with its name")
 @fault(66, "float8", "averaged, rounded once")
 @fault(71, "0-dim and empty tensors", "averaged")
 @fault(76, "Parameters, requires_grad", "averaged; plain tensors")
@@ -101,9 +101,9 @@ def test_counters_integers_and_bool(done: Averaged) -> None:
 @fault(
     79,
     "names in any script; a lone surrogate",
-    "averaged; a lone surrogate refused by name into safetensors",
+    "averaged; a lone surrogate refused for safetensors, with its name",
 )
-@fault(80, "a tensor called `__metadata__`", "averaged; refused by name into safetensors")
+@fault(80, "a tensor called `__metadata__`", "averaged; refused for safetensors, with its name")
 def test_floats_of_every_kind(done: Averaged) -> None:
     """Whatever they are called and wrapped in, numbers that have a mean get it."""
     assert_mean(done, "complex64", "complex128", "scalar", "empty", "parameter", "grad", "subclass")

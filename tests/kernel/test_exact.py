@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import permutations
 from typing import Any
@@ -23,7 +23,7 @@ from swa_avg.kernel.arithmetic import (
     default_arithmetic,
     rounding_detector,
 )
-from swa_avg.kernel.compensated import Block, Rows
+from swa_avg.kernel.compensated import Block, Rows, SlidingSums
 from swa_avg.kernel.elements import carrier
 from swa_avg.kernel.exact import ALONE, MOST_WEIGHT, Averager
 from swa_avg.kernel.rounding import NonFiniteError
@@ -426,6 +426,106 @@ def test_running_means_are_the_means(
             mean = averaged(inputs[:k], weights=weights[:k])
             assert oracle.same_bits(tensor(out, dtype), mean), k
         assert counts == [1, 2, 3, 4, 5, 6]
+
+
+# All means of windows of consecutive inputs.
+
+
+def spans_of(count: int, lengths: Iterable[int]) -> list[range]:
+    """The windows of some lengths, in the order of their ends."""
+    return [range(end - length, end) for end in range(1, count + 1) for length in sorted(lengths)
+            if length <= end]  # fmt: skip
+
+
+def assert_windows(
+    averager: Averager, inputs: list[Tensor], lengths: Iterable[int], dtype: torch.dtype
+) -> None:
+    out = np.empty(inputs[0].numel(), carrier(of(dtype)))
+    spans = spans_of(len(inputs), lengths)
+    numbers = []
+    for number in averager.window_means(_rows(inputs), spans, out, of(dtype)):
+        numbers.append(number)
+        expected = oracle.mean([inputs[n] for n in spans[number]], dtype)
+        assert oracle.same_bits(tensor(out, dtype), expected), spans[number]
+    assert numbers == list(range(len(spans)))
+
+
+@names
+@pytest.mark.parametrize("make", ["like weights", "halfway", "mixed"])
+@pytest.mark.parametrize("careful", [False, True])
+def test_means_of_windows_are_the_means(dtype: torch.dtype, make: str, careful: bool) -> None:
+    """Each is correctly rounded, whether partial sums are exact, to the middle, or never."""
+    torch.manual_seed(0)
+    inputs = spread(9, 60, -1, 1, dtype)
+    if make == "halfway":
+        inputs[5:] = anything(4, 60, dtype, seed=4)
+    elif make == "mixed":
+        inputs[3:5] = [values.to(torch.bfloat16) for values in spread(2, 60, -1, 1, dtype)]
+    for values in inputs:
+        values[::13] = -0.0
+        values[5] = 1
+    inputs[4][13] = 0.0
+    averager = Averager(rounded=AlwaysRounded() if careful else None)
+    for _ in range(4):  # what the averager has learnt from a chunk changes nothing
+        assert_windows(averager, inputs, (1, 2, 4, 7, 9), dtype)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    raw=st.binary(min_size=24, max_size=200),
+    dtype=st.sampled_from(FLOATS),
+    alike=st.booleans(),
+    count=st.integers(1, 7),
+    drawn=st.sets(st.integers(1, 7), min_size=1, max_size=3),
+)
+def test_means_of_windows_are_correctly_rounded(
+    raw: bytes, dtype: torch.dtype, alike: bool, count: int, drawn: set[int]
+) -> None:
+    """For any finite bits and any lengths; with exponents alike, partial sums are exact."""
+    form, size = oracle.FORMATS[dtype], dtype.itemsize
+    numbers = [int.from_bytes(raw[n : n + size], "little") for n in range(0, len(raw) - 7, size)]
+    if alike:
+        fraction = (1 << form.fraction) - 1
+        numbers = [n & (fraction | form.sign) | form.bias << form.fraction for n in numbers]
+    numbers = [0 if form.value(n) is None else n for n in numbers]
+    length = -(-len(numbers) // count)
+    rows = [[numbers[(n + k * length) % len(numbers)] for n in range(length)]
+            for k in range(count)]  # fmt: skip
+    lengths = {min(length, count) for length in drawn}
+    assert_windows(Averager(), [oracle.from_bits(row, dtype) for row in rows], lengths, dtype)
+
+
+def test_sliding_sums_are_used_where_they_are_exact() -> None:
+    """After one that was rounded, the next chunks do without them, and later ones try again."""
+    sliding, size = SlidingSums(rounding_detector()), 50
+    exact = [np.full((1, size), n, np.float32) for n in range(1, 5)]
+    rounded = [*exact[:3], np.full((1, size), 2.0**-60, np.float32)]
+    spans, kind = spans_of(4, (3,)), of(torch.float32)
+
+    def sums(rows: list[Any]) -> list[float | None]:
+        if not sliding.is_ready():
+            return [None]
+        found = sliding.of([Block(row, kind) for row in rows], spans, size)
+        return [None if total is None else float(total[0]) for total in found]
+
+    assert sums(exact) == [6, 9]
+    assert sums(rounded) == [6, None]
+    assert sums(exact) == [None]
+    assert sums(exact) == [6, 9] == sums(exact)
+
+
+def test_element_that_is_not_finite_in_some_windows() -> None:
+    """It is refused in each window that has it, with the number of the input; others are sound."""
+    inputs = [torch.ones(70) * n for n in range(6)]
+    inputs[2][7] = math.inf
+    out = np.empty(70, carrier(of(torch.float32)))
+    averager = Averager()
+    made = averager.window_means(_rows(inputs), spans_of(6, (2,)), out, of(torch.float32))
+    assert next(made) == 0 and (out == 0.5).all()
+    with pytest.raises(NonFiniteError) as refused:
+        next(made)
+    assert (refused.value.source, refused.value.element) == (2, 7)
+    assert_windows(averager, inputs[3:], (2,), torch.float32)
 
 
 # The same bits, whatever the way.

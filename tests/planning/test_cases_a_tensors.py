@@ -381,7 +381,7 @@ def test_batchnorm_of_a_kind_is_kept_as_bn_buffers_says(tmp_path: Path) -> None:
     kept = [name for name in states[0] if "running" in name or "tracked" in name]
     assert len(kept) == 6
     assert_last_and_mean(done.tensors, [*states[::-1]], *kept)
-    assert "6 BatchNorm buffers kept apart" in done.stdout
+    assert "6 BatchNorm buffers not averaged" in done.stdout
     network.load_state_dict(done.tensors, strict=True)
 
 
@@ -861,7 +861,7 @@ def test_frozen_batchnorm_has_no_note(tmp_path: Path, suffix: str) -> None:
         states = [batchnorm(("backbone", "head"), number) for number in range(3)]
         done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", choice)
         assert done.notes == ()
-        assert f"{apart} BatchNorm buffers kept apart" in done.stdout
+        assert f"{apart} BatchNorm buffers not averaged" in done.stdout
     states = [batchnorm(("backbone",), number) for number in range(3)]
     done = averaged(tmp_path, *saved(tmp_path, states, suffix), "--verify")
     mean = averaged(tmp_path, *saved(tmp_path, states, suffix), "--bn-buffers", "mean")

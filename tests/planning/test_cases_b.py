@@ -415,7 +415,7 @@ def test_b_two_series_are_said(tmp_path: Path) -> None:
     # A soup of one checkpoint of each run is one too.
     save(tmp_path, {"a/epoch_9.pt": 1, "b/epoch_9.pt": 2})
     value, notes = mean(tmp_path, "a/epoch_9.pt", "b/epoch_9.pt")
-    saying(notes, "averaged together: a/epoch_9.pt, b/epoch_9.pt")
+    saying(notes, "several series are averaged together: a/epoch_9.pt, b/epoch_9.pt")
 
 
 RUNS = {
