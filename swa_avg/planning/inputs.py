@@ -188,7 +188,7 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
                 file=path,
                 remedy=remedy_in_subfolders(path, children),
             )
-        lone = not own and alone and len(found) == 1
+        lone = not own and alone and len(found) == 1 and not is_remote(path)
         inside = remedy_in_subfolders(path, children) if lone else ""
     except OSError as error:
         raise _unreadable(error, path) from error
@@ -282,7 +282,7 @@ def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
     """Return the path or pattern to give, if folders below one contain checkpoints."""
     homes: list[Path] = []
     level, looked_at = [child for child in children if child.is_dir()], 0
-    for _ in range(_MOST_LEVELS):
+    for _ in range(1 if is_remote(path) else _MOST_LEVELS):
         below: list[Path] = []
         for folder in level:
             with suppress(OSError):
