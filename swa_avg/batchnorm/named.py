@@ -53,7 +53,7 @@ def _meant(spec: str) -> str:
         return f"data:{name}"
     module, dot, attribute = name.rpartition(".")
     dotted = dot and attribute != "py" and "/" not in attribute
-    return f"{module}:{attribute}" if dotted else f"{name}:loader"
+    return f"{module}:{attribute}" if dotted else f"{name}:NAME"
 
 
 def _close(wanted: str, holder: Any) -> str:

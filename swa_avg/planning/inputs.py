@@ -21,7 +21,7 @@ from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import component_of, is_checkpoint
 from swa_avg.planning.unfinished import broken, is_unfinished
-from swa_avg.storage import is_remote, path_of, remote_matches
+from swa_avg.storage import home_written_out, is_remote, path_of, remote_matches
 
 # Where checkpoints are looked for below a folder without any.
 _MOST_LEVELS = 4
@@ -112,6 +112,8 @@ def _check_there(path: Path) -> None:
 
 def _nearest(path: Path) -> str:
     """Return what may have been meant by a path that does not exist, or what of it is missing."""
+    if home := home_written_out(path):
+        return home
     missing = path
     while missing.parent != missing and not missing.parent.is_dir():
         missing = missing.parent
@@ -126,6 +128,8 @@ def _nearest(path: Path) -> str:
 
 def _what_is_there(pattern: Path) -> str:
     """Return what the folder of a pattern without matches contains."""
+    if home := home_written_out(pattern):
+        return home
     folder = pattern.parent
     while _MAGIC.search(str(folder)):
         folder = folder.parent
