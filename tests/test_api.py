@@ -296,6 +296,9 @@ def test_plan_writes_only_while_its_checkpoints_are_open(paths: list[Path]) -> N
     with pytest.raises(ValueError, match=r"call write\(\) inside the with block"):
         plan.write()
     assert not out.exists()
+    forgotten: Any = swa_avg.planned(paths, out)
+    with pytest.raises(AttributeError, match=r"needs a with block: .* as plan: plan\.write"):
+        forgotten.write()
     with swa_avg.open_checkpoint(paths[0]) as checkpoint:
         checkpoint.close()
     with paths[1].open(), pytest.raises(swa_avg.FileError, match="it is closed"):
