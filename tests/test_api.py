@@ -314,7 +314,8 @@ def test_plans_and_reports_fit_a_line(paths: list[Path]) -> None:
     made = f"Report({out}: average of 4 checkpoints, "
     assert repr(report).startswith(made) and repr(report).endswith("statistics are stale; 1 note)")
     along = swa_avg.windows(paths, str(out.with_name("{epoch}_{last}.pt")), last=2)
-    assert repr(along).startswith("WindowsReport(3 averages, ")
+    assert along.stale and repr(along).startswith("WindowsReport(3 averages, ")
+    assert repr(along).endswith(f"{out.with_name('3_2.pt')}; BatchNorm statistics are stale)")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
