@@ -82,7 +82,7 @@ class WindowScores:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ScoredWindows(WindowsReport):
     """The report of averages along a run that were scored.
 
