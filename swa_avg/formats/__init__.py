@@ -17,7 +17,13 @@ from swa_avg.formats.checkpoint import (
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.components import ROOT, averages, component_of, is_weights_name
+from swa_avg.formats.components import (
+    ROOT,
+    averages,
+    component_of,
+    configuration,
+    is_weights_name,
+)
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.opening import (
     Form,
@@ -48,6 +54,7 @@ __all__ = [
     "averages",
     "checksum_places",
     "component_of",
+    "configuration",
     "form_of",
     "is_checkpoint",
     "is_weights_name",
