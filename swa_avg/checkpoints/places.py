@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from shlex import quote
 
-from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, marks_average
+from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, entry_marks_average
 from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
@@ -89,7 +89,7 @@ def _marked(tree: object, weights: Sequence[str]) -> list[str]:
         f"{parent}.{name}" if parent else name
         for parent in parents
         for name, value in (mapping(at(tree, parent)) or {}).items()
-        if isinstance(name, str) and _is_dict(value) and marks_average(name)
+        if isinstance(name, str) and _is_dict(value) and entry_marks_average(name)
     ]
 
 
@@ -137,7 +137,7 @@ def candidates(tree: object) -> list[str]:
     found: list[str] = []
     for path in dicts_of_tensors(tree):
         parts = path.split(".")
-        if any(_NO_MODEL.search(part) or marks_average(part) for part in parts):
+        if any(_NO_MODEL.search(part) or entry_marks_average(part) for part in parts):
             continue
         # A dict inside a candidate belongs to the candidate.
         if has_weights(at(tree, path)) and not any(path.startswith(f"{one}.") for one in found):

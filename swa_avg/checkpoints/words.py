@@ -21,10 +21,13 @@ EPOCH = _set("epoch epochs ep epo epoche epochen")
 # A number next to one of these is a step. Composer uses `ba` for batch, Ignite uses `it`.
 STEP = _set(
     "step steps globalstep globalsteps gstep stp iter iters iteration iterations it itr itrs "
-    "update updates upd batch batches ba minibatch episode episodes"
+    "update updates upd batch batches ba minibatch episode episodes timestep timesteps rollout "
+    "round rounds cycle cycles generation"
 )
 # A number next to one of these counts data: tokens (OLMo), samples (Composer), kimg (StyleGAN).
-COUNT = _set("token tokens tok sample samples example examples images kimg mimg nimg seen")
+COUNT = _set(
+    "token tokens tok sample samples example examples images kimg mimg nimg seen frame frames"
+)
 # Single letters have a meaning only directly before a number: net-e10-it5000.
 LETTERS = {"e": "epoch", "i": "step", "s": "step"}
 KINDS = {
