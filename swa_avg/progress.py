@@ -119,8 +119,11 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
 
 def _kind(stream: TextIO | None) -> Any:
     """Return the class of the bar: tqdm's for the place where it is shown."""
+    import warnings
     from importlib import import_module
 
-    found: Any = import_module("tqdm.auto" if stream is None else "tqdm").tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets gets a bar of text
+        found: Any = import_module("tqdm.auto" if stream is None else "tqdm").tqdm
     # No monitor thread: a process with threads must not fork.
     return type("Bar", (found,), {"monitor_interval": 0})

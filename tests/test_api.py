@@ -126,6 +126,8 @@ def test_misspelt_field_names_the_nearest() -> None:
         (lambda: swa_avg.Options(dtpye="keep"), "Did you mean dtype?"),
         (lambda: swa_avg.BatchNorm(data=[], modl=None), "Did you mean model?"),
         (lambda: swa_avg.sweep("a", "b", len, model=network(), metrc="x"), "Did you mean metric?"),
+        (lambda: swa_avg.windows("a", "b", 2, dtpye="keep"), "Did you mean dtype?"),
+        (lambda: swa_avg.score_windows("a", len, 2, model=network(), mod=1), "Did you mean mode?"),
     ):
         with pytest.raises(TypeError, match=re.escape(says)):
             call()  # type: ignore[no-untyped-call]
@@ -296,6 +298,9 @@ def test_plan_writes_only_while_its_checkpoints_are_open(paths: list[Path]) -> N
     with pytest.raises(ValueError, match=r"call write\(\) inside the with block"):
         plan.write()
     assert not out.exists()
+    forgotten: Any = swa_avg.planned(paths, out)
+    with pytest.raises(AttributeError, match=r"needs a with block: .* as plan: plan\.write"):
+        forgotten.write()
     with swa_avg.open_checkpoint(paths[0]) as checkpoint:
         checkpoint.close()
     with paths[1].open(), pytest.raises(swa_avg.FileError, match="it is closed"):
@@ -311,7 +316,8 @@ def test_plans_and_reports_fit_a_line(paths: list[Path]) -> None:
     made = f"Report({out}: average of 4 checkpoints, "
     assert repr(report).startswith(made) and repr(report).endswith("statistics are stale; 1 note)")
     along = swa_avg.windows(paths, str(out.with_name("{epoch}_{last}.pt")), last=2)
-    assert repr(along).startswith("WindowsReport(3 averages, ")
+    assert along.stale and repr(along).startswith("WindowsReport(3 averages, ")
+    assert repr(along).endswith(f"{out.with_name('3_2.pt')}; BatchNorm statistics are stale)")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -38,6 +38,7 @@ from swa_avg.planning import (
     refuse_unlike,
     select,
     start_from,
+    with_block,
 )
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import check_target, path_of
@@ -59,7 +60,7 @@ _SINGLE = (Form.TORCH, Form.SAFETENSORS)
 _ALONE = "only one checkpoint takes part: nothing is averaged; the output has its weights"
 
 
-@contextmanager
+@with_block
 def planned(
     checkpoints: Paths,
     output: str | os.PathLike[str],

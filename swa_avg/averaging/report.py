@@ -157,7 +157,8 @@ class WindowsReport:
         averages: The report of each average, in the order of the run. Its `bytes_read` are
             the bytes of its checkpoints, which other averages share.
         bytes_read: The number of tensor bytes that were read for all averages together.
-        notes: Notes for the user on the choice of checkpoints.
+        notes: Notes for the user on the choice of checkpoints; those on an average are in
+            its own report.
     """
 
     averages: tuple[Report, ...]
@@ -165,8 +166,16 @@ class WindowsReport:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        averages, last = counted(len(self.averages), "average"), self.averages[-1].output
-        return f"WindowsReport({averages}, {in_bytes(self.bytes_written)}, the last one {last})"
+        last = self.averages[-1].output
+        size = in_bytes(self.bytes_written)
+        written = f"{size}, the last one {last}" if last else "not written"
+        averages, stale = counted(len(self.averages), "average"), "; BatchNorm statistics are stale"
+        return f"{type(self).__name__}({averages}, {written}{stale if self.stale else ''})"
+
+    @property
+    def stale(self) -> bool:
+        """Whether BatchNorm statistics of some average do not belong to its weights."""
+        return any(report.stale for report in self.averages)
 
     @property
     def bytes_written(self) -> int:

@@ -28,8 +28,7 @@ def load_attribute(spec: str, folder: Path) -> tuple[ModuleType, Any]:
     """
     name, colon, attribute = spec.rpartition(":")
     if not (name and colon and attribute):
-        like = spec.rstrip(":") if spec.rstrip(":") and ":" not in spec.rstrip(":") else "data"
-        raise DataError(f"{spec!r} names no attribute", expected=f"MOD:ATTR, as in {like}:loader")
+        raise DataError(f"{spec!r} names no attribute", expected=f"MOD:ATTR, as in {_meant(spec)}")
     module = _imported(name, folder)
     value: Any = module
     for part in attribute.split("."):
@@ -43,6 +42,18 @@ def load_attribute(spec: str, folder: Path) -> tuple[ModuleType, Any]:
                 remedy=f"Did you mean {close}?" if close else "",
             )
     return module, value
+
+
+def _meant(spec: str) -> str:
+    """Return what was probably meant by a text without a colon between two names."""
+    name = spec.strip(":")
+    if not name or ":" in name:
+        return "data:loader"
+    if spec.startswith(":"):
+        return f"data:{name}"
+    module, dot, attribute = name.rpartition(".")
+    dotted = dot and attribute != "py" and "/" not in attribute
+    return f"{module}:{attribute}" if dotted else f"{name}:NAME"
 
 
 def _close(wanted: str, holder: Any) -> str:

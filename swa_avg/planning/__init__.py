@@ -12,6 +12,7 @@ from swa_avg.planning.arguments import (
     described,
     listed_paths,
     suggesting,
+    with_block,
 )
 from swa_avg.planning.inputs import Inputs, expand, find_inputs
 from swa_avg.planning.naming import check_pattern, names_of
@@ -56,4 +57,5 @@ __all__ = [
     "select",
     "start_from",
     "suggesting",
+    "with_block",
 ]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -41,6 +44,45 @@ def suggesting(kind: type[_T]) -> type[_T]:
 
     kind.__init__ = checked  # type: ignore[method-assign]
     return kind
+
+
+def with_block(
+    function: Callable[_P, Iterator[_T]],
+) -> Callable[_P, AbstractContextManager[_T]]:
+    """Make a context manager of a generator, which tells a user who forgot the `with`."""
+    made = contextmanager(function)
+
+    @wraps(function)
+    def used(*values: _P.args, **named: _P.kwargs) -> AbstractContextManager[_T]:
+        return _WithBlock(made(*values, **named), function.__name__)
+
+    return used
+
+
+class _WithBlock(AbstractContextManager[_T]):
+    """A context manager that is not entered yet."""
+
+    def __init__(self, inner: AbstractContextManager[_T], name: str) -> None:
+        self._inner = inner
+        self._name = name
+
+    def __enter__(self) -> _T:
+        return self._inner.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> bool | None:
+        return self._inner.__exit__(kind, error, where)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{self._name}() needs a with block: with {self._name}(...) as plan: plan.{name}"
+        )
 
 
 def parameters_of(function: Callable[..., Any]) -> list[str]:

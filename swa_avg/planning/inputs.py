@@ -21,7 +21,7 @@ from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import component_of, is_checkpoint
 from swa_avg.planning.unfinished import broken, is_unfinished
-from swa_avg.storage import is_remote, path_of, remote_matches
+from swa_avg.storage import home_written_out, is_remote, path_of, remote_matches
 
 # Where checkpoints are looked for below a folder without any.
 _MOST_LEVELS = 4
@@ -112,6 +112,8 @@ def _check_there(path: Path) -> None:
 
 def _nearest(path: Path) -> str:
     """Return what may have been meant by a path that does not exist, or what of it is missing."""
+    if home := home_written_out(path):
+        return home
     missing = path
     while missing.parent != missing and not missing.parent.is_dir():
         missing = missing.parent
@@ -126,6 +128,8 @@ def _nearest(path: Path) -> str:
 
 def _what_is_there(pattern: Path) -> str:
     """Return what the folder of a pattern without matches contains."""
+    if home := home_written_out(pattern):
+        return home
     folder = pattern.parent
     while _MAGIC.search(str(folder)):
         folder = folder.parent
@@ -188,10 +192,10 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
                 file=path,
                 remedy=remedy_in_subfolders(path, children),
             )
-        lone = not own and alone and len(found) == 1
+        lone = not own and alone and len(found) == 1 and not is_remote(path)
         inside = remedy_in_subfolders(path, children) if lone else ""
     except OSError as error:
-        raise FileError(f"cannot be read: {error.strerror}", file=path) from error
+        raise _unreadable(error, path) from error
     if inside:
         inputs.notes.append(f"{path}: contains only {found[0].name}. {inside}")
     inputs.excluded += left_out
@@ -205,6 +209,18 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         inputs.paths.append(path)
     if own and found:
         inputs.notes.append(_note_on_run_folder(path, found, alone))
+
+
+def _unreadable(error: OSError, path: Path) -> FileError:
+    """Return the error for a folder, or for what in it could not be read."""
+    place = Path(os.fspath(error.filename or path))
+    place = place if os.path.lexists(place) else place.parent
+    inner = place.name and place.name != Path(os.fspath(path)).name
+    return FileError(
+        f"cannot be read: {error.strerror}",
+        file=path / place.name if inner else path,
+        remedy="If it is no checkpoint, give the others by their names" if inner else "",
+    )
 
 
 def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
@@ -228,9 +244,11 @@ def _of_run(path: Path, inputs: Inputs) -> Path:
         return path
     homes = [path / name for name in _OF_RUNS if (path / name).is_dir()]
     inside = [home for home in homes if any(map(_may_be_checkpoint, home.iterdir()))]
-    beside = any(_may_be_checkpoint(child) for child in path.iterdir() if child not in homes)
-    if len(inside) != 1 or beside:
+    if len(inside) != 1:
         return path
+    with suppress(OSError):  # what cannot be read is no checkpoint to choose
+        if any(_may_be_checkpoint(child) for child in path.iterdir() if child not in homes):
+            return path
     inputs.notes.append(f"{path}: the checkpoints in its folder {inside[0].name} are used")
     return inside[0]
 
@@ -268,13 +286,14 @@ def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
     """Return the path or pattern to give, if folders below one contain checkpoints."""
     homes: list[Path] = []
     level, looked_at = [child for child in children if child.is_dir()], 0
-    for _ in range(_MOST_LEVELS):
+    for _ in range(1 if is_remote(path) else _MOST_LEVELS):
         below: list[Path] = []
         for folder in level:
-            inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
-            looked_at += len(inner)
-            homes += [folder] if any(map(is_checkpoint, inner)) else []
-            below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+            with suppress(OSError):
+                inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
+                looked_at += len(inner)
+                below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+                homes += [folder] if any(map(is_checkpoint, inner)) else []
         if homes or not below:
             break
         level = below

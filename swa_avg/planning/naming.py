@@ -113,10 +113,11 @@ def _filled(pattern: str, values: dict[str, Number | str | None], member: Member
             continue
         value = values[field]
         if value is None:
+            there = next(name for name in ("epoch", "step", "name") if values[name] is not None)
             raise SelectionError(
                 f"has no {field}, neither in the file nor in its name",
                 file=member.path,
-                remedy=f"Use another field than {{{field}}} in the outputs' names",
+                remedy=f"Use {{{there}}} in place of {{{field}}} in the outputs' names",
             )
         try:
             parts.append(format(value, form or ""))

@@ -5,7 +5,7 @@ objects to write (`Output`). Does not depend on tensors or formats.
 """
 
 from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead
-from swa_avg.storage.given import GivenPath
+from swa_avg.storage.given import GivenPath, home_written_out
 from swa_avg.storage.limits import allow_files
 from swa_avg.storage.output import AtomicFile, AtomicFolder, Output
 from swa_avg.storage.partial import JoinedOutput
@@ -30,6 +30,7 @@ __all__ = [
     "check_replaceable",
     "check_room",
     "check_target",
+    "home_written_out",
     "is_remote",
     "path_of",
     "reading_ahead",

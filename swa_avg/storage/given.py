@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 _Plain: Any = type(Path())
@@ -90,6 +91,17 @@ class GivenPath(_Plain):  # type: ignore[misc]
     def _found(self, paths: Iterator[Any]) -> Iterator[Any]:
         whole = self.absolute()
         return (self / path.relative_to(whole) for path in paths)
+
+
+def home_written_out(path: Path) -> str:
+    """Return the remedy for a path that begins with `~`; empty for others.
+
+    bash does not expand `~` in `--output=~/swa.pt`, and Python never does.
+    """
+    text = str(path)
+    if not text.startswith("~"):
+        return ""
+    return f"~ is not expanded here: write {quote(os.path.expanduser(text))}"  # noqa: PTH111
 
 
 def _current() -> str:

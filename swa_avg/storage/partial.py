@@ -12,6 +12,7 @@ from shlex import quote
 from swa_avg.errors import OutputError
 from swa_avg.progress import Watch
 from swa_avg.storage import commit, temporary
+from swa_avg.storage.given import home_written_out
 from swa_avg.storage.writeback import WriteBack, wait
 
 
@@ -177,4 +178,5 @@ def write_error(target: Path, error: OSError | ValueError) -> OutputError:
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     missing = isinstance(error, FileNotFoundError) and not target.parent.is_dir()
     remedy = f"Create its folder first: mkdir -p {quote(str(target.parent))}" if missing else ""
+    remedy = home_written_out(target) or remedy
     return OutputError(f"cannot be written: {reason}", file=target, remedy=remedy)

@@ -200,6 +200,8 @@ def test_average_that_goes_on(
     for number, one in enumerate(states):
         for other in states[:number]:
             assume(not all(oracle.same_bits(one[name], other[name]) for name in one))
+    # Empty tensors alone are the stand-ins of ZeRO-3, which are refused.
+    assume(sum(value.shape == (0,) for value in states[-1].values()) <= 1)
     folder = tmp_path_factory.mktemp("on")
     for number, state in enumerate(states):
         torch.save(state, folder / f"{number}.pt")

@@ -136,6 +136,7 @@ def test_defaults_and_choices_of_model_and_forward(module: str, tmp_path: Path) 
     [
         ("{m}", "names no attribute"),
         (":x", "names no attribute"),
+        ("a.b", "expected MOD:ATTR, as in a:b"),
         ("{m}:", "names no attribute"),
         ("nowhere_at_all:x", "there is no module nowhere_at_all in the current folder"),
         ("nowhere.py:x", "there is no file"),

@@ -306,6 +306,21 @@ def test_what_cannot_be_read_is_refused(folder: Path) -> None:
     (folder / "locked").chmod(0o700)
 
 
+@fault(102)
+def test_folder_in_a_folder_that_cannot_be_read(tmp_path: Path) -> None:
+    """It is named, not the folder around it; what the line says helps."""
+    inner = tmp_path / "run" / "lost+found"
+    inner.mkdir(parents=True)
+    for number in range(2):
+        torch.save({"w": torch.full((2,), float(number))}, tmp_path / "run" / f"{number}.pt")
+    inner.chmod(0)
+    said = one_line(run_command(tmp_path, "run", "-o", OUT, without_privileges=True))
+    assert said.startswith("error: run/lost+found: cannot be read: Permission denied. If it is no")
+    ended = run_command(tmp_path, "run/?.pt", "-o", OUT, without_privileges=True)
+    assert ended.returncode == 0, ended.stderr
+    inner.chmod(0o700)
+
+
 @fault(104, "two runs to one output", "one whole file wins")
 def test_two_runs_to_one_output(folder: Path) -> None:
     """Both are done, and the file is one's or the other's."""

@@ -544,6 +544,7 @@ def test_no_checkpoints_at_all(tmp_path: Path) -> None:
         ("other/run/x.pt", "No such file or directory. There is no folder {here}/other."),
         ("run/*.ckpt", "matches no file. {run} contains epoch_1.pt, epoch_2.pt."),
         ("rnu/*.pt", "matches no file. Did you mean {run}?"),
+        ("~/no/x.pt", "~ is not expanded here: write {home}/no/x.pt."),
         ("empty/*.pt", "matches no file. {here}/empty is empty."),
     ],
 )
@@ -552,8 +553,9 @@ def test_path_that_does_not_exist(tmp_path: Path, given: str, says: str) -> None
     run_folder = bare(tmp_path / "run", (1, 2))
     (tmp_path / "empty").mkdir()
     with pytest.raises(swa_avg.SwaAvgError) as refused:
-        plan(tmp_path / given, Choice())
-    assert str(refused.value).endswith(says.format(run=run_folder, here=tmp_path))
+        plan(Path(given) if given[0] == "~" else tmp_path / given, Choice())
+    home = Path.home()
+    assert str(refused.value).endswith(says.format(run=run_folder, here=tmp_path, home=home))
 
 
 def test_one_checkpoint_beside_a_folder_of_checkpoints(tmp_path: Path) -> None:
