@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from swa_avg.checkpoints import words
-from swa_avg.checkpoints.pieces import Tokens
+from swa_avg.checkpoints.pieces import Tokens, are_pairs
 from swa_avg.checkpoints.words import Label
 
 Number = int | float
@@ -91,20 +91,22 @@ def read_all(paths: Sequence[Path]) -> list[Name]:
         if len(set(level)) > 1:
             break
         shared += 1
-    return [read(path, len(path.parts) - shared) for path in paths]
+    decimals = not are_pairs([path.name.removesuffix(path.suffix) for path in paths])
+    return [read(path, len(path.parts) - shared, decimals) for path in paths]
 
 
-def read(path: Path, depth: int = 1) -> Name:
+def read(path: Path, depth: int = 1, decimals: bool = True) -> Name:
     """Parse a name.
 
     Args:
         path: The path of a checkpoint.
         depth: The number of last parts of the path to parse; 1 for the name only.
+        decimals: Whether `1.5` is one number.
     """
     parts = path.parts[-depth:] or (".",)
     suffix = _suffix(parts[-1])
     text = "/".join(parts).removesuffix(suffix)
-    return _Reading(text, suffix, path, Tokens(text)).result()
+    return _Reading(text, suffix, path, Tokens(text, decimals)).result()
 
 
 def _suffix(name: str) -> str:
