@@ -20,6 +20,7 @@ from swa_avg.checkpoints.tree import (
     has_weights,
     holds_tensors,
     innermost,
+    is_weight,
     mapping,
     matching,
 )
@@ -69,7 +70,7 @@ def places(tree: object) -> Places:
     patterns = [row.weights] if row and exchanged else [*WEIGHTS, *([row.weights] if row else [])]
     weights = _holding(tree, patterns)
     root = mapping(tree) or {}
-    marked = _marked(tree, () if exchanged else weights)
+    marked = _marked(tree, () if exchanged else weights or candidates(tree))
     first = [row.average] if row and exchanged else []
     averages = _holding(tree, [*first, *_AVERAGES, *marked])
     # mmengine saves the raw weights under a name that marks an average.
@@ -166,6 +167,13 @@ def notes_beside(tree: object, place: str, ema: bool = False) -> Iterator[str]:
             f"{listed(others)}: weights beside {place}; not averaged (to average them with it, "
             f"use {keys})"
         )
+    loose = [
+        name
+        for name, value in (mapping(tree) or {}).items()
+        if isinstance(name, str) and is_weight(value) and not _NO_MODEL.search(name)
+    ]
+    if loose:
+        yield f"{listed(loose)}: not part of {place}; not averaged"
 
 
 def _plain_names(value: object) -> set[str]:

@@ -621,6 +621,14 @@ def test_b_weights_beside_the_model_are_said(tmp_path: Path) -> None:
             0, 0
         ] == 4.5
     saying(mean(tmp_path, "m_1.pt", "m_2.pt")[1], "obs_norm_state_dict: weights beside")
+    # Single tensors, but not a loss or a seed.
+    for n in (1, 2):
+        extra = {"prototypes": torch.ones(3, 4), "loss": torch.ones(3), "acc": torch.tensor(0.5)}
+        save(tmp_path, {f"t_{n}.pt": {"net": weights(n), **extra}})
+        save(tmp_path, {f"u_{n}.pt": {"model": weights(n), **extra}})
+    for kind, place in (("t", "net"), ("u", "model")):
+        notes = mean(tmp_path, f"{kind}_1.pt", f"{kind}_2.pt")[1]
+        saying(notes, f"{kind}_2.pt: prototypes: not part of {place}; not averaged")
 
 
 OTHERS = {
