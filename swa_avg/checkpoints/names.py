@@ -266,8 +266,9 @@ class _Reading:
         tail = next((piece.lower() for piece in reversed(words.in_camel_case(
             self.tokens[left].text if before else ""))), "")  # fmt: skip
         known = words.is_metric(before) or words.is_metric(tail)
-        if known and glued and token.is_whole and self.tokens.is_number(right):
-            token.meaning = "label"  # the 1 of top1_76.3
+        of_label = known or words.is_metric(before + token.text)
+        if of_label and glued and token.is_whole and self.tokens.is_number(right):
+            token.meaning = "label"  # the 1 of top1_76.3 and f1=0.9
             return True
         labelled = left >= 0 and self.tokens[left].meaning == "label"
         assigned = left >= 0 and self.tokens.joint(at)[:1] in ("=", ":")

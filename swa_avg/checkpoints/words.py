@@ -40,7 +40,7 @@ KINDS = {
 # `consolidated.00.pth` of Llama.
 PARTS = _set(
     "rank shard part partition chunk slice split piece pipe consolidated tp pp mp dp gpu cuda "
-    "device proc process worker node host layer expert"
+    "device proc process worker node host layer expert vpp"
 )
 # Words before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
@@ -82,7 +82,7 @@ DERIVED = _set("neg negative minus inv inverse gap drop delta diff std stdev var
 SCORES = _set(
     "score metric monitor reward rewards rew return returns profit elo fitness kappa pesq stoi sdr "
     "sisdr pcc corr spearman pearson lpips kid ap mcc cider spice elbo bpc bpd epe hausdorff "
-    "jaccard"
+    "jaccard r2 hd95 d1"
 )
 # These qualify a metric: `val_loss` is a different metric from `loss`.
 QUALIFIERS = _set(
