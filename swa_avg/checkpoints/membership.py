@@ -128,7 +128,8 @@ _FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
 _BY_PART: dict[str, tuple[int, ...]] = {}
 for _number, _pattern in _FIRST:
     if _pattern.endswith("**"):
-        _part = _pattern.strip("*_")[:4]
+        _usual = [part for part in ("lora", "vera", "oft_") if part in _pattern]
+        _part = _usual[0] if _usual else _pattern.strip("*_")[:4]
         _BY_PART[_part] = (*_BY_PART.get(_part, ()), _number)
 _LEAVES = [(n, first.rpartition(".")[2]) for n, first in _FIRST if not first.endswith("**")]
 _ENDS = tuple({leaf.rpartition("*")[2] for _, leaf in _LEAVES if "*" in leaf} - {""})
