@@ -204,7 +204,7 @@ def test_options_become_parameters(of_command: str, of_api: str) -> None:
 
 
 OURS = {one for option in command.params for one in (*option.opts, *option.secondary_opts)}
-VALUES = {"X", "swa.pt", "swa", "min", "max", "fp16"}
+VALUES = {"X", ":X", "swa.pt", "swa", "min", "max", "fp16"}
 
 
 def texts() -> Iterator[tuple[str, str]]:
