@@ -16,7 +16,7 @@ from shlex import quote
 from typing import Any, TypeVar
 
 from swa_avg.checkpoints import provenance, words
-from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
+from swa_avg.errors import AlreadyAveragedError, MismatchError, SwaAvgError, listed
 from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member
@@ -41,7 +41,7 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
     """
     ours = [member for member in given if provenance.of(member.state.checkpoint)]
     if ours and len(ours) == len(given):
-        raise SelectionError(
+        raise AlreadyAveragedError(
             "is already an average, and no other checkpoints were given",
             file=ours[0].path,
             remedy="To add checkpoints to it, or to write it again, give it with --start-from",
