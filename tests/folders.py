@@ -216,6 +216,21 @@ def members(path: Path) -> dict[str, bytes]:
         return {name: file.read() for name, file in found.items() if file}
 
 
+def save_ranks(path: Path, state: Weights, step: int) -> Path:
+    """Write `weights/` of several ranks, which share the weights and not the buffers."""
+    boxes: dict[str, list[Box]] = {}
+    for name, value in state.items():
+        rest = tuple(value.shape[1:])
+        half = value.shape[0] // 2 if value.ndim and "running" not in name else 0
+        cuts = [(0, half), (half, value.shape[0] - half)] if half else []
+        boxes[name] = [((at, *(0 for _ in rest)), (size, *rest)) for at, size in cuts]
+        boxes[name] = boxes[name] or [((0,) * value.ndim, tuple(value.shape))]
+    save_chunks(path / "weights", state, boxes)
+    (path / "context").mkdir()
+    (path / "context/model.yaml").write_text(f"step: {step}\n")
+    return path
+
+
 # How each kind of checkpoint is written, and the name of one, with its number.
 COPIED: dict[str, tuple[Callable[[Path, Weights, int], Path], str]] = {
     "deepspeed": (save_deepspeed, "checkpoint_{}"),
@@ -223,5 +238,6 @@ COPIED: dict[str, tuple[Callable[[Path, Weights, int], Path], str]] = {
     "speechbrain": (save_speechbrain, "CKPT+2024-05-0{}+10-00-00+00"),
     "litgpt": (save_litgpt, "step-00000{}"),
     "accelerate": (save_accelerate, "checkpoint_{}"),
+    "ranks": (save_ranks, "model--step={}"),
     "nemo": (save_nemo, "epoch={}.nemo"),
 }

@@ -126,6 +126,8 @@ def test_misspelt_field_names_the_nearest() -> None:
         (lambda: swa_avg.Options(dtpye="keep"), "Did you mean dtype?"),
         (lambda: swa_avg.BatchNorm(data=[], modl=None), "Did you mean model?"),
         (lambda: swa_avg.sweep("a", "b", len, model=network(), metrc="x"), "Did you mean metric?"),
+        (lambda: swa_avg.windows("a", "b", 2, dtpye="keep"), "Did you mean dtype?"),
+        (lambda: swa_avg.score_windows("a", len, 2, model=network(), mod=1), "Did you mean mode?"),
     ):
         with pytest.raises(TypeError, match=re.escape(says)):
             call()  # type: ignore[no-untyped-call]
@@ -202,7 +204,7 @@ def test_options_become_parameters(of_command: str, of_api: str) -> None:
 
 
 OURS = {one for option in command.params for one in (*option.opts, *option.secondary_opts)}
-VALUES = {"X", "swa.pt", "swa", "min", "max", "fp16"}
+VALUES = {"X", ":X", "swa.pt", "swa", "min", "max", "fp16"}
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -341,7 +341,8 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user that are known before averaging."""
-        around = wrapper.notes(self.states[-1], self._is_copy, self.is_folder)
+        whole = self.options.keep_wrapper
+        around = wrapper.notes(self.states[-1], self._is_copy, self.is_folder, whole)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
         return self.options.worded((*self.selection.notes, *self.plan.notes, *files, *around))

@@ -231,7 +231,7 @@ def _entries(written: Written, checkpoint: Checkpoint) -> Mapping[str, object]:
     """Return the entries of an output, under the names of the plan."""
     last = written.states[-1]
     if written.wrapped or isinstance(checkpoint.tree, Components):
-        return find_state_dict(checkpoint, last.where.split(" + ")).tensors
+        return find_state_dict(checkpoint, last.where.split(" + "), last.ema).tensors
     where = last.where if isinstance(written.layout, DcpLayout) else ""
     entries = mapping(at(checkpoint.tree, where)) or {}
     return {

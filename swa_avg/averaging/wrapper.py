@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +18,15 @@ from pathlib import Path
 
 from swa_avg.checkpoints import Loads, StateDict
 from swa_avg.errors import OutputError, listed
-from swa_avg.formats import PROVENANCE, Splice, checksum_places, leaves, links_note, with_provenance
+from swa_avg.formats import (
+    PROVENANCE,
+    Splice,
+    checksum_places,
+    is_weights_name,
+    leaves,
+    links_note,
+    with_provenance,
+)
 from swa_avg.planning import Plan, Work
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Piece, Record, combined, is_dense, with_gaps
@@ -211,10 +219,11 @@ def layout(
 
 
 def _to_copy(
-    folder: Path, weights: Container[Path], without: Sequence[str]
+    folder: Path, weights: Collection[Path], without: Sequence[str]
 ) -> tuple[list[Path], tuple[str, ...]]:
     """Return the files of a folder that are copied, and notes on those that are not."""
     copied, left, leaving = [], [], []
+    homes = {file.parent for file in weights}
     for inner in sorted(entry for entry in folder.rglob("*") if entry.is_file()):
         if any(inner.match(pattern) for pattern in without):
             left.append(inner.relative_to(folder).as_posix())
@@ -226,6 +235,11 @@ def _to_copy(
     if left:
         state = "optimizer state; not copied without --keep-wrapper"
         notes.append(f"{folder}: {listed(left)}: {state}")
+    # Reading the folder has noted other weights beside the averaged ones.
+    apart = [file for file in copied if file.parent not in homes and is_weights_name(file.name)]
+    names = [file.relative_to(folder).as_posix() for file in apart if file.suffix != ".json"]
+    if names:
+        notes.append(f"{folder}: {listed(names)}: other weights; copied, not averaged")
     return copied, tuple(notes)
 
 
@@ -247,13 +261,14 @@ def _check_names(copied: Iterable[InputFile], replaced: Iterable[InputFile]) -> 
             )
 
 
-def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
+def notes(last: StateDict, kept: bool, folder: bool, whole: bool) -> Iterator[str]:
     """Yield notes about everything in the output apart from the averaged weights.
 
     Args:
         last: The state_dict of the last checkpoint.
         kept: Whether its wrapper is kept.
         folder: Whether the output is a folder.
+        whole: Whether all of its files are kept; otherwise those with optimizer state are not.
     """
     path, row, found = last.checkpoint.path, last.framework, last.places
     if not kept:
@@ -263,7 +278,9 @@ def notes(last: StateDict, kept: bool, folder: bool) -> Iterator[str]:
                 "file, which --keep-wrapper writes"
             )
         return
-    yield f"everything else in the file (such as optimizer state) is copied from {path}"
+    such_as = " (such as optimizer state)" if whole else ""
+    what = "folder" if folder else "file"
+    yield f"everything else in the {what}{such_as} is copied from {path}"
     if row and row.alone:
         yield (
             f"{row.name}'s optimizer state may hold a copy of the last checkpoint's weights; "

@@ -13,7 +13,7 @@ from itertools import chain
 
 from swa_avg.checkpoints.frameworks import WEIGHTS
 from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_average
-from swa_avg.checkpoints.places import Places, no_average, no_state_dict, only_of
+from swa_avg.checkpoints.places import no_average, no_state_dict, only_of
 from swa_avg.checkpoints.tree import at, flattened, mapping, split_prefix, tensor_count
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import ROOT, Checkpoint, Components
@@ -41,7 +41,7 @@ class Part:
 
 
 def read_part(
-    checkpoint: Checkpoint, place: str, alone: bool, ema: bool | None, found: Places
+    checkpoint: Checkpoint, place: str, alone: bool, ema: bool | None, named: bool
 ) -> Part:
     """Read the state_dict at one place of a checkpoint.
 
@@ -52,7 +52,7 @@ def read_part(
             as a prefix.
         ema: Take the average, if the state_dict also has the raw weights; False takes the
             raw weights; None takes both.
-        found: The places of weights and averages in the checkpoint.
+        named: Whether the place itself may be the average: the user named it, or it is known.
 
     Raises:
         LayoutError: There is no state_dict, or it does not have the requested weights.
@@ -64,7 +64,7 @@ def read_part(
     prefix = selected + _common_prefix(inner, _COUNTERS.get(place, _COUNTER))
     entries = {name.removeprefix(prefix): there[name] for name in names if name.startswith(prefix)}
     entries, notes = _without_optimizer(entries)
-    chosen, half_notes = _half_of(checkpoint, entries, ema, place in found.averages)
+    chosen, half_notes = _half_of(checkpoint, entries, ema, named)
     notes += half_notes
     cut = chosen.cut if chosen else ""
     entries = {name: entries[of] for name, of in chosen.names.items()} if chosen else entries

@@ -178,6 +178,7 @@ PARTNERS = {"model": "generator"}  # OpenNMT-py
 
 # Words that mark an average in the name of an entry or a submodule.
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged?|avg|shadow|polyak)(?:s?_|\d*$)", re.IGNORECASE)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # modelEMA
 # Every name that marks an average contains one of these: a fast first test.
 AVERAGE_WORDS = ("ema", "swa", "avg", "average", "shadow", "polyak")
 # Names that do not mark an average of weights, although they contain such a word.
@@ -186,7 +187,7 @@ _OTHER = re.compile(r"optim|sched|scaler|loss|metric|stats|config|args", re.IGNO
 
 def marks_average(name: str) -> bool:
     """Return whether a name marks an average of weights."""
-    return bool(_AVERAGE.search(name)) and not _OTHER.search(name)
+    return bool(_AVERAGE.search(_CAMEL.sub("_", name))) and not _OTHER.search(name)
 
 
 def without_average(name: str) -> str:

@@ -199,6 +199,21 @@ def _pairs(
     return found
 
 
+def dotted(entries: Mapping[str, object], raw: Iterable[str]) -> Mapping[str, object]:
+    """Return an average whose names have no dots (LitEma) under the names of the raw weights.
+
+    Args:
+        entries: The entries of the average.
+        raw: The names of the raw weights.
+    """
+    names = {name.removeprefix("module.") for name in raw}
+    original = _dotless({name: name for name in names})
+    weights = [name for name in entries if name not in _COUNTERS]
+    if not weights or names.intersection(weights) or not all(map(original.get, weights)):
+        return entries
+    return {original[name]: entries[name] for name in weights}
+
+
 def _dotless(names: Mapping[str, str]) -> dict[str, str]:
     """Map names without dots to the original names; names that collide are left out."""
     found: dict[str, str] = {}

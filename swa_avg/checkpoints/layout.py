@@ -7,7 +7,7 @@ checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from shlex import quote
@@ -15,13 +15,14 @@ from shlex import quote
 from swa_avg.checkpoints import recorded
 from swa_avg.checkpoints.entries import Plain, read_part
 from swa_avg.checkpoints.frameworks import PARTNERS, Framework, Loads
+from swa_avg.checkpoints.halves import dotted
 from swa_avg.checkpoints.places import (
     NOWHERE,
     Places,
-    beside,
     candidates,
     no_average,
     no_state_dict,
+    notes_beside,
     only_of,
     places,
 )
@@ -55,6 +56,8 @@ class StateDict:
         metadata: The `_metadata` that torch attaches to a state_dict, or None.
         averages: Dotted paths of averaged weights in the checkpoint that were not taken.
         counter: The counter that torch's AveragedModel saves with its weights, or None.
+        ema: Whether the average or the raw weights are taken of a state_dict with both; None
+            for both.
         places: The places of weights and averages in the checkpoint, taken or not.
         notes: Notes for the user about the choice.
     """
@@ -69,6 +72,7 @@ class StateDict:
     metadata: Mapping[str, object] | None
     averages: tuple[str, ...]
     counter: View | TensorRef | None = None
+    ema: bool | None = None
     places: Places = NOWHERE
     notes: tuple[str, ...] = ()
 
@@ -140,19 +144,23 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
     found = _pairs(tree) if isinstance(tree, Components) else places(tree)
     taken, notes = (keys, []) if keys else _locate(checkpoint, found, ema)
     # In a folder of several models each place is either raw weights or an average.
-    half = None if keys or isinstance(tree, Components) else ema
+    half = None if isinstance(tree, Components) else ema
     entries: dict[str, object] = {}
     metadata: dict[str, object] = {}
     prefixes: list[str] = []
     counter = None
     for place in taken:
-        part = read_part(checkpoint, place, len(taken) == 1, half, found)
-        twice = [name for name in part.entries if name in entries]
+        named = bool(keys) or place in found.averages
+        part = read_part(checkpoint, place, len(taken) == 1, half, named)
+        taken_here = part.entries
+        if half and place in found.averages and len(found.weights) == 1:
+            taken_here = dotted(taken_here, map(str, mapping(at(tree, found.weights[0])) or ()))
+        twice = [name for name in taken_here if name in entries]
         if twice:
             raise LayoutError(
                 f"has {listed(twice)} both at {place} and at another place", file=checkpoint.path
             )
-        entries.update(part.entries)
+        entries.update(taken_here)
         metadata.update(part.metadata or {})
         prefixes += [part.prefix] if part.prefix else []
         counter = counter or part.counter
@@ -176,6 +184,7 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
         metadata=metadata or None,
         averages=() if ema else tuple(path for path in found.averages if path not in taken),
         counter=counter,
+        ema=half,
         places=found,
         notes=tuple(notes),
     )
@@ -211,7 +220,8 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
     """
     found, row = state.places, state.framework
     averages = (*found.averages, *found.unnamed)
-    if keys or ema is not None or not (found.weights and averages):
+    raw = found.weights or ((state.where,) if state.where not in averages else ())
+    if keys or ema is not None or not (raw and averages):
         return
     known = row is not None and row.average
     if known and row and row.loads is Loads.WEIGHTS:
@@ -220,7 +230,7 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
     alone = "--last 1 " if row and row.running else ""
     named = f"{alone}--ema (the average) or " if found.averages else ""
     raise LayoutError(
-        f"has raw weights at {found.weights[0]} and an average at {averages[0]}; {loads}",
+        f"has raw weights at {raw[0] or 'its top'} and an average at {averages[0]}; {loads}",
         file=state.checkpoint.path,
         remedy=f"Choose which to replace: {named}--no-ema (the raw weights)",
     )
@@ -293,7 +303,8 @@ def _locate(
     if isinstance(tree, Components):
         return _components(checkpoint, tree, found, ema)
     if ema and (found.averages or found.unnamed):
-        return (only_of(checkpoint, found.averages, found.unnamed),), []
+        place = only_of(checkpoint, found.averages, found.unnamed)
+        return (place,), list(notes_beside(tree, place, ema=True))
     try:
         return _locate_weights(checkpoint, found)
     except LayoutError as error:
@@ -341,7 +352,7 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
                 remedy=f"If both make up one model, add --key {one} --key {other}; "
                 f"otherwise add --key {one}",
             )
-        return (place,), list(_notes_beside(tree, place))
+        return (place,), list(notes_beside(tree, place))
     if found.chunks:
         return found.chunks, []
     inner = candidates(tree)
@@ -349,24 +360,13 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
         return ("",), []
     if len(inner) == 1:
         return tuple(inner), [f"the state_dict is at {inner[0]}, the only candidate"]
-    if found.averages:
+    if found.averages and not inner:
         raise LayoutError(
             f"has only averaged weights, at {', '.join(found.averages)}",
             file=checkpoint.path,
             remedy="Use them with --ema",
         )
-    raise no_state_dict(checkpoint, "has no state_dict in any known place")
-
-
-def _notes_beside(tree: object, place: str) -> Iterator[str]:
-    """Yield a note on weights that are not part of the state_dict, such as a separate head."""
-    others = beside(tree, [place])
-    if others:
-        keys = " ".join(f"--key {quote(path)}" for path in (place, *others[:7]))
-        yield (
-            f"{listed(others)}: weights beside {place}; not averaged (to average them with it, "
-            f"use {keys})"
-        )
+    raise no_state_dict(checkpoint, "has no state_dict in any known place", found.averages)
 
 
 def _is_state_dict(tree: object, holds_others: bool) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from swa_avg.checkpoints import names, recorded, words
 from swa_avg.checkpoints.names import Name
 from swa_avg.checkpoints.tree import at, mapping
+from swa_avg.checkpoints.words import DERIVED
 from swa_avg.checkpoints.words import MODES as MODE_OF
 from swa_avg.errors import SwaAvgError
 from swa_avg.formats import Checkpoint, Components, numbers_in_yaml, open_checkpoint
@@ -91,7 +92,9 @@ def mode_of(name: str) -> str | None:
     words = re.split(r"[^a-z0-9]+", name.lower())
     stems = (word if word in MODE_OF else word.rstrip("0123456789") for word in words)
     modes = {MODE_OF[stem] for stem in stems if stem in MODE_OF}
-    return modes.pop() if len(modes) == 1 else None  # `acc_loss` is ambiguous
+    if len(modes) != 1 or DERIVED.intersection(words):  # `acc_loss`, `neg_log_loss`, `acc_std`
+        return None
+    return modes.pop()
 
 
 @dataclass

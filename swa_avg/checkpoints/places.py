@@ -69,7 +69,7 @@ def places(tree: object) -> Places:
     patterns = [row.weights] if row and exchanged else [*WEIGHTS, *([row.weights] if row else [])]
     weights = _holding(tree, patterns)
     root = mapping(tree) or {}
-    marked = [n for n, v in root.items() if _is_dict(v) and isinstance(n, str) and marks_average(n)]
+    marked = _marked(tree, () if exchanged else weights)
     first = [row.average] if row and exchanged else []
     averages = _holding(tree, [*first, *_AVERAGES, *marked])
     # mmengine saves the raw weights under a name that marks an average.
@@ -80,6 +80,17 @@ def places(tree: object) -> Places:
         chunks = _holding(tree, numbered)
     unnamed = [path for path in dict.fromkeys(_slots(row, marked)) if _is_list(at(tree, path))]
     return Places(row, weights, chunks, averages, tuple(unnamed))
+
+
+def _marked(tree: object, weights: Sequence[str]) -> list[str]:
+    """Return the paths of dicts whose names mark an average: at the top and beside the weights."""
+    parents = dict.fromkeys(("", *(path.rpartition(".")[0] for path in weights)))
+    return [
+        f"{parent}.{name}" if parent else name
+        for parent in parents
+        for name, value in (mapping(at(tree, parent)) or {}).items()
+        if isinstance(name, str) and _is_dict(value) and marks_average(name)
+    ]
 
 
 def _row(tree: object) -> Framework | None:
@@ -134,24 +145,40 @@ def candidates(tree: object) -> list[str]:
     return found
 
 
-def beside(tree: object, taken: Sequence[str]) -> list[str]:
-    """Return the paths of the dicts that may be further parts of a model.
+def notes_beside(tree: object, place: str, ema: bool = False) -> Iterator[str]:
+    """Yield a note on weights that are not part of the state_dict, such as a separate head.
 
     Args:
         tree: The saved object.
-        taken: The paths of the weights that are taken.
+        place: The path of the state_dict that is taken.
+        ema: Whether it is an average; the raw weights that it was computed from are not noted.
     """
-    return [
+    raw = _plain_names(at(tree, place)) if ema else None
+    others = [
         path
         for path in candidates(tree)
-        if not any(f"{path}.".startswith(f"{one}.") or one.startswith(f"{path}.") for one in taken)
+        if not (f"{path}.".startswith(f"{place}.") or place.startswith(f"{path}."))
+        and _plain_names(at(tree, path)) != raw
     ]
+    if others:
+        keys = " ".join(f"--key {quote(path)}" for path in (place, *others[:7]))
+        yield (
+            f"{listed(others)}: weights beside {place}; not averaged (to average them with it, "
+            f"use {keys})"
+        )
 
 
-def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:
+def _plain_names(value: object) -> set[str]:
+    """Return the names in a state_dict without dots, a wrapper's prefix, and counters."""
+    names = [str(name).removeprefix("module.") for name in mapping(value) or {}]
+    return {name.replace(".", "") for name in names} - {"n_averaged", "num_updates", "decay"}
+
+
+def no_state_dict(checkpoint: Checkpoint, found: str, averages: Sequence[str] = ()) -> LayoutError:
     """Return the error for a missing state_dict, with a suggestion."""
     tree = checkpoint.tree
     near = [path for path in dicts_of_tensors(tree) if has_weights(at(tree, path))]
+    near = [path for path in near if path not in averages]
     objects = [path for path in ("", *WEIGHTS) if isinstance(at(tree, path), Inert)]
     if near:
         columns = zip(*(path.split(".")[:-1] for path in near), strict=False)
@@ -163,6 +190,8 @@ def no_state_dict(checkpoint: Checkpoint, found: str) -> LayoutError:
         )
         remedy = f"Give its path with --key; tensors are at: {listed(near, 8)}"
         remedy += f". {several}" * (len(near) > 1)
+        for average in averages[:1]:
+            remedy += f". --ema takes the average at {average}" * (len(averages) == 1)
     elif is_optimizer(mapping(tree) or {}):
         remedy = (
             f"It holds optimizer state; leave it out with --exclude {quote(checkpoint.path.name)}"

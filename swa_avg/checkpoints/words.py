@@ -73,6 +73,8 @@ METRICS = {
     "recall psnr ssim mrr ndcg",
 }
 MODES = {word: mode for mode, words in METRICS.items() for word in words.split()}
+# With one of these the value is not the metric itself: sklearn's neg_log_loss, acc_std, f1_gap.
+DERIVED = _set("neg negative minus inv inverse gap drop delta diff std stdev var variance scale")
 # Metrics whose names do not show whether a lower or a higher value is better.
 SCORES = _set(
     "score metric monitor reward rewards rew return returns profit elo fitness kappa pesq stoi sdr "

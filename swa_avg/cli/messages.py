@@ -167,14 +167,14 @@ def of_window_scores(scores: WindowScores) -> Iterator[str]:
     better = "larger" if scale.mode == "max" else "smaller"
     averaged = iter(_aligned([one.score for one in scores.tried]))
     at = {(one.members[-1], len(one.members)): next(averaged) for one in scores.tried}
-    columns = "".join(f"{f'last {last}':>12}" for last in lasts)
+    columns = "".join(f"  {f'last {last}':>10}" for last in lasts)
     yield f"{scale.name} ({better} is better):"
     if scores.is_recomputed:
         yield "(last: with recomputed BatchNorm statistics; alone: with its own)"
-    yield f"{scores.axis:>10}{columns}{'alone':>12}"
+    yield f"{scores.axis:>10}{columns}  {'alone':>10}"
     for number, alone in enumerate(_aligned(scores.singles)):
-        columns = "".join(f"{at.get((number, last), ''):>12}" for last in lasts)
-        yield f"{scores.numbers[number]:>10}{columns}{alone:>12}  {scores.paths[number]}"
+        columns = "".join(f"  {at.get((number, last), ''):>10}" for last in lasts)
+        yield f"{scores.numbers[number]:>10}{columns}  {alone:>10}  {scores.paths[number]}"
     best = scores.winner
     score, path = _aligned([best.score])[0], scores.paths[best.members[-1]]
     yield f"best average: {score}, the last {len(best.members)} at {path}"

@@ -17,7 +17,13 @@ from swa_avg.formats.checkpoint import (
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.components import ROOT, averages, component_of
+from swa_avg.formats.components import (
+    ROOT,
+    averages,
+    component_of,
+    configuration,
+    is_weights_name,
+)
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.opening import (
     Form,
@@ -48,8 +54,10 @@ __all__ = [
     "averages",
     "checksum_places",
     "component_of",
+    "configuration",
     "form_of",
     "is_checkpoint",
+    "is_weights_name",
     "layout_for",
     "leaves",
     "links_note",

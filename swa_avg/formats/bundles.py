@@ -47,6 +47,7 @@ class _Kind:
         several: Whether each file is a model; otherwise several files are parts of one.
         without: The patterns of files with optimizer state. An output needs none of them.
         parts: The pattern of files with parts of the model; such a folder is refused.
+        others: The pattern of files with other weights, which are copied as they are.
         remedy: How to merge the parts; `{run}` and `{name}` are the parent and the name of the
             folder with the parts, and `{out}` is the name of the checkpoint.
     """
@@ -57,10 +58,18 @@ class _Kind:
     several: bool = False
     without: tuple[str, ...] = ()
     parts: str = ""
+    others: str = ""
     remedy: str = ""
 
 
 _KINDS = (
+    # deepspeed/checkpoint/ds_to_universal.py; the engine loads these and not the model_states.
+    _Kind(
+        "DeepSpeed (universal checkpoint)",
+        "zero/*/fp32.pt",
+        parts="zero/*/fp32.pt",
+        remedy="Average the checkpoints that ds_to_universal.py made it from",
+    ),
     # deepspeed/runtime/engine.py: _get_ckpt_name, and with ZeRO-3 _get_zero_ckpt_prefix.
     _Kind(
         "DeepSpeed (ZeRO-3)",
@@ -96,7 +105,7 @@ _KINDS = (
         "FULL_STATE_DICT or SHARDED_STATE_DICT",
     ),
     # litgpt/finetune and litgpt/pretrain.py; LoRA and adapters have further suffixes.
-    _Kind("LitGPT", "lit_model.pth"),
+    _Kind("LitGPT", "lit_model.pth", others="lit_model.pth.*"),
     _Kind("LitGPT", "lit_model.pth.*"),
 )
 _LATEST = "latest"  # DeepSpeed's file with the name of the sub-folder to load
@@ -140,7 +149,15 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
     if kind.several:
         return replace(_read_models(home, files, headers), format=f"{kind.name} folder")
     whole = single.open_file(files[0], headers)
-    return replace(whole, path=folder, format=f"{kind.name} folder", without=kind.without)
+    others = [path.name for path in _matching(home, kind.others)] if kind.others else []
+    note = f"{listed(others)}: other weights in the folder; not averaged"
+    return replace(
+        whole,
+        path=folder,
+        format=f"{kind.name} folder",
+        notes=(*whole.notes, note) if others else whole.notes,
+        without=kind.without,
+    )
 
 
 def _refuse_several(folder: Path, home: Path, kind: _Kind) -> None:

@@ -63,6 +63,13 @@ _RUN_STATE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|random_states|rng_state)(_\d+)*\.(bin|pt|pth|pkl|safetensors)"
     rf"|trainer_state\.json|{re.escape(PROVENANCE)}"
 )
+# Other files of weights beside those of a model, and the state of a run, which they are not.
+_OTHER = re.compile(r".+\.(safetensors|bin|pt|pth)")
+_STATE = re.compile(
+    r"optim|sched|scaler|sampler|random|rng|training_args|train(er|ing)?_state|loader|dl_state"
+    r"|tokenizer|vocab|args"
+)
+_OF_STEM = re.compile(rf"(?P<stem>.+?)(?P<variant>{_VARIANTS})?(-\d+-of-\d+)?\.(safetensors|bin)")
 # accelerate's files of several models in one checkpoint.
 _SEVERAL = re.compile(r"(?:pytorch_)?model(?P<number>_\d+)?\.(?:safetensors|bin)")
 # accelerate's sub-folders for its models, with DeepSpeed and with FSDP.
@@ -236,6 +243,24 @@ def component_of(path: Path) -> str:
     return ""
 
 
+def other_weights(first: Weights) -> list[str]:
+    """Return the names of files beside a model's own weights that seem to hold others.
+
+    Examples are a value head, LLaVA's `non_lora_trainables.bin`, and an adapter in the folder
+    of a whole model. Copies in another precision or format are not among them.
+    """
+    own = _RENAMED.get(first.stem, first.stem)
+    found = []
+    for path in sorted(first.path.parent.iterdir()):
+        if not _OTHER.fullmatch(path.name) or _STATE.search(path.name) or not path.is_file():
+            continue
+        same = _OF_STEM.fullmatch(path.name)
+        alike = same is not None and _RENAMED.get(same["stem"], same["stem"]) == own
+        if not alike or (same and "ema" in (same["variant"] or "") and path != first.path):
+            found.append(path.name)
+    return found
+
+
 def has_weights(folder: Path) -> bool:
     """Return whether a folder directly contains weights."""
     return next(candidates(folder), None) is not None
@@ -342,6 +367,15 @@ def trainer_state(folder: Path) -> object:
     """Return the content of the `trainer_state.json` of transformers' Trainer, or None."""
     path = folder / _TRAINER_STATE
     return read_json(path) if path.exists() else None
+
+
+def configuration(path: Path) -> dict[str, Any]:
+    """Return the content of a configuration; empty if there is none or it cannot be read."""
+    try:
+        content = read_json(path) if path.exists() else None
+    except SwaAvgError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def is_inside(name: str) -> bool:

@@ -7,7 +7,7 @@ in its own folder. In a folder of several models each model is read separately.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from swa_avg.formats.components import (
     is_inside,
     located,
     models_in_files,
+    other_weights,
     read_json,
     trainer_state,
 )
@@ -77,31 +78,28 @@ def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
     """Read the headers of the model whose weights are directly in a folder."""
     first, *more = candidates(folder)
     others = [one for one in more if (one.stem, one.variant) != (first.stem, first.variant)]
-    names = [one.path.name for one in others]
     if others and not first.is_usual:
         what = "indices" if first.is_index else "models"
         raise FormatError(
-            f"has several {what} ({first.path.name}, {names[0]})",
+            f"has several {what} ({first.path.name}, {others[0].path.name})",
             file=folder,
             remedy="Give the path of the file or folder to use",
         )
-    notes = [f"{listed(names)}: other weights in the folder; not averaged"] if names else []
     if first.is_index:
-        whole = _read_shards(folder, first.path, headers, budget)
-        return replace(whole, notes=(*whole.notes, *notes))
+        return _read_shards(folder, first, headers, budget)
     whole = open_file(first.path, headers, budget)
     return replace(
         whole,
         path=folder,
         format=f"Hugging Face folder of {whole.format}",
-        notes=(*whole.notes, *notes, *_other_models(first)),
+        notes=(*whole.notes, *_other_models(first)),
     )
 
 
-def _read_shards(folder: Path, path: Path, headers: Headers, budget: Budget) -> Checkpoint:
+def _read_shards(folder: Path, first: Weights, headers: Headers, budget: Budget) -> Checkpoint:
     with ExitStack() as opened:
         shards: dict[str, Checkpoint] = {}
-        weight_map = _weight_map(path)
+        weight_map = _weight_map(first.path)
         for name in dict.fromkeys(weight_map.values()):
             shards[name] = open_file(folder / name, headers, budget)
             opened.callback(shards[name].close)
@@ -114,7 +112,7 @@ def _read_shards(folder: Path, path: Path, headers: Headers, budget: Budget) -> 
         tree,
         tuple(file for shard in shards.values() for file in shard.files),
         next((shard.metadata for shard in shards.values()), {}),
-        tuple(_notes(shards, weight_map)),
+        (*_notes(shards, weight_map), *_other_models(first, shards)),
         budget=budget,
     )
 
@@ -129,12 +127,15 @@ def _aliases(shards: Mapping[str, Checkpoint], weight_map: Mapping[str, str]) ->
     }
 
 
-def _other_models(first: Weights) -> Iterator[str]:
-    """Yield a note on files like those of accelerate's models, if they are not components."""
-    pattern = f"{first.stem}_[0-9]*.{first.suffix}"
-    others = sorted(other.name for other in first.path.parent.glob(pattern))
+def _other_models(first: Weights, shards: Collection[str] = ()) -> Iterator[str]:
+    """Yield a note if a folder has weights besides those that are read."""
+    others = [name for name in other_weights(first) if name not in shards]
     if others:
-        yield f"{listed(others)}: from another model; not read"
+        what = "this file" if len(others) == 1 else "one of these files"
+        yield (
+            f"{listed(others)}: other weights; not read (to average them, give {what} of each "
+            "checkpoint)"
+        )
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -9,16 +9,35 @@ from collections.abc import Iterator, Sequence
 
 from swa_avg.checkpoints import StateDict
 from swa_avg.errors import listed
+from swa_avg.formats import configuration
 from swa_avg.pickles import holds_stream, leaves
 from swa_avg.planning.treatments import Rules
+from swa_avg.storage import is_remote
 from swa_avg.tensors import View, same_bytes
+
+_CONFIGURATIONS = ("config.json", "adapter_config.json")
+# Entries of configurations that do not change what the weights mean.
+_VOLATILE = (
+    *(
+        "_name_or_path",
+        "transformers_version",
+        "_diffusers_version",
+        "peft_version",
+        "_commit_hash",
+    ),
+    *("torch_dtype", "dtype", "use_cache", "inference_mode", "revision", "auto_mapping"),
+)
 
 
 def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     """Yield notes for the user on the checkpoints."""
+    said: dict[str, list[str]] = {}
     for state in states:
         for note in state.checkpoint.notes:
-            yield f"{state.checkpoint.path}: {note}"
+            said.setdefault(note, []).append(str(state.checkpoint.path))
+    for note, (first, *more) in said.items():
+        yield f"{first}{f' and {len(more)} more' if more else ''}: {note}"
+    yield from _on_configurations(states)
     last = states[-1]
     for note in last.notes:
         yield f"{last.checkpoint.path}: {note}"
@@ -27,6 +46,12 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         yield (
             f"{last.checkpoint.path}: also contains averaged weights, at {where}; not used "
             "(to average them, use --ema)"
+        )
+    if last.places.unnamed and not last.ema:
+        where = listed(last.places.unnamed)
+        yield (
+            f"{last.checkpoint.path}: also contains an average, at {where}, whose tensors have no "
+            "names; not used"
         )
     if last.dropped and not rules.wrapper:
         names = listed(last.dropped)
@@ -48,6 +73,26 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     differing = [name for name in last.values if _differs(name, states)]
     if differing and rules.strides:
         yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
+
+
+def _on_configurations(states: Sequence[StateDict]) -> Iterator[str]:
+    """Yield a note if the configurations of folders differ, for example lora_alpha."""
+    paths = [state.checkpoint.path for state in states]
+    if any(is_remote(path) or not path.is_dir() for path in paths):
+        return
+    for name in _CONFIGURATIONS:
+        found = [configuration(path / name) for path in paths]
+        keys = dict.fromkeys(key for one in found for key in one)
+        differing = [
+            key
+            for key in keys
+            if key not in _VOLATILE and any(one.get(key) != found[-1].get(key) for one in found)
+        ]
+        if differing and all(found):
+            yield (
+                f"{name} differs between checkpoints in {listed(differing)}; their weights may "
+                "not fit together"
+            )
 
 
 def _differs(name: str, states: Sequence[StateDict]) -> bool:

@@ -57,6 +57,7 @@ def open_all(
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     others: dict[Path, str] = {}
     without_ema: dict[Path, LayoutError] = {}
+    unfit: dict[Path, LayoutError] = {}
     whole: list[Checkpoint] = []
     opened, finder = Opened(notes=list(inputs.notes)), Finder(keys, ema)
     count = Counter(progress, "reading headers", len(inputs.paths), "file")
@@ -74,9 +75,14 @@ def open_all(
         try:
             opened.states.append(finder.find(checkpoint))
         except LayoutError as error:
-            if not ema:
+            if ema:
+                without_ema[path] = error
+            elif path in inputs.found:
+                unfit[path] = error
+            else:
                 raise
-            without_ema[path] = error
+    if unfit:
+        raise _unfit(unfit, opened)
     if not opened.states and without_ema:
         raise next(iter(without_ema.values()))
     if not opened.states:
@@ -134,6 +140,20 @@ def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
             given = path in inputs.found and not is_remote(path)
             remedy = remedy_in_subfolders(path.parent, [*path.parent.iterdir()]) if given else ""
             raise LayoutError(f"is not a model: it contains {other}", file=path, remedy=remedy)
+
+
+def _unfit(unfit: Mapping[Path, LayoutError], opened: Opened) -> LayoutError:
+    """Return the error for files of a folder whose model is not found, if others have one."""
+    error = next(iter(unfit.values()))
+    kept = [state.checkpoint.path for state in opened.states]
+    option = exclusion([*unfit], kept) if kept else ""
+    if not option:
+        return error
+    found, expected, remedy = error.texts.found, error.texts.expected, error.texts.remedy
+    remedy += f". {option} leaves {'it' if len(unfit) == 1 else 'them'} out"
+    return LayoutError(
+        found, file=error.file, tensor=error.tensor, expected=expected, remedy=remedy
+    )
 
 
 def _leave_out(

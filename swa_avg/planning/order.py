@@ -144,15 +144,20 @@ def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
 def axis_of(states: Sequence[StateDict]) -> tuple[str, tuple[Number, ...]]:
     """Return the measure along which a run is drawn, and the number of each checkpoint.
 
-    It is the epoch or the step if that increases along the run, otherwise the place of a
-    checkpoint in the order, counted from 1.
+    It is the epoch, the step or the number in the name: the first one that increases along the
+    run. Otherwise it is the place of a checkpoint in the order, counted from 1.
 
     Args:
         states: The checkpoints, in order.
     """
     known = members(states)
-    for kind in ("epoch", "step"):
-        numbers = [number for number in numbers_of(known, kind) if number is not None]
+    measures = {
+        "epoch": numbers_of(known, "epoch"),
+        "step": numbers_of(known, "step"),
+        "number": [_number(member.name) for member in known],
+    }
+    for kind, given in measures.items():
+        numbers = [number for number in given if number is not None]
         if len(numbers) == len(known) and all(a < b for a, b in pairwise(numbers)):
             return kind, tuple(numbers)
     return "checkpoint", tuple(range(1, len(known) + 1))

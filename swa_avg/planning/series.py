@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
-from itertools import combinations
+from itertools import combinations, pairwise
 from shlex import quote
 from typing import Any, TypeVar
 
@@ -19,11 +19,12 @@ from swa_avg.checkpoints import provenance, words
 from swa_avg.errors import AlreadyAveragedError, MismatchError, SwaAvgError, listed
 from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion
-from swa_avg.planning.order import Member
+from swa_avg.planning.order import Member, measured
 from swa_avg.storage import is_remote
 
 _Key = TypeVar("_Key")
 _INDEX = "*.index.json"
+_GAP = 600  # seconds between two runs
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d_]+")
 
@@ -203,6 +204,7 @@ def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
     """Yield notes for the user on the checkpoints that are averaged together."""
     yield from _on_series(chosen)
     yield from _on_places(chosen)
+    yield from _on_times(chosen)
     placed = [member for member in chosen if member.is_placed]
     if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
         yield (
@@ -248,6 +250,40 @@ def _on_places(chosen: Sequence[Member]) -> Iterator[str]:
         if shared and len(group) > 1:
             *paths, last = [str(member.path) for member in group]
             yield f"{listed(paths)} and {last} {shared}, but their weights differ"
+
+
+def _on_times(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield a note if the last checkpoints were written long before the first ones.
+
+    A run in the folder of an earlier run that had more epochs leaves the last ones of that run.
+    Copies of files have new times; only a clear gap counts.
+    """
+    times = [_written(member) for member in chosen]
+    known = [time for time in times if time is not None]
+    if len(known) < max(len(times), 3) or not all(member.is_placed for member in chosen):
+        return
+    for at in range(1, len(known)):
+        newer, older = sorted(known[:at]), sorted(known[at:])
+        gap = newer[0] - older[-1]
+        usual = [after - before for group in (newer, older) for before, after in pairwise(group)]
+        if gap > max(_GAP, 3 * max(usual)):
+            shown = listed([str(member.path) for member in chosen[at:]])
+            _, numbers = measured(chosen)
+            last, after = numbers[at - 1], numbers[at]
+            fits = last is not None and after is not None and last < after
+            option = f"; --epochs :{last} leaves {'them' if len(older) > 1 else 'it'} out"
+            yield (
+                f"{shown}: written before {chosen[at - 1].path}, possibly by an earlier run"
+                f"{option if fits else ''}"
+            )
+            return
+
+
+def _written(member: Member) -> float | None:
+    """Return the time of the last modification of a checkpoint, if all its files have one."""
+    times = [file.modified for file in member.state.checkpoint.files]
+    known = [time for time in times if time is not None]
+    return max(known) if len(known) == len(times) > 0 else None
 
 
 def _own_place(member: Member) -> tuple[object, str, object]:

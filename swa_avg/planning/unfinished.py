@@ -55,5 +55,5 @@ def _reason(path: Path) -> str:
     try:
         open_checkpoint(path).close()
     except SwaAvgError as error:
-        return error.found.removeprefix("is ")
+        return error.texts.found.removeprefix("is ")
     return "not a checkpoint"

@@ -32,8 +32,8 @@ class WindowScores:
 
     Attributes:
         scale: The name of the score, and whether low or high is better.
-        axis: What the numbers of the checkpoints are: epoch, step, or checkpoint (counted from
-            1) if neither increases along the run.
+        axis: What the numbers of the checkpoints are: epoch, step, number (in the name), or
+            checkpoint (counted from 1) if none of these increases along the run.
         numbers: The number of each checkpoint.
         paths: The checkpoints, in order.
         singles: The score of each checkpoint on its own.

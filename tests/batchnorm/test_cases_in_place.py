@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,3 +296,33 @@ def test_links_of_the_hub_cache_are_followed(folder: Path, run: Run) -> None:
         assert made["config.json"] == b'{"architectures": ["Small"]}'
         assert made["additional_chat_templates/rag.jinja"] == b"{{ messages }}"
         assert "README.md" not in made
+
+
+def test_model_gets_its_extra_state_as_torch_load_gives_it(tmp_path: Path) -> None:
+    """Tensors and streams in an extra state reach set_extra_state, and stay in the file."""
+    (tmp_path / "mod.py").write_text(
+        "import io, torch\n"
+        "class Scaled(torch.nn.Linear):\n"
+        "    def get_extra_state(self):\n"
+        "        return {'scale': torch.full((2,), self.number), 'log': [io.BytesIO(b'a')]}\n"
+        "    def set_extra_state(self, state):\n"
+        "        assert state['log'][0].read() == b'a'\n"
+        "        self.number = state['scale'][0].item()\n"
+        "def model(number=0.0):\n"
+        "    made = torch.nn.Sequential(Scaled(4, 4), torch.nn.BatchNorm1d(4))\n"
+        "    made[0].number = number\n"
+        "    return made\n"
+        "loader = [torch.randn(8, 4) for _ in range(2)]\n"
+        "def forward(made, batch):\n"
+        "    assert made[0].number == 2.0\n"
+        "    return made(batch)\n"
+    )
+    names: dict[str, Any] = {}
+    exec((tmp_path / "mod.py").read_text(), names)
+    for number in (1.0, 2.0):
+        torch.save(names["model"](number).state_dict(), tmp_path / f"{number}.pt")
+    arguments = ("1.0.pt", "2.0.pt", "-o", "x.pt", "--recompute-bn", "--data", "mod:loader")
+    for ended in (ran(tmp_path, *arguments), ran(tmp_path, *arguments[2:])):
+        assert ended.returncode == 0, ended.stderr
+        found = torch.load(tmp_path / "x.pt", weights_only=False)
+        assert found["0._extra_state"]["scale"].tolist() == [2, 2]

@@ -307,3 +307,85 @@ def test_going_on_from_a_bare_average_of_averages(tmp_path: Path) -> None:
     quietly(tmp_path, *FILES[:2], "--ema", "-o", "base.pt")
     quietly(tmp_path, FILES[2], "--ema", "--start-from", "base.pt", "-o", "out.pt")
     torch.testing.assert_close(torch.load(tmp_path / "out.pt")["0.weight"], mean(EMA))
+
+
+# Other places of the two -----------------------------------------------------------------------
+
+PLACES: dict[str, tuple[Callable[[int], Tree], str, str]] = {
+    "beside the model, not at the top": (
+        lambda n: {"state": {"model": RAW[n], "ema": EMA[n]}}, "state.model", "state.ema",
+    ),
+    "in camel case": (lambda n: {"model": RAW[n], "modelEMA": EMA[n]}, "model", "modelEMA"),
+    "under other names": (
+        lambda n: {"weights": RAW[n], "weights_avg": EMA[n]}, "weights", "weights_avg",
+    ),
+    "in a wrapper": (
+        lambda n: {"model": RAW[n], "ema": {"module": EMA[n], "updates": n}}, "model", "ema.module",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLACES.values(), ids=PLACES)
+def test_average_at_other_places(case: tuple[Any, str, str], tmp_path: Path) -> None:
+    """It is said, --ema takes it, and a kept wrapper asks which of the two is replaced."""
+    make, raw, average = case
+    save(tmp_path, make)
+    done = averaged(tmp_path, *FILES)
+    assert oracle.same_bits(done.tensors["0.weight"], mean(RAW))
+    assert any(f"also contains averaged weights, at {average}" in note for note in done.notes)
+    done = averaged(tmp_path, *FILES, "--ema", "-f")
+    assert oracle.same_bits(done.tensors["0.weight"], mean(EMA))
+    line = fails(tmp_path, *FILES, "--keep-wrapper", "-o", "kept.pt")
+    assert f"has raw weights at {raw} and an average at {average}" in line
+    for option, place, states in (("--ema", average, EMA), ("--no-ema", raw, RAW)):
+        quietly(tmp_path, *FILES, "--keep-wrapper", option, "-o", "kept.pt")
+        found = torch.load(tmp_path / "kept.pt", weights_only=True)
+        for name in place.split("."):
+            found = found[name]
+        assert oracle.same_bits(found["0.weight"], mean(states))
+
+
+@pytest.mark.parametrize("half", ["ema", "no-ema"])
+def test_kept_file_with_both_in_one_state_dict(half: str, tmp_path: Path) -> None:
+    """Stable Diffusion's model_ema and the like: one of them is replaced, the other stays."""
+    save(
+        tmp_path,
+        lambda n: {"state_dict": {**under("net.", RAW[n]), **under("net_ema.", EMA[n])}},
+    )
+    quietly(tmp_path, *FILES, "--keep-wrapper", f"--{half}", "-o", "kept.pt")
+    found = torch.load(tmp_path / "kept.pt", weights_only=True)["state_dict"]
+    wanted = (RAW[2]["0.weight"], mean(EMA)) if half == "ema" else (mean(RAW), EMA[2]["0.weight"])
+    assert oracle.same_bits(found["net.0.weight"], wanted[0])
+    assert oracle.same_bits(found["net_ema.0.weight"], wanted[1])
+
+
+def test_average_of_one_of_several_models(tmp_path: Path) -> None:
+    """A GAN's g, d and g_ema: neither half is passed over, and each remedy works."""
+    save(tmp_path, lambda n: {"g": RAW[n], "d": under("d.", RAW[n]), "g_ema": EMA[n]})
+    line = fails(tmp_path, *FILES, "-o", "x.pt")
+    assert line.endswith(
+        "tensors are at: g, d. To take several as one model, repeat --key. --ema takes the average "
+        "at g_ema."
+    )
+    done = averaged(tmp_path, *FILES, "--key", "g")
+    assert oracle.same_bits(done.tensors["0.weight"], mean(RAW))
+    done = averaged(tmp_path, *FILES, "--ema", "-f")
+    assert oracle.same_bits(done.tensors["0.weight"], mean(EMA))
+    (note,) = done.notes
+    assert note.startswith("epoch_2.pt: d: weights beside g_ema; not averaged (")
+    keys = shlex.split(note.partition("use ")[2].removesuffix(")"))
+    done = averaged(tmp_path, *FILES, *keys, "-f")
+    assert oracle.same_bits(done.tensors["d.d.0.weight"], mean(RAW))
+
+
+def test_average_without_dots_in_a_dict_of_its_own(tmp_path: Path) -> None:
+    """LitEma's names are given back the dots of the model, and the model loads the mean."""
+    save(tmp_path, lambda n: {"model": RAW[n], "model_ema": {
+        "decay": torch.tensor(0.9), "num_updates": torch.tensor(n),
+        **{name.replace(".", ""): value for name, value in EMA[n].items()}}})  # fmt: skip
+    done = averaged(tmp_path, *FILES, "--ema")
+    network(0).load_state_dict(done.tensors, strict=True)
+    assert oracle.same_bits(done.tensors["0.weight"], mean(EMA))
+    quietly(tmp_path, *FILES, "--ema", "--keep-wrapper", "-o", "kept.pt")
+    kept = torch.load(tmp_path / "kept.pt", weights_only=True)["model_ema"]
+    assert oracle.same_bits(kept["0weight"], mean(EMA)) and len(kept) == len(EMA[0]) + 2

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,89 @@ def test_full_state_of_fsdp_in_accelerate(tmp_path: Path) -> None:
     assert_mean(load(tmp_path / "swa.pt"), ONE)
     line = fails(tmp_path, "ranks", "-o", "out")
     assert "has parts of a model" in line and "FULL_STATE_DICT" in line
+
+
+def test_universal_checkpoint_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    """Its engine loads `zero/*/fp32.pt`, whatever `mp_rank_00_model_states.pt` holds."""
+    for number, state in zip(NUMBERS, ONE, strict=True):
+        deepspeed(tmp_path / "run", state, number, f"global_step{number}_universal")
+        for name, value in state.items():
+            home = tmp_path / f"run/global_step{number}_universal/zero/{name}"
+            home.mkdir(parents=True)
+            torch.save({"param": value}, home / "fp32.pt")
+    line = fails(tmp_path, "run", "-o", "out")
+    assert "has parts of a model (DeepSpeed (universal checkpoint)" in line
+    assert "Average the checkpoints that ds_to_universal.py made it from" in line
+
+
+def test_other_weights_are_named(tmp_path: Path) -> None:
+    """A copy may hold weights that are not averaged, such as an adapter: a note says so."""
+    for number, state in zip(NUMBERS, ONE, strict=True):
+        home = tmp_path / f"lit/step-{number}"
+        home.mkdir(parents=True)
+        torch.save({"model": state}, home / "lit_model.pth")
+        torch.save({"model": state}, home / "lit_model.pth.lora")
+        home = tmp_path / f"run/checkpoint_{number}"
+        (home / "unet_ema").mkdir(parents=True)
+        (home / "random_states_0.pkl").write_bytes(b"random")
+        for path in (home, home / "unet_ema"):
+            save_file(state, path / "model.safetensors", {"format": "pt"})
+    said = done(tmp_path, "lit", "-o", "lit_swa")
+    assert "lit_model.pth.lora: other weights in the folder; not averaged" in said
+    said = done(tmp_path, "run", "-o", "kept", "--keep-wrapper")
+    assert "unet_ema/model.safetensors: other weights; copied, not averaged" in said
+
+
+FSDP = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import load_fsdp_model, save_fsdp_model
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+import swa_avg
+
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+
+def made(seed):
+    torch.manual_seed(seed)
+    return fully_shard(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), mesh=mesh)
+
+def whole(model):
+    return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+
+saved = {}
+for kind, models in (("FULL_STATE_DICT", 2), ("SHARDED_STATE_DICT", 1)):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+    given = plugin, Accelerator(cpu=True)
+    for index in range(models):
+        states = saved[kind, index] = []
+        for n in range(3):
+            model = made(10 * index + n)
+            save_fsdp_model(*given, model, f"{kind}/checkpoint_{n}", model_index=index)
+            states.append(whole(model))
+    swa_avg.average(kind, f"swa_{kind}", keep_wrapper=True)
+    for index in range(models):
+        load_fsdp_model(*given, model, f"swa_{kind}", model_index=index)
+        saved[kind, index].append(whole(model))
+torch.save(saved, "saved.pt")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.frameworks
+def test_accelerate_loads_what_its_fsdp_saves(tmp_path: Path) -> None:
+    """accelerate's own functions write the run, and load the mean of each model."""
+    pytest.importorskip("accelerate")
+    command = [sys.executable, "-c", FSDP]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    saved = load(tmp_path / "saved.pt")
+    assert len(saved) == 3
+    for *of, loaded in saved.values():
+        assert_mean(loaded, of)
 
 
 # Lightning, Composer, OLMo.

@@ -217,6 +217,8 @@ KEPT_TOGETHER = {
     "a confusion matrix": ("val.confmat", "a.weight"),
     "codebook with an EMA of its own": ("q.embed q.embed_ema q.cluster_size_ema", "a.weight"),
     "codebook with sums": ("q.embed q.embed_sum q.cluster_size", "a.weight"),
+    "nerfacc": ("grid.occs grid.binaries", "mlp.weight"),
+    "torch-ngp": ("density_grid density_bitfield mean_density", "mlp.weight"),
     "I-BERT": ("q.x_min q.x_max q.act_scaling_factor", "a.weight"),
     "training loops": ("iteration current_epoch", "a.weight"),
     "Transformer Engine": ("attn._extra_state", "attn.weight"),

@@ -6,6 +6,7 @@ Every remedy that a line prints is followed by the test that asks for it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -371,6 +372,28 @@ def test_b_same_place_by_name_is_said(tmp_path: Path) -> None:
     saying(notes, "epoch=1.ckpt and epoch=1-v1.ckpt have the same numbers in their names")
 
 
+def test_b_epochs_of_an_earlier_run_are_said(tmp_path: Path) -> None:
+    """A shorter run in the same folder leaves the last epochs of the one before it."""
+    save(tmp_path, {f"epoch_{n}.pt": n for n in range(1, 6)})
+    files = [f"epoch_{n}.pt" for n in range(1, 6)]
+
+    def written(*hours: float) -> None:
+        for file, hour in zip(files, hours, strict=True):
+            os.utime(tmp_path / file, (10**9 + 3600 * hour,) * 2)
+
+    written(24.1, 24.2, 24.3, 0.4, 0.5)
+    value, (note,) = mean(tmp_path, *files)
+    assert value == 3
+    assert note.startswith("epoch_4.pt, epoch_5.pt: written before epoch_3.pt, possibly by an")
+    option = re.search(r"; (--epochs :3) leaves them out$", note)
+    assert option and mean(tmp_path, *files, *option[1].split()) == (2, ())
+    assert mean(tmp_path, *files, "--last", "2") == (4.5, ())
+    # A run that was continued the next day, files copied at once, copied in another order.
+    for times in ((0.1, 0.2, 24.3, 24.4, 24.5), (0, 0, 0, 0, 0), (9.001, 9.002, 9, 9.003, 9.004)):
+        written(*times)
+        assert mean(tmp_path, *files) == (3, ())
+
+
 # Series -----------------------------------------------------------------------------------------
 
 
@@ -584,6 +607,61 @@ def test_b_weights_beside_the_model_are_said(tmp_path: Path) -> None:
             0, 0
         ] == 4.5
     saying(mean(tmp_path, "m_1.pt", "m_2.pt")[1], "obs_norm_state_dict: weights beside")
+
+
+OTHERS = {
+    "TRL's value head": ("adapter_model.safetensors", "pytorch_model.bin"),
+    "LLaVA": ("non_lora_trainables.bin", "adapter_model.safetensors"),
+    "Stable Diffusion": ("diffusion_pytorch_model.non_ema.bin", "diffusion_pytorch_model.bin"),
+    "a head of its own": ("classifier.pt", "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("names", OTHERS.values(), ids=OTHERS)
+def test_b_weights_beside_those_of_a_folder_are_said(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    """One note for all checkpoints; the file that it names is averaged by itself, as it says."""
+    other, own = names
+    stem, _, suffix = own.rpartition(".")
+    copies = (f"{stem}.fp16.{suffix}", f"{stem}-00001-of-00001.{suffix}")
+    for step in (1, 2):
+        home = f"checkpoint-{step}"
+        for name, value in ((own, step), (other, 10 * step), *((copy, 7) for copy in copies)):
+            if name.endswith(("bin", "pt")):
+                save(tmp_path, {f"{home}/{name}": value})
+            else:
+                save_model(tmp_path / home, value, name)
+        state = ("optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt")
+        save(tmp_path, {f"{home}/{name}": ADAM for name in state})
+    value, notes = mean(tmp_path, "checkpoint-1", "checkpoint-2")
+    assert value == 1.5 and len(notes) == 1
+    assert notes[0].startswith(f"checkpoint-1 and 1 more: {other}: other weights; not read (")
+    assert mean(tmp_path, f"checkpoint-1/{other}", f"checkpoint-2/{other}")[0] == 15
+
+
+def test_b_configurations_that_differ_are_said(tmp_path: Path) -> None:
+    """Adapters of two scales and models of two kinds have no mean; versions do not matter."""
+    for n in (1, 2):
+        for name, file in (("model", "config"), ("adapter_model", "adapter_config")):
+            save_model(tmp_path / f"{file}-{n}", n, f"{name}.safetensors")
+            content = {"r": 2, "lora_alpha": 8 * n, "transformers_version": str(n)}
+            (tmp_path / f"{file}-{n}" / f"{file}.json").write_text(json.dumps(content))
+        save_model(tmp_path / f"same-{n}", n)
+        volatile = json.dumps({"_name_or_path": str(n)})
+        (tmp_path / f"same-{n}" / "config.json").write_text(volatile)
+    for file in ("config", "adapter_config"):
+        (note,) = mean(tmp_path, f"{file}-1", f"{file}-2")[1]
+        assert note.startswith(f"{file}.json differs between checkpoints in lora_alpha; ")
+    assert mean(tmp_path, "same-1", "same-2") == (1.5, ())
+
+
+def test_b_a_file_without_a_model_in_a_folder(tmp_path: Path) -> None:
+    """HiFi-GAN's generator has one model and the file beside it two: the option leaves it out."""
+    for n in (1, 2):
+        both = {"mpd": weights(n), "msd": weights(n), "optim_g": ADAM, "steps": n}
+        save(tmp_path / "run", {f"g_0000{n}": {"generator": weights(n)}, f"do_0000{n}": both})
+    assert mean(tmp_path, "run", *options(fails(tmp_path, "run")))[0] == 1.5
 
 
 def test_b_parts_of_a_model_in_one_file(tmp_path: Path) -> None:

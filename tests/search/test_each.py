@@ -348,17 +348,20 @@ def test_picture_shows_every_score_in_its_place() -> None:
 
 
 def test_axis_is_what_increases(tmp_path: Path) -> None:
-    """The epoch; the step where epochs are the same; else the place in the order."""
+    """The epoch; the step where epochs are the same; the number in the name; else the place."""
     numbers = {
         "epoch": [{"epoch": n, "global_step": 1} for n in (3, 5, 9)],
         "step": [{"epoch": 1, "global_step": n} for n in (30, 50, 90)],
+        "number": [{}, {}, {}],
         "checkpoint": [{}, {}, {}],
     }
-    expected = {"epoch": (3, 5, 9), "step": (30, 50, 90), "checkpoint": (1, 2, 3)}
+    expected: dict[str, tuple[int, ...]] = {"epoch": (3, 5, 9), "step": (30, 50, 90)}
+    expected |= {"number": (2, 4, 16), "checkpoint": (1, 2, 3)}
     for axis, recorded in numbers.items():
         folder = tmp_path / axis
         folder.mkdir()
-        for name, extra, state in zip("abc", recorded, states(3), strict=True):
+        names = ("c2", "c4", "c16") if axis == "number" else ("a", "b", "c")
+        for name, extra, state in zip(names, recorded, states(3), strict=True):
             torch.save(extra | {"model": state}, folder / f"{name}.pt")
         report = swa_avg.score_windows(folder, score, 2, model=network(), mode="max")
         assert (report.scores.axis, report.scores.numbers) == (axis, expected[axis])
