@@ -13,7 +13,7 @@ from typing import Literal
 from swa_avg.checkpoints import Number, Score, StateDict, metrics
 from swa_avg.errors import SelectionError, counted, listed
 from swa_avg.planning import series
-from swa_avg.planning.arguments import check_count, suggesting
+from swa_avg.planning.arguments import check_count, check_texts, suggesting
 from swa_avg.planning.copies import copies
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member, measured, members, ordered
@@ -47,6 +47,7 @@ class Choice:
     exclude: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_texts("exclude", self.exclude)
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
         for name, count in (("last", self.last), ("best", self.best)):
