@@ -492,6 +492,9 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
     ):
         with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
             call()
+    for kind in (True, swa_avg.ProgressBar):
+        with pytest.raises(TypeError, match=r"progress must be a ProgressBar\(\) or a function"):
+            swa_avg.average(paths, out, progress=kind)
     with pytest.raises(ValueError, match="mode must be min or max, not minimum"):
         swa_avg.sweep(paths, out, float, model=network, mode="minimum")  # type: ignore[arg-type]
     each = f"{out.parent}/m_{{name}}.pt"
@@ -536,7 +539,6 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
         ({"key": 3}, "key must be text, or several texts, not int"),
         ({"choice": lambda: swa_avg.Choice(exclude=3)}, "exclude must be text"),  # type: ignore[arg-type]
         ({"max_shard_size": "5GB"}, "max_shard_size must be an integer, not str"),
-        ({"progress": True}, "progress must be a ProgressBar() or a function, not bool"),
         (
             {"overwrite": True},
             "no parameter 'overwrite'. Its parameters are batchnorm, bn_buffers, ",
