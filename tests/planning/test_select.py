@@ -558,6 +558,16 @@ def test_path_that_does_not_exist(tmp_path: Path, given: str, says: str) -> None
     assert str(refused.value).endswith(says.format(run=run_folder, here=tmp_path, home=home))
 
 
+def test_many_copies_are_one_note(tmp_path: Path) -> None:
+    """A run that did not learn saves the same weights again and again."""
+    for number in range(9):
+        torch.save(weights(1), tmp_path / f"epoch_{number}.pt")
+    names, made = plan(tmp_path, Choice())
+    assert len(names) == 1
+    (note, _) = made.notes
+    assert note.startswith("8 copies are not counted again: ") and note.endswith(" and 5 more")
+
+
 def test_empty_path_is_not_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
