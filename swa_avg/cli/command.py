@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,6 +45,7 @@ from swa_avg.cli.show import (
 )
 from swa_avg.cli.streams import Streams
 from swa_avg.cli.usage import check_usage
+from swa_avg.errors import AlreadyAveragedError, SelectionError
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
@@ -143,8 +145,23 @@ def _planned(run: Run) -> Iterator[Averaging]:
     with ExitStack() as opened:
         with _watching(run) as watch:
             plan = planned(run.checkpoints, output, options, progress=watch)
-            averaging = opened.enter_context(plan)
+            try:
+                averaging = opened.enter_context(plan)
+            except AlreadyAveragedError as error:
+                if run.recompute is None:
+                    raise
+                raise _in_place(error) from error
         yield averaging
+
+
+def _in_place(error: AlreadyAveragedError) -> SelectionError:
+    """Return the error for an average that was given as a checkpoint, to recompute BatchNorm."""
+    path = quote(str(error.file))
+    return SelectionError(
+        error.texts.found,
+        file=error.file,
+        remedy=f"To recompute its BatchNorm statistics in place, give no checkpoints and -o {path}",
+    )
 
 
 def _watching(run: Run) -> AbstractContextManager[Watch | None]:
