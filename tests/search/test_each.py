@@ -109,7 +109,7 @@ def test_scores_alone_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert report.scores == written.scores
     for options in ({"keep_wrapper": True}, {"max_shard_size": 1000}):
         given: dict[str, Any] = options
-        with pytest.raises(ValueError, match=f"{[*given][0]} needs output"):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} needs output"):
             swa_avg.score_windows(paths, score, 2, model=network(), **given)
 
 
