@@ -65,7 +65,7 @@ class Case:
         says: A pattern of the remedy; its groups are what can be typed.
         then: Commands that follow the remedy; `{0}` is the first group. The shell runs those
             that begin with `$ `. A function, or a `Passing`, changes what is in the folder.
-        mean: `a.weight` in the outputs of these commands; None to look at nothing.
+        mean: `a.weight` in the outputs of these commands, or of each; None to look at nothing.
         notes: Whether the remedy is in a note on a run that succeeds.
     """
 
@@ -73,7 +73,7 @@ class Case:
     given: str
     says: str
     then: tuple[str | Build | Passing, ...]
-    mean: float | None = None
+    mean: float | tuple[float, ...] | None = None
     notes: bool = False
 
 
@@ -120,6 +120,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def _follow(folder: Path, case: Case, groups: Sequence[str]) -> None:
     """Do what the remedy says."""
+    means = [*case.mean] if isinstance(case.mean, tuple) else []
     for number, step in enumerate(case.then):
         if isinstance(step, Passing):
             step(folder, *groups)
@@ -134,7 +135,8 @@ def _follow(folder: Path, case: Case, groups: Sequence[str]) -> None:
             if case.mean is not None:
                 out = folder / words[words.index("-o") + 1]
                 found = load(out / "model.safetensors" if out.is_dir() else out)
-                assert torch.equal(found["a.weight"], torch.full((2, 3), case.mean)), words
+                mean = means.pop(0) if isinstance(case.mean, tuple) else case.mean
+                assert torch.equal(found["a.weight"], torch.full((2, 3), mean)), words
 
 
 def adding(*lines: str) -> Build:

@@ -187,7 +187,7 @@ USERS: dict[str, Case] = {
         "--recompute-bn --data mod:loader -o both.pt --force",
         r"Choose which to replace: (--ema) \(the average\) or (--no-ema) \(the raw weights\)\.$",
         ("--recompute-bn --data mod:loader -o both.pt --force {0}",
-         "--recompute-bn --data mod:loader -o both.pt --force {1}"), None,
+         "--recompute-bn --data mod:loader -o both.pt --force {1}"),
     ),
     "several scores": Case(
         {**TWO, "mod.py": SEARCH}, "1.pt 2.pt --sweep mod:both",
@@ -195,11 +195,8 @@ USERS: dict[str, Case] = {
     ),
     "a score of no known direction": Case(
         {**TWO, "mod.py": SEARCH}, "1.pt 2.pt --sweep mod:judge",
-        r"Give (--mode min) or (--mode max)\.$", ("1.pt 2.pt --greedy mod:judge {0}",), 1,
-    ),
-    "a score of the other direction": Case(
-        {**TWO, "mod.py": SEARCH}, "1.pt 2.pt --sweep mod:judge",
-        r"Give (--mode min) or (--mode max)\.$", ("1.pt 2.pt --sweep mod:judge {1}",), 2,
+        r"Give (--mode min) or (--mode max)\.$",
+        ("1.pt 2.pt --greedy mod:judge {0}", "1.pt 2.pt --sweep mod:judge {1}"), (1, 2),
     ),
     "windows of several ties": Case(
         {"1.pt": tied(1), "2.pt": tied(2), "3.pt": {**tied(3), "b": torch.ones(2)}},
