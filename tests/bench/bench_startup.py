@@ -26,7 +26,7 @@ from torch import Tensor
 
 PLAN = """
 import sys, time
-from swa_avg.planning import planned
+from swa_avg.averaging import planned
 
 started = time.perf_counter()
 with planned(sys.argv[2:], sys.argv[1]) as averaging:
