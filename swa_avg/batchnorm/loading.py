@@ -74,12 +74,7 @@ def check_makes(made: Any, name: str, what: str) -> None:
     Raises:
         DataError: It has parameters without a default.
     """
-    try:
-        parameters = inspect.signature(made).parameters.values()
-    except (TypeError, ValueError):
-        return  # some functions in C have no signature
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needs = [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
+    needs = needed(made)
     if needs:
         arguments = ", ".join(f"{one}=..." for one in needs)
         called = getattr(made, "__name__", name)
@@ -89,6 +84,16 @@ def check_makes(made: Any, name: str, what: str) -> None:
             expected="something that is called without arguments",
             remedy=f"Name a function that passes them: def {own}(): return {called}({arguments})",
         )
+
+
+def needed(made: Any) -> list[str]:
+    """Return the names of the parameters without a default of a function or class."""
+    try:
+        parameters = inspect.signature(made).parameters.values()
+    except (TypeError, ValueError):
+        return []  # some functions in C have no signature
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
 
 
 def _gives_batches(source: object) -> bool:

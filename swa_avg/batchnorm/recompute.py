@@ -325,7 +325,7 @@ def _replaced(
             raise NotFiniteError(
                 f"has a new statistic that {ref.dtype} cannot represent",
                 tensor=name,
-                remedy="Use a wider --dtype",
+                remedy="Average again to a new file, with a wider --dtype",
             )
         flat = torch.frombuffer(contents[record], dtype=dtype)
         flat.as_strided(ref.shape, ref.stride, ref.offset).copy_(new)

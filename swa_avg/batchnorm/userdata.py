@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from swa_avg.batchnorm.calling import Forward
 from swa_avg.batchnorm.isolation import importable, users_code
-from swa_avg.batchnorm.loading import batches_of, check_makes
+from swa_avg.batchnorm.loading import batches_of, check_makes, needed
 from swa_avg.batchnorm.named import load_attribute
 from swa_avg.errors import DataError, listed
 from swa_avg.kernel import default_arithmetic
@@ -115,7 +115,9 @@ def _option(module: ModuleType, data: str) -> str:
     own = [name for name, value in vars(module).items() if _is_network(value, module)]
     if not own:
         return "--model MOD:ATTR"
-    return f"--model {data.rpartition(':')[0]}:{own[0] if len(own) == 1 else 'ATTR'}"
+    one = vars(module)[own[0]]
+    ready = len(own) == 1 and not (isinstance(one, type) and needed(one))
+    return f"--model {data.rpartition(':')[0]}:{own[0] if ready else 'ATTR'}"
 
 
 def _is_network(value: object, module: ModuleType) -> bool:

@@ -256,12 +256,13 @@ def check_running(states: Sequence[StateDict]) -> None:
     if earlier:
         paths = [quote(str(state.checkpoint.path)) for state in (last, earlier[0])]
         between = f", take the mean between two (--start-from {paths[0]} --minus {paths[1]} --ema)"
+    last_one = f"se only the last (--last 1 --ema){between}, or average the raw weights (--no-ema)"
+    others = len(running) < len(states)  # averages to go on from
     raise LayoutError(
         f"has at {last.where} the mean of the run so far ({row.name}), "
         "which includes the means of the earlier checkpoints",
         file=last.checkpoint.path,
-        remedy=f"Use only the last (--last 1 --ema){between}, or average the raw weights "
-        "(--no-ema)",
+        remedy=f"Without --start-from, u{last_one}" if others else f"U{last_one}",
     )
 
 
@@ -365,7 +366,9 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
         raise LayoutError(
             f"has only averaged weights, at {', '.join(found.averages)}",
             file=checkpoint.path,
-            remedy="Use them with --ema",
+            remedy="Use them with --ema"
+            if len(found.averages) == 1
+            else f"Choose one, as in --key {quote(found.averages[0])}",
         )
     raise no_state_dict(checkpoint, "has no state_dict in any known place", found.averages)
 

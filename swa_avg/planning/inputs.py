@@ -288,6 +288,18 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
     return f"{path}: the model in this folder is used, not the {len(found)} checkpoints beside it"
 
 
+def _holds_series(folder: Path) -> bool:
+    """Return whether several files of one series are in a folder that is no checkpoint itself."""
+    if is_checkpoint(folder):
+        return False
+    with suppress(OSError):
+        inner = islice(folder.iterdir(), _MOST_LOOKED_AT)
+        read = [names.read(one) for one in inner if one.name[0] != "." and is_checkpoint(one)]
+        series = [name.series for name in read if not name.parts]
+        return len(set(series)) < len(series)
+    return False
+
+
 def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
     """Return the path or pattern to give, if folders below one contain checkpoints."""
     homes: list[Path] = []
@@ -307,6 +319,9 @@ def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
         within = Path(str(homes[0])).relative_to(str(path))
         return f"Its folder {within} contains checkpoints: give {quote(str(homes[0]))}"
     if homes and homes[0].parent == path:
+        if any(map(_holds_series, homes)):
+            runs = listed([quote(str(home)) for home in homes])
+            return f"Its sub-folders contain several checkpoints; give those of one run: {runs}"
         pattern = quote(f"{escape(str(path)).rstrip('/')}/*/")
         return f"Its sub-folders contain checkpoints: give {pattern}"
     some = [quote(str(home)) for home in homes]

@@ -50,6 +50,11 @@ def average_with_a_link(folder: Path) -> None:
     (folder / "avg/model.safetensors").symlink_to("../blob")
 
 
+def half_average(folder: Path) -> None:
+    save(folder, users(MODEL, "images *= 1e6"))
+    swa_avg.average([folder / "1.pt", folder / "2.pt"], folder / "avg.pt", dtype="float16")
+
+
 def checkpoint_with_a_link(folder: Path) -> None:
     save(folder, {"mod.py": f"{MODULE}\n{MODEL}\n", "blob.safetensors": of_net(2)})
     (folder / "c").mkdir()
@@ -66,6 +71,13 @@ USERS: dict[str, Case] = {
     "a model to add": Case(
         users(), BN, r"Add it, or give the model with --model (mod:Net)\.$", (adding(MODEL), BN),
         1.5,
+    ),
+    "a network that needs arguments": Case(
+        users("class Sized(nn.Sequential):", "    def __init__(self, width):",
+              "        super().__init__(OrderedDict(a=nn.Linear(3, width), bn=nn.BatchNorm1d(2)))",
+              "del Net"),
+        BN, r"Add it, or give the model with --model mod:ATTR\.$",
+        (adding("def model(): return Sized(2)"), BN), 1.5,
     ),
     "several networks": Case(
         users("class Other(nn.Module): pass"), BN,
@@ -178,8 +190,15 @@ USERS: dict[str, Case] = {
         r"Save the checkpoint again with its clone\(\)\.$",
         (cloned, "--recompute-bn --data mod:loader -o 2.pt --force"), 2,
     ),
+    "a statistic that float16 cannot hold in place": Case(
+        half_average, "--recompute-bn --data mod:loader -o avg.pt",
+        r"Average again to a new file, with a wider (--dtype)\.$",
+        (f"{BN} {{0}} float32 -o new.pt",
+         "--start-from avg.pt {0} float32 -o newer.pt --recompute-bn --data mod:loader"), 1.5,
+    ),
     "a statistic that float16 cannot hold": Case(
-        users(MODEL, "images *= 1e6"), f"{BN} --dtype float16", r"Use a wider (--dtype)\.$",
+        users(MODEL, "images *= 1e6"), f"{BN} --dtype float16",
+        r"Average again to a new file, with a wider (--dtype)\.",
         (f"{BN} {{0}} float32",), 1.5,
     ),
     "which average in a file": Case(

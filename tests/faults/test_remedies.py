@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import folders
 import pytest
@@ -65,6 +66,10 @@ SELECTION: dict[str, Case] = {
     "sub-folders": Case(
         {"e x/a/m_1.pt": 1, "e x/b/m_2.pt": 2}, "'e x'",
         r"Its sub-folders contain checkpoints: give (.+)\.$", ("{0}",), 1.5,
+    ),
+    "sub-folders of several runs": Case(
+        {f"exp/seed_{run}/epoch_{n}.pt": n + 4 * run for run in (0, 1) for n in (1, 2)}, "exp",
+        r"several checkpoints; give those of one run: (\S+), \S+\.$", ("{0}",), 1.5,
     ),
     "folders below": Case(
         {"exp/a/x/m_1.pt": 1, "exp/a/y/m_2.pt": 2}, "exp",
@@ -163,6 +168,10 @@ LAYOUT: dict[str, Case] = {
         several(lambda n: {"ema": weights(n), "epoch": n}), "1.pt 2.pt", r"Use them with (--ema)\.",
         ("1.pt 2.pt {0}",), 1.5,
     ),
+    "nothing but averages": Case(
+        several(lambda n: {"ema": weights(n), "ema_2": weights(n + 4), "epoch": n}), "1.pt 2.pt",
+        r"Choose one, as in (--key \S+)\.$", ("1.pt 2.pt {0}",), 1.5,
+    ),
     "two models": Case(
         several(lambda n: {"g": weights(n), "d": weights(n + 4)}), "1.pt 2.pt",
         r"Give its path with (--key); tensors are at: (\w), (\w)\. .+ as one model, repeat --key\.",
@@ -211,6 +220,11 @@ LAYOUT: dict[str, Case] = {
         r"has a key that is not a string, 7, expected names of tensors\.$", (),
     ),
 }  # fmt: skip
+
+
+def icefall(n: int) -> dict[str, Any]:
+    """Return what icefall saves: the weights, and the mean of the run so far."""
+    return {"model": weights(n), "model_avg": weights(n + 4), "batch_idx_train": 1000 * n}
 
 
 def counted(number: int, value: float) -> dict[str, torch.Tensor]:
@@ -270,6 +284,13 @@ AGREEMENT: dict[str, Case] = {
         "--start-from both.pt --minus first.pt",
         r"To take the average at model_ema, use (--ema); ",
         ("--start-from both.pt --minus first.pt {0}",), 2,
+    ),
+    "a mean of the run to add to an average": Case(
+        lambda folder: (averages({"avg": (1,)})(folder), save(folder, several(icefall))),
+        "2.pt --start-from avg.pt --ema",
+        r"Without --start-from, use only the last \((--last 1 --ema)\), or average the raw weights "
+        r"\((--no-ema)\)\.$",
+        ("2.pt {0}", "2.pt --start-from avg.pt {1}"), (6, 1.5),
     ),
     "averages the wrong way around": Case(
         averages({"a": (1,), "b": (1, 2, 3)}),
