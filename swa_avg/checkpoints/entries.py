@@ -14,7 +14,7 @@ from itertools import chain
 from swa_avg.checkpoints.frameworks import WEIGHTS
 from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_average
 from swa_avg.checkpoints.places import no_average, no_state_dict, only_of
-from swa_avg.checkpoints.tree import at, flattened, mapping, split_prefix, tensor_count
+from swa_avg.checkpoints.tree import at, flattened, has_tensors, mapping, split_prefix
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import ROOT, Checkpoint, Components
 from swa_avg.pickles import Dict, Stream, UnreadableTensor, described
@@ -95,7 +95,7 @@ def _named(checkpoint: Checkpoint, place: str) -> tuple[Mapping[object, object],
         if inside:
             found, selected = mapping(at(checkpoint.tree, inside[0])), inside[1]
     found = None if found is None else flattened(found)
-    if found is None or not tensor_count(found):
+    if found is None or not has_tensors(found):
         if place:
             raise no_state_dict(checkpoint, f"has no state_dict at {place!r}")
         raise no_state_dict(checkpoint, "has no state_dict")
@@ -108,7 +108,8 @@ def _without_optimizer(entries: dict[str, object]) -> tuple[dict[str, object], l
     kept = {
         name: value
         for name, value in entries.items()
-        if not in_groups(name, groups) and not is_optimizer(mapping(value) or {})
+        if not in_groups(name, groups)
+        and (isinstance(value, Tensor) or not is_optimizer(mapping(value) or {}))
     }
     # Names inside an optimizer's dict cannot be mistaken for weights.
     nested = [name for name in entries if name not in kept and not in_groups(name, groups)]
