@@ -27,6 +27,8 @@ _COUNTERS = {"ema_state_dict": "steps"}
 _COUNTER = "n_averaged"
 # State_dicts hold few values besides tensors; nested lists can take forever to check.
 _MOST_PLAIN_VALUES = 1_000_000
+# The bytes of a reference to a tensor in the pickle of an output; many may be to one tensor.
+_REFERENCE = 200
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ class Plain:
         """
         if tensors and isinstance(value, View):
             self.views.append(value)
+            self.bytes += _REFERENCE
             return True
         if isinstance(value, Stream):
             self.bytes += len(value.content or b"")
