@@ -183,7 +183,7 @@ def average_of(
     if options.minus is None:
         check_running(states)
     _check_target(target, states, options, others)
-    form = form_of(target, states[-1].checkpoint)
+    form = form_of(target, states[-1].checkpoint, options.keep_wrapper)
     keeps = options.keep_wrapper or form is Form.COPY
     strides = keeps or form is Form.TORCH
     rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, keeps)
@@ -274,7 +274,7 @@ def _check_target(
 ) -> None:
     """Refuse an output that is an input, that exists, or whose name does not fit its format."""
     last = states[-1]
-    form = form_of(target, last.checkpoint)
+    form = form_of(target, last.checkpoint, options.keep_wrapper)
     keeps = options.keep_wrapper or form is Form.COPY
     if keeps and last.checkpoint.provenance:
         is_copy = form is Form.COPY

@@ -19,6 +19,7 @@ from pathlib import Path
 from swa_avg.checkpoints import Loads, StateDict
 from swa_avg.errors import OutputError, listed
 from swa_avg.formats import (
+    DISTRIBUTED,
     PROVENANCE,
     Splice,
     checksum_places,
@@ -276,6 +277,12 @@ def notes(last: StateDict, kept: bool, folder: bool, whole: bool) -> Iterator[st
             yield (
                 f"the output is a bare state_dict; {row.needs} needs the framework's whole "
                 "file, which --keep-wrapper writes"
+            )
+        homes = {file.path.parent for file in last.checkpoint.files}
+        if folder and last.checkpoint.format == DISTRIBUTED and homes != {path}:
+            yield (
+                f"the output is not in a sub-folder {min(homes).name}, as in {path}; "
+                "--keep-wrapper keeps it there"
             )
         return
     such_as = " (such as optimizer state)" if whole else ""

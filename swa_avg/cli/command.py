@@ -20,6 +20,7 @@ import click
 
 from swa_avg.cli import messages
 from swa_avg.cli.beside import Beside, opened_beside
+from swa_avg.cli.blas import one_blas_thread
 from swa_avg.cli.failures import reported
 from swa_avg.cli.options import (
     GroupedCommand,
@@ -172,7 +173,7 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints without recomputing BatchNorm."""
     with _planned(run) as averaging, opened_beside(run, averaging, is_first=_is_first()) as beside:
         with (
-            _one_blas_thread(),
+            one_blas_thread(),
             _watching(run) as watch,
             _written(averaging, run, ranks, watch) as written,
         ):
@@ -195,23 +196,6 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
         show_average(report, averaging, run)
         say([messages.of_output(report.output, report.bytes_written)])
         say_picture(picture, run)
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Limit OpenBLAS to one thread: numpy starts its pool on import, and nothing here uses it.
-
-    Used only where no user code runs in this process. A value that the user has set is kept.
-    """
-    name = "OPENBLAS_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from swa_avg.formats.components import (
     configuration,
     is_weights_name,
 )
+from swa_avg.formats.dcp import DISTRIBUTED
 from swa_avg.formats.dcp_layout import DcpLayout
 from swa_avg.formats.opening import (
     Form,
@@ -38,6 +39,7 @@ from swa_avg.formats.opening import (
 from swa_avg.formats.sharded_layout import FolderLayout, leaves, links_note
 
 __all__ = [
+    "DISTRIBUTED",
     "PROVENANCE",
     "ROOT",
     "Checkpoint",

@@ -27,6 +27,7 @@ from swa_avg.pickles import Budget, Global, Inert, check_shape, described, unpic
 from swa_avg.storage import InputFile, Section
 from swa_avg.tensors import Part, TensorRef, View, contiguous_stride, in_groups, optimizer_groups
 
+DISTRIBUTED = "torch distributed checkpoint"  # the name of the format
 _METADATA = ".metadata"
 # The sub-folder with the model: of accelerate and Trainer, of NeMo, of OLMo-core.
 _FSDP = "pytorch_model_fsdp_"
@@ -75,7 +76,7 @@ def read(folder: Path) -> Checkpoint:
         opened.pop_all()
     return Checkpoint(
         folder,
-        "torch distributed checkpoint",
+        DISTRIBUTED,
         tree,
         tuple(source.files.values()),
         notes=tuple(notes),

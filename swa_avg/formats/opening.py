@@ -149,13 +149,17 @@ def is_checkpoint(path: Path) -> bool:
     return single.is_checkpoint(path) or archives.is_checkpoint(path)
 
 
-def form_of(path: Path, like: Checkpoint) -> Form:
+def form_of(path: Path, like: Checkpoint, kept: bool = False) -> Form:
     """Return the format of an output: by its suffix, otherwise the format of the inputs.
 
     Args:
         path: The output.
         like: One of the inputs.
+        kept: Whether the output is to be a copy of `like` with other weights.
     """
+    # The folders that Lightning writes with FSDP and DeepSpeed end in .ckpt.
+    if kept and path.suffix and path.suffix == like.path.suffix and like.path.is_dir():
+        return Form.COPY
     if path.suffix.lower() == ".safetensors":
         return Form.SAFETENSORS
     if path.suffix.lower() in _TORCH_SUFFIXES:

@@ -9,14 +9,16 @@ before. Smaller inputs stay in the cache for a second run.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 
-from swa_avg.kernel.tasks import Bundle, Item, Strip
+from swa_avg.kernel.tasks import Bundle, Item, Stretch, Strip
 from swa_avg.planning import Work
 from swa_avg.storage import InputFile
+from swa_avg.tensors import Part, whole
 
 _AT_ONCE = 1024 * 1024  # Linux reads only the start of a longer range
 _WASTE = 2  # a bundle may span this many times the bytes that it needs
@@ -66,7 +68,8 @@ class LookAhead(AbstractContextManager["LookAhead"]):
                 return
             cold = []
             for file, offset, length in _ranges(task, self._works):
-                if self._drops and not file.is_cached(offset):
+                # The first page may belong to the range before as well.
+                if self._drops and not file.is_cached(offset + length // 2):
                     cold.append((file, offset, length))
                 for start in range(offset, offset + length, _AT_ONCE):
                     if self._stop.is_set():
@@ -91,7 +94,7 @@ def _memory() -> int:
 
 
 def _ranges(task: Sequence[Item], works: Sequence[Work]) -> Iterator[Range]:
-    """Yield the ranges of files that a task reads, without items that are read in boxes."""
+    """Yield the ranges of files that a task reads, except those of tensors in another order."""
     for item in task:
         if isinstance(item, Strip):
             for source in works[item.number].sources:
@@ -107,3 +110,27 @@ def _ranges(task: Sequence[Item], works: Sequence[Work]) -> Iterator[Range]:
                 near = 0 < end - place <= _WASTE * item.bounds[-1] * size
                 if near and one.record.file is other.record.file:
                     yield one.record.file, place, end - place
+        else:
+            yield from _of_boxes(item, works[item.number])
+
+
+def _of_boxes(item: Stretch, work: Work) -> Iterator[Range]:
+    """Yield the ranges of boxes: in each stored part, the rows from the first to the last box."""
+    first, last = item.boxes[0], item.boxes[-1]
+    if not first.shape:
+        return
+    top, bottom = first.start[0], last.start[0] + last.shape[0]
+    for source in work.sources:
+        flat = len(first.shape) != len(source.shape)  # cut as if it had one dimension
+        parts = source.parts or (Part((0,) * len(first.shape), source),)
+        for part in parts:
+            ref = part.ref
+            if not whole(ref):
+                continue
+            step = 1 if flat else math.prod(ref.shape[1:])
+            start = max(top - part.start[0], 0) * step
+            end = min((bottom - part.start[0]) * step, ref.numel)
+            if start < end:
+                size = ref.dtype.itemsize
+                place = ref.record.offset + (ref.offset + start) * size
+                yield ref.record.file, place, (end - start) * size

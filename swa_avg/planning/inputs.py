@@ -164,7 +164,9 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     )
     alone = dict.fromkeys(escape(path.name) for path in paths)
     whole = dict.fromkeys(escape(str(path)) for path in paths)
-    for patterns in (short, long, alone, whole):
+    shared = os.path.commonprefix([path.name for path in paths])  # noqa: RUF071 - characters
+    start = {f"{escape(shared)}*": None}
+    for patterns in (short, long, alone, whole, start):
         covered = all(matches(path, patterns) for path in paths)
         if covered and len(patterns) <= 8 and not any(matches(path, patterns) for path in others):
             return " ".join(f"--exclude {quote(pattern)}" for pattern in patterns)

@@ -13,6 +13,7 @@ import oracle
 import pytest
 import stored
 import torch
+from folders import COPIED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from injection import FLIP, Commands, Fault
@@ -98,9 +99,11 @@ def test_what_is_right_is_found_right(tmp_path: Path, inputs: list[Path], name: 
 
 # Disks that write something else.
 
+KINDS = ("deepspeed", "nemo")  # copies of the last checkpoint
+
 
 @distributed
-@pytest.mark.parametrize("form", ["zip", "safetensors", "shards", "wrapper"])
+@pytest.mark.parametrize("form", ["zip", "safetensors", "shards", "wrapper", *KINDS])
 def test_disk_that_writes_another_bit(
     tmp_path: Path, inputs: list[Path], commands: Commands, form: str
 ) -> None:
@@ -108,12 +111,17 @@ def test_disk_that_writes_another_bit(
     in headers. Nothing is put in place, and the error names the output."""
     sources = [str(path) for path in inputs]
     more: list[str] = []
-    output = {"zip": "o.pt", "safetensors": "o.safetensors", "wrapper": "o.pt", "shards": "o"}[form]
+    names = {"zip": "o.pt", "safetensors": "o.safetensors", "wrapper": "o.pt", "nemo": "o.nemo"}
+    output = names.get(form, "o")
     if form == "shards":
         sources = [str(path.with_suffix("")) for path in inputs]
         more = ["--max-shard-size", "500"]
     if form == "wrapper":
         more = ["--keep-wrapper"]
+    if form in KINDS:
+        save, name = COPIED[form]
+        plain = [{name: value.contiguous() for name, value in state(n).items()} for n in range(3)]
+        sources = [str(save(tmp_path / name.format(n), plain[n], n)) for n in range(3)]
     place = tmp_path / "place"
     place.mkdir()
     arguments = [*sources, "-o", output, "-f", "--threads", "1", *more]

@@ -315,7 +315,10 @@ def test_model_in_a_sub_folder(inner: str, tmp_path: Path) -> None:
         save_chunks(tmp_path / f"step{number}" / inner, {"w": tensor}, {"w": HALVES})
         (tmp_path / f"step{number}" / "context").mkdir()
         (tmp_path / f"step{number}" / "context" / "io.json").write_text(str(number))
-    swa_avg.average(tmp_path, tmp_path / "out", keep_wrapper=True)
+    bare = swa_avg.average(tmp_path / "step?", tmp_path / "bare")
+    assert any(f"not in a sub-folder {inner}" in note for note in bare.notes)
+    kept = swa_avg.average(tmp_path / "step?", tmp_path / "out", keep_wrapper=True)
+    assert not any("sub-folder" in note for note in kept.notes)
     assert (tmp_path / "out" / "context" / "io.json").read_text() == "1"
     assert oracle.same_bits(read(tmp_path / "out" / inner)["w"], mean(tensors))
 

@@ -286,9 +286,25 @@ def test_sharded_checkpoint_of_lightning(place: str, tmp_path: Path) -> None:
     for output, options in (("kept", ["--keep-wrapper"]), ("bare", [])):
         done(tmp_path, "ckpts", "-o", output, "--epochs", "1:3", *options)
         assert_mean(of_dcp(tmp_path / output, place), ONE)
-    made = _load_distributed_checkpoint(tmp_path / "kept")
+    # A folder may have the name that Lightning gives it.
+    done(tmp_path, "ckpts", "-o", "swa.ckpt", "--keep-wrapper")
+    made = _load_distributed_checkpoint(tmp_path / "swa.ckpt")
     assert_mean(made[place], ONE)
     assert (made["epoch"], made["global_step"]) == (3, 30)
+
+
+def test_deepspeed_in_lightning(tmp_path: Path) -> None:
+    """A folder `epoch=E-step=S.ckpt` with `checkpoint/` in it comes out as such a folder."""
+    for number, state in zip(NUMBERS, ONE, strict=True):
+        home = tmp_path / f"ckpts/epoch={number}-step={10 * number}.ckpt"
+        deepspeed(home, state, number, "checkpoint")
+    for output, options in (("swa", []), ("swa.ckpt", ["--keep-wrapper"])):
+        done(tmp_path, "ckpts", "-o", output, *options)
+        made = load(tmp_path / output / "checkpoint/mp_rank_00_model_states.pt")
+        assert_mean(made["module"], ONE)
+        assert (tmp_path / output / "latest").read_text() == "checkpoint"
+    done(tmp_path, "ckpts", "-o", "file.ckpt")
+    assert_mean(load(tmp_path / "file.ckpt"), ONE)
 
 
 def test_sharded_checkpoint_of_composer(tmp_path: Path) -> None:

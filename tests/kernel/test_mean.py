@@ -13,13 +13,14 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from folders import save_chunks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.prepare import planned
 from swa_avg.errors import FormatError, NotFiniteError
-from swa_avg.kernel import mean, page_cache
+from swa_avg.kernel import mean, page_cache, tasks
 from swa_avg.planning.plan import Treatment
 from swa_avg.storage.output import AtomicFile
 from swa_avg.tensors.tensor import Record
@@ -250,6 +251,44 @@ def test_record_is_hashable_by_what_it_is() -> None:
 
 
 # The kernel's page cache.
+
+ROWS = [((0, 0), (100, 60)), ((100, 0), (100, 60))]
+COLUMNS = [((0, 0), (200, 18)), ((0, 18), (200, 42))]
+GRID = [((row, column), (100, 30)) for row in (0, 100) for column in (0, 30)]
+
+
+@pytest.mark.parametrize(
+    "boxes", [[], ROWS, COLUMNS, GRID], ids=["whole", "rows", "columns", "grid"]
+)
+@pytest.mark.parametrize("other", [[], ROWS])
+def test_advice_covers_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boxes: list[Any], other: list[Any]
+) -> None:
+    """The ranges of all tasks together are the stored tensors: no byte is missing or foreign."""
+    monkeypatch.setattr(tasks, "_LEAST_TASK_BYTES", 1)
+    paths = []
+    for number, cut in enumerate((boxes, other)):
+        state = {"w": torch.randn(200, 60)}
+        if cut:
+            paths.append(save_chunks(tmp_path / f"step{number}", state, {"w": cut}))
+        else:
+            torch.save({"model": state}, tmp_path / f"step{number}.pt")
+            paths.append(tmp_path / f"step{number}.pt")
+    with plan_of(paths, tmp_path / "out.pt") as (averaging, _):
+        works = averaging.plan.works
+        made = list(tasks.tasks(works, [-1], tasks.Chunking(200, 1 << 20), 8))
+        assert len(made) > 1
+        wanted: dict[Any, set[int]] = {}
+        for record in (record for work in works for ref in work.sources for record in ref.records):
+            start = record.file.start + record.offset
+            wanted.setdefault(record.file.path, set()).update(range(start, start + record.length))
+        advised: dict[Any, set[int]] = {}
+        for file, offset, length in (
+            one for task in made for one in page_cache._ranges(task, works)
+        ):
+            places = range(file.start + offset, file.start + offset + length)
+            advised.setdefault(file.path, set()).update(places)
+        assert advised == wanted
 
 
 @pytest.mark.parametrize("most", [1, 1 << 40])
