@@ -230,6 +230,10 @@ class SelectionError(SwaAvgError):
     """The choice of checkpoints leaves nothing, or nothing meaningful, to average."""
 
 
+class AlreadyAveragedError(SelectionError):
+    """All inputs are averages that swa-avg wrote."""
+
+
 class ProvenanceError(SwaAvgError):
     """An average whose record of how it was made rules out the requested use."""
 

@@ -48,6 +48,11 @@ class Counter:
     def __init__(
         self, watch: Watch | None, step: str, total: int | None = None, unit: str = "B"
     ) -> None:
+        if watch is not None and (not callable(watch) or isinstance(watch, type)):
+            kind = (
+                f"the class {watch.__name__}" if isinstance(watch, type) else type(watch).__name__
+            )
+            raise TypeError(f"progress must be a ProgressBar() or a function, not {kind}")
         self._watch = watch
         self._now = Progress(step, 0, total, unit)
         self(0)

@@ -492,6 +492,9 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
     ):
         with pytest.raises(ValueError, match="threads must be at least 1, not 0"):
             call()
+    for kind in (True, swa_avg.ProgressBar):
+        with pytest.raises(TypeError, match=r"progress must be a ProgressBar\(\) or a function"):
+            swa_avg.average(paths, out, progress=kind)
     with pytest.raises(ValueError, match="mode must be min or max, not minimum"):
         swa_avg.sweep(paths, out, float, model=network, mode="minimum")  # type: ignore[arg-type]
     each = f"{out.parent}/m_{{name}}.pt"
@@ -533,6 +536,9 @@ def test_wrong_kinds_are_told_by_their_parameter(paths: list[Path]) -> None:
         ({"checkpoints": [{"a": 1}]}, "paths, not dict; save it with torch.save first"),
         ({"choice": lambda: swa_avg.Choice(last="3")}, "last must be an integer, not str"),  # type: ignore[arg-type]
         ({"choice": lambda: swa_avg.Choice(epochs=(3, 5))}, "as in 10:20 or 10:, not (3, 5)"),  # type: ignore[arg-type]
+        ({"key": 3}, "key must be text, or several texts, not int"),
+        ({"choice": lambda: swa_avg.Choice(exclude=3)}, "exclude must be text"),  # type: ignore[arg-type]
+        ({"max_shard_size": "5GB"}, "max_shard_size must be an integer, not str"),
         (
             {"overwrite": True},
             "no parameter 'overwrite'. Its parameters are batchnorm, bn_buffers, ",

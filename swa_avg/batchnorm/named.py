@@ -73,7 +73,8 @@ def _own(holder: Any) -> Iterator[str]:
     here = getattr(holder, "__name__", None) if isinstance(holder, ModuleType) else None
     for name in dir(holder):
         value = getattr(holder, name, None)
-        imported = here and getattr(value, "__qualname__", None) and value.__module__ != here
+        defined = getattr(value, "__module__", here)
+        imported = here and getattr(value, "__qualname__", None) and defined != here
         if not (name.startswith("_") or isinstance(value, ModuleType) or imported):
             yield name
 

@@ -226,7 +226,8 @@ def check_model(model: object) -> None:
     """
     if isinstance(model, nn.Module):
         return
-    made = f"; give {model.__name__}()" if isinstance(model, type) else ""
+    name = getattr(model, "__name__", "") if callable(model) else ""
+    made = f"; give {name}()" if name and name != "<lambda>" else ""
     raise TypeError(f"model must be a torch.nn.Module, not {described(model)}{made}")
 
 

@@ -373,7 +373,6 @@ FAMILIES: tuple[Family, ...] = (
         _FACTORS,
         ("PEFT, loralib", "lora_A** lora_B**", "lora_E**"),
         ("torchtune", "lora_a** lora_b**"), ("PEFT", "lora_embedding_A** lora_embedding_B**"),
-        ("adapters of q, k and v", "lora_A_*.weight lora_B_*.weight"),
         ("kohya-ss", "lora_down** lora_up**", "lora_mid**"),
         ("diffusers", "lora.down** lora.up**"), ("diffusers", "*_lora.down** *_lora.up**"),
         ("diffusers", "lora_layer.down** lora_layer.up**"),

@@ -187,7 +187,15 @@ _OTHER = re.compile(r"optim|sched|scaler|loss|metric|stats|config|args", re.IGNO
 
 def marks_average(name: str) -> bool:
     """Return whether a name marks an average of weights."""
-    return bool(_AVERAGE.search(_CAMEL.sub("_", name))) and not _OTHER.search(name)
+    return bool(_AVERAGE.search(name)) and not _OTHER.search(name)
+
+
+def entry_marks_average(name: str) -> bool:
+    """Return whether the name of an entry marks an average, also in camel case: modelEMA.
+
+    In a submodule such a word may mean something else: globalAvgPool, swaAttention.
+    """
+    return marks_average(_CAMEL.sub("_", name))
 
 
 def without_average(name: str) -> str:

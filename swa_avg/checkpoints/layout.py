@@ -359,7 +359,8 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
     if _is_state_dict(tree, bool(inner)):
         return ("",), []
     if len(inner) == 1:
-        return tuple(inner), [f"the state_dict is at {inner[0]}, the only candidate"]
+        said = f"the state_dict is at {inner[0]}, the only candidate"
+        return tuple(inner), [said, *notes_beside(tree, inner[0])]
     if found.averages and not inner:
         raise LayoutError(
             f"has only averaged weights, at {', '.join(found.averages)}",

@@ -61,12 +61,14 @@ class _Key(NamedTuple):
 
 def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
     """Yield the number of each family whose first pattern matches a name, with the match."""
+    names = list(names)
+    there = "\n".join(names)
+    parts = [part for part in _BY_PART if part in there]
     for name in names:
         numbers = _by_leaf(name[name.rfind(".") + 1 :])
-        for part in _PARTS:
+        for part in parts:
             if part in name:
-                numbers = (*numbers, *_BY_PART)
-                break
+                numbers = (*numbers, *_BY_PART[part])
         for number in numbers:
             key = _key(FAMILIES[number].needs[0], name)
             if key is not None:
@@ -123,8 +125,12 @@ def _by_leaf(leaf: str) -> tuple[int, ...]:
 # Indices for a fast lookup among many names: by the part after the last dot if its pattern
 # has no `*`; otherwise by the end or the start of that part, or by a part in the middle.
 _FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
-_BY_PART = tuple(number for number, first in _FIRST if first.endswith("**"))
-_PARTS = tuple({FAMILIES[n].needs[0].strip("*_")[:4] for n in _BY_PART})
+_BY_PART: dict[str, tuple[int, ...]] = {}
+for _number, _pattern in _FIRST:
+    if _pattern.endswith("**"):
+        _usual = [part for part in ("lora", "vera", "oft_") if part in _pattern]
+        _part = _usual[0] if _usual else _pattern.strip("*_")[:4]
+        _BY_PART[_part] = (*_BY_PART.get(_part, ()), _number)
 _LEAVES = [(n, first.rpartition(".")[2]) for n, first in _FIRST if not first.endswith("**")]
 _ENDS = tuple({leaf.rpartition("*")[2] for _, leaf in _LEAVES if "*" in leaf} - {""})
 _STARTS = tuple({leaf.strip("*") for _, leaf in _LEAVES if leaf.endswith("*")})

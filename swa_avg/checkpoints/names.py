@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from swa_avg.checkpoints import words
-from swa_avg.checkpoints.pieces import Tokens
+from swa_avg.checkpoints.pieces import Tokens, are_pairs
 from swa_avg.checkpoints.words import Label
 
 Number = int | float
@@ -91,20 +91,22 @@ def read_all(paths: Sequence[Path]) -> list[Name]:
         if len(set(level)) > 1:
             break
         shared += 1
-    return [read(path, len(path.parts) - shared) for path in paths]
+    decimals = not are_pairs([path.name.removesuffix(path.suffix) for path in paths])
+    return [read(path, len(path.parts) - shared, decimals) for path in paths]
 
 
-def read(path: Path, depth: int = 1) -> Name:
+def read(path: Path, depth: int = 1, decimals: bool = True) -> Name:
     """Parse a name.
 
     Args:
         path: The path of a checkpoint.
         depth: The number of last parts of the path to parse; 1 for the name only.
+        decimals: Whether `1.5` is one number.
     """
     parts = path.parts[-depth:] or (".",)
     suffix = _suffix(parts[-1])
     text = "/".join(parts).removesuffix(suffix)
-    return _Reading(text, suffix, path, Tokens(text)).result()
+    return _Reading(text, suffix, path, Tokens(text, decimals)).result()
 
 
 def _suffix(name: str) -> str:
@@ -264,8 +266,9 @@ class _Reading:
         tail = next((piece.lower() for piece in reversed(words.in_camel_case(
             self.tokens[left].text if before else ""))), "")  # fmt: skip
         known = words.is_metric(before) or words.is_metric(tail)
-        if known and glued and token.is_whole and self.tokens.is_number(right):
-            token.meaning = "label"  # the 1 of top1_76.3
+        of_label = known or words.is_metric(before + token.text)
+        if of_label and glued and token.is_whole and self.tokens.is_number(right):
+            token.meaning = "label"  # the 1 of top1_76.3 and f1=0.9
             return True
         labelled = left >= 0 and self.tokens[left].meaning == "label"
         assigned = left >= 0 and self.tokens.joint(at)[:1] in ("=", ":")

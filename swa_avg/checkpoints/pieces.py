@@ -6,7 +6,7 @@ This module does not interpret words; `names` does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _TOKEN = re.compile(
@@ -19,7 +19,26 @@ _TOKEN = re.compile(
     r"|(?P<separator>.)",
     re.DOTALL,
 )
+_WITHOUT_DECIMALS = re.compile(
+    r"(?P<number>[0-9]+)|(?P<word>[^\W\d_]+)|(?P<separator>.)", re.DOTALL
+)
+_PAIR = re.compile(r"([0-9]+)\.([0-9]+)")
 _KINDS = {"dotted": "word", "time": "number"}
+
+
+def are_pairs(stems: Sequence[str]) -> bool:
+    """Return whether names are pairs of whole numbers: `1.1000`, an index and a step.
+
+    They are pairs and not decimals if several of them have the same two numbers after the dot.
+    """
+    found = [_PAIR.fullmatch(stem) for stem in stems]
+    if not all(found):
+        return False
+    after: dict[str, set[str]] = {}
+    for match in found:
+        if match:
+            after.setdefault(match[1], set()).add(match[2])
+    return len(after) > 1 and len(set.intersection(*after.values())) > 1
 
 
 @dataclass
@@ -67,10 +86,15 @@ class Token:
 class Tokens(list[Token]):
     """The tokens of a name in order."""
 
-    def __init__(self, text: str) -> None:
-        """Split a name into tokens; `/` separates the parts of a path."""
+    def __init__(self, text: str, decimals: bool = True) -> None:
+        """Split a name into tokens; `/` separates the parts of a path.
+
+        Args:
+            text: The name.
+            decimals: Whether `1.5` is one number.
+        """
         depth = 0
-        for match in _TOKEN.finditer(text):
+        for match in (_TOKEN if decimals else _WITHOUT_DECIMALS).finditer(text):
             depth += match[0] == "/"
             kind = _KINDS.get(match.lastgroup or "", match.lastgroup or "")
             self.append(Token(kind, match[0], depth, is_time=match.lastgroup == "time"))

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from shlex import quote
 
-from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, marks_average
+from swa_avg.checkpoints.frameworks import FRAMEWORKS, WEIGHTS, Framework, entry_marks_average
 from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
     has_weights,
     holds_tensors,
     innermost,
+    is_weight,
     mapping,
     matching,
 )
@@ -69,7 +70,7 @@ def places(tree: object) -> Places:
     patterns = [row.weights] if row and exchanged else [*WEIGHTS, *([row.weights] if row else [])]
     weights = _holding(tree, patterns)
     root = mapping(tree) or {}
-    marked = _marked(tree, () if exchanged else weights)
+    marked = _marked(tree, () if exchanged else weights or candidates(tree))
     first = [row.average] if row and exchanged else []
     averages = _holding(tree, [*first, *_AVERAGES, *marked])
     # mmengine saves the raw weights under a name that marks an average.
@@ -89,7 +90,7 @@ def _marked(tree: object, weights: Sequence[str]) -> list[str]:
         f"{parent}.{name}" if parent else name
         for parent in parents
         for name, value in (mapping(at(tree, parent)) or {}).items()
-        if isinstance(name, str) and _is_dict(value) and marks_average(name)
+        if isinstance(name, str) and _is_dict(value) and entry_marks_average(name)
     ]
 
 
@@ -137,7 +138,7 @@ def candidates(tree: object) -> list[str]:
     found: list[str] = []
     for path in dicts_of_tensors(tree):
         parts = path.split(".")
-        if any(_NO_MODEL.search(part) or marks_average(part) for part in parts):
+        if any(_NO_MODEL.search(part) or entry_marks_average(part) for part in parts):
             continue
         # A dict inside a candidate belongs to the candidate.
         if has_weights(at(tree, path)) and not any(path.startswith(f"{one}.") for one in found):
@@ -166,6 +167,13 @@ def notes_beside(tree: object, place: str, ema: bool = False) -> Iterator[str]:
             f"{listed(others)}: weights beside {place}; not averaged (to average them with it, "
             f"use {keys})"
         )
+    loose = [
+        name
+        for name, value in (mapping(tree) or {}).items()
+        if isinstance(name, str) and is_weight(value) and not _NO_MODEL.search(name)
+    ]
+    if loose:
+        yield f"{listed(loose)}: not part of {place}; not averaged"
 
 
 def _plain_names(value: object) -> set[str]:

@@ -160,18 +160,19 @@ def flattened(entries: Mapping[object, object]) -> Mapping[object, object]:
 
 def has_weights(value: object) -> bool:
     """Return whether a mapping directly holds a floating tensor of at least one dimension."""
-    return any(map(_is_weight, (mapping(value) or {}).values()))
+    return any(map(is_weight, (mapping(value) or {}).values()))
 
 
 def has_parameters(entries: Mapping[object, object]) -> bool:
     """Return whether a mapping directly holds such a tensor under the name of a parameter."""
     return any(
-        isinstance(name, str) and ("." in name or name in _PARAMETERS) and _is_weight(value)
+        isinstance(name, str) and ("." in name or name in _PARAMETERS) and is_weight(value)
         for name, value in entries.items()
     )
 
 
-def _is_weight(value: object) -> bool:
+def is_weight(value: object) -> bool:
+    """Return whether a value is a floating tensor of at least one dimension."""
     return isinstance(value, Tensor) and bool(value.shape) and value.dtype.kind is Kind.FLOAT
 
 

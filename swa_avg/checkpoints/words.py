@@ -21,10 +21,13 @@ EPOCH = _set("epoch epochs ep epo epoche epochen")
 # A number next to one of these is a step. Composer uses `ba` for batch, Ignite uses `it`.
 STEP = _set(
     "step steps globalstep globalsteps gstep stp iter iters iteration iterations it itr itrs "
-    "update updates upd batch batches ba minibatch episode episodes"
+    "update updates upd batch batches ba minibatch episode episodes timestep timesteps rollout "
+    "round rounds cycle cycles generation"
 )
 # A number next to one of these counts data: tokens (OLMo), samples (Composer), kimg (StyleGAN).
-COUNT = _set("token tokens tok sample samples example examples images kimg mimg nimg seen")
+COUNT = _set(
+    "token tokens tok sample samples example examples images kimg mimg nimg seen frame frames"
+)
 # Single letters have a meaning only directly before a number: net-e10-it5000.
 LETTERS = {"e": "epoch", "i": "step", "s": "step"}
 KINDS = {
@@ -37,7 +40,7 @@ KINDS = {
 # `consolidated.00.pth` of Llama.
 PARTS = _set(
     "rank shard part partition chunk slice split piece pipe consolidated tp pp mp dp gpu cuda "
-    "device proc process worker node host layer expert"
+    "device proc process worker node host layer expert vpp"
 )
 # Words before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
@@ -79,7 +82,7 @@ DERIVED = _set("neg negative minus inv inverse gap drop delta diff std stdev var
 SCORES = _set(
     "score metric monitor reward rewards rew return returns profit elo fitness kappa pesq stoi sdr "
     "sisdr pcc corr spearman pearson lpips kid ap mcc cider spice elbo bpc bpd epe hausdorff "
-    "jaccard"
+    "jaccard r2 hd95 d1"
 )
 # These qualify a metric: `val_loss` is a different metric from `loss`.
 QUALIFIERS = _set(

@@ -11,6 +11,7 @@ import click
 
 from swa_avg.cli import messages
 from swa_avg.cli.beside import opened_beside
+from swa_avg.cli.blas import one_blas_thread
 from swa_avg.cli.options import Run
 from swa_avg.cli.progress import watching
 from swa_avg.cli.show import current_streams, json_text, note, print_json, say, say_picture
@@ -95,6 +96,7 @@ def _computed(plan: along.Windows, run: Run, watch: Watch | None, entered: ExitS
         found = entered.enter_context(scored(plan, bench, run.threads))
         return _Done(found.drafts, found.bytes_read, found.scores)
     if run.recompute is None:
+        entered.enter_context(one_blas_thread())
         return _Done(*entered.enter_context(plan.computed(run.threads, watch)))
     from swa_avg.batchnorm import Recompute, session
 

@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from swa_avg.cli import messages
 from swa_avg.cli.beside import Beside, opened_beside
+from swa_avg.cli.blas import one_blas_thread
 from swa_avg.cli.failures import reported
 from swa_avg.cli.options import (
     GroupedCommand,
@@ -43,6 +45,7 @@ from swa_avg.cli.show import (
 )
 from swa_avg.cli.streams import Streams
 from swa_avg.cli.usage import check_usage
+from swa_avg.errors import AlreadyAveragedError, SelectionError
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
 
@@ -142,8 +145,23 @@ def _planned(run: Run) -> Iterator[Averaging]:
     with ExitStack() as opened:
         with _watching(run) as watch:
             plan = planned(run.checkpoints, output, options, progress=watch)
-            averaging = opened.enter_context(plan)
+            try:
+                averaging = opened.enter_context(plan)
+            except AlreadyAveragedError as error:
+                if run.recompute is None:
+                    raise
+                raise _in_place(error) from error
         yield averaging
+
+
+def _in_place(error: AlreadyAveragedError) -> SelectionError:
+    """Return the error for an average that was given as a checkpoint, to recompute BatchNorm."""
+    path = quote(str(error.file))
+    return SelectionError(
+        error.texts.found,
+        file=error.file,
+        remedy=f"To recompute its BatchNorm statistics in place, give no checkpoints and -o {path}",
+    )
 
 
 def _watching(run: Run) -> AbstractContextManager[Watch | None]:
@@ -155,7 +173,7 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints without recomputing BatchNorm."""
     with _planned(run) as averaging, opened_beside(run, averaging, is_first=_is_first()) as beside:
         with (
-            _one_blas_thread(),
+            one_blas_thread(),
             _watching(run) as watch,
             _written(averaging, run, ranks, watch) as written,
         ):
@@ -178,23 +196,6 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
         show_average(report, averaging, run)
         say([messages.of_output(report.output, report.bytes_written)])
         say_picture(picture, run)
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Limit OpenBLAS to one thread: numpy starts its pool on import, and nothing here uses it.
-
-    Used only where no user code runs in this process. A value that the user has set is kept.
-    """
-    name = "OPENBLAS_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 @contextmanager

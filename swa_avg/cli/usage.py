@@ -30,6 +30,9 @@ def check_usage(ctx: click.Context) -> None:
         for other in given(others):
             raise click.UsageError(f"--show cannot be combined with {other.lower()}.")
         return
+    for option in ("report", "plot"):
+        if "://" in (named[option] or ""):
+            raise click.UsageError(f"--{option} writes to this machine, not to a URL.")
     if named["minus"]:
         _check_minus(named)
     if named["each"]:

@@ -129,6 +129,17 @@ def _is_several(paths: object) -> bool:
     return isinstance(paths, Iterable) and not isinstance(paths, Mapping)
 
 
+def check_texts(name: str, value: object) -> None:
+    """Refuse what is no text and no several texts.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
+        raise TypeError(f"{name} must be text, or several texts, not {described(value)}")
+
+
 def check_count(name: str, count: object) -> None:
     """Refuse a number of checkpoints that is none.
 

@@ -65,6 +65,9 @@ def find_inputs(patterns: Iterable[str | os.PathLike[str]], exclude: Sequence[st
         SelectionError: A pattern matches nothing, nothing was given, or --exclude leaves
             out everything.
     """
+    patterns = list(patterns)
+    if any(not str(pattern) for pattern in patterns):
+        raise SelectionError("a path is empty", remedy="If it is a variable, check that it is set")
     given = [path for pattern in patterns for path in _matching(path_of(pattern), str(pattern))]
     inputs = Inputs()
     for path in given:
@@ -118,7 +121,8 @@ def _nearest(path: Path) -> str:
     while missing.parent != missing and not missing.parent.is_dir():
         missing = missing.parent
     with suppress(OSError):
-        close = get_close_matches(missing.name, os.listdir(missing.parent), 1)  # noqa: PTH208
+        there = {Path(name).stem: name for name in os.listdir(missing.parent)}  # noqa: PTH208
+        close = [there[stem] for stem in get_close_matches(missing.stem, there, 1, 0.65)]
         rest = Path(str(path)).relative_to(str(missing))
         meant = missing.parent / close[0] / rest if close else None
         if meant is not None and os.path.lexists(meant):
@@ -160,7 +164,9 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     )
     alone = dict.fromkeys(escape(path.name) for path in paths)
     whole = dict.fromkeys(escape(str(path)) for path in paths)
-    for patterns in (short, long, alone, whole):
+    shared = os.path.commonprefix([path.name for path in paths])  # noqa: RUF071 - characters
+    start = {f"{escape(shared)}*": None}
+    for patterns in (short, long, alone, whole, start):
         covered = all(matches(path, patterns) for path in paths)
         if covered and len(patterns) <= 8 and not any(matches(path, patterns) for path in others):
             return " ".join(f"--exclude {quote(pattern)}" for pattern in patterns)

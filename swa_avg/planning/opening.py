@@ -167,7 +167,7 @@ def _leave_out(
         raise LayoutError(
             words[1].format(left[named[0]]),
             file=named[0],
-            remedy=f"{option} leaves it out" if option else "",
+            remedy=f"{option} leaves {'it' if len(named) == 1 else 'them'} out" if option else "",
         )
     if left:
         shown = [f"{path} ({what})" if what else str(path) for path, what in left.items()]

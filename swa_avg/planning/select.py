@@ -13,10 +13,12 @@ from typing import Literal
 from swa_avg.checkpoints import Number, Score, StateDict, metrics
 from swa_avg.errors import SelectionError, counted, listed
 from swa_avg.planning import series
-from swa_avg.planning.arguments import check_count, suggesting
+from swa_avg.planning.arguments import check_count, check_texts, suggesting
 from swa_avg.planning.copies import copies
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member, measured, members, ordered
+
+_MOST_NOTES = 5  # on copies; if there are more, one note counts them
 
 
 @suggesting
@@ -47,6 +49,7 @@ class Choice:
     exclude: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_texts("exclude", self.exclude)
         if isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", (self.exclude,))
         for name, count in (("last", self.last), ("best", self.best)):
@@ -163,10 +166,15 @@ def _distinct(ordered: Sequence[Member], notes: list[str], by_sample: bool) -> l
         key=lambda member: (not member.name.is_placed, -usual[member.name.series]),
     )
     repeats = {
-        id(state): f"{state.checkpoint.path}: {why} {counted.checkpoint.path}; counted once"
+        id(state): (state.checkpoint.path, f"{why} {counted.checkpoint.path}")
         for state, counted, why in copies([member.state for member in preferred], by_sample)
     }
-    notes += [repeats[id(m.state)] for m in ordered if id(m.state) in repeats]
+    told = [repeats[id(m.state)] for m in ordered if id(m.state) in repeats]
+    if len(told) > _MOST_NOTES:
+        some = listed([f"{path} ({why})" for path, why in told])
+        notes.append(f"{len(told)} copies are not counted again: {some}")
+    else:
+        notes += [f"{path}: {why}; counted once" for path, why in told]
     return [member for member in ordered if id(member.state) not in repeats]
 
 

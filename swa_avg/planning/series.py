@@ -16,7 +16,7 @@ from shlex import quote
 from typing import Any, TypeVar
 
 from swa_avg.checkpoints import provenance, words
-from swa_avg.errors import MismatchError, SelectionError, SwaAvgError, listed
+from swa_avg.errors import AlreadyAveragedError, MismatchError, SwaAvgError, listed
 from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion
 from swa_avg.planning.order import Member, measured
@@ -42,15 +42,19 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
     """
     ours = [member for member in given if provenance.of(member.state.checkpoint)]
     if ours and len(ours) == len(given):
-        raise SelectionError(
+        raise AlreadyAveragedError(
             "is already an average, and no other checkpoints were given",
             file=ours[0].path,
             remedy="To add checkpoints to it, or to write it again, give it with --start-from",
         )
-    notes += [
-        f"{member.path}: is already an average; left out (to include it, use --start-from)"
-        for member in ours
-    ]
+    if ours:
+        first, *more = ours
+        are = f"and {len(more)} more are already averages" if more else "is already an average"
+        they = "them" if more else "it"
+        separator = " " if more else ": "
+        notes.append(
+            f"{first.path}{separator}{are}; left out (to include {they}, use --start-from)"
+        )
     rest = [member for member in given if member not in ours]
     averages = [member for member in rest if _is_average(member)]
     if averages and not _are_checkpoints(averages, rest):

@@ -8,7 +8,15 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
 from swa_avg.errors import as_parameters
-from swa_avg.planning.arguments import described, either, near, parameters_of, suggesting
+from swa_avg.planning.arguments import (
+    check_count,
+    check_texts,
+    described,
+    either,
+    near,
+    parameters_of,
+    suggesting,
+)
 from swa_avg.planning.select import ALL, Choice
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -92,6 +100,9 @@ class Options:
         if not isinstance(self.choice, Choice):
             kind = described(self.choice)
             raise TypeError(f"choice must be a Choice, as in Choice(last=5), not {kind}")
+        check_texts("key", self.key)
+        if self.max_shard_size is not None:
+            check_count("max_shard_size", self.max_shard_size)
         if self.minus is not None:
             self._check_minus()
 

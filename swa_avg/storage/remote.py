@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, cast
@@ -288,11 +289,21 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise FileError(
             f"cannot be opened: {reason(error)}",
             file=url,
-            remedy="To install the packages for URLs: pip install 'swa-avg[remote]'",
+            remedy=_like(url) or "To install the packages for URLs: pip install 'swa-avg[remote]'",
         ) from error
     except Exception as error:  # a backend may raise any error for its configuration
         raise FileError(f"cannot be opened: {reason(error)}", file=url) from error
     return fs, key
+
+
+def _like(url: str) -> str:
+    """Return the known protocol that an unknown one is most like, as a question."""
+    from fsspec.registry import known_implementations
+
+    protocol, _, rest = url.partition("://")
+    close = get_close_matches(protocol, known_implementations, 1, 0.75)
+    known = protocol in known_implementations or not close
+    return "" if known else f"Did you mean {close[0]}://{rest}?"
 
 
 def reason(error: BaseException) -> str:

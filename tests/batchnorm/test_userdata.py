@@ -26,6 +26,7 @@ def make(): return X
 def generate(): yield from X
 def broken(): raise OSError("no such disk")
 def needs(argument): return X
+begun = generate()
 
 class Module:
     calls = []

@@ -319,6 +319,9 @@ PLACES: dict[str, tuple[Callable[[int], Tree], str, str]] = {
     "under other names": (
         lambda n: {"weights": RAW[n], "weights_avg": EMA[n]}, "weights", "weights_avg",
     ),
+    "in a trainer": (
+        lambda n: {"trainer": {"net": RAW[n], "net_ema": EMA[n]}}, "trainer.net", "trainer.net_ema",
+    ),
     "in a wrapper": (
         lambda n: {"model": RAW[n], "ema": {"module": EMA[n], "updates": n}}, "model", "ema.module",
     ),

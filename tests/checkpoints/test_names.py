@@ -76,6 +76,14 @@ SAID: dict[str, dict[str, Any]] = {
     "ckpt_100k.pt": {"number": 100_000},
     "model_batch_size_32_epoch_3.pt": {"epoch": 3},
     "1000/model.pt": {"number": 1000},
+    "best-epoch=05-f1=0.87.ckpt": {"epoch": 5, "role": "best", "f1": 0.87},
+    "ep_3_val_f1_0.7.pt": {"epoch": 3, "val_f1": 0.7},
+    "unet_hd95_4.2_epoch_3.pt": {"epoch": 3, "hd95": 4.2},
+    "model_f1.pt": {"number": 1},
+    "round_3/global.pt": {"step": 3},
+    "round_3_client_2.pt": {"step": 3},
+    "ppo_5000_timesteps.pt": {"step": 5000},
+    "agent_frames_2M.pt": {"count": 2_000_000},
     "run_3/epoch_2.pt": {"epoch": 2},
 }  # fmt: skip
 FACTS = ("epoch", "step", "count", "number", "version", "parts", "average", "role")

@@ -415,6 +415,20 @@ def test_b_two_series_of_one_run_are_refused(tmp_path: Path) -> None:
     assert mean(tmp_path, "--start-from", "one.pt", "--start-from", "two.pt")[0] == 11
 
 
+def test_b_pairs_of_numbers_are_no_decimals(tmp_path: Path) -> None:
+    """ema_pytorch's PostHocEMA writes INDEX.STEP.pt: two averages of different lengths."""
+    steps = [5 * n for n in range(1, 11)]
+    save(tmp_path / "run", {f"{i}.{step}.pt": 100 * i + step for i in (0, 1) for step in steps})
+    line = fails(tmp_path, "run")
+    assert "has 10 epochs or steps in common with the series of run/0.5.pt" in line
+    assert options(line) == ["--exclude", "1.*"]
+    assert mean(tmp_path, "run", *options(line))[0] == sum(steps) / 10
+    # Values of a metric are decimals.
+    names = ["0.91.pt", "0.93.pt", "1.05.pt"]
+    save(tmp_path / "losses", {name: n for n, name in enumerate(names)})
+    saying(mean(tmp_path, "losses")[1], "nor their names contain an epoch")
+
+
 def test_b_recorded_steps_tell_runs_apart(tmp_path: Path) -> None:
     """Names that begin anew after a restart are one run where the recorded steps go on."""
     for n in (1, 2, 3):
@@ -607,6 +621,14 @@ def test_b_weights_beside_the_model_are_said(tmp_path: Path) -> None:
             0, 0
         ] == 4.5
     saying(mean(tmp_path, "m_1.pt", "m_2.pt")[1], "obs_norm_state_dict: weights beside")
+    # Single tensors, but not a loss or a seed.
+    for n in (1, 2):
+        extra = {"prototypes": torch.ones(3, 4), "loss": torch.ones(3), "acc": torch.tensor(0.5)}
+        save(tmp_path, {f"t_{n}.pt": {"net": weights(n), **extra}})
+        save(tmp_path, {f"u_{n}.pt": {"model": weights(n), **extra}})
+    for kind, place in (("t", "net"), ("u", "model")):
+        notes = mean(tmp_path, f"{kind}_1.pt", f"{kind}_2.pt")[1]
+        saying(notes, f"{kind}_2.pt: prototypes: not part of {place}; not averaged")
 
 
 OTHERS = {

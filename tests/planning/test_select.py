@@ -558,6 +558,26 @@ def test_path_that_does_not_exist(tmp_path: Path, given: str, says: str) -> None
     assert str(refused.value).endswith(says.format(run=run_folder, here=tmp_path, home=home))
 
 
+def test_many_copies_are_one_note(tmp_path: Path) -> None:
+    """A run that did not learn saves the same weights again and again."""
+    for number in range(9):
+        torch.save(weights(1), tmp_path / f"epoch_{number}.pt")
+    names, made = plan(tmp_path, Choice())
+    assert len(names) == 1
+    (note, _) = made.notes
+    assert note.startswith("8 copies are not counted again: ") and note.endswith(" and 5 more")
+
+
+def test_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shell gives for a variable that is not set."""
+    bare(tmp_path, (1, 2))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SelectionError, match="a path is empty"):
+        swa_avg.average("", "out.pt")
+
+
 def test_one_checkpoint_beside_a_folder_of_checkpoints(tmp_path: Path) -> None:
     """It is taken, as the user said; the note names the folder that was probably meant."""
     bare(tmp_path / "run", (), "best.pt")

@@ -12,7 +12,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from command import run
+from command import fails, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -176,6 +176,8 @@ def test_average_among_the_checkpoints_is_left_out(tmp_path: Path) -> None:
     assert any("swa.pt: is already an average" in note for note in report.notes)
     with pytest.raises(SelectionError, match="is already an average, and no other"):
         swa_avg.average(tmp_path / "swa.pt", tmp_path / "third.pt")
+    line = fails(tmp_path, "swa.pt", "--recompute-bn", "--data", "no:no", code=2)
+    assert line.endswith("in place, give no checkpoints and -o swa.pt."), line
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,10 @@ def test_scores_alone_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         output=f"{tmp_path}/{{epoch}}_{{last}}.pt",
     )
     assert report.scores == written.scores
-    for wrong in ("keep_wrapper", "max_shard_size"):
-        options: dict[str, Any] = {wrong: True}
-        with pytest.raises(ValueError, match=f"{wrong} needs output"):
-            swa_avg.score_windows(paths, score, 2, model=network(), **options)
+    for options in ({"keep_wrapper": True}, {"max_shard_size": 1000}):
+        given: dict[str, Any] = options
+        with pytest.raises(ValueError, match=f"{next(iter(given))} needs output"):
+            swa_avg.score_windows(paths, score, 2, model=network(), **given)
 
 
 def test_folders_are_scored(tmp_path: Path) -> None:

@@ -452,6 +452,7 @@ def test_failures_leave_nothing(shared: Path, arguments: list[str], code: int, s
         ["--sweep", "mod:loss", "--data", "mod:batches"],
         ["--sweep", "mod:loss", "--device", "cpu"],
         ["--metric", "loss"],
+        ["--report", "memory://r.json"],
         ["--sweep", "mod:loss", "--report", "o.svg", "--plot", "o.svg"],
         ["--sweep", "mod:loss", "--report", "o.pt", "-o", "o.pt"],
     ],

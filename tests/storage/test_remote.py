@@ -221,6 +221,7 @@ def test_in_place(memory: Any, tmp_path: Path) -> None:
         ("memory://run/*.safetensors", "matches no file"),
         ("memory://nowhere/", "there is no such file"),
         ("nonsense://a/b.pt", "Protocol not known"),
+        ("memry://run/e_1.pt", "Did you mean memory://run/e_1.pt?"),
         ("http://127.0.0.1:9/a.pt", "Connect call failed"),
     ],
 )
