@@ -105,7 +105,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     if not layers:
         raise DataError(
             "the model has no BatchNorm layer with running statistics",
-            remedy="No recompute is needed: leave out --recompute-bn",
+            remedy="No recompute is needed: leave out --recompute-bn and its options",
         )
     return layers
 

@@ -83,10 +83,11 @@ def check_makes(made: Any, name: str, what: str) -> None:
     if needs:
         arguments = ", ".join(f"{one}=..." for one in needs)
         called = getattr(made, "__name__", name)
+        own = f"my_{what}" if called == what else what
         raise DataError(
             f"{name} needs arguments: {listed(needs, 8)}",
             expected="something that is called without arguments",
-            remedy=f"Name a function that passes them: def {what}(): return {called}({arguments})",
+            remedy=f"Name a function that passes them: def {own}(): return {called}({arguments})",
         )
 
 

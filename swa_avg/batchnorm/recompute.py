@@ -377,7 +377,7 @@ def _check_own_place(
         raise OutputError(
             "has shared elements in its storage, so its statistics cannot be replaced",
             tensor=name,
-            remedy="Average it to a new file with -o, or save it contiguous",
+            remedy="Save the checkpoint again with its clone()",
         )
     taken.update(dict.fromkeys(places, own))
 

@@ -14,7 +14,15 @@ from itertools import chain
 from swa_avg.checkpoints.frameworks import WEIGHTS
 from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_average
 from swa_avg.checkpoints.places import no_average, no_state_dict, only_of
-from swa_avg.checkpoints.tree import at, flattened, has_tensors, mapping, split_prefix
+from swa_avg.checkpoints.tree import (
+    at,
+    dicts_of_tensors,
+    flattened,
+    has_tensors,
+    has_weights,
+    mapping,
+    split_prefix,
+)
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import ROOT, Checkpoint, Components
 from swa_avg.pickles import Dict, Stream, UnreadableTensor, described
@@ -148,11 +156,14 @@ def _note(half: Half) -> str:
 def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> None:
     for name, value in entries.items():
         if not isinstance(name, str):
+            near = [
+                path for path in dicts_of_tensors(checkpoint.tree) if _is_named(checkpoint, path)
+            ]
             raise LayoutError(
                 f"has a key that is not a string, {described(name)}",
                 file=checkpoint.path,
                 expected="names of tensors",
-                remedy="Give the path of the state_dict with --key",
+                remedy=f"Give the path of a state_dict with --key: {listed(near)}" if near else "",
             )
         if isinstance(value, UnreadableTensor):
             raise LayoutError(
@@ -162,6 +173,12 @@ def _check_entries(checkpoint: Checkpoint, entries: Mapping[object, object]) -> 
                 expected="a dense tensor",
                 remedy="It cannot be averaged",
             )
+
+
+def _is_named(checkpoint: Checkpoint, place: str) -> bool:
+    """Return whether all keys at a place are strings, and some are names of weights."""
+    found = at(checkpoint.tree, place)
+    return has_weights(found) and all(isinstance(name, str) for name in mapping(found) or {})
 
 
 def _common_prefix(names: Iterable[str], counter: str) -> str:

@@ -83,7 +83,9 @@ def _read_model(folder: Path, headers: Headers, budget: Budget) -> Checkpoint:
         raise FormatError(
             f"has several {what} ({first.path.name}, {others[0].path.name})",
             file=folder,
-            remedy="Give the path of the file or folder to use",
+            remedy="Move the others to another folder"
+            if first.is_index
+            else "Give the path of the file to use",
         )
     if first.is_index:
         return _read_shards(folder, first, headers, budget)
