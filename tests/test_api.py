@@ -347,7 +347,7 @@ def test_batchnorm_needs_one_model(paths: list[Path]) -> None:
     """Neither none nor two."""
     out = paths[0].parent / "out.pt"
     with pytest.raises(ValueError, match="batchnorm needs a model"):
-        swa_avg.average(paths, out, batchnorm=swa_avg.BatchNorm(data=batches))
+        swa_avg.average("no/such/folder", out, batchnorm=swa_avg.BatchNorm(data=batches))
     two = swa_avg.BatchNorm(data=batches, model=network())
     with pytest.raises(ValueError, match="has another model"):
         swa_avg.sweep(paths, out, len, model=network(), mode="max", batchnorm=two)

@@ -109,11 +109,10 @@ class BatchNorm:
             kind = described(self.forward)
             raise TypeError(f"forward must be a function forward(model, batch), not {kind}")
 
-    def session(self, model: nn.Module | None = None) -> Session:
-        """Return a session of these batches and a model, by default its own.
+    def network(self, model: nn.Module | None = None) -> nn.Module:
+        """Return a model, by default its own.
 
         Raises:
-            DataError: The data are no batches.
             ValueError: There is no model, or there are two.
         """
         if model is not None and self.model not in (None, model):
@@ -121,6 +120,16 @@ class BatchNorm:
         network = model if model is not None else self.model
         if network is None:
             raise ValueError("batchnorm needs a model: BatchNorm(data=..., model=...)")
+        return network
+
+    def session(self, model: nn.Module | None = None) -> Session:
+        """Return a session of these batches and a model, by default its own.
+
+        Raises:
+            DataError: The data are no batches.
+            ValueError: There is no model, or there are two.
+        """
+        network = self.network(model)
         made = partial(batches_of, self.data, "data", lambda job: job())
         how = Recompute(
             "data",

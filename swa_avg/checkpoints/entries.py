@@ -18,10 +18,10 @@ from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
     flattened,
+    has_tensors,
     has_weights,
     mapping,
     split_prefix,
-    tensor_count,
 )
 from swa_avg.errors import LayoutError, listed
 from swa_avg.formats import ROOT, Checkpoint, Components
@@ -35,6 +35,8 @@ _COUNTERS = {"ema_state_dict": "steps"}
 _COUNTER = "n_averaged"
 # State_dicts hold few values besides tensors; nested lists can take forever to check.
 _MOST_PLAIN_VALUES = 1_000_000
+# The bytes of a reference to a tensor in the pickle of an output; many may be to one tensor.
+_REFERENCE = 200
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _named(checkpoint: Checkpoint, place: str) -> tuple[Mapping[object, object],
         if inside:
             found, selected = mapping(at(checkpoint.tree, inside[0])), inside[1]
     found = None if found is None else flattened(found)
-    if found is None or not tensor_count(found):
+    if found is None or not has_tensors(found):
         if place:
             raise no_state_dict(checkpoint, f"has no state_dict at {place!r}")
         raise no_state_dict(checkpoint, "has no state_dict")
@@ -116,7 +118,8 @@ def _without_optimizer(entries: dict[str, object]) -> tuple[dict[str, object], l
     kept = {
         name: value
         for name, value in entries.items()
-        if not in_groups(name, groups) and not is_optimizer(mapping(value) or {})
+        if not in_groups(name, groups)
+        and (isinstance(value, Tensor) or not is_optimizer(mapping(value) or {}))
     }
     # Names inside an optimizer's dict cannot be mistaken for weights.
     nested = [name for name in entries if name not in kept and not in_groups(name, groups)]
@@ -236,6 +239,7 @@ class Plain:
         """
         if tensors and isinstance(value, View):
             self.views.append(value)
+            self.bytes += _REFERENCE
             return True
         if isinstance(value, Stream):
             self.bytes += len(value.content or b"")

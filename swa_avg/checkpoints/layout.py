@@ -30,6 +30,7 @@ from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
     has_parameters,
+    has_tensors,
     is_extra_state,
     mapping,
     tensor_count,
@@ -309,7 +310,7 @@ def _locate(
     try:
         return _locate_weights(checkpoint, found)
     except LayoutError as error:
-        if ema and not tensor_count(tree):
+        if ema and not has_tensors(tree):
             raise no_average(checkpoint) from error
         raise
 
@@ -345,7 +346,7 @@ def _locate_weights(checkpoint: Checkpoint, found: Places) -> tuple[tuple[str, .
     if found.weights:
         place = only_of(checkpoint, found.weights)
         partner = PARTNERS.get(place)
-        if partner and tensor_count(at(tree, partner)):
+        if partner and has_tensors(at(tree, partner)):
             one, other = quote(place), quote(partner)
             raise LayoutError(
                 f"has {partner} beside {place}",

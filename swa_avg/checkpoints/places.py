@@ -32,7 +32,8 @@ from swa_avg.tensors import Tensor, is_optimizer
 # Entries next to a model that hold tensors but are not a model.
 _NO_MODEL = re.compile(
     r"(?:^|_)(?:opt|optim\w*|\w*scheds?|\w*schedulers?|scaler|rng\w*|random\w*|sampler|loaders?"
-    r"|loss\w*|criterion|metrics?|callbacks?|history|args|config|hparams|hyper_parameters)(?:_|$)",
+    r"|frozen_param\w*|loss\w*|criterion|metrics?|callbacks?|history|args|config|hparams"
+    r"|hyper_parameters)(?:_|$)",
     re.IGNORECASE,
 )
 _AVERAGES = [row.average for row in FRAMEWORKS if row.average and row.average not in WEIGHTS]

@@ -36,6 +36,12 @@ def tensor_count(value: object) -> int:
     return sum(isinstance(item, Tensor | UnreadableTensor) for item in entries.values())
 
 
+def has_tensors(value: object) -> bool:
+    """Return whether a mapping directly holds tensors."""
+    entries = mapping(value) or {}
+    return any(isinstance(item, Tensor | UnreadableTensor) for item in entries.values())
+
+
 def at(tree: object, path: str) -> object:
     """Return the value at a dotted path, or None.
 
@@ -88,12 +94,13 @@ def split_prefix(tree: object, path: str) -> tuple[str, str] | None:
 
 
 def children(value: object) -> Iterator[tuple[str, object]]:
-    """Yield the entries of a mapping that may contain named tensors."""
+    """Yield the entries of a mapping that are mappings, and may contain named tensors."""
     entries = mapping(value) or {}
     if is_optimizer(entries):
         return
     for name, child in entries.items():
-        if isinstance(name, str) and not is_extra_state(name):
+        is_mapping = isinstance(child, dict | Inert)
+        if is_mapping and isinstance(name, str) and not is_extra_state(name):
             yield name, child
 
 
@@ -104,7 +111,7 @@ def holds_tensors(value: object, seen: set[int] | None = None, depth: int = _DEE
     if depth == 0 or entries is None or id(value) in seen or is_optimizer(entries):
         return False
     seen.add(id(value))
-    return bool(tensor_count(entries)) or any(
+    return has_tensors(entries) or any(
         holds_tensors(child, seen, depth - 1) for _, child in children(entries)
     )
 
@@ -117,7 +124,7 @@ def innermost(value: object, path: str) -> str:
     """
     for _ in range(_DEEPEST):
         below = [pair for pair in children(value) if holds_tensors(pair[1])]
-        if tensor_count(value) or len(below) != 1:
+        if has_tensors(value) or len(below) != 1:
             break
         name, value = below[0]
         path = f"{path}.{name}" if path else name
@@ -189,7 +196,7 @@ def dicts_of_tensors(
     if depth == 0 or id(tree) in seen:
         return
     seen.add(id(tree))
-    if path and entries and tensor_count(entries) and not is_optimizer(entries):
+    if path and entries and has_tensors(entries) and not is_optimizer(entries):
         yield path
     for name, value in (*listed, *children(tree)):
         below = f"{path}.{name}" if path else str(name)

@@ -21,7 +21,13 @@ from swa_avg.formats.checkpoint import (
     Components,
     Headers,
 )
-from swa_avg.formats.components import PLACE_IN_RUN, is_inside, located, trainer_state
+from swa_avg.formats.components import (
+    PLACE_IN_RUN,
+    TRAINER_STATE,
+    is_inside,
+    located,
+    trainer_state,
+)
 from swa_avg.pickles import Budget
 from swa_avg.storage import InputFile
 from swa_avg.tensors import Tensor
@@ -156,6 +162,7 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
         path=folder,
         format=f"{kind.name} folder",
         notes=(*whole.notes, note) if others else whole.notes,
+        beside=trainer_state(folder),
         without=kind.without,
     )
 
@@ -214,9 +221,11 @@ def _found(folder: Path) -> tuple[Path, _Kind] | None:
         return folder, kind
     name = _text(folder / _LATEST, _MOST_LATEST_BYTES).strip()
     # accelerate, Lightning and Trainer save with DeepSpeed into a sub-folder of their checkpoint.
-    is_own = _ENGINE.fullmatch(name) or trainer_state(folder) is not None
-    is_part = is_own or not PLACE_IN_RUN.fullmatch(name)  # and not a checkpoint of a run
-    if name and is_inside(name) and is_part and (folder / name).is_dir():
+    if not name or not is_inside(name) or not (folder / name).is_dir():
+        return None
+    # Other names of places are checkpoints in a folder of a run.
+    is_own = _ENGINE.fullmatch(name) or (folder / TRAINER_STATE).is_file()
+    if is_own or not PLACE_IN_RUN.fullmatch(name):
         kind = next((k for k in _KINDS if _matching(folder / name, k.sign or k.weights)), None)
     return (folder / name, kind) if kind else None
 

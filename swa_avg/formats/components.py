@@ -88,7 +88,7 @@ PLACE_IN_RUN = re.compile(
 # Words that mark the weights as an average.
 _AVERAGES = {"ema", "swa", "avg", "average", "averaged"}
 _MOST_JSON_BYTES = 100_000_000
-_TRAINER_STATE = "trainer_state.json"
+TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ def read_json(path: Path) -> Any:
 
 def trainer_state(folder: Path) -> object:
     """Return the content of the `trainer_state.json` of transformers' Trainer, or None."""
-    path = folder / _TRAINER_STATE
+    path = folder / TRAINER_STATE
     return read_json(path) if path.exists() else None
 
 

@@ -11,6 +11,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 from swa_avg.formats.checkpoint import OutputStateDict, OutputStorage, OutputTensor
 from swa_avg.pickles import STORAGE_DTYPES, Dict, Stream, leaves, rebuilt
@@ -49,10 +50,15 @@ def dump_tensor(tensor: OutputTensor, storage: OutputStorage) -> bytes:
 
 def _item(value: object, storages: Sequence[OutputStorage]) -> bytes:
     if isinstance(value, OutputTensor):
-        return b"".join(_tensor(value, storages[value.storage]))
+        return _reference(value, storages[value.storage])
     if not any(isinstance(one, OutputTensor) for one in leaves(value)):
         return _value(value)
     return b"".join(_container(value, storages))
+
+
+@lru_cache(maxsize=64)  # an extra state may hold one tensor many times
+def _reference(tensor: OutputTensor, storage: OutputStorage) -> bytes:
+    return b"".join(_tensor(tensor, storage))
 
 
 def _container(value: object, storages: Sequence[OutputStorage]) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from zlib_ng.zlib_ng import crc32
 
-from swa_avg.errors import ForeignError, FormatError
+from swa_avg.errors import ForeignError, FormatError, listed
 from swa_avg.formats import pickler, zip_directory
 from swa_avg.formats.checkpoint import (
     MOST_PROVENANCE_BYTES,
@@ -55,10 +55,16 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     directory = zip_directory.read(file, headers.forms, budget)
     pickled = directory.record(file, "data.pkl")
     if pickled is None or not directory.root:
+        # Stable-Baselines3 saves policy.pth, its optimizer and JSON in one archive.
+        inner = [name for name in directory.numbers if name.endswith((".pth", ".pt"))]
         raise ForeignError(
-            "is a zip archive without a torch pickle",
+            "is a zip archive without a torch pickle"
+            + (f" of its own, around {listed(inner)}" if inner else ""),
             file=file.path,
             expected="a checkpoint written by torch.save",
+            remedy="Extract the file of the model from each archive, and give those"
+            if inner
+            else "",
         )
     if "constants.pkl" in directory.numbers:
         zip_directory.refuse_torchscript(file)

@@ -93,19 +93,29 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def check_arguments(batchnorm: object, threads: object) -> None:
+def check_arguments(batchnorm: object, threads: object, model: object = None) -> None:
     """Refuse what is no `BatchNorm`, and a number of workers that is none.
+
+    Args:
+        batchnorm: The `BatchNorm`, or None.
+        threads: The number of workers, or None.
+        model: The model of a search; by default `batchnorm` must have one.
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: There are no workers.
+        ValueError: There are no workers, no model, or two models.
     """
-    # By what it has: importing the class would import torch.
-    if batchnorm is not None and (not hasattr(batchnorm, "session") or isinstance(batchnorm, type)):
-        raise TypeError(
-            "batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not "
-            + described(batchnorm)
-        )
+    if batchnorm is not None:
+        # By its name: importing the class would import torch.
+        kinds = {
+            (one.__module__.partition(".")[0], one.__name__) for one in type(batchnorm).__mro__
+        }
+        if ("swa_avg", "BatchNorm") not in kinds:
+            raise TypeError(
+                "batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not "
+                + described(batchnorm)
+            )
+        batchnorm.network(model)  # type: ignore[attr-defined]
     if threads is not None:
         check_count("threads", threads)
 

@@ -22,9 +22,9 @@ _UNFINISHED = re.compile(
     r"|.+\.orbax-checkpoint-tmp[-_.].+",
     re.IGNORECASE | re.DOTALL,
 )
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".th", ".tar", ".bin")
-# Other files have these suffixes too, unless their names have a number of a checkpoint.
-_COMMON = (".tar", ".bin")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors", ".th", ".pth.tar", ".pt.tar")
+# Other files have this suffix too, unless their names have a number of a checkpoint.
+_COMMON = ".bin"
 
 
 def is_unfinished(path: Path) -> bool:
@@ -46,7 +46,7 @@ def broken(others: Sequence[Path], found: Sequence[Path]) -> dict[Path, str]:
         if path.is_dir():
             if name.is_placed and name.series in folders:
                 reasons[path] = "a folder without weights"
-        elif path.suffix in _SUFFIXES and (name.is_placed or path.suffix not in _COMMON):
+        elif path.name.endswith(_SUFFIXES) or (name.is_placed and path.suffix == _COMMON):
             reasons[path] = _reason(path)
     return reasons
 

@@ -218,7 +218,7 @@ def score_windows(
     """
     wanted = options_of(score_windows, options)
     metrics.check_mode(mode)
-    check_arguments(batchnorm, threads)
+    check_arguments(batchnorm, threads, model)
     judge = Judge(evaluate, model, getattr(evaluate, "__name__", "score"), metric, mode)
     session = batchnorm.session(model) if batchnorm else None
     bench = Bench(judge, session, progress)

@@ -226,7 +226,7 @@ def sweep(
         ValueError: An option has an invalid value or cannot be combined with a search.
     """
     wanted = options_of(sweep, options)
-    check_arguments(batchnorm, threads)
+    check_arguments(batchnorm, threads, model)
     if wanted.start_from or wanted.distances or wanted.bn_buffers == "first":
         raise ValueError(
             'start_from, distances and bn_buffers="first" cannot be combined with a search'

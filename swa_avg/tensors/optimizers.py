@@ -18,6 +18,7 @@ _CALLED = re.compile(r"(?:^|\.)(?:[^.]*(?<![a-z]))?opt(?:im(?:izer)?s?)?(?![a-z]
 # Every name of optimizer state contains one of these; a fast first search in many names.
 _HINTS = ("opt", "exp_avg", "momentum_buffer", "square_avg", "acc_delta", "exp_inf", "param_groups")
 _STATE = re.compile(r".*(?:^|\.)state(?=\.|$)")
+_KEPT_NAME = re.compile(rf"^(?:{_KEPT})$", re.MULTILINE)
 # The parts of an optimizer's state_dict.
 _PARTS = {"state", "param_groups"}
 
@@ -71,4 +72,7 @@ def in_groups(name: str, groups: Collection[str]) -> bool:
 
 def is_optimizer(names: Iterable[object]) -> bool:
     """Return whether a dict with these keys is the state of an optimizer."""
-    return any(isinstance(name, str) and re.fullmatch(_KEPT, name) for name in names)
+    texts = [name for name in names if isinstance(name, str)]
+    # One search in all names is fast. A name may contain a line break, so a match is looked at.
+    there = _KEPT_NAME.search("\n".join(texts))
+    return bool(there) and any(map(_KEPT_NAME.fullmatch, texts))

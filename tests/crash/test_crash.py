@@ -34,7 +34,7 @@ FORMS = ("file", "folder")
 COPIES = ("ranks", "deepspeed", "accelerate", "nemo")
 ALL_FORMS = (*FORMS, *COPIES)
 # Of how many calls one is tried.
-STEPS = {"file": 1, "folder": 1, "ranks": 3, "deepspeed": 3, "accelerate": 4, "nemo": 2}
+STEPS = {"file": 1, "folder": 1, "ranks": 3, "deepspeed": 5, "accelerate": 8, "nemo": 4}
 KEEP = {"ranks": ["--keep-wrapper"], "accelerate": ["--keep-wrapper"]}
 
 

@@ -88,7 +88,9 @@ def of_trainer(folder: Path, state: State | None, step: int) -> Path:
     if state:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text("{}")
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": 1.0}))
+    log = [{"step": step, "eval_loss": float(step)}]
+    state_of_run = {"global_step": step, "epoch": 1.0, "log_history": log}
+    (folder / "trainer_state.json").write_text(json.dumps(state_of_run))
     (folder / "rng_state.pth").write_bytes(b"random")
     torch.save({}, folder / "scheduler.pt")
     return folder
@@ -129,6 +131,8 @@ def test_trainer_with_only_what_the_engine_saves(tmp_path: Path) -> None:
     made = load(tmp_path / "swa/global_step3/mp_rank_00_model_states.pt")
     assert_mean(made["module"], ONE)
     assert (tmp_path / "swa/trainer_state.json").exists()
+    done(tmp_path, "run", "-o", "best.pt", "--best", "2", "--metric", "eval_loss")
+    assert_mean(load(tmp_path / "best.pt"), ONE[:2])
     line = fails(tmp_path, "three", "-o", "out")
     assert (
         "python three/checkpoint-1/zero_to_fp32.py three/checkpoint-1 merged/checkpoint-1 "

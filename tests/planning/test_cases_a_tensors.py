@@ -841,6 +841,16 @@ def test_extra_state_with_tensors_is_that_of_the_last(tmp_path: Path) -> None:
     assert averaged(tmp_path, *saved(tmp_path, equal)).notes == ()
 
 
+def test_extra_state_that_grows_is_refused(tmp_path: Path) -> None:
+    """Five kilobytes that hold one tensor half a million times would give an output of 65 MB."""
+    many = [[torch.ones(2)] * 700] * 700
+    states = [{"l._extra_state": many, "l.w": torch.ones(2) * n} for n in range(2)]
+    refused(tmp_path, *saved(tmp_path, states), says=("holds plain values of", "hostile files"))
+    states = [{**state, "l._extra_state": [torch.ones(2)] * 700} for state in states]
+    found = averaged(tmp_path, *saved(tmp_path, states)).tensors["l._extra_state"]
+    assert len(found) == 700 and len({one.data_ptr() for one in found}) == 1
+
+
 # BatchNorm statistics that do not move.
 
 

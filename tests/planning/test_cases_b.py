@@ -621,6 +621,11 @@ def test_b_weights_beside_the_model_are_said(tmp_path: Path) -> None:
             0, 0
         ] == 4.5
     saying(mean(tmp_path, "m_1.pt", "m_2.pt")[1], "obs_norm_state_dict: weights beside")
+    # DeepSpeed's copies of frozen parameters are none of these.
+    for n in (1, 2):
+        copies = {"frozen_param_fragments": {"base.weight": torch.ones(3)}}
+        save(tmp_path, {f"d_{n}.pt": {"module": weights(n), **copies}})
+    assert mean(tmp_path, "d_1.pt", "d_2.pt") == (1.5, ())
     # Single tensors, but not a loss or a seed.
     for n in (1, 2):
         extra = {"prototypes": torch.ones(3, 4), "loss": torch.ones(3), "acc": torch.tensor(0.5)}
@@ -779,6 +784,23 @@ def test_b_several_that_are_no_model_by_name(tmp_path: Path) -> None:
     )
     few = ("epoch_1.pt", "epoch_2.pt", "optimizer.pt", "rng_state_0.pth", "rng_state_1.pth")
     assert mean(tmp_path, *few, *options(fails(tmp_path, *few)))[0] == 1.5
+
+
+def test_b_archives_around_models(tmp_path: Path) -> None:
+    """Stable-Baselines3 puts policy.pth into a zip archive: extracted, it is averaged."""
+    for step in (1000, 2000):
+        save(tmp_path, {"policy.pth": step, "policy.optimizer.pth": ADAM})
+        with zipfile.ZipFile(tmp_path / f"rl_model_{step}_steps.zip", "w") as archive:
+            archive.writestr("data", "{}")
+            for name in ("policy.pth", "policy.optimizer.pth"):
+                archive.write(tmp_path / name, name)
+    line = fails(tmp_path, "rl_model_1000_steps.zip", "rl_model_2000_steps.zip")
+    assert "around policy.pth, policy.optimizer.pth" in line
+    assert line.endswith("Extract the file of the model from each archive, and give those.")
+    for step in (1000, 2000):
+        with zipfile.ZipFile(tmp_path / f"rl_model_{step}_steps.zip") as archive:
+            archive.extract("policy.pth", tmp_path / f"{step}_steps")
+    assert mean(tmp_path, "1000_steps/policy.pth", "2000_steps/policy.pth") == (1500, ())
 
 
 def test_b_folder_without_a_model(tmp_path: Path) -> None:
