@@ -53,6 +53,8 @@ def _meant(spec: str) -> str:
         return f"data:{name}"
     module, dot, attribute = name.rpartition(".")
     dotted = dot and attribute != "py" and "/" not in attribute
+    if "/" in module and not module.endswith(".py"):
+        module += ".py"
     return f"{module}:{attribute}" if dotted else f"{name}:NAME"
 
 

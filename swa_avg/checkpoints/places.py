@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from itertools import takewhile
 from shlex import quote
 
@@ -203,7 +204,8 @@ def no_state_dict(checkpoint: Checkpoint, found: str, averages: Sequence[str] = 
             remedy += f". --ema takes the average at {average}" * (len(averages) == 1)
     elif is_optimizer(mapping(tree) or {}):
         remedy = (
-            f"It holds optimizer state; leave it out with --exclude {quote(checkpoint.path.name)}"
+            "It holds optimizer state; to average other files, leave it out with --exclude "
+            + quote(escape(checkpoint.path.name))
         )
     elif objects:
         remedy = "It holds a pickled object; save its state_dict() instead"

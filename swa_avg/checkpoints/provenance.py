@@ -17,7 +17,7 @@ from itertools import chain
 
 from swa_avg.checkpoints.layout import StateDict
 from swa_avg.checkpoints.membership import is_bn_buffer
-from swa_avg.errors import ProvenanceError, counted
+from swa_avg.errors import ProvenanceError, counted, listed
 from swa_avg.formats import PROVENANCE, Checkpoint, open_checkpoint
 from swa_avg.tensors import Kind, Record, TensorRef, View
 
@@ -259,11 +259,13 @@ def refuse_repeats(before: Iterable[Source], added: Iterable[tuple[Source, str]]
         ProvenanceError: A source would count twice.
     """
     counted = {source.fingerprint: source for source in before if source.fingerprint != UNKNOWN}
-    for source, path in added:
-        if source.fingerprint in counted:
-            other = counted[source.fingerprint].name
-            raise ProvenanceError(
-                f"has the weights of {other}, which is already in the average to start from",
-                file=path,
-                remedy="Leave it out: it would count twice",
-            )
+    twice = {path: source for source, path in added if source.fingerprint in counted}
+    if twice:
+        first, source = next(iter(twice.items()))
+        other = counted[source.fingerprint].name
+        several = f"Leave out {listed([*twice], 8)}: they would count twice"
+        raise ProvenanceError(
+            f"has the weights of {other}, which is already in the average to start from",
+            file=first,
+            remedy=several if len(twice) > 1 else "Leave it out: it would count twice",
+        )

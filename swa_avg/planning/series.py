@@ -45,7 +45,9 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
         raise AlreadyAveragedError(
             "is already an average, and no other checkpoints were given",
             file=ours[0].path,
-            remedy="To add checkpoints to it, or to write it again, give it with --start-from",
+            remedy="To add checkpoints to it, or to write it again, give it with --start-from"
+            if len(ours) == 1
+            else "To merge averages, give each with --start-from",
         )
     if ours:
         first, *more = ours

@@ -118,7 +118,9 @@ def minus(whole: Base, part: Base) -> tuple[Base, Base]:
             f"is the mean of {part.count} checkpoints, and {of} is the mean of {whole.count}:"
             " no checkpoints are left",
             file=path,
-            remedy="Give the later average with --start-from, the earlier one with --minus",
+            remedy="Give the later average with --start-from, the earlier one with --minus"
+            if part.count > whole.count
+            else "Give an average of fewer checkpoints with --minus",
         )
     left, missing = _difference(whole.sources, part.sources)
     # An average without a list of its checkpoints may contain the missing ones.

@@ -112,6 +112,11 @@ USERS: dict[str, Case] = {
         users(MODEL), "1.pt 2.pt --recompute-bn --data mod.loader",
         r"expected MOD:ATTR, as in (\S+)\.$", ("1.pt 2.pt --recompute-bn --data {0}",), 1.5,
     ),
+    "a dot for the colon after a path": Case(
+        {**several(of_net), "code/mod.py": f"{MODULE}\n{MODEL}\n"},
+        "1.pt 2.pt --recompute-bn --data code/mod.loader",
+        r"expected MOD:ATTR, as in (\S+)\.$", ("1.pt 2.pt --recompute-bn --data {0}",), 1.5,
+    ),
     "a module elsewhere": Case(
         {**several(of_net), "code/mod.py": f"{MODULE}\n{MODEL}\n"}, BN,
         r"Give the path of the \.py file, or run the command in its folder\.$",

@@ -110,6 +110,10 @@ SELECTION: dict[str, Case] = {
         "avg.pt", r"To add checkpoints to it, or to write it again, give it with (--start-from)\.",
         ("2.pt {0} avg.pt",), 1.5,
     ),
+    "several averages alone": Case(
+        averages({"a": (1, 2), "b": (3,)}), "a.pt b.pt",
+        r"To merge averages, give each with (--start-from)\.$", ("{0} a.pt {0} b.pt",), 2,
+    ),
     "averages of others": Case(
         {**TWO, "ema_1.pt": 3, "ema_2.pt": 4}, "1.pt 2.pt ema_1.pt ema_2.pt",
         r"they are averages: (\S+), (\S+); to average them, give no other checkpoints$",
@@ -189,6 +193,11 @@ LAYOUT: dict[str, Case] = {
         {**TWO, "opt[0].pt": ADAM}, "1.pt 2.pt 'opt[0].pt'",
         r"(--exclude \S+) leaves it out\.$", ("1.pt 2.pt 'opt[0].pt' {0}",), 1.5,
     ),
+    "an optimizer under a key": Case(
+        {**several(lambda n: {"model": weights(n)}), "opt[0].pt": ADAM}, "*.pt --key model",
+        r"to average other files, leave it out with (--exclude \S+)\.$",
+        ("*.pt --key model {0}",), 1.5,
+    ),
     "an object": Case(
         several(lambda n: Keeper(n)), "1.pt 2.pt",
         r"It holds a pickled object; save its (state_dict\(\)) instead\.$",
@@ -264,6 +273,12 @@ AGREEMENT: dict[str, Case] = {
         "1.pt 2.pt --start-from avg.pt", r"1.pt: .+Leave it out: it would count twice\.$",
         ("2.pt --start-from avg.pt", "1.pt 2.pt --exclude 1.pt --start-from avg.pt"), 1.5,
     ),
+    "several checkpoints twice": Case(
+        averages({"avg": (1, 2)}), "1.pt 2.pt 3.pt --start-from avg.pt",
+        r"Leave out (\S+), (\S+): they would count twice\.$",
+        ("3.pt --start-from avg.pt",
+         "1.pt 2.pt 3.pt --exclude {0} --exclude {1} --start-from avg.pt"), 2,
+    ),
     "two averages of one": Case(
         averages({"a": (1,), "b": (1, 2)}),
         "--start-from a.pt --start-from b.pt", r"b.pt: .+ Leave it out: it would count twice\.$",
@@ -297,6 +312,11 @@ AGREEMENT: dict[str, Case] = {
         "--start-from a.pt --minus b.pt",
         r"Give the later average with (--start-from), the earlier one with (--minus)\.$",
         ("{0} b.pt {1} a.pt",), 2.5,
+    ),
+    "averages of as many checkpoints": Case(
+        averages({"a": (1, 2, 3), "b": (1, 2, 3), "c": (1,)}), "--start-from a.pt --minus b.pt",
+        r"Give an average of fewer checkpoints with (--minus)\.$",
+        ("--start-from a.pt {0} c.pt",), 2.5,
     ),
     "averages of other checkpoints": Case(
         averages({"a": (1,), "b": (2, 3), "c": (2,)}),
