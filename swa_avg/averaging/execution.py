@@ -7,20 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import swa_avg
 from swa_avg.averaging import wrapper
 from swa_avg.averaging.computing import computed, usable_cores
 from swa_avg.averaging.distances import distances, groups
+from swa_avg.averaging.origin import counts_of, how_made
 from swa_avg.averaging.report import STALE, Input, Report, input_of, versions
 from swa_avg.averaging.verification import Written, read_back, verify
 from swa_avg.checkpoints import (
     UNKNOWN,
-    Provenance,
     StateDict,
     fingerprints,
-    is_bn_buffer,
-    refuse_repeats,
-    sources_of,
 )
 from swa_avg.errors import MismatchError, counted, in_bytes, listed
 from swa_avg.formats import FolderLayout, Layout
@@ -32,7 +28,6 @@ from swa_avg.planning import (
     Rules,
     Selection,
     check_arguments,
-    start_from,
 )
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
@@ -373,40 +368,3 @@ class Averaging:
             "options": self.options.described,
             "versions": versions(),
         }
-
-
-def counts_of(bases: Sequence[Base], chosen: Sequence[StateDict]) -> tuple[int, ...]:
-    """Return the number of checkpoints that each input counts as; negative if subtracted."""
-    return (*(base.weight for base in bases), *(1 for _ in chosen))
-
-
-def how_made(
-    bases: Sequence[Base],
-    chosen: Sequence[StateDict],
-    options: Options,
-    found: Iterable[str],
-) -> Provenance:
-    """Return the provenance of an average.
-
-    Args:
-        bases: The averages of `start_from`.
-        chosen: The checkpoints.
-        options: The options of the average.
-        found: The fingerprints of `chosen`; before the tensors are read, some are unknown.
-
-    Raises:
-        ProvenanceError: A checkpoint would count twice.
-    """
-    before = start_from.sources_in(bases)
-    added = sources_of(chosen, found)
-    paths = [str(state.checkpoint.path) for state in chosen]
-    refuse_repeats(before, zip(added, paths, strict=True))
-    last = (chosen or [base.state for base in bases])[-1]
-    kept: object = options.bn_buffers
-    if not any(is_bn_buffer(name, last.views) for name in last.views):
-        kept = None
-    elif kept == "last":
-        kept = "of the last checkpoint" if chosen else bases[-1].batchnorm
-    subtracted = [base.state.checkpoint.path.name for base in bases if base.subtracted]
-    described = options.described | ({"minus": subtracted[0]} if subtracted else {})
-    return Provenance(swa_avg.__version__, (*before, *added), described, kept)

@@ -12,7 +12,8 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging import wrapper
-from swa_avg.averaging.execution import Averaging, counts_of, how_made
+from swa_avg.averaging.execution import Averaging
+from swa_avg.averaging.origin import counts_of, how_made
 from swa_avg.averaging.report import Report
 from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
 from swa_avg.errors import OutputError, SelectionError

@@ -24,9 +24,8 @@ from swa_avg.batchnorm.moments import Moments, two_pass, vector
 from swa_avg.errors import DataError
 from swa_avg.kernel import default_arithmetic
 
-# The largest difference between a layer's float32 moments and the float64 moments, in
-# standard deviations and relative to the variance, at which the former are used. Rounding the
-# batch means to float32 costs |mean|/std * 6e-8, and so at most this.
+# The largest difference between a layer's float32 moments and the float64 moments, in standard
+# deviations and relative to the variance, at which the former are used.
 _AGREEMENT = 1e-6
 
 
@@ -293,10 +292,9 @@ class _Population(Statistics):
     With momentum 1, a layer stores the mean and the unbiased variance of the batch in its
     buffers. Reading them is cheap, because the layer computes them anyway. But the mean is
     rounded to float32, and some kernels sum in float32, so their accuracy depends on the data
-    and the kernel. They are compared with the float64 moments of the layer's input on the
-    first batch that reaches the layer, and on each larger batch, since the error of a float32
-    sum grows with the number of values. If they do not agree, as in subclasses that compute
-    something else, the moments of this layer are computed in float64 from then on.
+    and the kernel. On the first batch that reaches a layer, and on each larger one, they are
+    compared with the float64 moments of its input. If they do not agree, as in subclasses that
+    compute something else, the moments of this layer are computed in float64 from then on.
 
     A batch costs a dozen small kernels for all layers together, and no wait for the GPU.
     """
@@ -317,7 +315,7 @@ class _Population(Statistics):
                 layer.module.num_batches_tracked = torch.tensor(0, device="cpu")
 
     def observe(self, layer: Layer, x: Tensor, values: int) -> None:
-        # After a call with float64 moments, the other calls in this forward have them too.
+        # If one call in a forward has float64 moments, the next ones have them too.
         wanted = not layer.trusted or values > layer.tested or layer.exact is not None
         with ExitStack() as ours:
             if layer.values or wanted:  # otherwise the buffers are enough
