@@ -50,6 +50,11 @@ def average_with_a_link(folder: Path) -> None:
     (folder / "avg/model.safetensors").symlink_to("../blob")
 
 
+def average_of_one(folder: Path) -> None:
+    save(folder, users(MODEL))
+    swa_avg.average(folder / "1.pt", folder / "a.pt")
+
+
 def half_average(folder: Path) -> None:
     save(folder, users(MODEL, "images *= 1e6"))
     swa_avg.average([folder / "1.pt", folder / "2.pt"], folder / "avg.pt", dtype="float16")
@@ -183,6 +188,12 @@ USERS: dict[str, Case] = {
         users(MODEL), "--recompute-bn --data mod:loader",
         r"Give checkpoints to average, or an existing average with (-o)\.$",
         (BN, "--recompute-bn --data mod:loader {0} out_0.pt"), 1.5,
+    ),
+    "an average as a checkpoint": Case(
+        average_of_one,
+        "a.pt --recompute-bn --data mod:loader",
+        r"statistics in place, give no checkpoints and (-o a\.pt)\.$",
+        ("--recompute-bn --data mod:loader {0}",), 1,
     ),
     "statistics in one place": Case(
         users(MODEL, **several(lambda n: of_net(n) | dict.fromkeys(

@@ -509,6 +509,21 @@ def deflated(folder: Path) -> None:
             archive.writestr(name, data)
 
 
+def zipped(folder: Path) -> None:
+    """Save archives of a model and its settings, as Stable-Baselines3 does."""
+    for n in (1, 2):
+        save(folder, {"policy.pth": n, "data": "{}"})
+        with zipfile.ZipFile(folder / f"{n}.zip", "w") as archive:
+            for name in ("data", "policy.pth"):
+                archive.write(folder / name, name)
+
+
+def unzipped(folder: Path) -> None:
+    for n in (1, 2):
+        with zipfile.ZipFile(folder / f"{n}.zip") as archive:
+            archive.extract("policy.pth", folder / f"{n}")
+
+
 def saved_again(folder: Path) -> None:
     torch.save(torch.load(folder / "1.pt"), folder / "1.pt")
 
@@ -560,6 +575,11 @@ WHOLE_BOXES: dict[str, list[folders.Box]] = {
 FORMATS: dict[str, Case] = {
     "a compressed record": Case(
         deflated, "1.pt 2.pt", r"Save it again with torch\.save\.$", (saved_again, "1.pt 2.pt"), 1.5
+    ),
+    "archives around a model": Case(
+        zipped, "1.zip 2.zip",
+        r"around policy\.pth, .+Extract the file of the model from each archive, and give those\.$",
+        (unzipped, "1/policy.pth 2/policy.pth"), 1.5,
     ),
     "TorchScript": Case(
         lambda folder: torch.jit.save(torch.jit.script(nn.Linear(3, 2)), folder / "1.pt"), "1.pt",
