@@ -98,6 +98,13 @@ class StateDict:
         return recorded.step(self.checkpoint)
 
     @property
+    def for_average(self) -> str:
+        """The option that takes its average; of several in one file it takes the first."""
+        found = self.places.averages
+        alone = len(found) < 2 or isinstance(self.checkpoint.tree, Components)
+        return "--ema" if alone else f"--key {quote(found[0])}"
+
+    @property
     def is_running(self) -> bool:
         """Whether it is an equal-weight mean that the run kept since a fixed start."""
         row = self.framework
@@ -229,7 +236,7 @@ def check_choice(state: StateDict, keys: Sequence[str], ema: bool | None) -> Non
         return
     loads = f"{row.name} loads {row.loads.value}" if known and row else "it may load either"
     alone = "--last 1 " if row and row.running else ""
-    named = f"{alone}--ema (the average) or " if found.averages else ""
+    named = f"{alone}{state.for_average} (the average) or " if found.averages else ""
     raise LayoutError(
         f"has raw weights at {raw[0] or 'its top'} and an average at {averages[0]}; {loads}",
         file=state.checkpoint.path,

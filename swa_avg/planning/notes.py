@@ -45,7 +45,7 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
         where = listed(last.averages)
         yield (
             f"{last.checkpoint.path}: also contains averaged weights, at {where}; not used "
-            "(to average them, use --ema)"
+            f"(to average them, use {last.for_average})"
         )
     if last.places.unnamed and not last.ema:
         where = listed(last.places.unnamed)

@@ -66,8 +66,8 @@ def base_of(state: StateDict) -> Base:
             f"does not record how many checkpoints it was made from{why}",
             file=state.checkpoint.path,
             expected="an average written by swa-avg, or an AveragedModel's state_dict",
-            remedy=f"To take the average at {averages[0]}, use --ema; to add raw weights to it, "
-            "write it first by itself with --ema"
+            remedy=f"To take the average at {averages[0]}, use {state.for_average}; to add raw "
+            f"weights to it, write it first by itself with {state.for_average}"
             if averages and not state.is_running
             else "Average all of the checkpoints again, without --start-from",
         )

@@ -151,6 +151,18 @@ def save_own_state(folder: Path) -> None:
 
 
 ADAM = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+
+def counted(number: int, value: float) -> dict[str, torch.Tensor]:
+    """Return the state_dict of an AveragedModel."""
+    named = {f"module.{name}": tensor for name, tensor in weights(value).items()}
+    return {"n_averaged": torch.tensor(number), **named}
+
+
+BOTH = {"model": weights(9), "model_ema": counted(1, 1)}
+TWO_EMA = several(
+    lambda n: {"model": weights(n), "model_ema": weights(n + 4), "ema": weights(n + 8)}
+)
 MODEL_EMA = several(lambda n: {"model": weights(n), "model_ema": weights(n + 4), "epoch": n})
 
 LAYOUT: dict[str, Case] = {
@@ -210,6 +222,20 @@ LAYOUT: dict[str, Case] = {
         MODEL_EMA, "1.pt 2.pt", r"not used \(to average them, use (--ema)\)",
         ("1.pt 2.pt {0}",), 5.5, notes=True,
     ),
+    "two averages beside the weights": Case(
+        TWO_EMA, "1.pt 2.pt", r"not used \(to average them, use (--key ema)\)",
+        ("1.pt 2.pt {0}",), 9.5, notes=True,
+    ),
+    "which of three to replace": Case(
+        TWO_EMA, "1.pt 2.pt --keep-wrapper",
+        r"replace: (--key ema) \(the average\) or (--no-ema) \(the raw weights\)\.$",
+        ("1.pt 2.pt --keep-wrapper {0}", "1.pt 2.pt --keep-wrapper {1}"),
+    ),
+    "one of two averages to go on from": Case(
+        {**TWO, "3.pt": {**BOTH, "ema": counted(1, 5)}}, "--start-from 3.pt",
+        r"use --key ema; to add raw weights to it, write it first by itself with (--key ema)\.$",
+        ("--start-from 3.pt {0}",), 5,
+    ),
     "an average within a state_dict": Case(
         several(lambda n: {**weights(n), **{f"ema.{k}": v + 4 for k, v in weights(n).items()}}),
         "1.pt 2.pt", r"\((--ema) writes only the average, (--no-ema) only the raw weights\)",
@@ -235,14 +261,6 @@ def icefall(n: int) -> dict[str, Any]:
     """Return what icefall saves: the weights, and the mean of the run so far."""
     return {"model": weights(n), "model_avg": weights(n + 4), "batch_idx_train": 1000 * n}
 
-
-def counted(number: int, value: float) -> dict[str, torch.Tensor]:
-    """Return the state_dict of an AveragedModel."""
-    named = {f"module.{name}": tensor for name, tensor in weights(value).items()}
-    return {"n_averaged": torch.tensor(number), **named}
-
-
-BOTH = {"model": weights(9), "model_ema": counted(1, 1)}
 
 AGREEMENT: dict[str, Case] = {
     "two models in files": Case(
