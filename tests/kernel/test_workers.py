@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from swa_avg.kernel.workers import in_threads
 
 WAYS = [workers.in_threads, workers.in_processes]
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER: descendants without a parent become own children
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 
 
@@ -186,6 +188,11 @@ class Running:
     def ended(self) -> subprocess.CompletedProcess[str]:
         """Wait for it; everything but what it was told to write is as it was."""
         out, err = self.process.communicate(timeout=60)
+        # Its workers have closed these pipes by now. They are this process's children since their
+        # parent has ended (see `running`), so the end of each can be awaited.
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self.process.pid, 0)
         assert not self.alive()
         return subprocess.CompletedProcess([], self.process.returncode, out, err)
 
@@ -200,10 +207,13 @@ class Running:
 
 @pytest.fixture
 def running(inputs: Path) -> Iterator[Running]:
+    adopts = ctypes.CDLL(None).prctl
+    adopts(SUBREAPER, 1)
     made = Running(inputs)
     yield made
     with suppress(ProcessLookupError):
         os.killpg(made.process.pid, signal.SIGKILL)
+    adopts(SUBREAPER, 0)
 
 
 @pytest.mark.parametrize(
