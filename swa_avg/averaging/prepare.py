@@ -284,7 +284,9 @@ def _check_target(
             + ("an output of its kind" if is_copy else "--keep-wrapper")
             + " needs a checkpoint to copy",
             file=last.checkpoint.path,
-            remedy="Name a file, as in -o swa.pt" if is_copy else "Leave out --keep-wrapper",
+            remedy=f"Name a file, as in {_as_file(last)}"
+            if is_copy
+            else "Leave out --keep-wrapper",
         )
     if keeps:
         check_choice(last, options.key, options.ema)
@@ -324,7 +326,7 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
         raise OutputError(
             f"will be a copy of {last.checkpoint.path} with other weights, which keeps its dtypes",
             file=target,
-            remedy="Leave out --dtype, or name a file, as in -o swa.pt",
+            remedy=f"Leave out --dtype, or name a file, as in {_as_file(last)}",
         )
     if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
         raise OutputError(
@@ -332,9 +334,8 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
             file=target,
             remedy="Choose a name like that of the checkpoint, or leave out --keep-wrapper",
         )
-    several = isinstance(last.checkpoint.tree, Components) and " + " in last.where
-    if several and form in _SINGLE:
-        names = last.where.split(" + ")
+    names = last.where.split(" + ")
+    if isinstance(last.checkpoint.tree, Components) and len(names) > 1 and form in _SINGLE:
         raise OutputError(
             f"is one file, but {last.checkpoint.path} has several models ({', '.join(names)})",
             file=target,
@@ -349,6 +350,13 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
             remedy="Leave out --max-shard-size"
             + f", or name a folder, as in -o {quote(str(plain))}" * folder,
         )
+
+
+def _as_file(last: StateDict) -> str:
+    """Return the options to write a file, with one model if there are several."""
+    name = last.where.rpartition(" + ")[2]
+    several = isinstance(last.checkpoint.tree, Components) and name != last.where
+    return "-o swa.pt" + (f" --key {quote(name)}" if several else "")
 
 
 def average(

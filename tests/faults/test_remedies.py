@@ -374,6 +374,12 @@ def engines(folder: Path) -> None:
         folders.save_deepspeed(folder / f"checkpoint-{n}", weights(n), n)
 
 
+def speechbrain(folder: Path) -> None:
+    for n in (1, 2):
+        name = f"run/CKPT+2024-05-0{n}+10-00-00+00"
+        folders.save_speechbrain(folder / name, weights(n), n)
+
+
 def engines_averaged(folder: Path) -> None:
     engines(folder)
     swa_avg.average([folder / "checkpoint-1", folder / "checkpoint-2"], folder / "avg")
@@ -420,6 +426,16 @@ OUTPUT: dict[str, Case] = {
         engines, "checkpoint-1 checkpoint-2 --dtype bfloat16 -o out",
         r"Leave out --dtype, or name a file, as in (-o \S+)\.$",
         ("checkpoint-1 checkpoint-2 --dtype float32 {0}",), 1.5,
+    ),
+    "a folder of models in another dtype": Case(
+        speechbrain, "run -o out --dtype bfloat16",
+        r"or name a file, as in (-o \S+ --key model)\.$",
+        ("run --dtype float32 {0}",), 1.5,
+    ),
+    "an average of models as the checkpoint to copy": Case(
+        lambda folder: (speechbrain(folder), swa_avg.average(folder / "run", folder / "avg")),
+        "--start-from avg -o out", r"Name a file, as in (-o \S+ --key model)\.$",
+        ("--start-from avg {0}",), 1.5,
     ),
     "a folder of engines without its dtype": Case(
         engines, "checkpoint-1 checkpoint-2 --dtype bfloat16 -o out",
