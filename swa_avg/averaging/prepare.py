@@ -318,17 +318,16 @@ def _check_suffix(target: Path, form: Form) -> None:
 
 def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> None:
     """Refuse a name or options that do not fit the format of the output."""
-    keep_wrapper, max_shard_size = options.keep_wrapper, options.max_shard_size
-    safe = last.checkpoint.format == "safetensors"
-    is_more = last.checkpoint.without is not None or last.checkpoint.path.is_dir()
-    unlike = is_more and form in _SINGLE
+    keep_wrapper, checkpoint = options.keep_wrapper, last.checkpoint
+    unlike = form in _SINGLE and (checkpoint.without is not None or checkpoint.path.is_dir())
+    unlike |= form is Form.SAFETENSORS and checkpoint.format != "safetensors"
     if form is Form.COPY and options.dtype != "keep":
         raise OutputError(
             f"will be a copy of {last.checkpoint.path} with other weights, which keeps its dtypes",
             file=target,
             remedy=f"Leave out --dtype, or name a file, as in {_as_file(last)}",
         )
-    if keep_wrapper and (unlike or (form is Form.SAFETENSORS and not safe)):
+    if keep_wrapper and unlike:
         raise OutputError(
             f"names another format than {last.checkpoint.path}, which --keep-wrapper copies",
             file=target,
@@ -341,7 +340,7 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
             file=target,
             remedy=f"Name a folder, as in -o swa, or take one model with --key {quote(names[-1])}",
         )
-    if max_shard_size and (keep_wrapper or form is not Form.FOLDER):
+    if options.max_shard_size and (keep_wrapper or form is not Form.FOLDER):
         plain = target.with_suffix("")
         folder = not keep_wrapper and form_of(plain, last.checkpoint) is Form.FOLDER
         raise OutputError(
@@ -354,9 +353,9 @@ def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> 
 
 def _as_file(last: StateDict) -> str:
     """Return the options to write a file, with one model if there are several."""
-    name = last.where.rpartition(" + ")[2]
-    several = isinstance(last.checkpoint.tree, Components) and name != last.where
-    return "-o swa.pt" + (f" --key {quote(name)}" if several else "")
+    before, _, name = last.where.rpartition(" + ")
+    one = before and isinstance(last.checkpoint.tree, Components)
+    return f"-o swa.pt --key {quote(name)}" if one else "-o swa.pt"
 
 
 def average(
