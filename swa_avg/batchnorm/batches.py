@@ -170,7 +170,7 @@ def chosen_device(name: str, index: int = 0) -> torch.device:
         known = "" if "Expected one of" in str(error) else f" ({error_line(error)})"
         raise SwaAvgError(
             f"device {name} is not available{known}",
-            remedy="Choose auto, cpu, cuda, cuda:0 or mps",
+            remedy="Choose auto, which takes one of this machine, or cpu",
         ) from error
     return device
 

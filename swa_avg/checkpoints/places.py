@@ -207,6 +207,8 @@ def no_state_dict(checkpoint: Checkpoint, found: str, averages: Sequence[str] = 
             "It holds optimizer state; to average other files, leave it out with --exclude "
             + quote(escape(checkpoint.path.name))
         )
+    elif has_weights(tree):
+        remedy = "It is a state_dict itself: leave out --key"
     elif objects:
         remedy = "It holds a pickled object; save its state_dict() instead"
     else:

@@ -181,7 +181,8 @@ USERS: dict[str, Case] = {
         (f"{BN} --model mod:Net",), 1.5,
     ),
     "a device that is not there": Case(
-        users(MODEL), f"{BN} --device tpu", r"Choose (auto), (cpu), cuda, cuda:0 or mps\.$",
+        users(MODEL), f"{BN} --device tpu",
+        r"Choose (auto), which takes one of this machine, or (cpu)\.$",
         (f"{BN} --device {{0}}", f"{BN} --device {{1}}"), 1.5,
     ),
     "no average to recompute": Case(

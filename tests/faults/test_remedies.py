@@ -201,6 +201,10 @@ LAYOUT: dict[str, Case] = {
         several(lambda n: {"net": weights(n)}), "1.pt 2.pt --key model",
         r"Give its path with (--key); tensors are at: (\S+)\.$", ("1.pt 2.pt {0} {1}",), 1.5,
     ),
+    "a key for a bare state_dict": Case(
+        TWO, "1.pt 2.pt --key state_dict", r"It is a state_dict itself: leave out --key\.$",
+        ("1.pt 2.pt",), 1.5,
+    ),
     "an optimizer": Case(
         {**TWO, "opt[0].pt": ADAM}, "1.pt 2.pt 'opt[0].pt'",
         r"(--exclude \S+) leaves it out\.$", ("1.pt 2.pt 'opt[0].pt' {0}",), 1.5,
