@@ -147,11 +147,13 @@ class BoxReader:
         # The strides of the shape that is cut into boxes, if a box is one range; else None.
         self._steps = stretch.steps if whole(source) else None
         self._bytes_read = 0
+        self._touched: dict[Record, None] = {}
         self._pieces: dict[Record, Piece] = {}
 
     def read(self, cell: Box, buffer: memoryview) -> None:
         """Read a box; the elements in the buffer are in C order."""
         if not buffer:
+            self._touched |= dict.fromkeys(self._source.records)
             return
         record = self._source.record
         if self._steps is None:
@@ -164,16 +166,23 @@ class BoxReader:
         self._seen(record, place, buffer)
         self._bytes_read += len(buffer)
 
-    def _seen(self, record: Record, start: int, data: memoryview) -> None:
+    def _seen(self, record: Record, start: int, data: memoryview | None) -> None:
         """Extend the checksum by a range that directly follows the ranges read before."""
+        self._touched[record] = None
+        if data is None:
+            return
         piece = self._pieces.get(record, Piece(start, 0, 0))
         if start == piece.start + piece.length:
             crc = crc32(data, piece.crc)
             self._pieces[record] = Piece(piece.start, piece.length + len(data), crc)
 
     def close(self, ledger: Ledger) -> int:
-        """Add the checksums of contiguous ranges, if they are needed."""
-        for record in self._source.records:
+        """Add the checksums of contiguous ranges, if they are needed.
+
+        A record of which nothing was read is left to the item that reads it, which may have
+        checked the whole of it.
+        """
+        for record in self._touched:
             if self._averaged or record.crc32 is not None:
                 ledger.add(record, self._name, self._pieces.get(record))
         return self._bytes_read

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 # Called with a record, the first byte in it, and the bytes that were read.
-Seen = Callable[[Record, int, memoryview], None]
+Seen = Callable[[Record, int, memoryview | None], None]
 
 # A strided box is read in one piece unless that reads more than this many times its bytes.
 _MOST_WASTE = 4
@@ -87,7 +87,8 @@ def read_box(ref: TensorRef, box: Box, out: Array, seen: Seen | None = None) -> 
         ref: The tensor on disk, with any strides, whole or in parts.
         box: The elements to read.
         out: The destination, with the box's shape and the item size of `ref`.
-        seen: Is called with every contiguous range that was read.
+        seen: Is called with the record and the start of every range that was read, and with its
+            bytes if all of them were used.
 
     Returns:
         The number of bytes read from the file.
@@ -96,15 +97,17 @@ def read_box(ref: TensorRef, box: Box, out: Array, seen: Seen | None = None) -> 
         return sum(_read_part(one, box, out, seen) for one in ref.parts)
     span = extent(box.shape, ref.stride)
     itemsize = ref.dtype.itemsize
-    if span > _MOST_WASTE * box.numel and not is_contiguous(box.shape, ref.stride):
-        return _read_sparse(ref, box, out)
     place = ref.offset + sum(at * step for at, step in zip(box.start, ref.stride, strict=True))
+    if span > _MOST_WASTE * box.numel and not is_contiguous(box.shape, ref.stride):
+        if seen is not None:
+            seen(ref.record, place * itemsize, None)
+        return _read_sparse(ref, box, out)
     direct = out.flags.c_contiguous and is_contiguous(box.shape, ref.stride)
     own = bytearray() if direct else bytearray(span * itemsize)
     buffer = out.reshape(-1).view("u1").data if direct else memoryview(own)
     ref.record.file.read_into(buffer, ref.record.offset + place * itemsize)
-    if seen is not None and span == box.numel:
-        seen(ref.record, place * itemsize, buffer)
+    if seen is not None:
+        seen(ref.record, place * itemsize, buffer if span == box.numel else None)
     if not direct:
         import numpy as np
 

@@ -31,6 +31,7 @@ import swa_avg
 from swa_avg.checkpoints.layout import find_state_dict
 from swa_avg.errors import FileError, FormatError, SwaAvgError
 from swa_avg.formats.opening import open_checkpoint
+from swa_avg.kernel import tasks
 from swa_avg.planning.inputs import expand
 from swa_avg.planning.select import select
 from swa_avg.storage import files
@@ -278,13 +279,20 @@ def columns(shape: tuple[int, int], count: int) -> list[Box]:
     return [((0, n * width), (shape[0], width)) for n in range(count)]
 
 
+def rows(shape: tuple[int, int], count: int) -> list[Box]:
+    height = shape[0] // count
+    return [((n * height, 0), (height, shape[1])) for n in range(count)]
+
+
+@pytest.mark.parametrize("shared", [columns, rows])
 def test_each_byte_is_read_once_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks side by side cost one reading, checksums included, also across many boxes."""
-    states = [{"w": torch.rand(1000, 64), "v": torch.rand(64, 1000)} for _ in range(2)]
+    """Chunks cost one reading, checksums included, also across many boxes and several tasks."""
+    monkeypatch.setattr(tasks, "_LEAST_TASK_BYTES", 1 << 21)
+    states = [{"w": torch.rand(4096, 256), "v": torch.rand(256, 4096)} for _ in range(2)]
     state = states[0]
-    boxes = {"w": columns((1000, 64), 4), "v": columns((64, 1000), 4)}
+    boxes = {"w": shared((4096, 256), 4), "v": shared((256, 4096), 4)}
     paths = [save_chunks(tmp_path / f"{n}", states[n], boxes) for n in range(2)]
     read = []
     plain = files.InputFile.read_into
