@@ -147,13 +147,12 @@ class BoxReader:
         # The strides of the shape that is cut into boxes, if a box is one range; else None.
         self._steps = stretch.steps if whole(source) else None
         self._bytes_read = 0
-        self._touched: dict[Record, None] = {}
+        self._touched: set[Record] = set()
         self._pieces: dict[Record, Piece] = {}
 
     def read(self, cell: Box, buffer: memoryview) -> None:
         """Read a box; the elements in the buffer are in C order."""
         if not buffer:
-            self._touched |= dict.fromkeys(self._source.records)
             return
         record = self._source.record
         if self._steps is None:
@@ -168,7 +167,7 @@ class BoxReader:
 
     def _seen(self, record: Record, start: int, data: memoryview | None) -> None:
         """Extend the checksum by a range that directly follows the ranges read before."""
-        self._touched[record] = None
+        self._touched.add(record)
         if data is None:
             return
         piece = self._pieces.get(record, Piece(start, 0, 0))
@@ -179,10 +178,11 @@ class BoxReader:
     def close(self, ledger: Ledger) -> int:
         """Add the checksums of contiguous ranges, if they are needed.
 
-        A record of which nothing was read is left to the item that reads it, which may have
-        checked the whole of it.
+        A record that has bytes, and of which this item has read none, is left to the item that
+        reads it, which may have checked the whole of it. An empty tensor has no such item.
         """
-        for record in self._touched:
-            if self._averaged or record.crc32 is not None:
+        for record in self._source.records:
+            is_own = record in self._touched or not (record.length and self._touched)
+            if is_own and (self._averaged or record.crc32 is not None):
                 ledger.add(record, self._name, self._pieces.get(record))
         return self._bytes_read
