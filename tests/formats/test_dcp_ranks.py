@@ -49,14 +49,15 @@ OUTPUTS = {
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What 4, 2 and 1 ranks wrote, and in `out` the averages with kept wrappers."""
     folder = sharded.written(tmp_path_factory.mktemp("ranks"))
     (folder / "out").mkdir()
     for name, (_, inputs) in OUTPUTS.items():
         paths = [folder / path for path in inputs]
         swa_avg.average(paths, folder / "out" / name, keep_wrapper=True, verify=True)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
