@@ -106,6 +106,31 @@ class AlwaysRounded(RoundingDetector):
         return True
 
 
+class Attempts:
+    """Decides whether a faster way is tried, after it has failed for similar numbers.
+
+    After a failure the next attempts would probably fail too. So some are skipped, and more of
+    them after each further failure.
+    """
+
+    _MOST_SKIPPED: ClassVar = 64
+
+    def __init__(self) -> None:
+        self._skipped = self._to_skip = 0
+
+    def is_due(self) -> bool:
+        """Return whether to try now."""
+        if self._skipped < self._to_skip:
+            self._skipped += 1
+            return False
+        self._skipped = 0
+        return True
+
+    def ended(self, *, well: bool) -> None:
+        """Record how an attempt ended."""
+        self._to_skip = 0 if well else min(self._MOST_SKIPPED, 2 * self._to_skip + 1)
+
+
 @cache
 def rounding_detector() -> RoundingDetector:
     """Return a detector that has been tested on the operations that the kernel uses.

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from swa_avg.kernel.arithmetic import RoundingDetector
+from swa_avg.kernel.arithmetic import Attempts, RoundingDetector
 from swa_avg.kernel.elements import is_small, wide, widen, widen_scaled
 from swa_avg.tensors import DType
 
 if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
 
-_MOST_WAITED = 64  # chunks for which no window is tried after a sum was rounded
 _SPLITTER = 2.0**27 + 1
 # Below this quotient the error term may be subnormal, and two float64 are not enough.
 _LEAST_QUOTIENT = 2.0**-960
@@ -172,19 +171,11 @@ class SlidingSums:
         self._few = few
         self._memory = np.empty((0, 0), np.float32 if few else np.float64)
         self._wide: Array = self._memory  # receives the numbers of a small dtype
-        self._waited = self._waiting = 0
+        self._attempts = Attempts()
 
     def is_ready(self) -> bool:
-        """Return whether sums are tried for the next chunk.
-
-        After a sum that was rounded, those of the next chunks are probably rounded too. So some
-        calls return False, and more of them after each further failure.
-        """
-        if self._waited < self._waiting:
-            self._waited += 1
-            return False
-        self._waited = 0
-        return True
+        """Return whether sums are tried for the next chunk (see `Attempts`)."""
+        return self._attempts.is_due()
 
     def of(self, rows: Rows, spans: Sequence[Sequence[int]], size: int) -> Iterator[Array | None]:
         """Yield the sum of each window, valid until the next one; None if it is not exact.
@@ -208,12 +199,12 @@ class SlidingSums:
             self._rounded.clear()
             self._move(total, before[len(span)], window, blocks)
             if self._rounded.raised():
-                self._waiting = min(_MOST_WAITED, 2 * self._waiting + 1)
+                self._attempts.ended(well=False)
                 yield from repeat(None, len(spans) - number)
                 return
             before[len(span)] = window
             yield total
-        self._waiting = 0
+        self._attempts.ended(well=True)
 
     def _move(self, total: Array, before: range, window: range, rows: Sequence[Block]) -> None:
         """Change the sum of one window into that of another."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swa_avg.kernel.arithmetic import RoundingDetector
+from swa_avg.kernel.arithmetic import Attempts, RoundingDetector
 from swa_avg.kernel.compensated import Rows
 from swa_avg.kernel.elements import is_small, narrow, scale, widen_scaled
 from swa_avg.tensors import DType
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # A tie between results of 11 bits has 12 bits; its product with a count must fit in 24.
 MOST_ROWS = 1 << 11
-_MOST_WAITED = 64  # sums that skip float32 after a sum that was not exact in it
 
 
 def is_few(rows: Rows, dtype: DType, count: int) -> bool:
@@ -48,7 +47,7 @@ class FewBits:
     def __init__(self, rounded: RoundingDetector) -> None:
         self._rounded = rounded
         self._buffer = self._mean = np.empty(0, np.float32)
-        self._waited = self._waiting = 0
+        self._attempts = Attempts()
 
     def widened(self, rows: Array, dtype: DType) -> Array:
         """Return rows of a small dtype as float32 numbers, divided by the dtype's `scale`."""
@@ -61,8 +60,7 @@ class FewBits:
     def averaged(self, single: Array, kind: DType, out: Array, dtype: DType) -> bool:
         """Write the mean of rows into `out`, if their sum is exact in float32.
 
-        After a sum that is not exact, the next ones are probably not exact either. So some
-        calls return False at once, and more of them after each further failure.
+        After a sum that was not exact, some calls return False at once (see `Attempts`).
 
         Args:
             single: The result of `widened`, of up to `MOST_ROWS` rows.
@@ -73,18 +71,15 @@ class FewBits:
         Returns:
             Whether the sum was exact. If not, `out` is unchanged.
         """
-        if self._waited < self._waiting:
-            self._waited += 1
+        if not self._attempts.is_due():
             return False
-        self._waited = 0
         self._rounded.clear()
         mean = np.add.reduce(single, axis=0)
-        if self._rounded.raised():
-            self._waiting = min(_MOST_WAITED, 2 * self._waiting + 1)
-            return False
-        self._waiting = 0
-        self.finish(mean, len(single), kind, out, dtype)
-        return True
+        exact = not self._rounded.raised()
+        self._attempts.ended(well=exact)
+        if exact:
+            self.finish(mean, len(single), kind, out, dtype)
+        return exact
 
     def finish(self, total: Array, count: int, kind: DType, out: Array, dtype: DType) -> None:
         """Write the mean of rows into `out`, from their exact sum in float32.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Called with a record, the first byte in it, and the bytes that were read.
+# Called with a record, the first byte in it, and the bytes that were read, if all were used.
 Seen = Callable[[Record, int, memoryview | None], None]
 
 # A strided box is read in one piece unless that reads more than this many times its bytes.
