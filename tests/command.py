@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,9 +43,11 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
         options: Those of `subprocess.run`; `limits`, what a shell says before it
             (`ulimit -v 1000`); `without_privileges`, to be refused what a user is refused.
     """
-    environment = options.get("env") or os.environ
-    if not options.keys() - {"env", "timeout"} and _may_be_forked(environment):
-        return preloaded.run(folder, arguments, environment, options.get("timeout", 300))
+    limited = _limits(options.get("limits", ""))
+    shared = limited is not None and os.environ.get("SWA_AVG_TESTS") != "processes"
+    if shared and not options.keys() - {"env", "timeout", "limits"}:
+        environment, timeout = options.get("env") or os.environ, options.get("timeout", 300)
+        return preloaded.run(folder, arguments, environment, timeout, limits=limited)
     command = [*COMMAND, *arguments]
     if limits := options.pop("limits", ""):
         command = ["/bin/sh", "-c", f'{limits} && exec "$@"', "sh", *command]
@@ -54,17 +57,19 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=folder, **options)
 
 
-def _may_be_forked(environment: Mapping[str, str]) -> bool:
-    """Return whether a command with this environment may share its imports with others."""
-    if os.environ.get("SWA_AVG_TESTS") == "processes":
-        return False
-    names = {name for name in environment.keys() | os.environ.keys() if _read_early(name)}
-    return all(environment.get(name) == os.environ.get(name) for name in names)
+def _limits(text: str) -> dict[str, tuple[int | None, int | None]] | None:
+    """Return the soft and the hard limits of memory or open files that a shell sets.
 
-
-def _read_early(name: str) -> bool:
-    """Return whether Python or a library may read a variable when it starts."""
-    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_"))
+    None is for what only a shell can do.
+    """
+    if not text:
+        return {}
+    found = re.fullmatch(r"ulimit -(S?)([vn]) (\d+)", text)
+    if not found:
+        return None
+    name, unit = {"v": ("RLIMIT_AS", 1024), "n": ("RLIMIT_NOFILE", 1)}[found[2]]
+    value = int(found[3]) * unit
+    return {name: (value, None if found[1] else value)}
 
 
 def snapshot(folder: Path) -> dict[str, object]:

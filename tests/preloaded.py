@@ -5,9 +5,9 @@ Most tests run the command, and importing torch takes two seconds. `run` does wh
 with its own folder, arguments, environment and streams. Only the start of Python and the
 imports are shared. `SWA_AVG_TESTS=processes` starts every command from the beginning instead.
 
-Run as a program this module is the process that is forked. There are two of them, because
-torch makes a fork ten times as slow: one with torch for the commands that run a model, and one
-without.
+Run as a program this module is the process that is forked. There are several of them: torch
+makes a fork four times as slow, so one has torch, for the commands that run a model, and one
+does not; and each is started with the variables that Python and the libraries read early.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import gc
 import importlib
 import json
 import os
+import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +51,7 @@ def run(
     timeout: float,
     script: str | None = None,
     imports: tuple[str, ...] = (),
+    limits: Mapping[str, tuple[int | None, int | None]] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder, and return what `subprocess.run` returns.
 
@@ -58,6 +62,7 @@ def run(
         timeout: The most seconds that it may take.
         script: A script to run instead of the command.
         imports: Modules that may be imported before.
+        limits: Of each limited resource the soft and the hard limit, or None for that of before.
     """
     here, there = socket.socketpair()
     order = {
@@ -65,13 +70,14 @@ def run(
         "arguments": arguments,
         "environment": dict(environment),
         "script": script,
+        "limits": dict(limits or {}),
     }
+    early = tuple(sorted(item for item in environment.items() if read_early(item[0])))
+    server = _server(imports or imports_of(arguments), early)
     with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with there:
             files = [out.fileno(), err.fileno(), there.fileno()]
-            socket.send_fds(
-                _server(imports or imports_of(arguments)), [json.dumps(order).encode()], files
-            )
+            socket.send_fds(server, [json.dumps(order).encode()], files)
         here.settimeout(timeout)
         process = int.from_bytes(_received(here, 8), "little")
         try:
@@ -85,6 +91,11 @@ def run(
             # As `text=True` reads: universal newlines.
             texts.append(file.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
     return subprocess.CompletedProcess(["swa-avg", *arguments], code, *texts)
+
+
+def read_early(name: str) -> bool:
+    """Return whether Python or a library may read a variable when it starts."""
+    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_"))
 
 
 def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:
@@ -134,14 +145,21 @@ def ended(script: str | None = None) -> int:
 
 
 @functools.cache
-def _server(imports: tuple[str, ...]) -> socket.socket:
-    """Start the process that is forked. It ends with this process."""
+def _server(imports: tuple[str, ...], early: tuple[tuple[str, str], ...]) -> socket.socket:
+    """Start the process that is forked. It ends with this process.
+
+    Args:
+        imports: What it imports.
+        early: The variables of its environment that are read when it starts.
+    """
     here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with there:
         process = subprocess.Popen(
             [sys.executable, __file__, str(there.fileno()), *imports],
             pass_fds=[there.fileno()],
             stdin=subprocess.DEVNULL,
+            env={name: text for name, text in os.environ.items() if not read_early(name)}
+            | dict(early),
         )
     here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
     atexit.register(_end, here, process)
@@ -171,36 +189,54 @@ def import_shared(more: Iterable[str] = ()) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for name in (*_SHARED, *more):
         importlib.import_module(name)
+    if "torch" in more:
+        _share_torch()
     gc.collect()
     gc.freeze()
 
 
+def _share_torch() -> None:
+    """Have torch do once what takes it long the first time, and nothing when a command ends."""
+    import torch
+
+    if torch.get_num_threads() == 1:  # else there would be threads, which no fork has
+        torch.nn.BatchNorm1d(2)(torch.ones(2, 2))
+    for function in list(weakref.finalize._registry):
+        function.atexit = False
+
+
 def _serve(orders: socket.socket, more: Iterable[str]) -> None:
-    """Fork a process for each order until there are no more."""
+    """Fork a process for each order, and send its process id and how it ended, to the last."""
     import_shared(more)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    running: dict[int, tuple[int, int]] = {}
+    ready = select.poll()
+    ready.register(orders, select.POLLIN)
     while True:
-        message, files, _, _ = socket.recv_fds(orders, _MOST_BYTES, 3)
-        if not message:
-            return
-        if not os.fork():
-            orders.close()
-            _answer(json.loads(message), *files)
-        for file in files:
-            os.close(file)
-
-
-def _answer(order: dict[str, object], out: int, err: int, answer: int) -> None:
-    """Run one command in a child; send its process id, and how it ended."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    process = os.fork()
-    if not process:
-        os.close(answer)
-        _become(order, out, err)
-    os.write(answer, process.to_bytes(8, "little"))
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    os.write(answer, code.to_bytes(8, "little", signed=True))
-    os._exit(0)
+        for file, _ in ready.poll():
+            if file in running:
+                ready.unregister(file)
+                process, answer = running.pop(file)
+                code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+                os.write(answer, code.to_bytes(8, "little", signed=True))
+                os.close(answer)
+                os.close(file)
+                continue
+            message, files, _, _ = socket.recv_fds(orders, _MOST_BYTES, 3)
+            if not message:
+                return
+            *streams, answer = files
+            process = os.fork()
+            if not process:
+                orders.close()
+                for other in (answer, *running, *(pair[1] for pair in running.values())):
+                    os.close(other)
+                _become(json.loads(message), *streams)
+            os.write(answer, process.to_bytes(8, "little"))
+            file = os.pidfd_open(process)
+            running[file] = process, answer
+            ready.register(file, select.POLLIN)
+            for stream in streams:
+                os.close(stream)
 
 
 def _become(order: dict[str, object], out: int, err: int) -> None:
@@ -211,6 +247,10 @@ def _become(order: dict[str, object], out: int, err: int) -> None:
     os.close(err)
     folder, arguments, environment = (order[key] for key in ("folder", "arguments", "environment"))
     os.chdir(folder)
+    for name, limits in order["limits"].items():
+        number = getattr(resource, name)
+        pairs = zip(limits, resource.getrlimit(number), strict=True)
+        resource.setrlimit(number, [old if new is None else new for new, old in pairs])
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["swa-avg", *arguments]
