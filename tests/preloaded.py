@@ -28,13 +28,16 @@ import tempfile
 import traceback
 import weakref
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 _MOST_BYTES = 1 << 20
 # Modules that read the environment, the arguments or the streams when they are imported are
 # not among these, and neither is what `swa_avg.__main__` looks for among the imported modules.
 TORCH = ("torch", "safetensors.torch")
+# What a script imports that shards tensors. Each rank would import the last one by itself.
+SHARDING = (*TORCH, "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
 # Options whose command imports torch.
 _RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy", "--each")
 _SHARED = (
@@ -110,6 +113,20 @@ def on_ranks(
 
     Nobody ends the other ranks when one has failed, as torchrun does.
     """
+    with ThreadPoolExecutor(world) as pool:
+        ranks = start_on_ranks(pool, folder, world, *arguments, script=script, timeout=timeout)
+        return [rank.result() for rank in ranks]
+
+
+def start_on_ranks(
+    pool: Executor,
+    folder: Path,
+    world: int,
+    *arguments: str,
+    script: str | None = None,
+    timeout: float = 100,
+) -> list[Future[subprocess.CompletedProcess[str]]]:
+    """As `on_ranks`, with a thread of a pool that waits for each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -119,8 +136,7 @@ def on_ranks(
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         return run(folder, arguments, environment, timeout, script, TORCH)
 
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(one, range(world)))
+    return [pool.submit(one, rank) for rank in range(world)]
 
 
 def ended(script: str | None = None) -> int:
@@ -217,7 +233,8 @@ def _serve(orders: socket.socket, more: Iterable[str]) -> None:
                 ready.unregister(file)
                 process, answer = running.pop(file)
                 code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-                os.write(answer, code.to_bytes(8, "little", signed=True))
+                with suppress(BrokenPipeError):  # nobody waits any more
+                    os.write(answer, code.to_bytes(8, "little", signed=True))
                 os.close(answer)
                 os.close(file)
                 continue

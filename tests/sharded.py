@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -22,12 +21,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 Weights = dict[str, torch.Tensor]
+HERE = Path(__file__).parent
 
 # The shape of each tensor, and how the ranks share it: on a mesh of one dimension, or of two.
 SHARES: Mapping[str, tuple[tuple[int, ...], Any]] = {
@@ -195,13 +196,9 @@ def _on_ranks(do: Callable[[int, Any, int], None], given: Any, world: int) -> No
 
 def run(what: str, given: Path) -> None:
     """Run this script in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, what, str(given)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    script = f"import sys; sys.path.insert(0, {str(HERE)!r}); import sharded; sharded.main()"
+    done = preloaded.run(HERE, (what, str(given)), environment, 240, script, preloaded.SHARDING)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -231,7 +228,8 @@ def loaded(
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Do what the arguments say, on 4, 2 and 1 ranks."""
     warnings.simplefilter("ignore")
     command, path = sys.argv[1], Path(sys.argv[2]).resolve()
     for count in (4, 2, 1):
@@ -239,3 +237,7 @@ if __name__ == "__main__":
             _on_ranks(_write, path, count)
         else:
             _on_ranks(_read, json.loads(path.read_text()), count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,15 @@
 """Two processes do what one does, and fail together.
 
-The processes are real ones, started by torchrun with gloo; what they do is in
-`WORKER`. Statistics are compared in float64, where nothing hides in a rounding.
+The processes are real ones with gloo, forked from one that has imported torch; what they do is
+in `WORKER`. Statistics are compared in float64, where nothing hides in a rounding.
 """
 
-import subprocess
-import sys
 from inspect import getsource
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -106,14 +105,11 @@ Path(f"{case}.said.{group.rank}").write_text(str(error))
 """
 
 
-def torchrun(case: str, folder: Path) -> list[str]:
+def two_ranks(case: str, folder: Path) -> list[str]:
     """Run the worker on two ranks and return what each has to say: the error, or None."""
     (folder / "network.py").write_text(NETWORK)
-    (folder / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", "worker.py", case]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    ended = on_ranks(folder, 2, case, script=WORKER)
+    assert [one.returncode for one in ended] == [0, 0], ended
     return [(folder / f"{case}.said.{rank}").read_text() for rank in (0, 1)]
 
 
@@ -121,7 +117,7 @@ def torchrun(case: str, folder: Path) -> list[str]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what two ranks made of every kind of data."""
     folder = tmp_path_factory.mktemp("ranks")
-    assert torchrun("share", folder) == ["None", "None"]
+    assert two_ranks("share", folder) == ["None", "None"]
     return folder
 
 
@@ -162,7 +158,7 @@ def test_a_loader_loads_each_sample_on_one_rank_only(shared: Path) -> None:
 def test_ranks_fail_together(tmp_path: Path) -> None:
     """If one raises, the other ends with the same error, instead of waiting for it."""
     said = "batch 3: OSError: disk on fire."
-    assert torchrun("broken", tmp_path) == [f"rank 1 failed: {said}", said]
+    assert two_ranks("broken", tmp_path) == [f"rank 1 failed: {said}", said]
 
 
 def test_no_batch_on_any_rank_is_an_error(shared: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preloaded import on_ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -290,11 +291,9 @@ def test_two_ranks_equal_one(folder: Path, run: Run) -> None:
         torch.save(module(folder)["double"]().state_dict(), f"double_{epoch}.pt")
     options = ["--recompute-bn", "--data", "mod:doubles", "--model", "mod:double"]
     assert run("double_*.pt", "-o", "one.pt", *options)[0] == 0
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "swa_avg"]
-    command = [sys.executable, *torchrun, "double_0.pt", "double_1.pt", "-o", "two.pt", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("wrote two.pt") == 1
+    ended = on_ranks(folder, 2, "double_0.pt", "double_1.pt", "-o", "two.pt", *options)
+    assert [one.returncode for one in ended] == [0, 0], ended
+    assert [one.stdout.count("wrote two.pt") for one in ended] == [1, 0]
     one, two = torch.load("one.pt"), torch.load("two.pt")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-12, atol=1e-12)

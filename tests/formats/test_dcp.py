@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import oracle
+import preloaded
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -190,15 +189,8 @@ if __name__ == "__main__":
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders that two ranks wrote together."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "ranks.py"
-    script.write_text(RANKS)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = preloaded.run(folder, (str(folder),), environment, 120, RANKS, preloaded.SHARDING)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -18,13 +17,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import command
 import oracle
 import pytest
 import sharded
 import torch
 import torch.distributed.checkpoint as dcp
 from folders import save_chunks
+from preloaded import on_ranks
 from stored import tensors as read
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -164,18 +163,11 @@ def test_safetensors_of_ranks(run: Path, tmp_path: Path) -> None:
 
 
 def test_several_ranks_write_the_same_bytes(run: Path, tmp_path: Path) -> None:
-    """Under torchrun two ranks share the work; the folder is that of one process."""
-    torchrun = [str(Path(command.COMMAND[0]).with_name("torchrun")), "--nproc-per-node", "2"]
+    """Two ranks share the work; the folder is that of one process."""
     paths = [str(run / path) for path in OUTPUTS["fsdp"][1]]
     options = ["-o", "out", "--keep-wrapper", "--threads", "1"]
-    ended = subprocess.run(
-        [*torchrun, "-m", "swa_avg", *paths, *options],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr
+    ended = on_ranks(tmp_path, 2, *paths, *options)
+    assert [one.returncode for one in ended] == [0, 0], ended
     assert content(tmp_path / "out") == content(run / "out" / "fsdp")
 
 

@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from command import run, snapshot
-from preloaded import on_ranks
+from preloaded import TORCH, on_ranks, start_on_ranks
+from preloaded import run as run_script
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,7 +31,8 @@ from swa_avg.averaging.prepare import planned
 from swa_avg.errors import as_parameters
 from swa_avg.kernel.tasks import share
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# torchrun itself is forked too; the ranks that it starts are not.
+TORCHRUN = "from torch.distributed.run import main; main()"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # else torchrun has something to say
 TIMEOUT = 100  # no law: a hang fails here
 OUTPUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +77,7 @@ ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")
 LEFT_ALONE = """
 import os, signal, sys
 from datetime import timedelta
+from pathlib import Path
 from swa_avg.averaging import joint, planned
 from swa_avg.averaging.torchrun import ranks
 from swa_avg.errors import SwaAvgError
@@ -83,6 +86,7 @@ def die(*arguments):
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
 
 if os.environ["RANK"] == sys.argv[1]:
+    Path(sys.argv[3]).write_text(str(os.getpid()))
     os.pwrite = die
 try:
     with ranks(patience=timedelta(seconds=2)) as group, planned("epoch_?.pt", "alone.pt") as found:
@@ -109,7 +113,7 @@ def state(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Three checkpoints in each of three forms, and what one process makes of them in `one`."""
     made = tmp_path_factory.mktemp("ranks")
     for seed in range(3):
@@ -125,22 +129,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (made / name).mkdir()
     for name, (inputs, options) in OUTPUTS.items():
         swa_avg.average(made / inputs, made / "one" / name, threads=2, **options)
-    return made
+    yield made
+    shutil.rmtree(made)  # 55 MB
 
 
 def torchrun(
     folder: Path, world: int, *arguments: str, code: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command on ranks, or a script of this file."""
+    """Run the command on ranks by torchrun, or a script of this file."""
     what = ["-m", "swa_avg"]
     if code is not None:
         (folder / "script.py").write_text(code)
         what = ["script.py"]
-    command = [*TORCHRUN, f"--nproc-per-node={world}", *what, *arguments]
+    command = ("--standalone", f"--nproc-per-node={world}", *what, *arguments)
     try:
-        return subprocess.run(
-            command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT
-        )
+        return run_script(folder, command, ENVIRONMENT, TIMEOUT, TORCHRUN, TORCH)
     finally:
         (folder / "script.py").unlink(missing_ok=True)
 
@@ -161,10 +164,7 @@ def content(path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_write_the_bytes_that_one_process_writes(folder: Path, world: int) -> None:
     """In every form of output, and nothing is left beside them."""
-    if world == 2:
-        ended = [torchrun(folder, world, str(world), code=TOGETHER)]
-    else:
-        ended = on_ranks(folder, world, str(world), script=TOGETHER)
+    ended = on_ranks(folder, world, str(world), script=TOGETHER)
     assert [one.returncode for one in ended] == [0] * len(ended), ended
     assert {path.name for path in (folder / str(world)).iterdir()} == OUTPUTS.keys()
     for name in OUTPUTS:
@@ -277,14 +277,21 @@ def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_rank_leaves_no_output(folder: Path, victim: int) -> None:
-    """The old output is whole, and when a run has come after it nothing else is there."""
+    """The old output is whole, and when a run has come after it nothing else is there.
+
+    Rank 1 under torchrun, which ends rank 0; rank 0 where the other one has to notice it.
+    """
     target = folder / "target.pt"
     target.write_bytes(b"the old output")
     before = snapshot(folder)
     arguments = ["epoch_?.pt", "-o", "target.pt", "--force"]
-    ended = torchrun(folder, 2, str(victim), *arguments, code=DIES)
-    assert ended.returncode == 1
-    assert "exitcode  : -9" in ended.stderr and f"rank      : {victim} " in ended.stderr
+    if victim == 1:
+        ended = torchrun(folder, 2, "1", *arguments, code=DIES)
+        assert ended.returncode == 1
+        assert "exitcode  : -9" in ended.stderr and "rank      : 1 " in ended.stderr
+    else:
+        killed, other = on_ranks(folder, 2, "0", *arguments, script=DIES)
+        assert (killed.returncode, other.returncode) == (-9, 1)
     left = snapshot(folder).keys() - before.keys()
     assert len(left) == (victim == 0), left  # who is killed cannot clean up behind itself
     assert target.read_bytes() == b"the old output"
@@ -301,29 +308,18 @@ def test_killed_rank_leaves_no_output(folder: Path, victim: int) -> None:
     ],
 )
 def test_rank_that_is_gone_is_noticed(
-    folder: Path, victim: int, how: signal.Signals, says: str
+    folder: Path, tmp_path: Path, victim: int, how: signal.Signals, says: str
 ) -> None:
     """Where nobody ends the others when one has died or hangs, they end by themselves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     before = snapshot(folder)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", LEFT_ALONE, str(victim), how.name],
-            cwd=folder,
-            env=ENVIRONMENT | meeting | {"WORLD_SIZE": "2", "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        said, _ = started[1 - victim].communicate(timeout=TIMEOUT)
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    arguments = (str(victim), how.name, str(tmp_path / "victim"))
+    with ThreadPoolExecutor(2) as pool:
+        ranks = start_on_ranks(pool, folder, 2, *arguments, script=LEFT_ALONE, timeout=TIMEOUT)
+        try:
+            said = ranks[1 - victim].result().stdout
+        finally:
+            if how == signal.SIGSTOP:
+                os.kill(int((tmp_path / "victim").read_text()), signal.SIGKILL)
     assert says in said
     left = [Path(path) for path in snapshot(folder).keys() - before.keys()]
     assert len(left) == (victim == 0)
