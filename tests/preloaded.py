@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 _MOST_BYTES = 1 << 20
@@ -40,6 +41,7 @@ TORCH = ("torch", "safetensors.torch")
 SHARDING = (*TORCH, "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
 # Options whose command imports torch.
 _RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy", "--each")
+_OF_PROTOCOLS = {"http": ("aiohttp", "fsspec.implementations.http"), "s3": ("s3fs",)}
 _SHARED = (
     *("numpy", "click", "tqdm", "zlib_ng", "zlib_ng.zlib_ng"),
     *("swa_avg.cli.command", "swa_avg.averaging.execution", "swa_avg.averaging.prepare"),
@@ -103,7 +105,11 @@ def read_early(name: str) -> bool:
 
 def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:
     """Return the modules that a command with these arguments imports besides the shared ones."""
-    return TORCH if any(text.startswith(_RUN_A_MODEL) for text in arguments) else ()
+    if any(text.startswith(_RUN_A_MODEL) for text in arguments):
+        return TORCH
+    protocols = {text.partition("://")[0] for text in arguments if "://" in text}
+    found = (_OF_PROTOCOLS.get(protocol, ()) for protocol in sorted(protocols))
+    return tuple(name for names in found for name in names if find_spec(name.partition(".")[0]))
 
 
 def on_ranks(

@@ -236,7 +236,7 @@ def component_of(path: Path) -> str:
             return path.name if _has_run_state(path.parent) else ""
         several = None if folder is path else _SEVERAL.fullmatch(path.name)
         name = f"model{several['number'] or ''}" if several else ""
-        if name in models_in_files(folder):
+        if name and name in models_in_files(folder):
             return name
     except (OSError, SwaAvgError):
         pass  # what is around a checkpoint need not be sound

@@ -62,6 +62,26 @@ def bare(folder: Path, epochs: Sequence[int] = range(12), name: str = "epoch_{}.
     return folder
 
 
+def test_folder_is_listed_as_often_for_many_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of them: 1,100 checkpoints would have it read 1.2 million names."""
+    listed: list[str] = []
+    listdir = os.listdir
+
+    def counted(path: Any = ".") -> list[str]:
+        listed.append(os.fspath(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", counted)
+    counts = []
+    for number in (4, 12):
+        folder = bare(tmp_path / str(number), range(number))
+        swa_avg.average(folder, tmp_path / f"{number}.pt")
+        counts.append(listed.count(str(folder)))
+    assert counts[0] == counts[1] > 0
+
+
 def lightning(folder: Path, losses: Sequence[float] = LOSSES) -> Path:
     """As ModelCheckpoint(monitor="val/loss", save_top_k=-1, save_last=True) leaves it."""
     folder.mkdir()
