@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import compileall
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,17 +42,59 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which the built-in demo has run, and what it printed."""
-    folder = tmp_path_factory.mktemp("demo") / "a folder"
-    ended = subprocess.run(
-        [sys.executable, "-m", "swa_avg.demo", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return folder, ended.stdout
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the wheel and the sdist, and in `site` what pip installs of the wheel."""
+    if find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the package, is not installed")
+
+    def build(folder: Path) -> None:
+        command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True)
+        (wheel,) = folder.glob("*.whl")
+        install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
+        target = ["--target", str(folder / "site"), str(wheel)]
+        subprocess.run([sys.executable, *install, *target], check=True, capture_output=True)
+
+    return made_once(tmp_path_factory, "dist", build)
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory, built: Path) -> tuple[Path, str]:
+    """The folder in which the built-in demo of the wheel has run, and what it printed.
+
+    The wheel is installed alone in a folder, with nothing of this checkout.
+    """
+
+    def run(folder: Path) -> None:
+        ended = subprocess.run(
+            [sys.executable, "-m", "swa_avg.demo", str(folder / "a folder")],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(built / "site")},
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        (folder / "stdout").write_text(ended.stdout)
+
+    made = made_once(tmp_path_factory, "demo", run)
+    return made / "a folder", (made / "stdout").read_text()
+
+
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]
+) -> Path:
+    """Return a folder that one of the processes of pytest-xdist has made for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with Path(f"{place}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "is made").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            make(place)
+            (place / "is made").touch()
+    return place
 
 
 @pytest.fixture

@@ -6,26 +6,12 @@ import os
 import subprocess
 import sys
 import tarfile
-from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
-
-import pytest
 
 import swa_avg
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the wheel and the sdist."""
-    if find_spec("hatchling") is None:
-        pytest.skip("hatchling, which builds the package, is not installed")
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
 
 
 def test_wheel_and_sdist_hold_everything(built: Path) -> None:
@@ -53,17 +39,12 @@ def test_wheel_and_sdist_hold_everything(built: Path) -> None:
     assert "tests/test_package.py" in inside
 
 
-def test_demo_runs_from_the_wheel(built: Path, tmp_path: Path) -> None:
+def test_demo_runs_from_the_wheel(built: Path, demo_run: tuple[Path, str], tmp_path: Path) -> None:
     """Installed alone in a folder, with nothing of this checkout."""
-    (wheel,) = built.glob("*.whl")
-    site = tmp_path / "site"
-    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site)]
-    subprocess.run([sys.executable, *install, str(wheel)], check=True, capture_output=True)
+    site = built / "site"
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = [sys.executable, "-c", "import swa_avg; print(swa_avg.__file__)"]
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     found = subprocess.run(where, check=True, **options)
     assert Path(found.stdout.strip()).is_relative_to(site)
-    demo = subprocess.run([sys.executable, "-m", "swa_avg.demo"], **options)
-    assert demo.returncode == 0, demo.stderr
-    assert "swa-avg, BatchNorm recomputed" in demo.stdout
+    assert "swa-avg, BatchNorm recomputed" in demo_run[1]
