@@ -41,18 +41,24 @@ def run(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedPr
         folder: The current folder.
         arguments: Its arguments.
         options: Those of `subprocess.run`; `limits`, what a shell says before it
-            (`ulimit -v 1000`); `without_privileges`, to be refused what a user is refused.
+            (`ulimit -v 1000`); `without_privileges`, to be refused what a user is refused;
+            `terminal`, the file of a terminal that is its stderr.
     """
     limited = _limits(options.get("limits", ""))
     shared = limited is not None and os.environ.get("SWA_AVG_TESTS") != "processes"
-    if shared and not options.keys() - {"env", "timeout", "limits"}:
+    if shared and not options.keys() - {"env", "timeout", "limits", "terminal"}:
         environment, timeout = options.get("env") or os.environ, options.get("timeout", 300)
-        return preloaded.run(folder, arguments, environment, timeout, limits=limited)
+        terminal = options.get("terminal")
+        return preloaded.run(
+            folder, arguments, environment, timeout, limits=limited, stderr=terminal
+        )
     command = [*COMMAND, *arguments]
     if limits := options.pop("limits", ""):
         command = ["/bin/sh", "-c", f'{limits} && exec "$@"', "sh", *command]
     if options.pop("without_privileges", False):
         command = [sys.executable, "-c", _AS_A_USER, *command]
+    if terminal := options.pop("terminal", None):
+        options |= {"capture_output": False, "stdout": subprocess.PIPE, "stderr": terminal}
     options = {"capture_output": True, "text": True, "timeout": 300, **options}
     return subprocess.run(command, cwd=folder, **options)
 

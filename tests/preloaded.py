@@ -57,6 +57,7 @@ def run(
     script: str | None = None,
     imports: tuple[str, ...] = (),
     limits: Mapping[str, tuple[int | None, int | None]] | None = None,
+    stderr: int | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder, and return what `subprocess.run` returns.
 
@@ -68,6 +69,7 @@ def run(
         script: A script to run instead of the command.
         imports: Modules that may be imported before.
         limits: Of each limited resource the soft and the hard limit, or None for that of before.
+        stderr: The file for what it prints there; by default it is returned.
     """
     here, there = socket.socketpair()
     order = {
@@ -81,7 +83,7 @@ def run(
     server = _server(imports or imports_of(arguments), early)
     with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with there:
-            files = [out.fileno(), err.fileno(), there.fileno()]
+            files = [out.fileno(), stderr or err.fileno(), there.fileno()]
             socket.send_fds(server, [json.dumps(order).encode()], files)
         here.settimeout(timeout)
         process = int.from_bytes(_received(here, 8), "little")
@@ -100,7 +102,7 @@ def run(
 
 def read_early(name: str) -> bool:
     """Return whether Python or a library may read a variable when it starts."""
-    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_"))
+    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "TQDM_"))
 
 
 def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:

@@ -207,9 +207,8 @@ def test_progress_is_for_a_terminal(tmp_path: Path, arguments: tuple[str, ...], 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(_read_all, ours)
-        pipes = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": theirs}
-        pipes["env"] = os.environ | {"TQDM_MININTERVAL": "0"}
-        ended = run(tmp_path, *arguments, **pipes)
+        often = os.environ | {"TQDM_MININTERVAL": "0"}
+        ended = run(tmp_path, *arguments, env=often, terminal=theirs)
         os.close(theirs)
         said = reading.result().replace("\r\n", "\n")
     os.close(ours)

@@ -35,6 +35,14 @@ COPIES = ("ranks", "deepspeed", "accelerate", "nemo")
 ALL_FORMS = (*FORMS, *COPIES)
 # Of how many calls one is tried.
 STEPS = {"file": 1, "folder": 1, "ranks": 3, "deepspeed": 5, "accelerate": 8, "nemo": 4}
+# SIGTERM and SIGINT go the same way: of copies, the one over an old output, the other without.
+KILLED = [
+    (form, number, old)
+    for form in ALL_FORMS
+    for number in CODES
+    for old in (True, False)
+    if ALL or form in FORMS or number == signal.SIGKILL or old == (number == signal.SIGTERM)
+]
 KEEP = {"ranks": ["--keep-wrapper"], "accelerate": ["--keep-wrapper"]}
 
 
@@ -118,9 +126,7 @@ def moments(case: Case, fault: Fault = Fault(), old: bool = True) -> list[str]: 
 # Killed.
 
 
-@pytest.mark.parametrize("case", ALL_FORMS, indirect=True)
-@pytest.mark.parametrize("number", CODES)
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(("case", "number", "old"), KILLED, indirect=["case"])
 def test_killed_at_any_call(case: Case, number: signal.Signals, old: bool) -> None:
     """Before each call in turn, and half-way through each write.
 
