@@ -2,7 +2,7 @@
 
 A case is a command that is refused, or that says a note, and what its line tells to type.
 Remedies that other tests follow are not repeated here; those on the user's code are in
-`batchnorm/test_remedies_users_code.py`.
+`batchnorm/test_remedies_users_code.py`, and those on options in `cli/test_remedies_usage.py`.
 """
 
 from __future__ import annotations
@@ -669,52 +669,6 @@ FORMATS: dict[str, Case] = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_remedies_on_formats(name: str, tmp_path: Path) -> None:
     check(FORMATS[name], tmp_path)
-
-
-# Usage --------------------------------------------------------------------------------------------
-
-DATA = {**several(lambda n: {"model": weights(n), "val_loss": 1 / n, "x": n}), "mod.py": SEARCH}
-# Of each: the command, what its line tells, and the command that follows it.
-USAGE = {
-    "": (r"Give the checkpoints to average, as in: swa-avg ckpts/epoch_\*\.pt$", "?.pt"),
-    "?.pt --key a --ema": (r"Give (--key) or --ema/(--no-ema), not both\.$", "?.pt {1}"),
-    "?.pt --best 1": (r"--best needs --metric NAME, as in (--metric val_loss)\.$",
-                      "?.pt --best 1 {0}"),
-    "?.pt --metric loss": (r"--metric needs --best N, or (--sweep) or --greedy\.$",
-                           "?.pt --metric acc {0} mod:both"),
-    "?.pt --mode max": (r"--mode needs --best N, or --sweep or (--greedy)\.$",
-                        "?.pt --mode max {0} mod:judge"),
-    "?.pt --best 1 --metric x": (r"give (--mode min) or --mode max\.$",
-                                 "?.pt --best 1 --metric x {0}"),
-    "?.pt --plot p.svg": (r"--plot needs --sweep, --greedy or (--distances)\.$",
-                          "?.pt --plot p.svg {0}"),
-    "?.pt --each --last 2 --plot p.svg -o m_{{name}}.pt": (
-        r"--plot with --each needs (--sweep) MOD:ATTR\.$",
-        "?.pt --each --last 2 --plot p.svg {0} mod:acc -o m_{{name}}.pt"),
-    "?.pt --last 1,2": (r"--last takes several numbers only with (--each)\.$",
-                        "?.pt --last 1,2 {0} -o m_{{name}}_{{last}}.pt"),
-    "?.pt --each": (r"--each needs (--last) N: ", "?.pt --each {0} 2 -o m_{{name}}.pt"),
-    "?.pt --each --last 2": (r"or \{{name\}}, as in ('merged/\{{step\}}\.pt')\.$",
-                             "?.pt --each --last 2 -o m_{{name}}.pt"),
-    "?.pt --each --last 1,2 -o m_{{name}}.pt": (
-        r"need (\{{last\}}) in the output's name, as in",
-        "?.pt --each --last 1,2 -o m_{{name}}_{0}.pt"),
-    "?.pt --each --last 2 --sweep mod:acc --force": (
-        r"--force needs (-o), as in -o 'merged/\{{step\}}\.pt'\.$",
-        "?.pt --each --last 2 --sweep mod:acc --force {0} m_{{name}}.pt"),
-    "?.pt --sweep mod:acc --greedy mod:acc": (r"Give (--sweep) or --greedy, not both\.$",
-                                              "?.pt {0} mod:acc"),
-    "?.pt --epochs 3": (r"must be A:B or A:B:STEP, as in 10:20 or (10:), not 3\.$",
-                        "?.pt --epochs 1:2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("given", USAGE)
-def test_remedies_on_usage(given: str, tmp_path: Path) -> None:
-    says, then = USAGE[given]
-    case = Case(DATA, given.replace("{{", "{").replace("}}", "}"),
-                says.replace("{{", "{").replace("}}", "}"), (then,))  # fmt: skip
-    check(case, tmp_path)
 
 
 def test_remedy_of_the_api(tmp_path: Path) -> None:
