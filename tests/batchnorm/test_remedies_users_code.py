@@ -50,6 +50,13 @@ def average_with_a_link(folder: Path) -> None:
     (folder / "avg/model.safetensors").symlink_to("../blob")
 
 
+def average_of_folders(folder: Path) -> None:
+    save(folder, {"mod.py": f"{MODULE}\n{MODEL}\n"})
+    for n in (1, 2):
+        save(folder, {f"{n}/model.safetensors": of_net(n), f"{n}/config.json": "{}"})
+    swa_avg.average([folder / "1", folder / "2"], folder / "a v")
+
+
 def average_of_one(folder: Path) -> None:
     save(folder, users(MODEL))
     swa_avg.average(folder / "1.pt", folder / "a.pt")
@@ -137,6 +144,15 @@ USERS: dict[str, Case] = {
     "a scripted model": Case(
         users("model = torch.jit.script(Net())"), BN,
         r"Give the model as it is before torch\.jit\.script\.$", (f"{BN} --model mod:Net",), 1.5,
+    ),
+    "a checkpoint in place": Case(
+        users(MODEL), "--recompute-bn --data mod:loader -o 2.pt",
+        r"To replace its BatchNorm statistics anyway, add (--force)\.$",
+        ("--recompute-bn --data mod:loader -o 2.pt {0}",), 2,
+    ),
+    "a part of an average": Case(
+        average_of_folders, "--recompute-bn --data mod:loader -o 'a v/model.safetensors'",
+        r"Give the whole average with (-o .+)\.$", ("--recompute-bn --data mod:loader {0}",), 1.5,
     ),
     "no BatchNorm": Case(
         users("def model(): return nn.Sequential(OrderedDict(a=nn.Linear(3, 2)))",

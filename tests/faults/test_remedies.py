@@ -39,6 +39,11 @@ def averages(of: Mapping[str, tuple[int, ...]]) -> Build:
 EPOCHS = {f"run/epoch_{n}.pt": n for n in (1, 2)}
 
 
+def shards(folder: Path) -> None:
+    for n in (1, 2):
+        folders.save_shards(folder / f"e p/{n}", folders.weights(n))
+
+
 SELECTION: dict[str, Case] = {
     "a pattern without matches": Case(
         EPOCHS, "'run/epoch*.ckpt'", r"(run) contains (epoch_1.pt), (epoch_2.pt)\.",
@@ -93,6 +98,16 @@ SELECTION: dict[str, Case] = {
         {"run/epoch_1_loss_0.5.pt": 1, "run/epoch_2_loss_0.3.pt": 2, "run/last.pt": 7},
         "run --best 2 --metric loss", r"Searched .+; (--exclude .+) leaves it out\.",
         ("run --best 2 --metric loss {0}",), 1.5,
+    ),
+    "a metric that several lack": Case(
+        {"run/epoch_1_loss_0.5.pt": 1, "run/epoch_2_loss_0.3.pt": 2, "run/last.pt": 7,
+         "run/last_2.pt": 8}, "run --best 2 --metric loss",
+        r"Searched .+; (--exclude .+) leaves all such checkpoints out\.$",
+        ("run --best 2 --metric loss {0}",), 1.5,
+    ),
+    "shards by their names": Case(
+        shards, "'e p/1/*.safetensors' 'e p/2/*.safetensors' -o out.pt", r"Give (.+) instead\.$",
+        ("{0} -o out.pt",), None,
     ),
     "several series": Case(
         {"seed_1_epoch_1.pt": 1, "seed_1_epoch_2.pt": 2, "seed_2_epoch_3.pt": 6},
@@ -201,6 +216,14 @@ LAYOUT: dict[str, Case] = {
         several(lambda n: {"net": weights(n)}), "1.pt 2.pt --key model",
         r"Give its path with (--key); tensors are at: (\S+)\.$", ("1.pt 2.pt {0} {1}",), 1.5,
     ),
+    "two models beside an average": Case(
+        several(lambda n: {"g": weights(n), "d": weights(n), "ema": weights(n + 4)}), "1.pt 2.pt",
+        r" (--ema) takes the average at ema\.$", ("1.pt 2.pt {0}",), 5.5,
+    ),
+    "two models in one dict": Case(
+        several(lambda n: {"net": {"g": weights(n), "d": weights(n + 4)}}), "1.pt 2.pt",
+        r" (--key net) takes all of them\.$", ("1.pt 2.pt {0}",), None,
+    ),
     "a key for a bare state_dict": Case(
         TWO, "1.pt 2.pt --key state_dict", r"It is a state_dict itself: leave out --key\.$",
         ("1.pt 2.pt",), 1.5,
@@ -270,6 +293,37 @@ AGREEMENT: dict[str, Case] = {
     "two models in files": Case(
         {**TWO, "3.pt": {"x.weight": torch.ones(1)}, "4.pt": {"x.weight": torch.ones(1)}},
         "1.pt 3.pt", r"Average checkpoints of one model\.?", ("1.pt 2.pt",), 1.5,
+    ),
+    "one of another shape": Case(
+        {**TWO, "3.pt": {**weights(3), "a.bias": torch.ones(5)}}, "1.pt 2.pt 3.pt",
+        r"3\.pt: .+The other 2 agree with each other: leave it out with (--exclude \S+)\.$",
+        ("1.pt 2.pt 3.pt {0}",), 1.5,
+    ),
+    "one of another dtype": Case(
+        {"1.pt": {**weights(1), "a.weight": torch.ones(2, 3).half()}, "2.pt": 2},
+        "1.pt 2.pt", r"Choose one with (--dtype \S+)\.$", ("1.pt 2.pt {0}",), 1.5,
+    ),
+    "codes of quantised weights": Case(
+        several(lambda n: {"a.weight": torch.full((2, 3), n, dtype=torch.int32)}), "1.pt 2.pt",
+        r"If it contains codes of quantised weights: average the weights before they are quantised",
+        (lambda folder: save(folder, TWO), "1.pt 2.pt"), 1.5,
+    ),
+    "codes and scales": Case(
+        several(lambda n: {"a.weight": torch.full((2, 3), n, dtype=torch.int8),
+                           "a.scale": torch.ones(1)}), "1.pt 2.pt",
+        r"Average the weights before they are quantised\.$",
+        (lambda folder: save(folder, TWO), "1.pt 2.pt"), 1.5,
+    ),
+    "packed codes": Case(
+        several(lambda n: {**weights(n), "fc._packed_params._packed_params": Keeper(n)}),
+        "1.pt 2.pt", r"torch\.ao.+ Average the weights before they are quantised \(",
+        (lambda folder: save(folder, TWO), "1.pt 2.pt"), 1.5,
+    ),
+    "means of the run": Case(
+        several(icefall), "1.pt 2.pt --ema",
+        r"Use only the last \((--last 1 --ema)\), take the mean between two "
+        r"\((--start-from \S+ --minus \S+ --ema)\), or average the raw weights \((--no-ema)\)\.$",
+        ("1.pt 2.pt {0}", "{1}", "1.pt 2.pt {2}"), (6, 7, 1.5),
     ),
     "NaN": Case(
         {**TWO, "3.pt": float("nan")}, "1.pt 2.pt 3.pt", r"3.pt: .+Leave this checkpoint out\.$",
@@ -376,6 +430,12 @@ def pipelines(folder: Path) -> None:
 def engines(folder: Path) -> None:
     for n in (1, 2):
         folders.save_deepspeed(folder / f"checkpoint-{n}", weights(n), n)
+
+
+def models_of_accelerate(folder: Path) -> None:
+    for n in (1, 2):
+        folders.save_accelerate(folder / f"{n}", weights(n), n)
+        save(folder, {f"{n}/model_2.safetensors": n})
 
 
 def speechbrain(folder: Path) -> None:
@@ -506,6 +566,15 @@ OUTPUT: dict[str, Case] = {
         r"Choose another output with (-o), or move the folder away first\.$",
         ("1 2 {0} new", "$ mv old older", "1 2 -o old"), 1.5,
     ),
+    "some of the models of accelerate": Case(
+        models_of_accelerate, "1 2 --key model --key model_1 -o out",
+        r"Take one of them, as in (--key model), or all without --key\.$",
+        ("1 2 {0} -o one", "1 2 -o all"), 1.5,
+    ),
+    "shards of the models of accelerate": Case(
+        models_of_accelerate, "1 2 --max-shard-size 1MB -o out", r"Leave out --max-shard-size\.$",
+        ("1 2 -o out",), 1.5,
+    ),
     "a search for a folder": Case(
         {**HF, "mod.py": SEARCH}, "1 2 --sweep mod:acc -o out",
         r"cannot write a folder: name a file with (-o)\.$",
@@ -580,6 +649,17 @@ def unfinished_folders(folder: Path) -> None:
     (folder / "run/step_3/.metadata").unlink()
 
 
+def extended(folder: Path) -> None:
+    """Save folders of which the last one is compressed."""
+    change = folders.set_info(transform_descriptors=["zstd"])
+    folders.save_chunks(folder / "1", weights(1), WHOLE_BOXES)
+    folders.save_chunks(folder / "2", weights(2), WHOLE_BOXES, change=change)
+
+
+def not_extended(folder: Path) -> None:
+    folders.save_chunks(folder / "2", weights(2), WHOLE_BOXES)
+
+
 def archives(folder: Path) -> None:
     """Save `.nemo` archives whose weights are in several files."""
     for n in (1, 2):
@@ -646,6 +726,10 @@ FORMATS: dict[str, Case] = {
         r"Unpack each into a folder and average (\S+) of these: (.+)\.$",
         ("$ {1}", "$ mkdir b && tar -xf 'step 2.nemo' -C b",
          "'step 1/{0}' b/{0} -o out.pt"), 1.5,
+    ),
+    "a compressed folder": Case(
+        extended, "1 2 -o out.pt", r"Save the checkpoint without extensions\.$",
+        (not_extended, "1 2 -o out.pt"), 1.5,
     ),
     "several files of weights": Case(
         {f"{n}/model.{kind}.safetensors": n + add for n in (1, 2)
