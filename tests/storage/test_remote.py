@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -248,17 +249,34 @@ def test_one_line(given: str, said: str, memory: Any, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_missing_package() -> None:
-    """Without a protocol's package the line says which extra brings it."""
+PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub",
+    "http": "aiohttp", "https": "aiohttp",
+    # Not in the extra: fsspec's own words name the package.
+    "abfs": "adlfs", "sftp": "paramiko", "oss": "ossfs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PACKAGES)
+def test_missing_package(protocol: str, tmp_path: Path) -> None:
+    """Without a protocol's package the line names it, and the extra, if that brings it."""
+    name = PACKAGES[protocol]
     code = (
-        "import sys; sys.modules['gcsfs'] = None\n"
-        "import swa_avg\n"
-        "try: swa_avg.average('gs://bucket/*.pt', 'out.pt')\n"
-        "except swa_avg.SwaAvgError as error: print(error)\n"
+        f"import sys; sys.modules[{name!r}] = None\n"
+        "from swa_avg.__main__ import main\n"
+        f"sys.argv = ['swa-avg', '{protocol}://a.b/c.pt', '-o', 'out.pt']\n"
+        "main()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.stdout.count("\n") == 1
-    assert "gcsfs" in ended.stdout and "pip install 'swa-avg[remote]'" in ended.stdout
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    line = one_line(ended)
+    assert name in line
+    extra = [one for one in requires("swa-avg") or () if "extra == 'remote'" in one]
+    brought = any(re.match(rf"{name.replace('_', '-')}\b", one) for one in extra)
+    assert brought == (protocol in ("s3", "s3a", "gs", "gcs", "hf", "http", "https"))
+    assert brought == line.endswith(
+        "To install the packages for URLs: pip install 'swa-avg[remote]'."
+    )
 
 
 def test_no_url_no_fsspec(tmp_path: Path) -> None:
