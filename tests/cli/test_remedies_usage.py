@@ -30,7 +30,8 @@ M = "m_{{name}}.pt"
 OF_TWO = {"m_2.pt": 1.5}
 USAGE: dict[str, Usage] = {
     "": (r"Give the checkpoints to average, as in: swa-avg ckpts/epoch_\*\.pt$", ("?.pt",), 1.5),
-    "--show both.avg ?.pt": (f"with checkpoints. {LEAVE_OUT}", ("--show both.avg", "?.pt"),
+    "--show both.avg ?.pt": (f"--show cannot be combined with checkpoints. {LEAVE_OUT}",
+                             ("--show both.avg", "?.pt"),
                              {"out_1.pt": 1.5}),
     "--show both.avg --force": (f"with --force. {LEAVE_OUT}",
                                 ("--show both.avg", "?.pt --force"),
@@ -87,7 +88,8 @@ USAGE: dict[str, Usage] = {
         r"--plot with --each needs (--sweep) MOD:ATTR\.$",
         (f"?.pt --each --last 2 --plot p.svg {{0}} mod:acc -o {M}",), OF_TWO),
     # Averages along the run.
-    "?.pt --each": (r"--each needs (--last) N: ", (f"?.pt --each {{0}} 2 -o {M}",), OF_TWO),
+    "?.pt --each": (r"--each needs (--last) N: the number of checkpoints to average\.$",
+                    (f"?.pt --each {{0}} 2 -o {M}",), OF_TWO),
     f"?.pt --each --last 0 -o {M}": (r"--last must be at least (1)\.$",
                                      (f"?.pt --each --last {{0}} -o {M}",),
                                      {"m_1.pt": 1, "m_2.pt": 2}),
@@ -171,7 +173,8 @@ def test_remedies_on_usage(given: str, tmp_path: Path) -> None:
 
 DATA = "--data mod:loader"
 RECOMPUTE = {
-    "?.pt --recompute-bn": (r"needs (--data) MOD:ATTR\.$", "?.pt --recompute-bn {0} mod:loader"),
+    "?.pt --recompute-bn": (r"--recompute-bn needs (--data) MOD:ATTR\.$",
+                            "?.pt --recompute-bn {0} mod:loader"),
     f"?.pt {DATA}": (r"--data needs (--recompute-bn)\.$", f"?.pt {DATA} {{0}}"),
     f"?.pt {DATA} --amp bf16": (r"--data needs (--recompute-bn)\.$",
                                 f"?.pt {DATA} --amp bf16 {{0}}"),

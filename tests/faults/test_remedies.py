@@ -64,6 +64,9 @@ SELECTION: dict[str, Case] = {
     "an output in a home": Case(
         EPOCHS, "run -o '~/out.pt'", r"~ is not expanded here: write (\S+)\.", ("run -o {0}",), 1.5
     ),
+    "a variable that is not set": Case(
+        EPOCHS, "'' run", r"If it is a variable, check that it is set\.$", ("run",), 1.5
+    ),
     "a folder of one run": Case(
         {f"exp/logs/{name}": what for name, what in EPOCHS.items()}, "exp",
         r"Its folder logs/run contains checkpoints: give (\S+)\.", ("{0}",), 1.5,
@@ -165,6 +168,13 @@ def save_own_state(folder: Path) -> None:
         torch.save(Keeper(n).state_dict(), folder / f"{n}.pt")
 
 
+def copied_into_the_model(folder: Path) -> None:
+    for n in (1, 2):
+        saved = torch.load(folder / f"{n}.pt")
+        torch.save(dict(zip(saved["model"], saved["ema"]["shadow_params"], strict=True)),
+                   folder / f"{n}.pt")  # fmt: skip
+
+
 ADAM = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 
 
@@ -241,6 +251,14 @@ LAYOUT: dict[str, Case] = {
         several(lambda n: Keeper(n)), "1.pt 2.pt",
         r"It holds a pickled object; save its (state_dict\(\)) instead\.$",
         (save_own_state, "1.pt 2.pt"), 1.5,
+    ),
+    "an average without names": Case(
+        several(lambda n: {"model": weights(n), "ema": {
+            "decay": 0.9, "shadow_params": [value + 4 for value in weights(n).values()]}}),
+        "1.pt 2.pt --ema",
+        r"Copy it into the model with the code that wrote it, and save its state_dict; or average "
+        r"the raw weights with (--no-ema)\.$",
+        ("1.pt 2.pt {0}", copied_into_the_model, "1.pt 2.pt"), (1.5, 5.5),
     ),
     "no average": Case(
         TWO, "1.pt 2.pt --ema", r"Average the raw weights without --ema\.$", ("1.pt 2.pt",), 1.5
