@@ -1,18 +1,21 @@
 """Every remedy works, where another tool merges, converts or repairs what the command refuses.
 
-The tools of DeepSpeed, Megatron and NeMo do not run here. What they write is made by hand, in the
-layout of their sources, and the command averages it.
+The tools of Megatron and NeMo do not run here, and that of DeepSpeed only where it is installed.
+What they write is made by hand, in the layout of their sources, and the command averages it.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import folders
 import pytest
 import torch
+from command import load
 from remedies import Case, check, save, weights
 
 Weights = folders.Weights
@@ -188,3 +191,41 @@ TOOLS: dict[str, Case] = {
 def test_remedies_on_other_tools(name: str, tmp_path: Path) -> None:
     """What the tool of the line writes gives the mean."""
     check(TOOLS[name], tmp_path)
+
+
+ENGINE = """
+import os, torch
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1",
+                  LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+from torch import distributed, nn
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param
+net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+config = {"train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True},
+          "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}
+optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+engine = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+whole = []
+for step in (1, 2):
+    engine.backward(engine(torch.rand(2, 3).bfloat16()).float().square().mean())
+    engine.step()
+    engine.save_checkpoint("run", tag=f"global_step{step}")
+    named = engine.module.named_parameters()
+    whole.append({name: safe_get_full_fp32_param(value).clone() for name, value in named})
+torch.save(whole, "whole.pt")
+"""
+
+
+@pytest.mark.frameworks
+def test_zero_to_fp32_of_deepspeed(tmp_path: Path) -> None:
+    """DeepSpeed's own script, as the line says, gives the mean of an engine's float32 weights."""
+    if not (find_spec("deepspeed") and find_spec("huggingface_hub")):
+        pytest.skip("needs deepspeed and huggingface_hub, which its script imports")
+    command = [sys.executable, "-W", "ignore", "-c", ENGINE]
+    saved = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert saved.returncode == 0, saved.stderr
+    check(Case(lambda _: None, "run", TOOLS["ZeRO-3"].says, TOOLS["ZeRO-3"].then), tmp_path)
+    whole, found = load(tmp_path / "whole.pt"), load(tmp_path / "out_2.pt")
+    for name, value in found.items():
+        assert torch.equal(value, ((whole[0][name].double() + whole[1][name]) / 2).float()), name
