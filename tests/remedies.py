@@ -55,6 +55,9 @@ class Passing:
         adding(f"def {name}():", f"    {call}({self.arguments})")(folder)
 
 
+Then = tuple[str | Build | Passing, ...]
+
+
 @dataclass(frozen=True)
 class Case:
     """A situation, and what its line tells.
@@ -67,14 +70,16 @@ class Case:
             that begin with `$ `. A function, or a `Passing`, changes what is in the folder.
         mean: `a.weight` in the outputs of these commands, or of each; None to look at nothing.
         notes: Whether the remedy is in a note on a run that succeeds.
+        exits: The exit code of the refused command, if it matters which.
     """
 
     files: Mapping[str, Any] | Build
     given: str
     says: str
-    then: tuple[str | Build | Passing, ...]
+    then: Then
     mean: float | tuple[float, ...] | None = None
     notes: bool = False
+    exits: int | None = None
 
 
 def check(case: Case, folder: Path) -> None:
@@ -91,12 +96,13 @@ def _told(folder: Path, case: Case) -> tuple[str, ...]:
     before = _files(folder)
     ended = run(folder, *_with_output(case.given, "out.pt"), env=_environment(folder))
     assert (ended.returncode == 0) == case.notes, (ended.returncode, ended.stderr)
+    assert case.exits in (None, ended.returncode), ended.stderr
     lines = ended.stderr.splitlines()
     wanted = [line for line in lines if re.search(case.says, line)]
     assert len(wanted) == 1, (case.says, lines)
     assert wanted[0].startswith(("note: ", "error: ", "Error: ")), wanted
     if case.notes:
-        (folder / "out.pt").unlink()
+        (folder / "out.pt").unlink(missing_ok=True)
     else:
         assert wanted[0] == lines[-1]
         assert _files(folder) == before
@@ -111,7 +117,7 @@ def _files(folder: Path) -> set[Path]:
 
 def _with_output(line: str, name: str) -> list[str]:
     words = shlex.split(line)
-    return words if "-o" in words or "--each" in words else [*words, "-o", name]
+    return words if {"-o", "--each", "--show"} & {*words} else [*words, "-o", name]
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -196,6 +196,8 @@ def test_nothing_of_the_users_is_deleted(tmp_path: Path, foreign: str, earlier_d
     with pytest.raises(OutputError, match="Name a new folder"):
         demo.prepare(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+    demo.prepare(tmp_path / "new")
+    assert (tmp_path / "new" / demo.MARKER).is_file()
 
 
 def test_a_failing_command_is_one_line_and_exit_1(

@@ -73,9 +73,9 @@ def copy_of(
         checkpoint = open_checkpoint(path)
         opened.callback(checkpoint.close)
         state, key, ema = _meant(checkpoint, key, ema)
+        _check_is_whole(path, checkpoint)
         if not force:
             _check_is_average(state, ema)
-        _check_is_whole(path, checkpoint)
         Counter(progress, "verifying checksums")
         verify((record, name) for name, ref in state.tensors.items() for record in ref.records)
         sources = _sources(checkpoint, opened)

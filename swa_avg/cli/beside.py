@@ -83,5 +83,5 @@ def _checked(
         check_target(path, inputs, force=True)
         other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
-            raise click.UsageError(f"{option} and {other} name the same file.")
+            raise click.UsageError(f"{option} and {other} name the same file. Give each its own.")
         yield path

@@ -13,6 +13,7 @@ from swa_avg.cli.options import BATCHNORM
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
 _OF_CHECKPOINTS = (*_CHOICE, "bn_buffers", "keep_wrapper", "distances")
 _OF_AVERAGING = ("dtype", "max_shard_size", "threads", "dry_run", "verify")
+_LEAVE_OUT = "Leave out one of them."
 
 
 def check_usage(ctx: click.Context) -> None:
@@ -28,18 +29,21 @@ def check_usage(ctx: click.Context) -> None:
     if named["show"]:
         others = {one.name or "" for one in ctx.command.params} - {"show", "as_json", "verbose"}
         for other in given(others):
-            raise click.UsageError(f"--show cannot be combined with {other.lower()}.")
+            what = f"--show cannot be combined with {other.lower()}"
+            raise click.UsageError(f"{what}. {_LEAVE_OUT}")
         return
     for option in ("report", "plot"):
         if "://" in (named[option] or ""):
-            raise click.UsageError(f"--{option} writes to this machine, not to a URL.")
-    if named["minus"]:
-        _check_minus(named)
+            raise click.UsageError(f"--{option} writes to this machine: give a path, not a URL.")
     if named["each"]:
         scored = ctx.get_parameter_source("output") is click.core.ParameterSource.DEFAULT
         _check_each(named, unnamed=bool(named["sweep"]) and scored)
     elif len(named["last"] or ()) > 1:
         raise click.UsageError("--last takes several numbers only with --each.")
+    if named["sweep"] or named["greedy"]:
+        _check_search(named)
+    if named["minus"]:
+        _check_minus(named, given(_OF_CHECKPOINTS))
     averages = named["checkpoints"] or named["start_from"]
     if not averages and not named["recompute_bn"]:
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
@@ -49,33 +53,35 @@ def check_usage(ctx: click.Context) -> None:
         raise click.UsageError("--recompute-bn needs --data MOD:ATTR.")
     if named["keep_wrapper"] and named["dtype"] != "keep":
         raise click.UsageError(
-            "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file."
+            "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file. "
+            f"{_LEAVE_OUT}"
         )
     searches = named["sweep"] or named["greedy"]
     if named["best"] is not None and not named["metric"]:
         raise click.UsageError("--best needs --metric NAME, as in --metric val_loss.")
     for option in given(("metric", "mode") if named["best"] is None and not searches else ()):
         raise click.UsageError(f"{option} needs --best N, or --sweep or --greedy.")
-    if searches:
-        _check_search(named)
-    elif named["plot"] and named["each"]:
+    if not searches and named["plot"] and named["each"]:
         raise click.UsageError("--plot with --each needs --sweep MOD:ATTR.")
-    elif named["plot"] and not named["distances"]:
+    if not searches and named["plot"] and not named["distances"]:
         raise click.UsageError("--plot needs --sweep, --greedy or --distances.")
     if not named["recompute_bn"]:
         for option in given([one for one in BATCHNORM if not (searches and one == "model")]):
-            raise click.UsageError(f"{option} needs --recompute-bn.")
+            needed = "" if named["data"] else " --data MOD:ATTR"
+            raise click.UsageError(f"{option} needs --recompute-bn{needed}.")
     unfit = () if named["checkpoints"] else _OF_CHECKPOINTS
     for option in given(unfit if averages else (*unfit, *_OF_AVERAGING)):
         raise click.UsageError(f"{option} needs checkpoints to average.")
 
 
-def _check_minus(named: Mapping[str, Any]) -> None:
-    """Refuse options that cannot be combined with --minus."""
+def _check_minus(named: Mapping[str, Any], unfit: Iterable[str]) -> None:
+    """Refuse options that cannot be combined with --minus: `unfit`, and checkpoints."""
     if len(named["start_from"]) != 1:
         raise click.UsageError("--minus needs one --start-from: the average to subtract from.")
     if named["checkpoints"]:
-        raise click.UsageError("--minus takes no checkpoints, only --start-from.")
+        raise click.UsageError("--minus takes no checkpoints, only --start-from. Leave them out.")
+    for option in unfit:
+        raise click.UsageError(f"--minus cannot be combined with {option}. {_LEAVE_OUT}")
 
 
 def _check_each(named: Mapping[str, Any], *, unnamed: bool) -> None:
@@ -87,13 +93,11 @@ def _check_each(named: Mapping[str, Any], *, unnamed: bool) -> None:
     """
     from swa_avg.planning import check_pattern
 
+    _check_apart("--each", named, ("start_from", "minus", "best", "distances", "greedy"))
     if not named["last"]:
         raise click.UsageError("--each needs --last N: the number of checkpoints to average.")
     if min(named["last"]) < 1:
         raise click.UsageError("--last must be at least 1.")
-    for other in ("start_from", "best", "distances", "greedy"):
-        if named[other]:
-            raise click.UsageError(f"--each cannot be combined with --{other.replace('_', '-')}.")
     if unnamed:
         for other in ("force", "keep_wrapper", "max_shard_size"):
             if named[other]:
@@ -114,16 +118,22 @@ def _check_search(named: Mapping[str, Any]) -> None:
     option = "--sweep" if named["sweep"] else "--greedy"
     if named["sweep"] and named["greedy"]:
         raise click.UsageError("Give --sweep or --greedy, not both.")
+    _check_apart(option, named, ("start_from", "minus", "distances"))
     if not named["checkpoints"]:
         raise click.UsageError(f"{option} needs checkpoints to average.")
-    for other in ("start_from", "distances"):
-        if named[other]:
-            raise click.UsageError(f"{option} cannot be combined with --{other.replace('_', '-')}.")
     if named["bn_buffers"] == "first" and not named["each"]:
         raise click.UsageError(
             f"{option} cannot be combined with --bn-buffers first: "
-            "the averages start at different checkpoints."
+            f"the averages start at different checkpoints. {_LEAVE_OUT}"
         )
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise click.UsageError(f"{option} runs in one process: start it without torchrun.")
+
+
+def _check_apart(option: str, named: Mapping[str, Any], others: Iterable[str]) -> None:
+    """Refuse options that cannot be combined with another one."""
+    for other in others:
+        if named[other]:
+            name = other.replace("_", "-")
+            raise click.UsageError(f"{option} cannot be combined with --{name}. {_LEAVE_OUT}")

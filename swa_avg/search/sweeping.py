@@ -51,7 +51,7 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
     """
     chosen = averaging.selection.chosen
     count = len(chosen)
-    _check_room(averaging, count)
+    _check_room(averaging, count, fewer=True)
     with ExitStack() as opened:
         files = [_output(averaging, opened) for _ in chosen]
         singles = bench.singles(chosen, count)
@@ -88,7 +88,7 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
         SwaAvgError: The disk is full, or averaging or scoring fails.
     """
     chosen = averaging.selection.chosen
-    _check_room(averaging, 2)
+    _check_room(averaging, 2, fewer=False)
     singles = bench.singles(chosen, len(chosen))
     sign = 1 if bench.scale.mode == "max" else -1
     ranked = sorted(range(len(chosen)), key=lambda n: (sign * singles[n], n), reverse=True)
@@ -132,21 +132,32 @@ def ending(averaging: Averaging, count: int) -> Averaging:
     return replace(averaging, selection=selection, plan=plan, known=known)
 
 
-def _check_room(averaging: Averaging, count: int) -> None:
-    """Refuse a search whose temporary files do not fit on the disk, before reading."""
+def _check_room(averaging: Averaging, count: int, *, fewer: bool) -> None:
+    """Refuse a search whose temporary files do not fit on the disk, before reading.
+
+    Args:
+        averaging: The planned average.
+        count: The number of averages on the disk at once.
+        fewer: Whether the search of fewer checkpoints has fewer of them.
+    """
     output = averaging.output
-    place = gettempdir() if is_remote(output) else Path(os.path.realpath(output)).parent
+    if is_remote(output):
+        folder, where = Path(gettempdir()), "in the temporary folder"
+        elsewhere = "Set TMPDIR to a folder on another disk"
+    else:
+        folder, where = Path(os.path.realpath(output)).parent, "beside the output"
+        elsewhere = "Write to another disk with -o"
     needed = count * averaging.layout.size
     try:
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(folder).free
     except OSError:
         return  # a missing folder is reported when the file is opened
     if needed > free:
         raise OutputError(
             f"comparing {counted(count, 'average')} needs {in_bytes(needed)} of disk space "
-            f"beside the output, but {in_bytes(free)} are free",
+            f"{where}, but {in_bytes(free)} are free",
             file=output,
-            remedy="Compare fewer with --last, or write to another disk with -o",
+            remedy=elsewhere + ", or compare fewer with --last" * fewer,
         )
 
 

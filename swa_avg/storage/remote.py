@@ -21,6 +21,9 @@ from swa_avg.errors import FileError, SwaAvgError
 from swa_avg.storage.given import GivenPath
 
 _T = TypeVar("_T")
+# The protocols whose packages the extra brings; fsspec's line names the package of any other.
+_OF_EXTRA = ("s3", "s3a", "gs", "gcs", "hf", "http", "https")
+_INSTALL = "To install the packages for URLs: pip install 'swa-avg[remote]'"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAGIC = re.compile(r"[*?[]")
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)@(?P<revision>[^/]+)(?P<rest>/.*)?")
@@ -289,7 +292,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise FileError(
             f"cannot be opened: {reason(error)}",
             file=url,
-            remedy=_like(url) or "To install the packages for URLs: pip install 'swa-avg[remote]'",
+            remedy=_like(url) or _INSTALL * (url.partition("://")[0] in _OF_EXTRA),
         ) from error
     except Exception as error:  # a backend may raise any error for its configuration
         raise FileError(f"cannot be opened: {reason(error)}", file=url) from error

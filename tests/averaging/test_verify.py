@@ -145,6 +145,13 @@ def test_disk_that_writes_another_bit(
                 assert commands.run(place, *arguments).code == 0
             assert [path.name for path in place.iterdir()] == [output]
         flips += 2
+    # Every one of these lines tells to run the command again.
+    ended = commands.run(place, *arguments, "--verify", fault=Fault(1, FLIP, 99, call="write"))
+    assert ended.code == 1 and " Run the command again. If it fails again, " in ended.err
+    assert commands.run(place, *arguments, "--verify").code == 0
+    assert all(
+        oracle.same_bits(stored.tensors(place / output)[name], whole[name]) for name in whole
+    )
     print(f"{flips} writes with another bit: with --verify all found, else {found}")
 
 

@@ -248,7 +248,12 @@ def test_scripted_models_are_refused_for_what_they_are() -> None:
 
 
 def test_lazy_layers_work_once_they_have_a_shape() -> None:
-    """Before that the error names one; a shape from a loaded state_dict will do."""
+    """Before that the error names one; a shape from a batch or a loaded state_dict will do."""
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyBatchNorm2d())
+    with pytest.raises(DataError, match=r"Run one batch through the model first\.$"):
+        recompute_batchnorm(fresh, data(5))
+    fresh(next(iter(data(5))))
+    assert_population(fresh, data(5, 7), 1e-6)
     lazy = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyBatchNorm2d())
     with pytest.raises(DataError, match=r"lazy layers that have no shape yet \(1\.weight\)"):
         recompute_batchnorm(lazy, data(5))

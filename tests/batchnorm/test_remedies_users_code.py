@@ -50,6 +50,13 @@ def average_with_a_link(folder: Path) -> None:
     (folder / "avg/model.safetensors").symlink_to("../blob")
 
 
+def average_of_folders(folder: Path) -> None:
+    save(folder, {"mod.py": f"{MODULE}\n{MODEL}\n"})
+    for n in (1, 2):
+        save(folder, {f"{n}/model.safetensors": of_net(n), f"{n}/config.json": "{}"})
+    swa_avg.average([folder / "1", folder / "2"], folder / "a v")
+
+
 def average_of_one(folder: Path) -> None:
     save(folder, users(MODEL))
     swa_avg.average(folder / "1.pt", folder / "a.pt")
@@ -134,9 +141,47 @@ USERS: dict[str, Case] = {
         (adding("def batches(): return iter(loader)"),
          "1.pt 2.pt --recompute-bn --data mod:batches"), 1.5,
     ),
+    "batches with a name": Case(
+        users(MODEL, "batches = [{'image': half, 'label': 1} for half in images.split(4)]"),
+        "1.pt 2.pt --recompute-bn --data mod:batches",
+        r"Add this function to the module of the data, or name it with (--forward): "
+        r"(def forward\(model, batch\): return .+)\.$",
+        ("$ printf '%s\\n' {1!r} > calls.py",
+         "1.pt 2.pt --recompute-bn --data mod:batches {0} calls:forward",
+         "$ cat calls.py >> mod.py", "1.pt 2.pt --recompute-bn --data mod:batches"), 1.5,
+    ),
+    "several loaders": Case(
+        users(MODEL, "loaders = {'train': loader, 'val': DataLoader(images)}"),
+        "1.pt 2.pt --recompute-bn --data mod:loaders",
+        r"Give a function that returns the loader of the training data\.$",
+        (adding("def training(): return loaders['train']"),
+         "1.pt 2.pt --recompute-bn --data mod:training"), 1.5,
+    ),
+    "a loader of samples": Case(
+        users(MODEL, "pairs = [(row, 1) for row in images]",
+              "loader = DataLoader(pairs, batch_size=None)"), BN,
+        r"Give its DataLoader a batch_size; if they are batches, name a function",
+        (adding("loader = DataLoader(pairs, batch_size=4)"), BN), 1.5,
+    ),
+    "a loader of batches of one": Case(
+        users(MODEL, "pairs = [(half, 0.5) for half in images.split(4)]",
+              "loader = DataLoader(pairs, batch_size=None)"), BN,
+        r"if they are batches, name a function that returns iter\(\) of it\.$",
+        (adding("def batches(): return iter(loader)"),
+         "1.pt 2.pt --recompute-bn --data mod:batches"), 1.5,
+    ),
     "a scripted model": Case(
         users("model = torch.jit.script(Net())"), BN,
         r"Give the model as it is before torch\.jit\.script\.$", (f"{BN} --model mod:Net",), 1.5,
+    ),
+    "a checkpoint in place": Case(
+        users(MODEL), "--recompute-bn --data mod:loader -o 2.pt",
+        r"To replace its BatchNorm statistics anyway, add (--force)\.$",
+        ("--recompute-bn --data mod:loader -o 2.pt {0}",), 2,
+    ),
+    "a part of an average": Case(
+        average_of_folders, "--recompute-bn --data mod:loader -o 'a v/model.safetensors'",
+        r"Give the whole average with (-o .+)\.$", ("--recompute-bn --data mod:loader {0}",), 1.5,
     ),
     "no BatchNorm": Case(
         users("def model(): return nn.Sequential(OrderedDict(a=nn.Linear(3, 2)))",
@@ -263,6 +308,13 @@ USERS: dict[str, Case] = {
         {"a/m_1.pt": 1, "a/m_2.pt": 2, "a/m_3.pt": 3},
         "a --each --last 2 -o m_{name:.1}.pt", r"Use (\S+) in the outputs' names\.$",
         ("a --each --last 2 -o m_{0}.pt",), None,
+    ),
+    "names that are alike": Case(
+        {"a/x/m.pt": 1, "b/x/m.pt": 2, "c/x/m.pt": 3},
+        "a/x/m.pt b/x/m.pt c/x/m.pt --each --last 2 -o m_{name}.pt",
+        r"Give the checkpoints different names, and use (\{name\}) in the outputs' names\.$",
+        ("$ for n in a b c; do mv $n/x/m.pt m_$n.pt; done",
+         "m_a.pt m_b.pt m_c.pt --each --last 2 -o of_{0}.pt"), None,
     ),
 }  # fmt: skip
 

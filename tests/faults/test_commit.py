@@ -185,6 +185,7 @@ def test_in_place_only_over_the_file_that_was_read(
     with Stopped(commands, network, *bn, when=1, call="fsync", without=without) as slow:
         (network / "swa.pt").write_bytes(newer)  # the same bytes in the same file, but later
     assert "was changed or replaced" in refusal(slow.ended)
+    assert slow.ended.err.endswith(" Run the command again.\n")
     assert commands.run(network, *bn, fault=Fault(without=without)).code == 0
     assert not torch.equal(load(network / "swa.pt")["1.running_mean"], torch.zeros(4))
 

@@ -12,7 +12,7 @@ import folders
 import oracle
 import pytest
 import torch
-from command import averaged, fails, fault, refused
+from command import averaged, fails, fault, refused, run
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -97,6 +97,8 @@ def test_odd_one_out_is_named(tmp_path: Path, place: int) -> None:
         f"error: {place}.pt: has 1 tensor that {other}.pt lacks: d. The other 4 agree with each "
         f"other: leave it out with --exclude {place}.pt (1 more disagreement: -v lists all)."
     )
+    every = run(tmp_path, "?.pt", "-o", "out.pt", "-v")
+    assert every.returncode == 1 and f"{place}.pt: b: has shape [6]" in every.stderr
     del states[place]
     done = averaged(tmp_path, "?.pt", "--exclude", f"{place}.pt")
     assert_same(done.tensors, mean(*states))

@@ -2,7 +2,7 @@
 
 A case is a command that is refused, or that says a note, and what its line tells to type.
 Remedies that other tests follow are not repeated here; those on the user's code are in
-`batchnorm/test_remedies_users_code.py`.
+`batchnorm/test_remedies_users_code.py`, and those on options in `cli/test_remedies_usage.py`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def averages(of: Mapping[str, tuple[int, ...]]) -> Build:
 EPOCHS = {f"run/epoch_{n}.pt": n for n in (1, 2)}
 
 
+def shards(folder: Path) -> None:
+    for n in (1, 2):
+        folders.save_shards(folder / f"e p/{n}", folders.weights(n))
+
+
 SELECTION: dict[str, Case] = {
     "a pattern without matches": Case(
         EPOCHS, "'run/epoch*.ckpt'", r"(run) contains (epoch_1.pt), (epoch_2.pt)\.",
@@ -58,6 +63,9 @@ SELECTION: dict[str, Case] = {
     ),
     "an output in a home": Case(
         EPOCHS, "run -o '~/out.pt'", r"~ is not expanded here: write (\S+)\.", ("run -o {0}",), 1.5
+    ),
+    "a variable that is not set": Case(
+        EPOCHS, "'' run", r"If it is a variable, check that it is set\.$", ("run",), 1.5
     ),
     "a folder of one run": Case(
         {f"exp/logs/{name}": what for name, what in EPOCHS.items()}, "exp",
@@ -93,6 +101,16 @@ SELECTION: dict[str, Case] = {
         {"run/epoch_1_loss_0.5.pt": 1, "run/epoch_2_loss_0.3.pt": 2, "run/last.pt": 7},
         "run --best 2 --metric loss", r"Searched .+; (--exclude .+) leaves it out\.",
         ("run --best 2 --metric loss {0}",), 1.5,
+    ),
+    "a metric that several lack": Case(
+        {"run/epoch_1_loss_0.5.pt": 1, "run/epoch_2_loss_0.3.pt": 2, "run/last.pt": 7,
+         "run/last_2.pt": 8}, "run --best 2 --metric loss",
+        r"Searched .+; (--exclude .+) leaves all such checkpoints out\.$",
+        ("run --best 2 --metric loss {0}",), 1.5,
+    ),
+    "shards by their names": Case(
+        shards, "'e p/1/*.safetensors' 'e p/2/*.safetensors' -o out.pt", r"Give (.+) instead\.$",
+        ("{0} -o out.pt",), None,
     ),
     "several series": Case(
         {"seed_1_epoch_1.pt": 1, "seed_1_epoch_2.pt": 2, "seed_2_epoch_3.pt": 6},
@@ -150,6 +168,13 @@ def save_own_state(folder: Path) -> None:
         torch.save(Keeper(n).state_dict(), folder / f"{n}.pt")
 
 
+def copied_into_the_model(folder: Path) -> None:
+    for n in (1, 2):
+        saved = torch.load(folder / f"{n}.pt")
+        torch.save(dict(zip(saved["model"], saved["ema"]["shadow_params"], strict=True)),
+                   folder / f"{n}.pt")  # fmt: skip
+
+
 ADAM = {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 
 
@@ -201,6 +226,14 @@ LAYOUT: dict[str, Case] = {
         several(lambda n: {"net": weights(n)}), "1.pt 2.pt --key model",
         r"Give its path with (--key); tensors are at: (\S+)\.$", ("1.pt 2.pt {0} {1}",), 1.5,
     ),
+    "two models beside an average": Case(
+        several(lambda n: {"g": weights(n), "d": weights(n), "ema": weights(n + 4)}), "1.pt 2.pt",
+        r" (--ema) takes the average at ema\.$", ("1.pt 2.pt {0}",), 5.5,
+    ),
+    "two models in one dict": Case(
+        several(lambda n: {"net": {"g": weights(n), "d": weights(n + 4)}}), "1.pt 2.pt",
+        r" (--key net) takes all of them\.$", ("1.pt 2.pt {0}",), None,
+    ),
     "a key for a bare state_dict": Case(
         TWO, "1.pt 2.pt --key state_dict", r"It is a state_dict itself: leave out --key\.$",
         ("1.pt 2.pt",), 1.5,
@@ -218,6 +251,14 @@ LAYOUT: dict[str, Case] = {
         several(lambda n: Keeper(n)), "1.pt 2.pt",
         r"It holds a pickled object; save its (state_dict\(\)) instead\.$",
         (save_own_state, "1.pt 2.pt"), 1.5,
+    ),
+    "an average without names": Case(
+        several(lambda n: {"model": weights(n), "ema": {
+            "decay": 0.9, "shadow_params": [value + 4 for value in weights(n).values()]}}),
+        "1.pt 2.pt --ema",
+        r"Copy it into the model with the code that wrote it, and save its state_dict; or average "
+        r"the raw weights with (--no-ema)\.$",
+        ("1.pt 2.pt {0}", copied_into_the_model, "1.pt 2.pt"), (1.5, 5.5),
     ),
     "no average": Case(
         TWO, "1.pt 2.pt --ema", r"Average the raw weights without --ema\.$", ("1.pt 2.pt",), 1.5
@@ -270,6 +311,37 @@ AGREEMENT: dict[str, Case] = {
     "two models in files": Case(
         {**TWO, "3.pt": {"x.weight": torch.ones(1)}, "4.pt": {"x.weight": torch.ones(1)}},
         "1.pt 3.pt", r"Average checkpoints of one model\.?", ("1.pt 2.pt",), 1.5,
+    ),
+    "one of another shape": Case(
+        {**TWO, "3.pt": {**weights(3), "a.bias": torch.ones(5)}}, "1.pt 2.pt 3.pt",
+        r"3\.pt: .+The other 2 agree with each other: leave it out with (--exclude \S+)\.$",
+        ("1.pt 2.pt 3.pt {0}",), 1.5,
+    ),
+    "one of another dtype": Case(
+        {"1.pt": {**weights(1), "a.weight": torch.ones(2, 3).half()}, "2.pt": 2},
+        "1.pt 2.pt", r"Choose one with (--dtype \S+)\.$", ("1.pt 2.pt {0}",), 1.5,
+    ),
+    "codes of quantised weights": Case(
+        several(lambda n: {"a.weight": torch.full((2, 3), n, dtype=torch.int32)}), "1.pt 2.pt",
+        r"If it contains codes of quantised weights: average the weights before they are quantised",
+        (lambda folder: save(folder, TWO), "1.pt 2.pt"), 1.5,
+    ),
+    "codes and scales": Case(
+        several(lambda n: {"a.weight": torch.full((2, 3), n, dtype=torch.int8),
+                           "a.scale": torch.ones(1)}), "1.pt 2.pt",
+        r"Average the weights before they are quantised\.$",
+        (lambda folder: save(folder, TWO), "1.pt 2.pt"), 1.5,
+    ),
+    "packed codes": Case(
+        several(lambda n: {**weights(n), "fc._packed_params._packed_params": Keeper(n)}),
+        "1.pt 2.pt", r"torch\.ao.+ Average the weights before they are quantised \(",
+        (lambda folder: save(folder, TWO), "1.pt 2.pt"), 1.5,
+    ),
+    "means of the run": Case(
+        several(icefall), "1.pt 2.pt --ema",
+        r"Use only the last \((--last 1 --ema)\), take the mean between two "
+        r"\((--start-from \S+ --minus \S+ --ema)\), or average the raw weights \((--no-ema)\)\.$",
+        ("1.pt 2.pt {0}", "{1}", "1.pt 2.pt {2}"), (6, 7, 1.5),
     ),
     "NaN": Case(
         {**TWO, "3.pt": float("nan")}, "1.pt 2.pt 3.pt", r"3.pt: .+Leave this checkpoint out\.$",
@@ -376,6 +448,12 @@ def pipelines(folder: Path) -> None:
 def engines(folder: Path) -> None:
     for n in (1, 2):
         folders.save_deepspeed(folder / f"checkpoint-{n}", weights(n), n)
+
+
+def models_of_accelerate(folder: Path) -> None:
+    for n in (1, 2):
+        folders.save_accelerate(folder / f"{n}", weights(n), n)
+        save(folder, {f"{n}/model_2.safetensors": n})
 
 
 def speechbrain(folder: Path) -> None:
@@ -506,6 +584,15 @@ OUTPUT: dict[str, Case] = {
         r"Choose another output with (-o), or move the folder away first\.$",
         ("1 2 {0} new", "$ mv old older", "1 2 -o old"), 1.5,
     ),
+    "some of the models of accelerate": Case(
+        models_of_accelerate, "1 2 --key model --key model_1 -o out",
+        r"Take one of them, as in (--key model), or all without --key\.$",
+        ("1 2 {0} -o one", "1 2 -o all"), 1.5,
+    ),
+    "shards of the models of accelerate": Case(
+        models_of_accelerate, "1 2 --max-shard-size 1MB -o out", r"Leave out --max-shard-size\.$",
+        ("1 2 -o out",), 1.5,
+    ),
     "a search for a folder": Case(
         {**HF, "mod.py": SEARCH}, "1 2 --sweep mod:acc -o out",
         r"cannot write a folder: name a file with (-o)\.$",
@@ -580,6 +667,17 @@ def unfinished_folders(folder: Path) -> None:
     (folder / "run/step_3/.metadata").unlink()
 
 
+def extended(folder: Path) -> None:
+    """Save folders of which the last one is compressed."""
+    change = folders.set_info(transform_descriptors=["zstd"])
+    folders.save_chunks(folder / "1", weights(1), WHOLE_BOXES)
+    folders.save_chunks(folder / "2", weights(2), WHOLE_BOXES, change=change)
+
+
+def not_extended(folder: Path) -> None:
+    folders.save_chunks(folder / "2", weights(2), WHOLE_BOXES)
+
+
 def archives(folder: Path) -> None:
     """Save `.nemo` archives whose weights are in several files."""
     for n in (1, 2):
@@ -647,6 +745,10 @@ FORMATS: dict[str, Case] = {
         ("$ {1}", "$ mkdir b && tar -xf 'step 2.nemo' -C b",
          "'step 1/{0}' b/{0} -o out.pt"), 1.5,
     ),
+    "a compressed folder": Case(
+        extended, "1 2 -o out.pt", r"Save the checkpoint without extensions\.$",
+        (not_extended, "1 2 -o out.pt"), 1.5,
+    ),
     "several files of weights": Case(
         {f"{n}/model.{kind}.safetensors": n + add for n in (1, 2)
          for kind, add in (("fp16", 4), ("bf16", 0))}, "1 2 -o out",
@@ -669,52 +771,6 @@ FORMATS: dict[str, Case] = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_remedies_on_formats(name: str, tmp_path: Path) -> None:
     check(FORMATS[name], tmp_path)
-
-
-# Usage --------------------------------------------------------------------------------------------
-
-DATA = {**several(lambda n: {"model": weights(n), "val_loss": 1 / n, "x": n}), "mod.py": SEARCH}
-# Of each: the command, what its line tells, and the command that follows it.
-USAGE = {
-    "": (r"Give the checkpoints to average, as in: swa-avg ckpts/epoch_\*\.pt$", "?.pt"),
-    "?.pt --key a --ema": (r"Give (--key) or --ema/(--no-ema), not both\.$", "?.pt {1}"),
-    "?.pt --best 1": (r"--best needs --metric NAME, as in (--metric val_loss)\.$",
-                      "?.pt --best 1 {0}"),
-    "?.pt --metric loss": (r"--metric needs --best N, or (--sweep) or --greedy\.$",
-                           "?.pt --metric acc {0} mod:both"),
-    "?.pt --mode max": (r"--mode needs --best N, or --sweep or (--greedy)\.$",
-                        "?.pt --mode max {0} mod:judge"),
-    "?.pt --best 1 --metric x": (r"give (--mode min) or --mode max\.$",
-                                 "?.pt --best 1 --metric x {0}"),
-    "?.pt --plot p.svg": (r"--plot needs --sweep, --greedy or (--distances)\.$",
-                          "?.pt --plot p.svg {0}"),
-    "?.pt --each --last 2 --plot p.svg -o m_{{name}}.pt": (
-        r"--plot with --each needs (--sweep) MOD:ATTR\.$",
-        "?.pt --each --last 2 --plot p.svg {0} mod:acc -o m_{{name}}.pt"),
-    "?.pt --last 1,2": (r"--last takes several numbers only with (--each)\.$",
-                        "?.pt --last 1,2 {0} -o m_{{name}}_{{last}}.pt"),
-    "?.pt --each": (r"--each needs (--last) N: ", "?.pt --each {0} 2 -o m_{{name}}.pt"),
-    "?.pt --each --last 2": (r"or \{{name\}}, as in ('merged/\{{step\}}\.pt')\.$",
-                             "?.pt --each --last 2 -o m_{{name}}.pt"),
-    "?.pt --each --last 1,2 -o m_{{name}}.pt": (
-        r"need (\{{last\}}) in the output's name, as in",
-        "?.pt --each --last 1,2 -o m_{{name}}_{0}.pt"),
-    "?.pt --each --last 2 --sweep mod:acc --force": (
-        r"--force needs (-o), as in -o 'merged/\{{step\}}\.pt'\.$",
-        "?.pt --each --last 2 --sweep mod:acc --force {0} m_{{name}}.pt"),
-    "?.pt --sweep mod:acc --greedy mod:acc": (r"Give (--sweep) or --greedy, not both\.$",
-                                              "?.pt {0} mod:acc"),
-    "?.pt --epochs 3": (r"must be A:B or A:B:STEP, as in 10:20 or (10:), not 3\.$",
-                        "?.pt --epochs 1:2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("given", USAGE)
-def test_remedies_on_usage(given: str, tmp_path: Path) -> None:
-    says, then = USAGE[given]
-    case = Case(DATA, given.replace("{{", "{").replace("}}", "}"),
-                says.replace("{{", "{").replace("}}", "}"), (then,))  # fmt: skip
-    check(case, tmp_path)
 
 
 def test_remedy_of_the_api(tmp_path: Path) -> None:

@@ -236,6 +236,11 @@ def test_killed_worker_ends_the_command(running: Running) -> None:
     line = one_line(running.ended())
     assert "died (exit code -9). If the machine ran out of memory, use --threads 1" in line
     assert snapshot(running.folder) == running.before
+    inputs = sorted(path.name for path in running.folder.glob("?.pt"))
+    for name, threads in (("out.pt", "1"), ("two.pt", "2")):
+        again = [*COMMAND, *inputs, "-o", name, "--threads", threads, "-q"]
+        assert subprocess.run(again, cwd=running.folder).returncode == 0
+    assert (running.folder / "out.pt").read_bytes() == (running.folder / "two.pt").read_bytes()
 
 
 def test_workers_end_when_the_command_is_killed(running: Running) -> None:

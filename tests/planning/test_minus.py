@@ -219,7 +219,7 @@ def test_no_difference(folder: Path, line: str) -> None:
         ("--minus first.pt", "--minus needs one --start-from"),
         ("--start-from all.pt --start-from rest.pt --minus first.pt", "needs one --start-from"),
         ("epoch_1.pt --start-from all.pt --minus first.pt", "--minus takes no checkpoints"),
-        ("--start-from all.pt --minus first.pt --bn-buffers mean", "needs checkpoints"),
+        ("--start-from all.pt --minus first.pt --bn-buffers mean", "cannot be combined with"),
     ],
 )
 def test_wrong_usage(folder: Path, line: str, says: str) -> None:

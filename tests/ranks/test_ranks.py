@@ -14,13 +14,14 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from command import run, snapshot
+from command import one_line, run, snapshot
 from preloaded import TORCH, on_ranks, start_on_ranks
 from preloaded import run as run_script
 from safetensors.torch import save_file
@@ -72,6 +73,7 @@ if os.environ["RANK"] == sys.argv.pop(1):
 main()
 """
 DIES = ONE_DIFFERS.format("os.pwrite = die")  # at its first write
+SAME_FILES = "Give all ranks the same files, options and version of swa-avg."
 ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")
 # Without torchrun, which ends the others when a rank has died.
 LEFT_ALONE = """
@@ -254,15 +256,28 @@ def test_damage_is_found_by_whoever_reads_it(
 
 
 @pytest.mark.parametrize(
-    ("seeds", "says"),
+    ("seeds", "says", "remedy"),
     [
-        ((0, 7, 2), "rank 1 has another plan than rank 0: the headers"),
-        ((0, 1, 2), "rank 1 failed: out.pt: was opened by rank 0, but this rank does not find it"),
-        ((0, 1), "rank 1 has another plan than rank 0: it averages 2 checkpoints, not 3"),
+        ((0, 7, 2), "rank 1 has another plan than rank 0: the headers", SAME_FILES),
+        (
+            (0, 1, 2),
+            "rank 1 failed: out.pt: was opened by rank 0, but this rank does not find it",
+            "Write to a file system that all ranks share.",
+        ),
+        (
+            (0, 1),
+            "rank 1 has another plan than rank 0: it averages 2 checkpoints, not 3",
+            SAME_FILES,
+        ),
     ],
 )
-def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], says: str) -> None:
-    """Copies of the inputs may be different files, the output may not; nothing is left."""
+def test_ranks_that_do_not_share_a_folder(
+    folder: Path, seeds: tuple[int, ...], says: str, remedy: str
+) -> None:
+    """Copies of the inputs may be different files, the output may not; nothing is left.
+
+    With the same files, and an output that all ranks share, the average is that of one process.
+    """
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     for number, seed in enumerate(seeds):
@@ -270,8 +285,15 @@ def test_ranks_that_do_not_share_a_folder(folder: Path, seeds: tuple[int, ...], 
         torch.save(content, elsewhere / f"epoch_{number}.pt")
     before = snapshot(folder)
     line = error_of(on_ranks(folder, 2, "1", "epoch_?.pt", "-o", "out.pt", script=ELSEWHERE))
-    assert says in line
+    assert says in line and line.endswith(remedy)
     assert snapshot(folder).keys() == before.keys()
+    same = [str(folder / f"epoch_{number}.pt") for number in range(3)]
+    for arguments in (same if remedy == SAME_FILES else ["epoch_?.pt"], same):
+        output = str(folder / "out.pt")
+        ended = on_ranks(folder, 2, "1", *arguments, "-o", output, script=ELSEWHERE)
+        assert [one.returncode for one in ended] == [0, 0], ended
+        assert (folder / "out.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
+        (folder / "out.pt").unlink()
     shutil.rmtree(elsewhere)
 
 
@@ -352,3 +374,39 @@ def test_ranks_average_and_recompute_batchnorm(tmp_path: Path) -> None:
         close = 1e-6 if "running" in name else 0
         torch.testing.assert_close(several[name], value, rtol=close, atol=close)
     assert not list(tmp_path.glob(".swa-avg*"))
+
+
+def test_ranks_without_torchrun(folder: Path) -> None:
+    """WORLD_SIZE without the rest is refused; torchrun works, and so does one process."""
+    alone = ENVIRONMENT | {"WORLD_SIZE": "2", "RANK": "0"}
+    arguments = ("epoch_?.pt", "-o", "out.pt", "-f")
+    line = one_line(run(folder, *arguments, env=alone))
+    assert line.startswith("error: the ranks cannot connect to each other (")
+    assert line.endswith("Start them with torchrun, or unset WORLD_SIZE.")
+    for start in (partial(torchrun, folder, 2), partial(run, folder)):
+        ended = start(*arguments)
+        assert ended.returncode == 0, ended.stderr
+        assert (folder / "out.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
+        (folder / "out.pt").unlink()
+
+
+def test_torch_estimator_on_ranks(tmp_path: Path) -> None:
+    """It is refused; the population estimator works on ranks, and this one in one process."""
+    (tmp_path / "mod.py").write_text(NETWORK)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        torch.save(network.state_dict(), tmp_path / f"epoch_{seed}.pt")
+    arguments = ["epoch_?.pt", "-q", "--recompute-bn", "--data", "mod:batches", "-o", "out.pt"]
+    torchs = [*arguments, "--bn-estimator", "torch"]
+    line = error_of(on_ranks(tmp_path, 2, *torchs))
+    assert line.endswith("not with 2. Use the population estimator, or one process.")
+    assert not (tmp_path / "out.pt").exists()
+    made = []
+    for alone in (False, True):
+        ended = [run(tmp_path, *torchs)] if alone else on_ranks(tmp_path, 2, *arguments)
+        assert [one.returncode for one in ended] == [0] * len(ended), ended
+        made.append(torch.load(tmp_path / "out.pt"))
+        (tmp_path / "out.pt").unlink()
+    assert torch.equal(made[0]["0.weight"], made[1]["0.weight"])
+    assert torch.allclose(made[0]["1.running_mean"], made[1]["1.running_mean"], rtol=0.1, atol=0.1)

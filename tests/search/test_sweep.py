@@ -10,6 +10,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -487,7 +488,9 @@ def test_without_matplotlib_no_work_is_done(shared: Path) -> None:
     )
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
-    assert "swa-avg[plot]" in ended.stderr
+    assert ended.stderr.endswith(" Install it with: pip install 'swa-avg[plot]'.\n")
+    extra = [one for one in requires("swa-avg") or () if "extra == 'plot'" in one]
+    assert [re.split("\\W", one)[0] for one in extra] == ["matplotlib"]
 
 
 # The command.

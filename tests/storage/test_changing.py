@@ -98,6 +98,12 @@ def test_input_that_changes_in_the_middle(tmp_path: Path, suffix: str, name: str
         changed = "changed while being read" in str(refused.value)
         assert changed or (suffix == ".pt" and "is damaged" in str(refused.value))
         assert not (tmp_path / "out.pt").exists()
+        if changed and name == "overwritten":  # the run has finished writing it
+            says = "Wait until the run has finished writing it, then run the command again."
+            assert refused.value.of_command().endswith(says)
+            write(tmp_path / f"1{suffix}", 4.0, 5 * SIZE)
+            swa_avg.average(f"{tmp_path}/[0-2]{suffix}", tmp_path / "out.pt")
+            assert_means_of(tmp_path / "out.pt", 2.0)
     assert pieces >= at
     assert not list(tmp_path.glob(".*"))
 
@@ -242,8 +248,11 @@ def test_file_that_is_always_being_written_is_refused(
     path = tmp_path / "x"
     path.write_bytes(b"x")
     monkeypatch.setattr(time, "sleep", lambda _: os.utime(path))
-    with pytest.raises(FileError, match="x: is being written to"):
+    with pytest.raises(FileError, match="x: is being written to") as refused:
         InputFile(path)
+    assert "Wait until the run has finished writing it" in str(refused.value)
+    monkeypatch.undo()
+    InputFile(path).close()
 
 
 def test_shard_that_is_replaced_between_two(tmp_path: Path, commands: Commands) -> None:
@@ -272,6 +281,8 @@ def test_shard_that_is_replaced_between_two(tmp_path: Path, commands: Commands) 
         ended = commands.wait(process)
         if ended.code:
             assert "was replaced while its folder was being read" in ended.err
+            assert "Wait until the run has finished writing it" in ended.err
+            assert commands.run(folder, *arguments).code == 0
             outcomes.add("refused")
         else:
             found = stored.tensors(tmp_path / f"out{at}" / "swa.safetensors")

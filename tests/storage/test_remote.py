@@ -8,16 +8,19 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command import fails, fault, one_line, run
+from command import fails, fault, load, one_line, run
 from safetensors.torch import save_file
+from torch import nn
 
 import swa_avg
 from swa_avg.averaging.prepare import planned
@@ -192,9 +195,20 @@ def test_failing_upload(
 def test_folders_are_no_output(memory: Any, tmp_path: Path) -> None:
     """No store can put several files in place at once, so none is asked to."""
     hugging_face(tmp_path / "model", 0)
-    with pytest.raises(OutputError, match="memory://out: would be a folder"):
+    with pytest.raises(OutputError, match="memory://out: would be a folder") as refused:
         average(tmp_path / "model", "memory://out")
     assert memory.find("/") == []
+    remedy = refused.value.of_command().partition(" in one step. ")[2]
+    assert remedy == "Write it to this machine and copy it, or name a file: swa.safetensors."
+    average(tmp_path / "model", tmp_path / "out")
+    stored(memory, tmp_path / "out", "out")
+    average(tmp_path / "model", "memory://file/swa.safetensors")
+    with (
+        swa_avg.open_checkpoint("memory://out") as one,
+        swa_avg.open_checkpoint("memory://file/swa.safetensors") as other,
+    ):
+        assert (one.read("first") == weights(0)["first"].numpy()).all()
+        assert (other.read("first") == one.read("first")).all()
 
 
 def test_in_place(memory: Any, tmp_path: Path) -> None:
@@ -235,17 +249,34 @@ def test_one_line(given: str, said: str, memory: Any, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_missing_package() -> None:
-    """Without a protocol's package the line says which extra brings it."""
+PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub",
+    "http": "aiohttp", "https": "aiohttp",
+    # Not in the extra: fsspec's own words name the package.
+    "abfs": "adlfs", "sftp": "paramiko", "oss": "ossfs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PACKAGES)
+def test_missing_package(protocol: str, tmp_path: Path) -> None:
+    """Without a protocol's package the line names it, and the extra, if that brings it."""
+    name = PACKAGES[protocol]
     code = (
-        "import sys; sys.modules['gcsfs'] = None\n"
-        "import swa_avg\n"
-        "try: swa_avg.average('gs://bucket/*.pt', 'out.pt')\n"
-        "except swa_avg.SwaAvgError as error: print(error)\n"
+        f"import sys; sys.modules[{name!r}] = None\n"
+        "from swa_avg.__main__ import main\n"
+        f"sys.argv = ['swa-avg', '{protocol}://a.b/c.pt', '-o', 'out.pt']\n"
+        "main()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.stdout.count("\n") == 1
-    assert "gcsfs" in ended.stdout and "pip install 'swa-avg[remote]'" in ended.stdout
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    line = one_line(ended)
+    assert name in line
+    extra = [one for one in requires("swa-avg") or () if "extra == 'remote'" in one]
+    brought = any(re.match(rf"{name.replace('_', '-')}\b", one) for one in extra)
+    assert brought == (protocol in ("s3", "s3a", "gs", "gcs", "hf", "http", "https"))
+    assert brought == line.endswith(
+        "To install the packages for URLs: pip install 'swa-avg[remote]'."
+    )
 
 
 def test_no_url_no_fsspec(tmp_path: Path) -> None:
@@ -372,8 +403,13 @@ def test_signed_urls(web: Web, tmp_path: Path) -> None:
 
 def test_web_refuses(web: Web, tmp_path: Path) -> None:
     """The web is not written; what it does not give is named with its reason."""
-    with pytest.raises(OutputError, match="URLs are read-only"):
+    with pytest.raises(OutputError, match="URLs are read-only") as refused:
         average(urls(web), f"{web.url}/swa.pt")
+    assert str(refused.value).endswith("Write the output to this machine, then upload it.")
+    average(urls(web), tmp_path / "swa.pt")
+    (tmp_path / "swa.pt").rename(web.folder / "swa.pt")  # the upload: the server's folder
+    with swa_avg.open_checkpoint(f"{web.url}/swa.pt") as checkpoint:
+        assert checkpoint.read("last").shape == (7, 9)
     with pytest.raises(FileError, match="there is no such file"):
         average(f"{web.url}/none.pt", tmp_path / "swa.pt")
     with pytest.raises(FileError, match="403"):
@@ -393,9 +429,15 @@ def test_change_between_header_and_data(web: Web, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes())
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
         changed = pytest.raises(FormatError, match=r"e_1.pt: changed while being read")
-        with changed, made.open_output() as file:
+        with changed as refused, made.open_output() as file:
             made.write_to(file)
     assert not (tmp_path / "swa.pt").exists()
+    assert refused.value.of_command().endswith(
+        "Wait until the run has finished writing it, then run the command again."
+    )
+    average(urls(web), tmp_path / "swa.pt")
+    average(str(web.folder / "*.pt"), tmp_path / "local.pt")
+    assert (tmp_path / "swa.pt").read_bytes() == (tmp_path / "local.pt").read_bytes()
 
 
 def test_several_requests_at_once(web: Web) -> None:
@@ -471,6 +513,12 @@ def test_server_that_answers_something_else(
     (tmp_path / "place").mkdir()
     line = fails(tmp_path / "place", *given, "-o", "swa.pt")
     assert says in line and f"{web.url}/" in line, line
+    if line.endswith("Download the file and give its path."):
+        for number, url in enumerate(given):
+            urllib.request.urlretrieve(url, tmp_path / "place" / f"{number}.safetensors")
+        there = [f"{number}.safetensors" for number in range(3)]
+        assert run(tmp_path / "place", *there, "-o", "swa.pt").returncode == 0
+        assert torch.equal(load(tmp_path / "place/swa.pt")["w"], torch.ones(99_999))
 
 
 # A store that speaks S3 -------------------------------------------------------------------------
@@ -605,6 +653,35 @@ def test_command_refuses(
     assert said in line
     assert {name: store.get(name) for name in store.names} == before
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_folder_in_place(store: Store, tmp_path: Path) -> None:
+    """BatchNorm of a folder in a bucket: refused; copied here, changed, and copied back, it is."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    (tmp_path / "model").mkdir()
+    save_file(network.state_dict(), tmp_path / "model/model.safetensors")
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "mod.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))\n"
+        "batches = [torch.arange(12.0).reshape(4, 3)]\n"
+    )
+    for path in (tmp_path / "model").iterdir():
+        store.put(f"model/{path.name}", path)
+    bn = ("--recompute-bn", "--data", "mod:batches", "--force", "-o")
+    line = one_line(store.command(tmp_path, *bn, "s3://bucket/model"))
+    assert line.endswith("Copy it to this machine, change it there, and copy it back.")
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "model").iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(store.get(f"model/{path.name}"))
+    assert run(tmp_path, *bn, "copy").returncode == 0
+    for path in (tmp_path / "copy").iterdir():
+        store.put(f"model/{path.name}", path)
+    ended = store.command(tmp_path, "s3://bucket/model", "-o", "back.pt")
+    assert ended.returncode == 0, ended.stderr
+    found = load(tmp_path / "back.pt")
+    assert torch.equal(found["0.weight"], network[0].weight)
+    assert not torch.equal(found["1.running_mean"], torch.zeros(4))
 
 
 def test_no_credentials(store: Store, tmp_path: Path) -> None:
