@@ -222,6 +222,27 @@ KEPT_TOGETHER = {
     "I-BERT": ("q.x_min q.x_max q.act_scaling_factor", "a.weight"),
     "training loops": ("iteration current_epoch", "a.weight"),
     "Transformer Engine": ("attn._extra_state", "attn.weight"),
+    "BigGAN": ("bn.stored_mean bn.stored_var bn.accumulation_counter", "bn.gain.weight"),
+    "Chainer names": ("n.avg_mean n.avg_var", "n.gamma"),
+    "statistics of a population": ("n.pop_mean n.pop_var m.mean_running m.var_running", "n.weight"),
+    "statistics over all": ("n.global_mean n.global_var", "n.weight"),
+    "moving averages in words": ("n.moving_average_mean n.moving_average_var", "n.weight"),
+    "PowerNorm": ("n.running_phi n.ema_gz", "n.weight n.bias"),
+    "RQ-VAE": ("q.weight q.embed_ema q.cluster_size_ema", "a.weight"),
+    "NormEMAVectorQuantizer": (
+        "q.cluster_size q.embedding.weight q.embedding.cluster_size q.embedding.embed_avg",
+        "a.weight",
+    ),
+    "Performer": ("attn.fast_attention.projection_matrix", "attn.to_q.weight"),
+    "Performer that counts": ("a.projection_matrix a.calls_since_last_redraw", "a.weight"),
+    "masked layers": ("l.mask", "l.weight l.bias"),
+    "PopArt by mu and sigma": ("v.mu v.sigma", "v.weight v.bias"),
+    "DINOv2": ("dino_loss.center", "student.weight"),
+    "SeesawLoss": ("head.cum_samples", "head.weight"),
+    "spectral norm beside its weight": ("c.weight_u c.weight_v", "c.weight"),
+    "InstDisc": ("lemniscate.memory lemniscate.params", "a.weight"),
+    "queues with labels": ("queue queue_labels m.feature_bank m.bank_ptr", "a.weight"),
+    "counts of tokens": ("tokens_seen samples_seen n_updates steps m.count", "a.weight"),
 }
 
 
@@ -249,6 +270,10 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
         "num_updates",
         "iteration",
         "current_epoch",
+        "tokens_seen",
+        "samples_seen",
+        "n_updates",
+        "steps",
     )
     states: list[State] = [{} for _ in range(3)]
     kept = []
@@ -272,6 +297,50 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
     assert "taken from 2.pt; they match the encoder" in note
     assert len(noted(done, "running statistics")) == len(noted(done, "quantisation range")) == 1
     assert not noted(done, "differs between")
+
+
+# Hand-written codebooks: count and sum of vectors for each of 5 codes, and the codes.
+CODEBOOKS = {
+    "counts and sums": ("q.ema_count:5 q.ema_sum:5,3 q.codebook:5,3", "q.proj.weight:3,3"),
+    "codes in a submodule": (
+        "ema_cluster_count:5 ema_weight:5,3 embedding.weight:5,3",
+        "a.weight:5,3",
+    ),
+    "other words": ("q.ema_vocab_hit:5 q.ema_embedding:5,3 q.w.weight:5,3", "b.weight:5,3"),
+    "codes in columns": ("q.cluster_size:5 q.embed_avg:3,5 q.cb:5,3 q.is_init:1", "q.bias:3"),
+    "running": ("q.running_size:5 q.running_sum:5,3 q.embedding.weight:5,3", "q.norm.weight:3"),
+    "several": ("q.cluster_size:2,5 q.embed_avg:2,5,3 q.embedding:2,5,3", "q.mix:5,2"),
+    "used codes": ("q.ema_cluster_size:5 q.ema_embed_sum:5,3 q.usage_count:5", "q.scale:3"),
+}
+
+
+def test_codebooks_under_any_name_are_kept_together(tmp_path: Path) -> None:
+    """A count and a sum of vectors for each code mark a codebook, whatever the codes are called."""
+    states: list[State] = [{} for _ in range(3)]
+    kept = []
+    for number, (together, trained) in enumerate(CODEBOOKS.values()):
+        for text in f"{together} {trained}".split():
+            name, _, sizes = text.partition(":")
+            for state in states:
+                state[f"m{number}.{name}"] = torch.randn([int(size) for size in sizes.split(",")])
+            kept += [f"m{number}.{name}"] * (text in together)
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    assert_last_and_mean(done.tensors, states, *kept)
+
+
+def test_counts_without_vectors_are_no_codebook(tmp_path: Path) -> None:
+    """A trained weight beside a count of another size, or beside no sums, is averaged."""
+    states = [
+        {
+            "a.code_size": torch.randn(4),
+            "a.weight": torch.randn(4, 3),
+            "b.ema_count": torch.randn(5),
+            "b.ema_w": torch.randn(4, 3),
+            "b.embedding.weight": torch.randn(5, 3),
+        }
+        for _ in range(3)
+    ]
+    assert_last_and_mean(averaged(tmp_path, *saved(tmp_path, states)).tensors, states)
 
 
 class Quantised(nn.Module):
@@ -427,6 +496,11 @@ QUANTISED: dict[str, Callable[[], State]] = {
         "weight_scale": torch.rand(4, 1),
     },
     "fp8 of DeepSeek-V3": lambda: {"weight": fp8(4, 4), "weight_scale_inv": torch.rand(1, 1)},
+    **{
+        f"fp8 with {scale}": lambda scale=scale: {"weight": fp8(4, 4), scale: torch.rand(1)}
+        for scale in ("scales", "w_scale", "scale_inv", "dequant_scale", "scaling_factor")
+    },
+    "fp8, a tensor subclass": lambda: {"weight": fp8(4, 4), "weight.scale": torch.rand(1)},
     "fp8, one scale": lambda: {"weight": fp8(4, 4), "weight_scale": torch.rand(())},
     "HQQ": lambda: {"W_q": codes(4, 2, dtype=torch.uint8), "scale": torch.rand(4),
                     "zero": torch.rand(4)},
