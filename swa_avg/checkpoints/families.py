@@ -182,11 +182,9 @@ _COUNTERS = (
 FAMILIES: tuple[Family, ...] = (
     # Layers that look like BatchNorm come before it.
     *_rows(_STATISTICS, ("rl_games RunningMeanStd", "count running_mean running_var", BN_COUNTER)),
-    *_rows(
-        _BATCHNORM,
-        ("torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
-         " ".join(BN_STATISTICS), BN_COUNTER),
-    ),
+    *_rows(_BATCHNORM, (
+        "torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
+        " ".join(BN_STATISTICS), BN_COUNTER)),
     *_rows(
         _STATISTICS,
         ("mappo ValueNorm", "running_mean_sq running_mean", "debiasing_term"),
@@ -209,14 +207,14 @@ FAMILIES: tuple[Family, ...] = (
             "moving_avg_var moving_avg_mean")),
         ("StyleGAN3 SynthesisLayer", "magnitude_ema weight~"),
         ("brax running_statistics", "summed_variance mean", "std count"),
-        ("rsl_rl EmpiricalNormalization", "count _mean _var", "_std"),
+        ("rsl_rl EmpiricalNormalization", "count _mean _var", "_std"), ("EMA", "prototypes counts"),
         *(("RunningMeanStd of gym and similar", f"{count} mean {spread}", "std")
           for count in ("count", "n", "num_samples", "steps", "step") for spread in ("var", "std")),
         ("normalisers", "*_var *_mean count", "*_std"), ("normalisers", "*_std *_mean count"),
         ("normalisers", "*_count *_mean *_var", "*_std"), ("normalisers", "*_count *_mean *_std"),
         ("torchrl VecNorm", "*_ssq *_sum *_count"), ("torchrl VecNormV2", "_loc _var _count"),
         ("sums of squares", "sumsq sum count"), ("sums of squares", "sum_sq sum count"),
-        ("nerfacc OccGridEstimator", "occs binaries"),
+        ("nerfacc OccGridEstimator", "occs binaries"), ("SNGP", "covariance precision"),
         ("torch-ngp, ngp_pl", "density_grid density_bitfield", "mean_density iter_density"),
         ("MeshGraphNets Normalizer", "_acc_sum_squared _acc_sum _acc_count", "_num_accumulations"),
         ("MeshGraphNets Normalizer", "acc_sum_squared acc_sum acc_count", "num_accumulations"),
@@ -329,8 +327,9 @@ FAMILIES: tuple[Family, ...] = (
         ("LFM2", "expert_bias gate.weight~"), ("Ling", "expert_bias weight~"),
         ("Megatron-LM", "router.expert_bias",
          "router.local_tokens_per_expert router.global_tokens_per_expert"),
-        ("DeepSeek-V3", "e_score_correction_bias"),
         ("OLMo-core", "router.score_bias", "router.batch_size_per_expert"),
+        ("DeepSeek-V3", "e_score_correction_bias"), ("ZAYA1", "balancing_biases"),
+        ("experts by hand", "load_balance_bias"), ("experts by hand", "routing_bias"),
     ),
     *_rows(_METRIC, ("torchmetrics StatScores", "tp fp tn fn"), ("torchmetrics", "confmat")),
     # Counters, switches and the state of modules.
