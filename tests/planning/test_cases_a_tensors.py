@@ -963,3 +963,28 @@ def test_frozen_batchnorm_has_no_note(tmp_path: Path, suffix: str) -> None:
     plain = [{"w": torch.randn(2), "n.running_max": torch.rand(2)} for _ in range(2)]
     done = averaged(tmp_path, *saved(tmp_path, plain, suffix))
     assert not noted(done, "do not fit")
+
+
+def test_flat_parameters_of_fsdp_are_said(tmp_path: Path) -> None:
+    """Nothing in a file tells whether a flat parameter is a rank's part; a note asks."""
+    states = [{"_fsdp_wrapped_module.flat_param": torch.randn(8)} for _ in range(2)]
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    (note,) = noted(done, "flat parameter of FSDP", "files of one rank only")
+    assert note.startswith("_fsdp_wrapped_module.flat_param: ")
+    states = [{"flat_parameters.weight": torch.randn(8)} for _ in range(2)]
+    assert not averaged(tmp_path, *saved(tmp_path, states)).notes
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_schedule_free_in_train_mode_is_said(several: bool, tmp_path: Path) -> None:
+    """The weights of train mode are not those that are evaluated; those of eval mode are."""
+    for mode in (True, False):
+        group = {"lr": 0.1, "k": 3, "train_mode": mode, "params": [0]}
+        optimizer = {"state": {0: {"z": torch.randn(2)}}, "param_groups": [group]}
+        states = [
+            {"model": {"w": torch.randn(2)}, "opt": [optimizer] if several else optimizer}
+            for _ in range(2)
+        ]
+        done = averaged(tmp_path, *saved(tmp_path, states))
+        found = noted(done, "schedule-free", "0.pt, 1.pt", "optimizer.eval()")
+        assert len(found) == len(done.notes) == int(mode)

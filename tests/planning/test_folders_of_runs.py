@@ -6,6 +6,7 @@ in names. Each test runs the command.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,18 @@ def test_steps_that_begin_anew_each_epoch_are_no_repeats(tmp_path: Path) -> None
         saved = {"state_dict": weights(epoch), "epoch": epoch, "step": 7}
         save(tmp_path, {f"model.pt.ep{epoch}": saved})
     assert mean(tmp_path, "model.pt.ep1", "model.pt.ep2") == (1.5, ())
+
+
+def test_archives_of_stable_baselines_in_a_folder(tmp_path: Path) -> None:
+    """A folder with nothing but archives around models is refused, as one of them is by name."""
+    folder = tmp_path / "run"
+    save(folder, {"policy.pth": 1})
+    for steps in (1000, 2000):
+        with zipfile.ZipFile(folder / f"rl_model_{steps}_steps.zip", "w") as archive:
+            archive.write(folder / "policy.pth", "policy.pth")
+            archive.writestr("data", "{}")
+    (folder / "policy.pth").unlink()
+    for given in ("run", "run/rl_model_1000_steps.zip"):
+        line = fails(tmp_path, given)
+        assert "around policy.pth" in line
+        assert "Extract the file of the model from each archive" in line
