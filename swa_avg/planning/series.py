@@ -253,11 +253,31 @@ def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
     yield from _on_series(chosen)
     yield from _on_places(chosen)
     yield from _on_times(chosen)
+    yield from _on_averaged_models(chosen)
     placed = [member for member in chosen if member.is_placed]
     if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
         yield (
             "neither the checkpoints nor their names contain an epoch or a step; "
             f"{chosen[-1].path} is used as the last one"
+        )
+
+
+def _on_averaged_models(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield a note on several states of one AveragedModel, which may be means of the run so far.
+
+    Its counter is the same for a moving average, which a name may say that it is.
+    """
+    of_torch = [
+        str(member.path)
+        for member in chosen
+        if member.state.counter is not None
+        and "ema" not in f"{member.state.where} {member.name.average}".lower()
+    ]
+    if len(of_torch) > 1:
+        yield (
+            f"{listed(of_torch)}: states of torch's AveragedModel; unless it keeps a moving "
+            "average, each is the mean of the run so far and includes the earlier ones, and the "
+            "last one alone is the average (--last 1)"
         )
 
 

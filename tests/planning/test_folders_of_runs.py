@@ -6,6 +6,7 @@ in names. Each test runs the command.
 
 from __future__ import annotations
 
+import copy
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 from command import averaged, fails
 from safetensors.torch import save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def weights(value: float, rows: int = 2) -> dict[str, torch.Tensor]:
@@ -147,3 +150,43 @@ def test_archives_of_stable_baselines_in_a_folder(tmp_path: Path) -> None:
         line = fails(tmp_path, given)
         assert "around policy.pth" in line
         assert "Extract the file of the model from each archive" in line
+
+
+def states_of(average: AveragedModel, model: nn.Module, count: int) -> list[dict[str, Any]]:
+    """Train a model for a few epochs; return the state of its average after each."""
+    states = []
+    for _ in range(count):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        average.update_parameters(model)
+        states.append(copy.deepcopy(average.state_dict()))
+    return states
+
+
+def test_several_states_of_an_averaged_model_are_said(tmp_path: Path) -> None:
+    """Each is the mean of the run so far: the last one is the average, as the line says."""
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    states = states_of(AveragedModel(model), model, 3)
+    for wrapped in (False, True):
+        saved = [{"swa_model": state, "epoch": n} if wrapped else state
+                 for n, state in enumerate(states)]  # fmt: skip
+        save(tmp_path, {f"epoch_{number}.pt": state for number, state in enumerate(saved)})
+        names = [f"epoch_{number}.pt" for number in range(3)]
+        ema = ["--ema"] * wrapped
+        done = averaged(tmp_path, *names, *ema, "--force")
+        assert [note for note in done.notes if "includes the earlier ones" in note]
+        done = averaged(tmp_path, *names, *ema, "--force", "--last", "1")
+        assert done.tensors["weight"].tolist() == [[2.0, 2.0]]  # of 1, 2 and 3
+        assert not [note for note in done.notes if "includes the earlier ones" in note]
+
+
+def test_moving_averages_of_torch_are_averaged_without_a_word(tmp_path: Path) -> None:
+    """A name that says EMA says that each is a moving average."""
+    model = nn.Linear(2, 1, bias=False)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    states = states_of(average, model, 2)
+    save(tmp_path, {f"{n}.pt": {"ema_model": state} for n, state in enumerate(states)})
+    save(tmp_path, {f"ema_{n}.pt": state for n, state in enumerate(states)})
+    assert averaged(tmp_path, "0.pt", "1.pt", "--ema", "--force").notes == ()
+    assert averaged(tmp_path, "ema_0.pt", "ema_1.pt", "--force").notes == ()
