@@ -190,3 +190,14 @@ def test_moving_averages_of_torch_are_averaged_without_a_word(tmp_path: Path) ->
     save(tmp_path, {f"ema_{n}.pt": state for n, state in enumerate(states)})
     assert averaged(tmp_path, "0.pt", "1.pt", "--ema", "--force").notes == ()
     assert averaged(tmp_path, "ema_0.pt", "ema_1.pt", "--force").notes == ()
+
+
+def test_tensors_of_one_optimizer_in_a_folder(tmp_path: Path) -> None:
+    """The master weights of an optimizer beside its moments are no model: left out, and said."""
+    moments = {name: torch.ones(6) for name in ("fp32", "exp_avg", "exp_avg_sq")}
+    save(tmp_path / "run", {"epoch_1.pt": 1, "epoch_2.pt": 2, "optim_0.pt": moments})
+    value, (note,) = mean(tmp_path, "run")
+    assert value == 1.5
+    assert note == "left out, because they contain no model: run/optim_0.pt (optimizer state)"
+    line = fails(tmp_path, "run/epoch_1.pt", "run/optim_0.pt")
+    assert "run/optim_0.pt" in line and "optimizer state" in line and "--exclude" in line
