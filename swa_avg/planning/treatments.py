@@ -20,7 +20,11 @@ from swa_avg.pickles import Inert, buffers_of
 from swa_avg.tensors import DType, Kind, TensorRef
 
 # Names of tensors that contain the scales of quantised weights.
-_SCALE = re.compile(r"(?!logit).*(?:scale|scaling|absmax|zero|scb)", re.IGNORECASE)
+_SCALE = re.compile(r"(?!logit).*(?:scale|absmax|zero|scb)", re.IGNORECASE)
+# Names of the scales of float8 weights; others have such words too: zero_init, layer_scale.
+_SCALE_OF_8_BIT = re.compile(
+    r"(?!logit|layer).*(?:scale(?!_shift)|scaling|absmax|zero_?point)", re.IGNORECASE
+)
 _CODES_OR_TABLE = (
     f"If it contains codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
     f"{BEFORE_QUANTISATION[1:]}. If it is a table, remove it from the files"
@@ -110,10 +114,8 @@ def treatments(
     """
     last = states[-1]
     buffers = _buffers(last)
-    scales = [name for name in last.tensors if _SCALE.match(_leaf(name))]
-    scaled = frozenset(map(_module, scales))
-    quantised = _with_scales(last.tensors, scales)
-    decide = _Decision(states, rules, count, buffers, scaled, quantised)
+    scaled = frozenset(_module(name) for name in last.tensors if _SCALE.match(_leaf(name)))
+    decide = _Decision(states, rules, count, buffers, scaled, _with_scales(last.tensors))
     return {name: decide(name, ref, families.get(name)) for name, ref in last.tensors.items()}
 
 
@@ -264,7 +266,7 @@ def _buffers(state: StateDict) -> frozenset[str]:
     return frozenset()
 
 
-def _with_scales(tensors: Mapping[str, TensorRef], scales: Sequence[str]) -> frozenset[str]:
+def _with_scales(tensors: Mapping[str, TensorRef]) -> frozenset[str]:
     """Return the names of float8 tensors with scales beside them, and of these scales.
 
     A model that was only cast to 8 bits has no scales, or parameters of 8 bits called so.
@@ -275,10 +277,10 @@ def _with_scales(tensors: Mapping[str, TensorRef], scales: Sequence[str]) -> fro
             codes.setdefault(_module(name), []).append(name)
             codes.setdefault(name, []).append(name)  # weight and weight.scale
     found: set[str] = set()
-    for scale in scales:
-        ref = tensors[scale]
-        if ref.dtype.kind is Kind.FLOAT and ref.dtype.itemsize > 1 and _module(scale) in codes:
-            found.update((scale, *codes[_module(scale)]))
+    for name, ref in tensors.items() if codes else ():
+        wide = ref.dtype.kind is Kind.FLOAT and ref.dtype.itemsize > 1
+        if wide and _module(name) in codes and _SCALE_OF_8_BIT.match(_leaf(name)):
+            found.update((name, *codes[_module(name)]))
     return frozenset(found)
 
 

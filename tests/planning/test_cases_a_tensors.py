@@ -579,7 +579,9 @@ def test_quantised_modules_of_torch_are_refused(tmp_path: Path) -> None:
 
 def test_float8_without_scales_is_averaged(tmp_path: Path) -> None:
     """Weights that were only cast, also beside CLIP's logit_scale."""
-    states = [{"text_projection": fp8(4, 4), "logit_scale": torch.randn(()), "l.weight": fp8(4)}
+    states = [{"text_projection": fp8(4, 4), "logit_scale": torch.randn(()), "l.weight": fp8(4),
+               "l.zero_init_gate": torch.randn(4), "l.layer_scale": torch.randn(4),
+               "m.weight": fp8(4), "m.gate_scale": fp8(4), "n.up_scale": torch.randn(4)}
               for _ in range(2)]  # fmt: skip
     assert_last_and_mean(averaged(tmp_path, *saved(tmp_path, states)).tensors, states)
 
