@@ -46,7 +46,7 @@ def test_wheel_and_sdist_hold_everything(built: Path) -> None:
     assert {name for name in names if name.startswith("swa_avg/")} == shipped
     assert f"{info}/licenses/LICENSE" in names
     running = f"Programming Language :: Python :: {sys.version_info[0]}.{sys.version_info[1]}"
-    assert running in metadata and "Author" in metadata
+    assert running in metadata and "Author" in metadata and "Project-URL: Paper" in metadata
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     assert shipped | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"} <= inside

@@ -197,11 +197,12 @@ def _treatments(counts: Mapping[str, int], families: Mapping[str, int]) -> str:
     """Return the number of tensors by treatment, as text."""
     statistics = families.get(_BATCHNORM, 0) - counts["reset"]
     others = [name for name in families if name != _BATCHNORM and families[name]]
+    kept = counts["kept"] - statistics
     by_treatment = {
-        "averaged": counts["averaged"],
-        "BatchNorm buffers not averaged": statistics,
-        f"kept from the last ({', '.join(others)})": counts["kept"] - statistics,
-        "BatchNorm buffers reset": counts["reset"],
-        "copied": counts["copied"],
+        f"{counts['averaged']} averaged": counts["averaged"],
+        f"{counted(statistics, 'BatchNorm buffer')} not averaged": statistics,
+        f"{kept} kept from the last ({', '.join(others)})": kept,
+        f"{counted(counts['reset'], 'BatchNorm buffer')} reset": counts["reset"],
+        f"{counts['copied']} copied": counts["copied"],
     }
-    return ", ".join(f"{count} {words}" for words, count in by_treatment.items() if count)
+    return ", ".join(words for words, count in by_treatment.items() if count)
