@@ -27,8 +27,11 @@ _INDEX = "*.index.json"
 _GAP = 600  # seconds between two runs
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d_]+")
-# A number of at most four digits of how many: ckpt_3_of_10.
-_COUNTED = re.compile(r"(?<![0-9])[0-9]{1,4}[-_. ]?of[-_. ]?[0-9]{1,4}(?![0-9])", re.IGNORECASE)
+# A number of at most four digits of how many: ckpt_3_of_10, but not fold_3_of_10.
+_COUNTED = re.compile(
+    r"(?<![0-9])(?P<word>[^\W\d_]*)[-_. ]?[0-9]{1,4}[-_. ]?of[-_. ]?[0-9]{1,4}(?![0-9])"
+)
+_OF_RUNS = frozenset({"fold", "cv", "seed", "run", "trial", "split"})
 
 
 def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
@@ -134,9 +137,11 @@ def _are_counted(group: Sequence[Member]) -> bool:
     Parts that Hugging Face numbers so have five digits, and different tensors.
     """
     first, *_ = group
+    counts = [_COUNTED.search(member.name.text) for member in group]
+    if not all(count and count["word"].lower() not in _OF_RUNS for count in counts):
+        return False
     return all(
-        _COUNTED.search(member.name.text)
-        and len(member.name.parts) == 1
+        len(member.name.parts) == 1
         and not member.name.is_placed
         and _shapes(member) == _shapes(first)
         for member in group

@@ -26,9 +26,11 @@ _UNFINISHED = re.compile(
 )
 # Names of backups: epoch_3.pt.bak, epoch_3.pt~, and epoch_3 (1).pt, epoch_3 - Copy.pt.
 _BACKUP = re.compile(
-    r"(?P<of>.+?)(?:\.(?:bak|backup|old|orig|prev)[0-9]*|~)"
-    r"|(?P<stem>.+?)(?: ?\([0-9]+\)|[ _.-]+(?:copy|backup|bak|old|orig)(?: ?[0-9]+)?)"
-    r"(?P<suffix>(?:\.[a-z]+)+)",
+    r"(?:copy of |kopie von )(?P<copied>.+)"
+    r"|(?P<of>.+?)(?:\.(?:bak|backup|old|orig|prev)[0-9]*|~)"
+    r"|(?P<stem>.+?)(?: ?\([0-9]+\)"
+    r"|[ _.-]+(?:copy|copie|copia|kopie|backup|bak|old|orig)(?: ?[0-9]+)?)"
+    r"(?P<suffix>(?:\.[a-z]+)*)",
     re.IGNORECASE | re.DOTALL,
 )
 # Lightning's learning rate finder saves the weights before it trains with them.
@@ -55,7 +57,7 @@ def backups(found: Sequence[Path]) -> list[Path]:
     return [
         path
         for path, match in matched
-        if match and (match["of"] or match["stem"] + match["suffix"]) in there
+        if match and (match["copied"] or match["of"] or match["stem"] + match["suffix"]) in there
     ]
 
 

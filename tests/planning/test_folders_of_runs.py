@@ -41,7 +41,7 @@ def mean(folder: Path, *arguments: str) -> tuple[float, tuple[str, ...]]:
 BACKUPS = (
     "epoch_2.pt.bak", "epoch_2.pt.bak2", "epoch_2.pt~", "epoch_2.pt.old", "epoch_2.pt.orig",
     "epoch_2 (1).pt", "epoch_2(2).pt", "epoch_2 copy.pt", "epoch_2 - Copy.pt", "epoch_2_backup.pt",
-    "epoch_2.old.pt", "epoch_2 copy 3.pt",
+    "epoch_2.old.pt", "epoch_2 copy 3.pt", "Copy of epoch_2.pt", "epoch_2 - Kopie.pt",
 )  # fmt: skip
 
 
@@ -52,6 +52,15 @@ def test_backup_beside_its_original_is_left_out(name: str, tmp_path: Path) -> No
     value, notes = mean(tmp_path, "run")
     assert value == 1.5
     assert notes == (f"left out, because their names mark copies of other checkpoints: run/{name}",)
+
+
+def test_backup_of_a_folder_is_left_out(tmp_path: Path) -> None:
+    """A checkpoint that is a folder has no suffix."""
+    for name, value in (("checkpoint-1", 1.0), ("checkpoint-2", 2.0), ("checkpoint-2_old", 30.0)):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        save_file(weights(value), tmp_path / "run" / name / "model.safetensors")
+    value, (note,) = mean(tmp_path, "run")
+    assert value == 1.5 and "copies of other checkpoints: run/checkpoint-2_old" in note
 
 
 def test_backup_without_its_original_is_a_checkpoint(tmp_path: Path) -> None:
@@ -98,7 +107,7 @@ def test_unfinished_file_with_a_suffix(tmp_path: Path) -> None:
     assert value == 1.5 and "unfinished" in note
 
 
-@pytest.mark.parametrize("name", ["ckpt_{}_of_10.pt", "run-{}-of-10.pt", "{}of10.pt"])
+@pytest.mark.parametrize("name", ["ckpt_{}_of_10.pt", "net-{}-of-10.pt", "{}of10.pt"])
 def test_counts_of_a_run_are_no_parts(name: str, tmp_path: Path) -> None:
     """Files with all tensors, numbered N of M, are checkpoints; a note says how they are read."""
     names = [name.format(number) for number in (9, 8, 10)]
@@ -116,6 +125,8 @@ def test_parts_of_other_tensors_or_shapes_are_refused(tmp_path: Path) -> None:
     for number, tensor in enumerate(weights(1), 1):
         save_file({tensor: weights(1)[tensor]}, tmp_path / f"b-{number}-of-2.safetensors")
     assert "of a model, but" in fails(tmp_path, "b-1-of-2.safetensors", "b-2-of-2.safetensors")
+    save(tmp_path, {"fold_1_of_5.pt": 1, "fold_2_of_5.pt": 2})
+    assert "of a model, but" in fails(tmp_path, "fold_1_of_5.pt", "fold_2_of_5.pt")
     save(tmp_path, {"c-00001-of-00002.pt": 1, "c-00002-of-00002.pt": 2})
     assert "of a model, but" in fails(tmp_path, "c-00001-of-00002.pt", "c-00002-of-00002.pt")
 
