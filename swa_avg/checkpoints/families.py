@@ -212,6 +212,7 @@ FAMILIES: tuple[Family, ...] = (
           for count in ("count", "n", "num_samples", "steps", "step") for spread in ("var", "std")),
         ("normalisers", "*_var *_mean count", "*_std"), ("normalisers", "*_std *_mean count"),
         ("normalisers", "*_count *_mean *_var", "*_std"), ("normalisers", "*_count *_mean *_std"),
+        ("sklearn", "n_samples_seen_ mean_ var_", "scale_"), ("RL", "_count _mean _var", "_std"),
         ("torchrl VecNorm", "*_ssq *_sum *_count"), ("torchrl VecNormV2", "_loc _var _count"),
         ("sums of squares", "sumsq sum count"), ("sums of squares", "sum_sq sum count"),
         ("nerfacc OccGridEstimator", "occs binaries"), ("SNGP", "covariance precision"),

@@ -238,6 +238,8 @@ KEPT_TOGETHER = {
     "masked layers": ("l.mask", "l.weight l.bias"),
     "PopArt by mu and sigma": ("v.mu v.sigma", "v.weight v.bias"),
     "DINOv2": ("dino_loss.center", "student.weight"),
+    "StandardScaler": ("s.mean_ s.var_ s.scale_ s.n_samples_seen_", "a.weight"),
+    "running moments, private": ("r._mean r._var r._count", "a.weight"),
     "SNGP": ("gp.precision gp.covariance", "gp.beta.weight"),
     "prototypes of classes": ("p.prototypes p.counts", "p.fc.weight"),
     "ZAYA1": ("mlp.router.balancing_biases", "mlp.router.weight"),
