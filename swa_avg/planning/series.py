@@ -27,11 +27,10 @@ _INDEX = "*.index.json"
 _GAP = 600  # seconds between two runs
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d_]+")
-# A number of at most four digits of how many: ckpt_3_of_10, but not fold_3_of_10.
+# A number of at most four digits of how many: ckpt_3_of_10, but not shard_3_of_10 or fold_3_of_10.
 _COUNTED = re.compile(
     r"(?<![0-9])(?P<word>[^\W\d_]*)[-_. ]?[0-9]{1,4}[-_. ]?of[-_. ]?[0-9]{1,4}(?![0-9])"
 )
-_OF_RUNS = frozenset({"fold", "cv", "seed", "run", "trial", "split"})
 
 
 def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
@@ -138,7 +137,7 @@ def _are_counted(group: Sequence[Member]) -> bool:
     """
     first, *_ = group
     counts = [_COUNTED.search(member.name.text) for member in group]
-    if not all(count and count["word"].lower() not in _OF_RUNS for count in counts):
+    if not all(count and count["word"].lower() in words.CHECKPOINT_NOUNS for count in counts):
         return False
     return all(
         len(member.name.parts) == 1
@@ -191,7 +190,10 @@ def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
         matching = [member for member in every if fnmatchcase(str(member.path), pattern)]
         if matching == list(several[0]):
             return f"Average each part separately, as in {quote(pattern)}"
-    return "Merge them into one file first, with the framework that wrote them"
+    merge = "Merge them into one file first, with the framework that wrote them"
+    if all(_shapes(member) == _shapes(every[0]) for member in every):
+        return f"{merge}. If each is a whole model, rename them: epoch_1{every[0].path.suffix}, …"
+    return merge
 
 
 def refuse_mixed(given: Sequence[Member]) -> None:

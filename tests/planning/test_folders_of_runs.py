@@ -107,7 +107,9 @@ def test_unfinished_file_with_a_suffix(tmp_path: Path) -> None:
     assert value == 1.5 and "unfinished" in note
 
 
-@pytest.mark.parametrize("name", ["ckpt_{}_of_10.pt", "net-{}-of-10.pt", "{}of10.pt"])
+@pytest.mark.parametrize(
+    "name", ["ckpt_{}_of_10.pt", "snapshot-{}-of-10.pt", "checkpoint{}of10.pt"]
+)
 def test_counts_of_a_run_are_no_parts(name: str, tmp_path: Path) -> None:
     """Files with all tensors, numbered N of M, are checkpoints; a note says how they are read."""
     names = [name.format(number) for number in (9, 8, 10)]
@@ -125,8 +127,14 @@ def test_parts_of_other_tensors_or_shapes_are_refused(tmp_path: Path) -> None:
     for number, tensor in enumerate(weights(1), 1):
         save_file({tensor: weights(1)[tensor]}, tmp_path / f"b-{number}-of-2.safetensors")
     assert "of a model, but" in fails(tmp_path, "b-1-of-2.safetensors", "b-2-of-2.safetensors")
-    save(tmp_path, {"fold_1_of_5.pt": 1, "fold_2_of_5.pt": 2})
-    assert "of a model, but" in fails(tmp_path, "fold_1_of_5.pt", "fold_2_of_5.pt")
+    # With tensor parallelism, parts have the same names and shapes.
+    for name in ("fold", "shard", "tp", "model_rank", "mp", "consolidated", "model", ""):
+        save(tmp_path, {f"{name}_1_of_5.pt": 1, f"{name}_2_of_5.pt": 2})
+        line = fails(tmp_path, f"{name}_1_of_5.pt", f"{name}_2_of_5.pt")
+        assert "of a model, but" in line and line.endswith("rename them: epoch_1.pt, ….")
+    for number in (1, 2):
+        (tmp_path / f"model_{number}_of_5.pt").rename(tmp_path / f"epoch_{number}.pt")
+    assert mean(tmp_path, "epoch_1.pt", "epoch_2.pt") == (1.5, ())
     save(tmp_path, {"c-00001-of-00002.pt": 1, "c-00002-of-00002.pt": 2})
     assert "of a model, but" in fails(tmp_path, "c-00001-of-00002.pt", "c-00002-of-00002.pt")
 
