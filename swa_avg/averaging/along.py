@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -321,8 +322,8 @@ def _temporary_names(count: int, opened: ExitStack) -> list[str]:
 def _lengths(last: object) -> list[int]:
     """Return the lengths of the windows, in order."""
     given = list(last) if isinstance(last, Iterable) and not isinstance(last, str) else [last]
-    lengths = {one for one in given if isinstance(one, int)}
-    if not all(isinstance(one, int) for one in given):
+    lengths = {int(one) for one in given if isinstance(one, Integral)}
+    if not all(isinstance(one, Integral) for one in given):
         raise TypeError(f"last must be a number of checkpoints or several numbers, not {last!r}")
     return sorted(lengths)
 

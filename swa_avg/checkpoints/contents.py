@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from swa_avg.checkpoints.tree import mapping
 from swa_avg.pickles import UnreadableTensor
-from swa_avg.tensors import Kind, TensorRef, View
+from swa_avg.tensors import Kind, TensorRef, View, is_optimizer
 
 OPTIMIZER = "optimizer state"
 RANDOM = "random number states"
@@ -69,6 +69,9 @@ class _Seen:
         signs = set(_signs(entries))
         self.kinds |= signs
         names = [name for name in entries if not self._is_of_optimizer(name, signs)]
+        if is_optimizer(entries):  # the tensors of one optimizer, beside its exp_avg
+            signs.add(OPTIMIZER)
+            self.kinds.add(OPTIMIZER)
         flat = _optimizer_groups(names)
         if flat:
             self.kinds.add(OPTIMIZER)

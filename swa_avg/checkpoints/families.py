@@ -2,8 +2,8 @@
 
 Besides weights, a state_dict holds the state of algorithms: statistics, codebooks, factors,
 codes with their scales. The mean of such a tensor is useless without its partners. A family
-is recognised by several names together, never by one common name. `FAMILIES` is the table; a
-new family is a new row and a test. This module is data only: `membership` finds the families.
+is recognised by several names together, or by a name that nothing else has. `FAMILIES` is the
+table; a new family is a new row and a test. `membership` finds the families.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ _STATISTICS = _kind(
     because="measured on data, not trained",
     note="match the weights of that checkpoint, not the average",
 )
-_CODEBOOK = _kind(
+CODEBOOK = _kind(
     "EMA codebook",
     Way.KEPT,
     because="the codes are the sums divided by the counts, so all come from one checkpoint",
@@ -171,50 +171,57 @@ _ROTATION = _kind(
     "the weights, merge each adapter into its model first",
 )
 
+# A float of one element under one of these names counts; nobody trains it.
+_COUNTERS = (
+    "num_steps global_step current_step iteration current_epoch steps total_steps global_steps "
+    "train_steps step_count epoch epochs iter iters n_iter num_iter num_iters iterations "
+    "num_iterations iter_num global_iter counter count n_updates update_count n_calls num_batches "
+    "tokens_seen num_tokens samples_seen num_samples itr niter cur_iter current_iter batch_idx"
+)
 # In each group: where it is defined, the names that must exist, names that also belong to it.
 FAMILIES: tuple[Family, ...] = (
     # Layers that look like BatchNorm come before it.
-    *_rows(
-        _STATISTICS,
-        ("rl_games RunningMeanStd", "count running_mean running_var", BN_COUNTER),
-    ),
-    *_rows(
-        _BATCHNORM,
-        ("torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
-         " ".join(BN_STATISTICS), BN_COUNTER),
-    ),
+    *_rows(_STATISTICS, ("rl_games RunningMeanStd", "count running_mean running_var", BN_COUNTER)),
+    *_rows(_BATCHNORM, (
+        "torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
+        " ".join(BN_STATISTICS), BN_COUNTER)),
     *_rows(
         _STATISTICS,
         ("mappo ValueNorm", "running_mean_sq running_mean", "debiasing_term"),
         ("skrl RunningStandardScaler", "running_variance running_mean", "current_count"),
         ("batch renormalisation", "running_std running_mean",
          f"rmax dmax r_max d_max {BN_COUNTER}"),
+        ("PowerNorm", "running_phi ema_gz"),
     ),
-    *_rows(_CODEBOOK, ("residual quantisers with means of codes", "code_count running_mean",
-                       "weight")),
+    *_rows(CODEBOOK, ("residual quantisers with means of codes", "code_count running_mean",
+                      "weight")),
     *_rows(
         _STATISTICS,
         ("layers with the names of torch.nn.BatchNorm*d", "running_*", BN_COUNTER),
+        ("BigGAN layers.bn, layers.ccbn", "stored_mean stored_var", "accumulation_counter"),
+        ("layers with the names of Chainer", "avg_mean avg_var"),
         ("layers with the names of TensorFlow", "moving_mean", "moving_var moving_variance"),
-        ("layers with moving averages", "ema_var ema_mean"),
-        ("layers with moving averages", "var_ema mean_ema"),
+        *(("layers with moving averages", both) for both in (
+            "ema_var ema_mean", "var_ema mean_ema", "global_var global_mean", "pop_var pop_mean",
+            "var_running mean_running", "moving_average_var moving_average_mean",
+            "moving_avg_var moving_avg_mean")),
         ("StyleGAN3 SynthesisLayer", "magnitude_ema weight~"),
         ("brax running_statistics", "summed_variance mean", "std count"),
-        ("rsl_rl EmpiricalNormalization", "count _mean _var", "_std"),
+        ("rsl_rl EmpiricalNormalization", "count _mean _var", "_std"), ("EMA", "prototypes counts"),
         *(("RunningMeanStd of gym and similar", f"{count} mean {spread}", "std")
           for count in ("count", "n", "num_samples", "steps", "step") for spread in ("var", "std")),
-        ("normalisers of inputs", "*_var *_mean count", "*_std"),
-        ("normalisers of inputs", "*_std *_mean count"),
-        ("normalisers of inputs", "*_count *_mean *_var", "*_std"),
-        ("normalisers of inputs", "*_count *_mean *_std"),
-        ("torchrl VecNorm", "*_ssq *_sum *_count"),
-        ("torchrl VecNormV2", "_loc _var _count"),
+        ("normalisers", "*_var *_mean count", "*_std"), ("normalisers", "*_std *_mean count"),
+        ("normalisers", "*_count *_mean *_var", "*_std"), ("normalisers", "*_count *_mean *_std"),
+        ("sklearn", "n_samples_seen_ mean_ var_", "scale_"), ("RL", "_count _mean _var", "_std"),
+        ("torchrl VecNorm", "*_ssq *_sum *_count"), ("torchrl VecNormV2", "_loc _var _count"),
         ("sums of squares", "sumsq sum count"), ("sums of squares", "sum_sq sum count"),
-        ("nerfacc OccGridEstimator", "occs binaries"),
+        ("nerfacc OccGridEstimator", "occs binaries"), ("SNGP", "covariance precision"),
         ("torch-ngp, ngp_pl", "density_grid density_bitfield", "mean_density iter_density"),
         ("MeshGraphNets Normalizer", "_acc_sum_squared _acc_sum _acc_count", "_num_accumulations"),
         ("MeshGraphNets Normalizer", "acc_sum_squared acc_sum acc_count", "num_accumulations"),
         ("mappo PopArt", "mean_sq mean", "stddev debiasing_term"),
+        ("PopArt layers", "mu sigma weight~ bias~"), ("mmdet SeesawLoss", "cum_samples"),
+        ("DINO, DINOv2, iBOT", "*_loss.center", "*_loss.center2"),
         ("Welford's algorithm", "m2 mean", "count n"), ("Welford", "M2 mean", "count n"),
     ),
     # The mean of running means counts the early models more often than the late ones.
@@ -227,17 +234,22 @@ FAMILIES: tuple[Family, ...] = (
         ("torch.nn.utils.parametrizations.spectral_norm",
          "parametrizations.*.#._u parametrizations.*.#._v"),
         ("SpectralNorm of SAGAN", "*_u *_bar~", "*_v"),
+        ("spectral norm beside its weight", "weight_u weight~", "weight_v weight_sigma"),
         ("BigGAN layers.SN", "sv0 u0 weight~", "u1 u2 u3 sv1 sv2 sv3"),
         ("torch-mimicry SpectralNorm", "sn_u weight~", "sn_sigma"),
-        ("SNConv2d, SNLinear of SN-GAN", "u weight~", "v"),
-        ("SNConv2d, SNLinear of SN-GAN", "_u weight~", "_v"),
+        ("SNConv2d of SN-GAN", "u weight~", "v"), ("SNConv2d of SN-GAN", "_u weight~", "_v"),
     ),
     *_rows(
         _PRUNING,
         ("torch.nn.utils.prune", "*_mask *_orig~"),
-        ("sparse training", "weight_mask weight~"),
+        ("sparse training", "weight_mask weight~"), ("masked layers", "mask weight~"),
     ),
-    *_rows(_NOISE, ("NoisyLinear of NoisyNet", "*_epsilon *_mu~ *_sigma~")),
+    *_rows(
+        _NOISE,
+        ("NoisyLinear of NoisyNet", "*_epsilon *_mu~ *_sigma~"),
+        ("performer-pytorch", "fast_attention.projection_matrix"),
+        ("Performer", "projection_matrix calls_since_last_redraw"),
+    ),
     *_rows(
         _WEIGHT_NORM,
         ("torch.nn.utils.weight_norm", "weight_g weight_v"),
@@ -245,14 +257,11 @@ FAMILIES: tuple[Family, ...] = (
         ("torch.nn.utils.parametrizations.weight_norm",
          "parametrizations.*.original1 parametrizations.*.original0"),
     ),
-    *_rows(_BASE, ("torch.nn.utils.parametrizations.orthogonal",
-                   "parametrizations.*.#.base parametrizations.*.original~")),
+    *_rows(_BASE, ("torch orthogonal", "parametrizations.*.#.base parametrizations.*.original~")),
     # Fake quantisation during training.
-    *_rows(
-        _LEARNED_RANGE,
-        ("torch.ao.quantization _LearnableFakeQuantize", "learning_enabled scale~ zero_point~",
-         "fake_quant_enabled static_enabled observer_enabled eps"),
-    ),
+    *_rows(_LEARNED_RANGE, (
+        "torch.ao.quantization _LearnableFakeQuantize", "learning_enabled scale~ zero_point~",
+        "fake_quant_enabled static_enabled observer_enabled eps")),
     *_rows(
         _OBSERVER,
         ("torch.ao.quantization FakeQuantize", "fake_quant_enabled scale zero_point",
@@ -275,7 +284,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # Codebooks updated by a moving average.
     *_rows(
-        _CODEBOOK,
+        CODEBOOK,
         ("vector-quantize-pytorch and encodec EuclideanCodebook; EmbeddingEMA",
          "embed_avg cluster_size",
          "embed weight initted inited batch_mean batch_variance codebook_mean codebook_variance "
@@ -284,13 +293,12 @@ FAMILIES: tuple[Family, ...] = (
         ("VectorQuantizerEMA and similar", "ema_cluster_size",
          "ema_w ema_embed ema_dw embedding.weight embedding embeddings embed codebook "
          "codebook.weight weight"),
-        ("VectorQuantizerEMA and similar", "ema_count ema_weight",
-         "embedding embedding.weight codebook weight"),
-        ("VectorQuantizerEMA and similar", "embedding_avg cluster_size",
-         "embedding embedding.weight codebook weight"),
-        ("VectorQuantizerEMA and similar", "ema_cluster_size_hidden ema_dw_hidden",
+        *(("VectorQuantizerEMA and similar", two, "embedding embedding.weight codebook weight")
+          for two in ("ema_count ema_weight", "embedding_avg cluster_size")),
+        ("Sonnet's VectorQuantizerEMA", "ema_cluster_size_hidden ema_dw_hidden",
          "embeddings counter"),
-        ("VectorQuantizerEMA and similar", "embed_ema cluster_size_ema", "embed"),
+        ("VectorQuantizerEMA and similar", "embed_ema cluster_size_ema", "embed weight"),
+        ("BEiT v2 NormEMAVectorQuantizer", "cluster_size embedding.cluster_size"),
         ("VectorQuantizerEMA and similar", "cluster_size dw", "embedding embedding.weight"),
         ("T2M-GPT QuantizeEMAReset and similar", "code_sum code_count",
          "codebook initted inited initialized"),
@@ -307,7 +315,9 @@ FAMILIES: tuple[Family, ...] = (
         _QUEUE,
         ("MoCo", "queue_ptr queue", "queue_id queue_l queue_y queue_ptr2 queue2"),
         ("ALBEF, BLIP", "image_queue text_queue", "idx_queue queue_ptr ptr_queue"),
-        ("CMC", "memory_l memory_ab", "params"),
+        ("CMC", "memory_l memory_ab", "params"), ("NCEAverage", "memory params"),
+        ("banks of features", "*_bank bank_ptr:int", "bank_labels"),
+        *(("queues with labels", f"queue {what}") for what in ("queue_labels", "queue_pseudo")),
         ("lightly MemoryBankModule, DenseCL and similar", "*_ptr:int *", "*_y *_id *_label"),
     ),
     # Balance of experts.
@@ -315,26 +325,20 @@ FAMILIES: tuple[Family, ...] = (
         _BALANCE,
         ("torchtitan, Megatron-LM", "tokens_per_expert", "expert_bias"),
         ("torchtitan, AFMoE", "expert_bias router.gate.weight~"),
-        ("LFM2", "expert_bias gate.weight~"),
-        ("Ling", "expert_bias weight~"),
+        ("LFM2", "expert_bias gate.weight~"), ("Ling", "expert_bias weight~"),
         ("Megatron-LM", "router.expert_bias",
          "router.local_tokens_per_expert router.global_tokens_per_expert"),
-        ("DeepSeek-V3", "e_score_correction_bias"),
         ("OLMo-core", "router.score_bias", "router.batch_size_per_expert"),
+        ("DeepSeek-V3", "e_score_correction_bias"), ("ZAYA1", "balancing_biases"),
+        ("experts by hand", "load_balance_bias"), ("experts by hand", "routing_bias"),
     ),
-    *_rows(
-        _METRIC,
-        ("torchmetrics StatScores", "tp fp tn fn"),
-        ("torchmetrics ConfusionMatrix", "confmat"),
-    ),
+    *_rows(_METRIC, ("torchmetrics StatScores", "tp fp tn fn"), ("torchmetrics", "confmat")),
     # Counters, switches and the state of modules.
     *_rows(
         _COUNTER,
         ("LitEma of Stable Diffusion", "num_updates decay"),
-        ("ema_pytorch EMA", "initted step"),
-        ("thop", "total_ops total_params"),
-        ("batch renormalisation", "rmax dmax"),
-        ("batch renormalisation", "r_max d_max"),
+        ("ema_pytorch EMA", "initted step"), ("thop", "total_ops total_params"),
+        ("batch renormalisation", "rmax dmax"), ("batch renormalisation", "r_max d_max"),
     ),
     *_rows(
         replace(_COUNTER, single=True),
@@ -342,8 +346,7 @@ FAMILIES: tuple[Family, ...] = (
           for name in ("initialized", "_initialized", "inited", "initted")),
         ("torch.optim.swa_utils.AveragedModel", "n_averaged"),
         ("moving averages", "num_updates"),
-        *(("training loops", name)
-          for name in ("num_steps", "global_step", "current_step", "iteration", "current_epoch")),
+        *(("training loops", name) for name in _COUNTERS.split()),
     ),
     *_rows(_EXTRA, ("torch.nn.Module.get_extra_state, Transformer Engine", "_extra_state")),
     # Quantised weights.
@@ -355,18 +358,15 @@ FAMILIES: tuple[Family, ...] = (
          "*.quant_state.bitsandbytes__fp4"),
         ("bitsandbytes Linear8bitLt", "SCB weight!", "weight_format"),
         ("compressed-tensors", "*_packed *_scale", "*_shape *_zero_point *_g_idx *_global_scale"),
-        ("DeepSeek-V3 fp8", "*_scale_inv *!"),
-        ("DeepSeek-V3 fp8", "scale weight!"),
+        ("DeepSeek-V3 fp8", "*_scale_inv *!"), ("DeepSeek-V3 fp8", "scale weight!"),
         ("compressed-tensors, modelopt, fp8, BitNet", "*_scale *!",
          "*_scale_2 *_zero_point input_scale output_scale"),
         ("ComfyUI scaled fp8", "scale_weight weight!", "scale_input"),
-        ("EETQ", "*_scales *!"),
-        ("gpt-oss MXFP4", "*_blocks! *_scales"),
+        ("EETQ", "*_scales *!"), ("gpt-oss MXFP4", "*_blocks! *_scales"),
         ("HQQ", "W_q", "scale zero meta.scale meta.zero"),
         ("optimum-quanto", "*._data *._scale", "*._shift *._zeropoint"),
         ("torchao", "*_qdata *_scale", "*_zero_point *_zero"),
-        ("AQLM", "codebooks codes! scales"),
-        ("QuIP#", "Qidxs", "SU SV Wscale"),
+        ("AQLM", "codebooks codes! scales"), ("QuIP#", "Qidxs", "SU SV Wscale"),
     ),
     # Factors whose product is the weight.
     *_rows(
@@ -374,8 +374,11 @@ FAMILIES: tuple[Family, ...] = (
         ("PEFT, loralib", "lora_A** lora_B**", "lora_E**"),
         ("torchtune", "lora_a** lora_b**"), ("PEFT", "lora_embedding_A** lora_embedding_B**"),
         ("kohya-ss", "lora_down** lora_up**", "lora_mid**"),
-        ("diffusers", "lora.down** lora.up**"), ("diffusers", "*_lora.down** *_lora.up**"),
-        ("diffusers", "lora_layer.down** lora_layer.up**"),
+        *(("LoRA", f"{a}** {b}**") for a, b in (("lora.A", "lora.B"), ("loraA", "loraB"),
+            ("w_lora_A", "w_lora_B"), ("lora_*_A", "lora_*_B"))),
+        ("NeMo", "adapter.linear_in** adapter.linear_out**"),
+        ("NeMo", "lora_*_adapter.linear_in** lora_*_adapter.linear_out**"),
+        *(("diffusers", f"{name}.down** {name}.up**") for name in ("lora", "*_lora", "lora_layer")),
         ("x-flux", "*_lora#.down** *_lora#.up**"),
         ("LoHa", "hada_w1_a** hada_w1_b**", "hada_w2_a** hada_w2_b**"),
         ("LoKr", "lokr_w2_a** lokr_w2_b**", "lokr_w1** lokr_w1_a** lokr_w1_b**"),
@@ -384,9 +387,9 @@ FAMILIES: tuple[Family, ...] = (
             ("Poly", "poly_lora"), ("DeLoRA", "delora"), ("GraLoRA", "gralora"), ("HiRA", "hira"),
             ("PEANuT", "peanut"), ("AdaMSS", "adamss"), ("GLoRA", "glora"),
             ("SuperTuning", "supertuning_lora"), ("VB-LoRA", "vblora_logits"))),
-        ("PEFT pVeRA", "pvera_lambda_b** pvera_lambda_d**"),
-        ("PEFT RandLora", "randlora_lambda** randlora_gamma**"),
-        ("PEFT DEFT", "deft_P** deft_R**"), ("PEFT UniLoRA", "unilora_theta_d**"),
+        *((f"PEFT {name}", two) for name, two in (
+            ("pVeRA", "pvera_lambda_b** pvera_lambda_d**"), ("DEFT", "deft_P** deft_R**"),
+            ("RandLora", "randlora_lambda** randlora_gamma**"), ("UniLoRA", "unilora_theta_d**"))),
         ("PEFT OSF", "osf_svd_params.U_low** osf_svd_params.V_low**", "osf_svd_params.S_low**"),
     ),
     *_rows(

@@ -77,6 +77,14 @@ FRAMEWORKS = (
         running=True,
         count=".n_averaged",
     ),
+    # NVIDIA's and other EMA callbacks for Lightning before 2.0: on_save_checkpoint.
+    Framework(
+        "Lightning (EMA callback)",
+        "state_dict",
+        "callbacks.*.ema_state_dict",
+        sign="pytorch-lightning_version",
+        needs=_LIGHTNING,
+    ),
     # mmengine/hooks/ema_hook.py: before_save_checkpoint exchanges the two.
     Framework(
         "mmengine (EMAHook)",

@@ -1,17 +1,39 @@
-"""Finds the family of each tensor of a state_dict by name.
+"""Finds the family of each tensor of a state_dict by name, and codebooks by shape too.
 
-This module does not read tensors and does not decide how they are averaged.
+Many quantisers are written by hand, each with names of its own. They have in common a count
+for each code and a sum of vectors for each code, in one module. The codes are tensors of the
+shape of the sums. This module does not read tensors and does not decide how they are averaged.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from swa_avg.checkpoints.families import BN_COUNTER, BN_STATISTICS, FAMILIES, Family
+from swa_avg.checkpoints.families import (
+    BN_COUNTER,
+    BN_STATISTICS,
+    CODEBOOK,
+    FAMILIES,
+    Family,
+)
 from swa_avg.tensors import Kind, Tensor
+
+_BY_SHAPE = replace(CODEBOOK, where="counts and sums for each code")
+
+# The count for each code: ema_cluster_size, cluster_counts, ema_vocab_hit, running_size.
+_COUNTS = re.compile(
+    r"(?=.*(?:cluster|code|ema|embed|vocab|running))(?=.*(?:size|count|usage|hit|freq))"
+)
+# The sum of vectors for each code: embed_avg, ema_w, ema_embedding, running_sum, dw.
+_SUMS = re.compile(r"ema|avg|sum|dw|(?:^|_)[wm]$")
+# The submodule that holds the codes, in an `nn.Embedding`.
+_CODES = re.compile(r"emb|code|cent|^_?(?:w|cb)$")
+
+_Shape = tuple[int, ...]
 
 
 def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
@@ -31,6 +53,8 @@ def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
             for pattern, name in names.items():
                 if name in tensors:
                     found.setdefault(name, None if pattern in family.averaged else family)
+    for name in _codebooks(tensors):
+        found.setdefault(name, _BY_SHAPE)
     return {name: family for name, family in found.items() if family}
 
 
@@ -102,6 +126,64 @@ def _filled(pattern: str, key: _Key) -> str:
         return key.before + pattern
     name = pattern.replace("**", key.rest).replace("#", key.number)
     return key.before + name.replace("*", key.part)
+
+
+def _codebooks(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield the names of the tensors of codebooks.
+
+    Args:
+        tensors: The tensors of a state_dict by name.
+    """
+    counts = [name for name in tensors if _COUNTS.match(_leaf(name))]
+    if not counts:
+        return
+    modules: dict[str, dict[str, _Shape]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind is Kind.FLOAT:
+            modules.setdefault(name.rpartition(".")[0], {})[_leaf(name)] = tuple(tensor.shape)
+    for name in counts:
+        module, leaf = name.rpartition(".")[0], _leaf(name)
+        shapes = modules.get(module, {})
+        size = shapes.get(leaf, ())
+        sums = {
+            shape
+            for other, shape in shapes.items()
+            if size and other != leaf and _SUMS.search(other) and _is_vectors(shape, size)
+        }
+        if sums:
+            before = f"{module}." if module else ""
+            yield from _of_codebook(before, shapes, modules, {*sums, *map(_turned, sums)}, size)
+
+
+def _of_codebook(
+    before: str,
+    shapes: Mapping[str, _Shape],
+    modules: Mapping[str, Mapping[str, _Shape]],
+    vectors: set[_Shape],
+    size: _Shape,
+) -> Iterator[str]:
+    """Yield the names of a codebook: counts, sums, codes and switches."""
+    for leaf, shape in shapes.items():
+        if shape in vectors or shape == size or ("init" in leaf and shape in ((), (1,))):
+            yield before + leaf
+    for module, inner in modules.items():
+        child = module.removeprefix(before)
+        of_codes = module.startswith(before) and "." not in child and _CODES.search(child)
+        if of_codes and inner.get("weight") in vectors:
+            yield f"{module}.weight"
+
+
+def _is_vectors(shape: _Shape, size: _Shape) -> bool:
+    """Return whether a shape is that of one vector for each code, in rows or in columns."""
+    return len(shape) == len(size) + 1 and size in (shape[:-1], _turned(shape)[:-1])
+
+
+def _turned(shape: _Shape) -> _Shape:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @cache

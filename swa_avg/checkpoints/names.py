@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from swa_avg.checkpoints import words
-from swa_avg.checkpoints.pieces import Tokens, are_pairs
+from swa_avg.checkpoints.pieces import Form, Tokens, form_of
 from swa_avg.checkpoints.words import Label
 
 Number = int | float
@@ -91,22 +91,22 @@ def read_all(paths: Sequence[Path]) -> list[Name]:
         if len(set(level)) > 1:
             break
         shared += 1
-    decimals = not are_pairs([path.name.removesuffix(path.suffix) for path in paths])
-    return [read(path, len(path.parts) - shared, decimals) for path in paths]
+    form = form_of([path.name.removesuffix(path.suffix) for path in paths])
+    return [read(path, len(path.parts) - shared, form) for path in paths]
 
 
-def read(path: Path, depth: int = 1, decimals: bool = True) -> Name:
+def read(path: Path, depth: int = 1, form: Form = Form.PLAIN) -> Name:
     """Parse a name.
 
     Args:
         path: The path of a checkpoint.
         depth: The number of last parts of the path to parse; 1 for the name only.
-        decimals: Whether `1.5` is one number.
+        form: How its numbers are to be read.
     """
     parts = path.parts[-depth:] or (".",)
     suffix = _suffix(parts[-1])
     text = "/".join(parts).removesuffix(suffix)
-    return _Reading(text, suffix, path, Tokens(text, decimals)).result()
+    return _Reading(text, suffix, path, Tokens(text, form)).result()
 
 
 def _suffix(name: str) -> str:

@@ -8,16 +8,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
-_TOKEN = re.compile(
-    r"(?P<time>(?<![0-9])(?:19|20)[0-9]{2}"
-    r"(?:-[0-9]{2}-[0-9]{2}(?:[T_+ -][0-9]{2}(?:[-:.]?[0-9]{2}){1,2})?|[0-9]{4}[T_-][0-9]{4,6})"
-    r"(?![0-9]))"
-    r"|(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version
-    r"|(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
-    r"|(?P<word>[^\W\d_]+)"
-    r"|(?P<separator>.)",
-    re.DOTALL,
+_CLOCK = r"[T_+ -][0-9]{2}(?:[-:.]?[0-9]{2}){1,2}"
+_YEAR_FIRST = (
+    rf"(?<![0-9])(?:19|20)[0-9]{{2}}"
+    rf"(?:-[0-9]{{2}}-[0-9]{{2}}(?:{_CLOCK})?|[0-9]{{4}}[T_-][0-9]{{4,6}})(?![0-9])"
+)
+_DAY_FIRST = re.compile(r"(?<![0-9])([0-3][0-9])([-._])([01][0-9])\2((?:19|20)[0-9]{2})(?![0-9])")
+
+
+def _tokens(time: str) -> re.Pattern[str]:
+    """Return the expression for a token; `time` is the one for dates and times."""
+    return re.compile(
+        rf"(?P<time>{time})"
+        r"|(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version
+        r"|(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
+        r"|(?P<word>[^\W\d_]+)"
+        r"|(?P<separator>.)",
+        re.DOTALL,
+    )
+
+
+_TOKEN = _tokens(_YEAR_FIRST)
+_WITH_DAYS = _tokens(
+    rf"(?<![0-9])[0-3][0-9](?P<by>[-._])[01][0-9](?P=by)(?:19|20)[0-9]{{2}}(?:{_CLOCK})?(?![0-9])"
+    rf"|{_YEAR_FIRST}"
 )
 _WITHOUT_DECIMALS = re.compile(
     r"(?P<number>[0-9]+)|(?P<word>[^\W\d_]+)|(?P<separator>.)", re.DOTALL
@@ -26,7 +42,26 @@ _PAIR = re.compile(r"([0-9]+)\.([0-9]+)")
 _KINDS = {"dotted": "word", "time": "number"}
 
 
-def are_pairs(stems: Sequence[str]) -> bool:
+class Form(Enum):
+    """How the numbers in the names of a run are to be read."""
+
+    PLAIN = _TOKEN
+    PAIRS = _WITHOUT_DECIMALS
+    DAYS_FIRST = _WITH_DAYS
+
+
+def form_of(stems: Sequence[str]) -> Form:
+    """Return how the numbers in names are to be read.
+
+    Days come first in dates (`31-05-2024`) if a date shows that. `05-06-2024` may be either.
+    """
+    dates = [(int(date[0]), int(date[2])) for stem in stems for date in _DAY_FIRST.findall(stem)]
+    if any(day > 12 for day, _ in dates) and all(month <= 12 for _, month in dates):
+        return Form.DAYS_FIRST
+    return Form.PAIRS if _are_pairs(stems) else Form.PLAIN
+
+
+def _are_pairs(stems: Sequence[str]) -> bool:
     """Return whether names are pairs of whole numbers: `1.1000`, an index and a step.
 
     They are pairs and not decimals if several of them have the same two numbers after the dot.
@@ -79,22 +114,24 @@ class Token:
 
     @property
     def value(self) -> float:
-        """The value of the number; for a date and time, all its digits."""
-        return float(re.sub(r"[^0-9]", "", self.text) if self.is_time else self.text)
+        """The value of the number; for a date and time, all its digits, the year first."""
+        if not self.is_time:
+            return float(self.text)
+        return float(re.sub(r"[^0-9]", "", _DAY_FIRST.sub(r"\4\3\1", self.text)))
 
 
 class Tokens(list[Token]):
     """The tokens of a name in order."""
 
-    def __init__(self, text: str, decimals: bool = True) -> None:
+    def __init__(self, text: str, form: Form = Form.PLAIN) -> None:
         """Split a name into tokens; `/` separates the parts of a path.
 
         Args:
             text: The name.
-            decimals: Whether `1.5` is one number.
+            form: How its numbers are to be read.
         """
         depth = 0
-        for match in (_TOKEN if decimals else _WITHOUT_DECIMALS).finditer(text):
+        for match in form.value.finditer(text):
             depth += match[0] == "/"
             kind = _KINDS.get(match.lastgroup or "", match.lastgroup or "")
             self.append(Token(kind, match[0], depth, is_time=match.lastgroup == "time"))

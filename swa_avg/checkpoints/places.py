@@ -8,7 +8,7 @@ names inside a state_dict.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import takewhile
@@ -41,6 +41,7 @@ _AVERAGES = [row.average for row in FRAMEWORKS if row.average and row.average no
 _CHUNK = re.compile(r"model\d+")
 # The key under which torch_ema and diffusers' EMAModel save a list in parameter order.
 _LIST = "shadow_params"
+_EMA_MODEL = "ema_model."  # the averaged half in the state of ema_pytorch
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,12 @@ def notes_beside(tree: object, place: str, ema: bool = False) -> Iterator[str]:
         place: The path of the state_dict that is taken.
         ema: Whether it is an average; the raw weights that it was computed from are not noted.
     """
-    raw = _plain_names(at(tree, place)) if ema else None
+    raw = _raw_names(at(tree, place)) if ema else []
     others = [
         path
         for path in candidates(tree)
         if not (f"{path}.".startswith(f"{place}.") or place.startswith(f"{path}."))
-        and _plain_names(at(tree, path)) != raw
+        and _plain_names(mapping(at(tree, path)) or {}) not in raw
     ]
     if others:
         keys = " ".join(f"--key {quote(path)}" for path in (place, *others[:7]))
@@ -178,9 +179,19 @@ def notes_beside(tree: object, place: str, ema: bool = False) -> Iterator[str]:
         yield f"{listed(loose)}: not part of {place}; not averaged"
 
 
-def _plain_names(value: object) -> set[str]:
-    """Return the names in a state_dict without dots, a wrapper's prefix, and counters."""
-    names = [str(name).removeprefix("module.") for name in mapping(value) or {}]
+def _raw_names(average: object) -> list[set[str]]:
+    """Return what the names of the raw weights of an average may be.
+
+    The state of ema_pytorch has both halves, each under its prefix.
+    """
+    names = [str(name) for name in mapping(average) or {}]
+    inner = [name.removeprefix(_EMA_MODEL) for name in names if name.startswith(_EMA_MODEL)]
+    return [_plain_names(names), _plain_names(inner)]
+
+
+def _plain_names(given: Iterable[object]) -> set[str]:
+    """Return the names of a state_dict without dots, a wrapper's prefix, and counters."""
+    names = [str(name).removeprefix("module.") for name in given]
     return {name.replace(".", "") for name in names} - {"n_averaged", "num_updates", "decay"}
 
 

@@ -42,6 +42,8 @@ PARTS = _set(
     "rank shard part partition chunk slice split piece pipe consolidated tp pp mp dp gpu cuda "
     "device proc process worker node host layer expert vpp"
 )
+# Those of them that name a machine or a process: the one that saved a checkpoint.
+MACHINES = _set("gpu cuda device proc process worker node host")
 # Words before `rank`: mp_rank_00, tp_rank_00_pp_rank_000, zero_pp_rank_0_mp_rank_00.
 RANK_KINDS = _set("tp pp mp dp ep cp sp etp edp zero local global tensor pipeline")
 # Words before a stage that is a part of a model; others are stages of a training.

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
+from numbers import Integral
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -150,17 +151,18 @@ def check_texts(name: str, value: object) -> None:
         raise TypeError(f"{name} must be text, or several texts, not {described(value)}")
 
 
-def check_count(name: str, count: object) -> None:
-    """Refuse a number of checkpoints that is none.
+def check_count(name: str, count: object) -> int:
+    """Return a number of checkpoints, also one of numpy, as an int; refuse what is none.
 
     Raises:
         TypeError: It is no integer.
         ValueError: It is less than 1.
     """
-    if not isinstance(count, int) or isinstance(count, bool):
+    if not isinstance(count, Integral) or isinstance(count, bool):
         raise TypeError(f"{name} must be an integer, not {described(count)}")
     if count < 1:
         raise ValueError(f"{name} must be at least 1, not {count}")
+    return int(count)
 
 
 def either(values: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from shlex import quote
 from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import component_of, is_checkpoint
-from swa_avg.planning.unfinished import broken, is_unfinished
+from swa_avg.planning.unfinished import backups, beginnings, broken, is_unfinished
 from swa_avg.storage import home_written_out, is_remote, path_of, remote_matches
 
 # Where checkpoints are looked for below a folder without any.
@@ -230,13 +230,20 @@ def _unreadable(error: OSError, path: Path) -> FileError:
 
 
 def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
-    """Return the checkpoints of a folder without unfinished ones, with a note."""
-    unfinished = [path for path in found if is_unfinished(path)]
-    if not unfinished or len(unfinished) == len(found):
-        return found
-    shown = listed([str(path) for path in unfinished])
-    inputs.notes.append(f"left out, because their names mark unfinished checkpoints: {shown}")
-    return [path for path in found if path not in unfinished]
+    """Return the checkpoints of a folder without those that are none of its run, with a note.
+
+    Names mark unfinished checkpoints, backups, and the weights before the training.
+    """
+    for what, left in (
+        ("unfinished checkpoints", [path for path in found if is_unfinished(path)]),
+        ("copies of other checkpoints", backups(found)),
+        ("weights from before the training", beginnings(found)),
+    ):
+        if left and len(left) < len(found):
+            shown = listed([str(path) for path in left])
+            inputs.notes.append(f"left out, because their names mark {what}: {shown}")
+            found = [path for path in found if path not in left]
+    return found
 
 
 def _verb(reason: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from swa_avg.checkpoints import StateDict
+from swa_avg.checkpoints import StateDict, mapping
 from swa_avg.errors import listed
 from swa_avg.formats import configuration
 from swa_avg.pickles import holds_stream, leaves
@@ -38,7 +38,14 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     for note, (first, *more) in said.items():
         yield f"{first}{f' and {len(more)} more' if more else ''}: {note}"
     yield from _on_configurations(states)
+    yield from _on_schedule_free(states)
     last = states[-1]
+    flat = [name for name in last.views if name.rpartition(".")[2].lstrip("_") == "flat_param"]
+    if flat:
+        yield (
+            f"{listed(flat)}: a flat parameter of FSDP, of which each rank may have saved its own "
+            "part; average the files of one rank only"
+        )
     for note in last.notes:
         yield f"{last.checkpoint.path}: {note}"
     if last.averages:
@@ -93,6 +100,26 @@ def _on_configurations(states: Sequence[StateDict]) -> Iterator[str]:
                 f"{name} differs between checkpoints in {listed(differing)}; their weights may "
                 "not fit together"
             )
+
+
+def _on_schedule_free(states: Sequence[StateDict]) -> Iterator[str]:
+    """Yield a note if a schedule-free optimizer was in train mode when it was saved.
+
+    Its weights are then those that the gradient is taken at, not those that it evaluates.
+    """
+    paths = []
+    for state in states:
+        entries = (mapping(state.checkpoint.tree) or {}).values()
+        each = [one for entry in entries for one in (entry if isinstance(entry, list) else [entry])]
+        groups = [(mapping(one) or {}).get("param_groups") for one in each]
+        of_groups = [group for some in groups if isinstance(some, list) for group in some]
+        if any((mapping(group) or {}).get("train_mode") is True for group in of_groups):
+            paths.append(str(state.checkpoint.path))
+    if paths:
+        yield (
+            f"{listed(paths)}: saved while the schedule-free optimizer was in train mode, so the "
+            "weights are not those that it evaluates; call optimizer.eval() before saving"
+        )
 
 
 def _differs(name: str, states: Sequence[StateDict]) -> bool:

@@ -56,6 +56,7 @@ def open_all(
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     others: dict[Path, str] = {}
+    remedies: dict[Path, str] = {}
     without_ema: dict[Path, LayoutError] = {}
     unfit: dict[Path, LayoutError] = {}
     whole: list[Checkpoint] = []
@@ -65,6 +66,7 @@ def open_all(
         count(1)
         if isinstance(checkpoint, ForeignError):
             others[path] = checkpoint.texts.found.removeprefix("is ")
+            remedies[path] = checkpoint.texts.remedy
             continue
         whole.append(checkpoint)
         with naming(path):
@@ -86,7 +88,7 @@ def open_all(
     if not opened.states and without_ema:
         raise next(iter(without_ema.values()))
     if not opened.states:
-        _refuse(others, inputs)
+        _refuse(others, inputs, remedies)
         # A file with nothing but integers still counts as a state_dict.
         opened.states += map(finder.find, whole)
         return opened
@@ -133,12 +135,13 @@ def _files_in(path: Path) -> int:
     return 1
 
 
-def _refuse(others: Mapping[Path, str], inputs: Inputs) -> None:
+def _refuse(others: Mapping[Path, str], inputs: Inputs, remedies: Mapping[Path, str]) -> None:
     """Raise the error for inputs that all contain something other than a model."""
     for path, other in others.items():
         if other != NO_WEIGHTS or path in inputs.found:
             given = path in inputs.found and not is_remote(path)
             remedy = remedy_in_subfolders(path.parent, [*path.parent.iterdir()]) if given else ""
+            remedy = remedy or remedies.get(path, "")
             raise LayoutError(f"is not a model: it contains {other}", file=path, remedy=remedy)
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 from swa_avg.checkpoints import Name, Number, StateDict, names, words
 from swa_avg.errors import listed
 
+# The word before the number of a checkpoint, and the number of a stage of the training.
+_LAST_WORD = re.compile(r"([^\W\d_]+)[-_. =]*$")
+_STAGE = re.compile(r"(?:^|[^a-z])(?:stage|phase|cycle|restart)[-_ =]?([0-9]+)", re.IGNORECASE)
 _LEAST_GAPS = 3  # of which most can be said to be alike
 
 
@@ -56,19 +59,30 @@ def ordered(given: Sequence[Member]) -> list[Member]:
     """Return checkpoints in the order of the run.
 
     Checkpoints without any number come first, except for those named as the last one
-    (`last.pt`, `model_final.pth`), which come last.
+    (`last.pt`, `model_final.pth`, and `run.pt` beside `run-000002.pt`), which come last.
     """
     natural_order = sorted(given, key=lambda member: natural(member.path))
     placed = [member for member in natural_order if member.is_placed]
     others = [member for member in natural_order if not member.is_placed]
+    others.sort(key=lambda member: (natural(Path(member.name.series)), member.name.version))
     if placed:
         keys = list(zip(*_keys(placed), strict=True))
         numbered = sorted(range(len(placed)), key=lambda number: keys[number])
         placed = [placed[number] for number in numbered]
-        last = [member for member in others if member.name.role in words.LATEST]
-        first = [member for member in others if member.name.role not in words.LATEST]
-        return [*first, *placed, *last]
-    return others
+    bare = {_without_number(member.name.series) for member in placed}
+    last = [m for m in others if m.name.role in words.LATEST or m.name.series in bare]
+    return [*(member for member in others if member not in last), *placed, *last]
+
+
+def _without_number(series: str) -> str:
+    """Return the name that a series has without its number: `run.pt` for `run-step#.pt`.
+
+    kohya-ss, ai-toolkit and diffusers save the last weights under this name.
+    """
+    stem, number, suffix = series.partition("#")
+    word = _LAST_WORD.search(stem)
+    stem = stem[: word.start()] if word and word[1].lower() in words.KINDS else stem
+    return stem.rstrip("-_. =") + suffix if number else ""
 
 
 def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
@@ -88,7 +102,10 @@ def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
     named = [[_NAMED[kind](member) for member in placed] for kind in kinds]
     if not recorded:
         named = [numbers_of(placed, kind) for kind in kinds]
+    stages = [_STAGE.search(member.name.text) for member in placed]
     return [
+        # Epochs and steps may begin again in each stage.
+        *([[int(stage[1]) for stage in stages if stage]] if all(stages) else []),
         *recorded,
         *(numbers for numbers in named if _is_complete(numbers)),
         [member.name.version for member in placed],

@@ -54,7 +54,7 @@ class Choice:
             object.__setattr__(self, "exclude", (self.exclude,))
         for name, count in (("last", self.last), ("best", self.best)):
             if count is not None:
-                check_count(name, count)
+                object.__setattr__(self, name, check_count(name, count))
         if self.epochs is not None:
             _Span.parse(self.epochs)
         if self.best is not None and not self.metric:
@@ -134,7 +134,7 @@ def select(
     """
     notes: list[str] = []
     given = series.without_averages(members(candidates), notes)
-    series.refuse_parts(given)
+    series.refuse_parts(given, notes)
     series.refuse_components(given)
     chosen = _distinct(ordered(given), notes, by_sample)
     series.refuse_mixed(chosen)

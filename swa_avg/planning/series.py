@@ -27,6 +27,10 @@ _INDEX = "*.index.json"
 _GAP = 600  # seconds between two runs
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d_]+")
+# A number of at most four digits of how many: ckpt_3_of_10, but not shard_3_of_10 or fold_3_of_10.
+_COUNTED = re.compile(
+    r"(?<![0-9])(?P<word>[^\W\d_]*)[-_. ]?[0-9]{1,4}[-_. ]?of[-_. ]?[0-9]{1,4}(?![0-9])"
+)
 
 
 def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
@@ -86,7 +90,7 @@ def _is_average(member: Member) -> bool:
     return member.state.counter is not None or bool(member.name.average)
 
 
-def refuse_parts(given: Sequence[Member]) -> None:
+def refuse_parts(given: Sequence[Member], notes: list[str]) -> None:
     """Refuse parts of one model, such as the files of two ranks.
 
     Raises:
@@ -94,7 +98,13 @@ def refuse_parts(given: Sequence[Member]) -> None:
     """
     for group in _grouped(given, lambda member: member.name.whole).values():
         parts = _grouped(group, lambda member: member.name.parts)
-        if len(parts) < 2:
+        if len(parts) < 2 or _are_of_machines(parts):
+            continue
+        if _are_counted(group):
+            notes.append(
+                f"{listed([str(member.path) for member in group])}: read as checkpoints of one "
+                "run, not as parts of a model, because all have the same tensors"
+            )
             continue
         (this, *_), (other, *_) = list(parts.values())[:2]
         raise _disagreement(
@@ -103,6 +113,42 @@ def refuse_parts(given: Sequence[Member]) -> None:
             expected="whole checkpoints, or the same part of each",
             remedy=_for_parts(parts),
         )
+
+
+def _are_of_machines(parts: Mapping[_Key, Sequence[Member]]) -> bool:
+    """Return whether the words for parts only name the machines that saved the checkpoints.
+
+    A run that goes on elsewhere saves gpu01_epoch_3.pt and gpu02_epoch_4.pt. Parts of one model
+    are saved at the same step.
+    """
+    every = [member for group in parts.values() for member in group]
+    labels = {label for member in every for label, _ in member.name.parts}
+    places = [{member.name.place for member in group} for group in parts.values()]
+    placed = all(member.name.is_placed and member.name.parts for member in every)
+    return (
+        placed and labels <= words.MACHINES and len(set().union(*places)) == sum(map(len, places))
+    )
+
+
+def _are_counted(group: Sequence[Member]) -> bool:
+    """Return whether the numbers in ckpt_3_of_10.pt count the checkpoints of a run.
+
+    Parts that Hugging Face numbers so have five digits, and different tensors.
+    """
+    first, *_ = group
+    counts = [_COUNTED.search(member.name.text) for member in group]
+    if not all(count and count["word"].lower() in words.CHECKPOINT_NOUNS for count in counts):
+        return False
+    return all(
+        len(member.name.parts) == 1
+        and not member.name.is_placed
+        and _shapes(member) == _shapes(first)
+        for member in group
+    )
+
+
+def _shapes(member: Member) -> dict[str, tuple[int, ...]]:
+    return {name: view.shape for name, view in member.state.views.items()}
 
 
 def refuse_components(given: Sequence[Member]) -> None:
@@ -144,7 +190,10 @@ def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
         matching = [member for member in every if fnmatchcase(str(member.path), pattern)]
         if matching == list(several[0]):
             return f"Average each part separately, as in {quote(pattern)}"
-    return "Merge them into one file first, with the framework that wrote them"
+    merge = "Merge them into one file first, with the framework that wrote them"
+    if all(_shapes(member) == _shapes(every[0]) for member in every):
+        return f"{merge}. If each is a whole model, rename them: epoch_1{every[0].path.suffix}, …"
+    return merge
 
 
 def refuse_mixed(given: Sequence[Member]) -> None:
@@ -211,11 +260,31 @@ def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
     yield from _on_series(chosen)
     yield from _on_places(chosen)
     yield from _on_times(chosen)
+    yield from _on_averaged_models(chosen)
     placed = [member for member in chosen if member.is_placed]
     if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
         yield (
             "neither the checkpoints nor their names contain an epoch or a step; "
             f"{chosen[-1].path} is used as the last one"
+        )
+
+
+def _on_averaged_models(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield a note on several states of one AveragedModel, which may be means of the run so far.
+
+    Its counter is the same for a moving average, which a name may say that it is.
+    """
+    of_torch = [
+        str(member.path)
+        for member in chosen
+        if member.state.counter is not None
+        and "ema" not in f"{member.state.where} {member.name.average}".lower()
+    ]
+    if len(of_torch) > 1:
+        yield (
+            f"{listed(of_torch)}: states of torch's AveragedModel; unless it keeps a moving "
+            "average, each is the mean of the run so far and includes the earlier ones, and the "
+            "last one alone is the average (--last 1)"
         )
 
 
@@ -295,8 +364,8 @@ def _written(member: Member) -> float | None:
 def _own_place(member: Member) -> tuple[object, str, object]:
     """Return a key that is unique in a run, with the text for two checkpoints that share it."""
     epoch, step = member.recorded
-    if step is not None:
-        return "step", f"record the same step, {step}", step
+    if step is not None:  # some scripts count the steps of each epoch
+        return "step", f"record the same step, {step}", (epoch, step)
     if epoch is not None and member.name.step is None:
         return "epoch", f"record the same epoch, {epoch}", epoch
     if epoch is None and member.name.is_placed:

@@ -102,7 +102,8 @@ class Options:
             raise TypeError(f"choice must be a Choice, as in Choice(last=5), not {kind}")
         check_texts("key", self.key)
         if self.max_shard_size is not None:
-            check_count("max_shard_size", self.max_shard_size)
+            size = check_count("max_shard_size", self.max_shard_size)
+            object.__setattr__(self, "max_shard_size", size)
         if self.minus is not None:
             self._check_minus()
 

@@ -21,6 +21,10 @@ from swa_avg.tensors import DType, Kind, TensorRef
 
 # Names of tensors that contain the scales of quantised weights.
 _SCALE = re.compile(r"(?!logit).*(?:scale|absmax|zero|scb)", re.IGNORECASE)
+# Names of the scales of float8 weights; others have such words too: zero_init, layer_scale.
+_SCALE_OF_8_BIT = re.compile(
+    r"(?!logit|layer).*(?:scale(?!_shift)|scaling|absmax|zero_?point)", re.IGNORECASE
+)
 _CODES_OR_TABLE = (
     f"If it contains codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
     f"{BEFORE_QUANTISATION[1:]}. If it is a table, remove it from the files"
@@ -111,7 +115,7 @@ def treatments(
     last = states[-1]
     buffers = _buffers(last)
     scaled = frozenset(_module(name) for name in last.tensors if _SCALE.match(_leaf(name)))
-    decide = _Decision(states, rules, count, buffers, scaled)
+    decide = _Decision(states, rules, count, buffers, scaled, _with_scales(last.tensors))
     return {name: decide(name, ref, families.get(name)) for name, ref in last.tensors.items()}
 
 
@@ -166,6 +170,7 @@ class _Decision:
     count: int
     buffers: frozenset[str]
     scaled: frozenset[str]
+    quantised: frozenset[str]
 
     def __call__(self, name: str, ref: TensorRef, family: Family | None) -> Planned:
         """Return the plan for a tensor."""
@@ -176,6 +181,16 @@ class _Decision:
             return self._of_family(replace(plain, family=family.name), ref, family)
         if ref.dtype.kind in (Kind.EXACT, Kind.OPAQUE):
             return self._without_mean(plain, ref)
+        if name in self.quantised:
+            return replace(
+                plain,
+                treatment=Treatment.COPIED,
+                reason="codes of 8 bits and their scales, must be the same in all",
+                family="quantised weights",
+                dtype=ref.dtype,
+                must_agree=True,
+                remedy=BEFORE_QUANTISATION,
+            )
         if name in self.buffers:
             of = self.states[-1].checkpoint.path
             reason = f"buffer of {of}: not trained; AveragedModel keeps the last one too"
@@ -249,6 +264,24 @@ def _buffers(state: StateDict) -> frozenset[str]:
     if state.where and isinstance(listed, list | tuple):
         return frozenset(name for name in listed if isinstance(name, str))
     return frozenset()
+
+
+def _with_scales(tensors: Mapping[str, TensorRef]) -> frozenset[str]:
+    """Return the names of float8 tensors with scales beside them, and of these scales.
+
+    A model that was only cast to 8 bits has no scales, or parameters of 8 bits called so.
+    """
+    codes: dict[str, list[str]] = {}
+    for name, ref in tensors.items():
+        if ref.dtype.kind is Kind.FLOAT and ref.dtype.itemsize == 1:
+            codes.setdefault(_module(name), []).append(name)
+            codes.setdefault(name, []).append(name)  # weight and weight.scale
+    found: set[str] = set()
+    for name, ref in tensors.items() if codes else ():
+        wide = ref.dtype.kind is Kind.FLOAT and ref.dtype.itemsize > 1
+        if wide and _module(name) in codes and _SCALE_OF_8_BIT.match(_leaf(name)):
+            found.update((name, *codes[_module(name)]))
+    return frozenset(found)
 
 
 def _module(name: str) -> str:

@@ -392,3 +392,35 @@ def test_average_without_dots_in_a_dict_of_its_own(tmp_path: Path) -> None:
     quietly(tmp_path, *FILES, "--ema", "--keep-wrapper", "-o", "kept.pt")
     kept = torch.load(tmp_path / "kept.pt", weights_only=True)["model_ema"]
     assert oracle.same_bits(kept["0weight"], mean(EMA)) and len(kept) == len(EMA[0]) + 2
+
+
+def test_state_of_ema_pytorch_beside_its_model(tmp_path: Path) -> None:
+    """The trainers of lucidrains save `ema`, which holds both halves, beside `model`."""
+    for number in (1, 2):
+        halves = {f"{half}.a": torch.full((2,), scale * number)
+                  for half, scale in (("online_model", 1.0), ("ema_model", 10.0))}  # fmt: skip
+        ema = {"initted": torch.tensor(True), "step": torch.tensor(number), **halves}
+        saved = {"step": number, "model": {"a": halves["online_model.a"]}, "ema": ema}
+        torch.save(saved, tmp_path / f"model-{number}.pt")
+    done = averaged(tmp_path, "model-1.pt", "model-2.pt", "--ema")
+    assert done.tensors.keys() == {"a"} and done.tensors["a"].tolist() == [15.0, 15.0]
+    assert done.notes == ()
+
+
+def test_average_of_a_lightning_callback(tmp_path: Path) -> None:
+    """An EMA callback keeps its average in its own state; Lightning loads the raw weights."""
+    for number in (1, 2):
+        average = {"ema_state_dict": {"a": torch.full((2,), 10.0 * number)}, "ready": True}
+        saved = {
+            "pytorch-lightning_version": "1.9.0",
+            "epoch": number,
+            "state_dict": {"a": torch.full((2,), float(number))},
+            "callbacks": {"EMA": average},
+        }
+        torch.save(saved, tmp_path / f"epoch={number}.ckpt")
+    names = ("epoch=1.ckpt", "epoch=2.ckpt")
+    done = averaged(tmp_path, *names)
+    assert done.tensors["a"].tolist() == [1.5, 1.5]
+    assert [note for note in done.notes if "callbacks.EMA.ema_state_dict; not used" in note]
+    (tmp_path / "out.pt").unlink()
+    assert averaged(tmp_path, *names, "--ema").tensors["a"].tolist() == [15.0, 15.0]

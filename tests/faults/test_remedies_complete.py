@@ -27,6 +27,8 @@ ELSEWHERE = {
     "Download the file": "storage/test_remote.py::test_server_that_answers_something_else",
     "Give all ranks": "ranks/test_ranks.py::test_ranks_that_do_not_share_a_folder",
     "Give the folder of one": "frameworks/test_cases_clusters.py::test_several_models_of_an_engine",
+    "If each is a whole model": "planning/test_folders_of_runs.py::"
+    "test_parts_of_other_tensors_or_shapes_are_refused",
     "If it is no checkpoint": "faults/test_environment.py::"
     "test_folder_in_a_folder_that_cannot_be_read",
     "If the machine ran out": "kernel/test_workers.py::test_killed_worker_ends_the_command",

@@ -222,6 +222,33 @@ KEPT_TOGETHER = {
     "I-BERT": ("q.x_min q.x_max q.act_scaling_factor", "a.weight"),
     "training loops": ("iteration current_epoch", "a.weight"),
     "Transformer Engine": ("attn._extra_state", "attn.weight"),
+    "BigGAN": ("bn.stored_mean bn.stored_var bn.accumulation_counter", "bn.gain.weight"),
+    "Chainer names": ("n.avg_mean n.avg_var", "n.gamma"),
+    "statistics of a population": ("n.pop_mean n.pop_var m.mean_running m.var_running", "n.weight"),
+    "statistics over all": ("n.global_mean n.global_var", "n.weight"),
+    "moving averages in words": ("n.moving_average_mean n.moving_average_var", "n.weight"),
+    "PowerNorm": ("n.running_phi n.ema_gz", "n.weight n.bias"),
+    "RQ-VAE": ("q.weight q.embed_ema q.cluster_size_ema", "a.weight"),
+    "NormEMAVectorQuantizer": (
+        "q.cluster_size q.embedding.weight q.embedding.cluster_size q.embedding.embed_avg",
+        "a.weight",
+    ),
+    "Performer": ("attn.fast_attention.projection_matrix", "attn.to_q.weight"),
+    "Performer that counts": ("a.projection_matrix a.calls_since_last_redraw", "a.weight"),
+    "masked layers": ("l.mask", "l.weight l.bias"),
+    "PopArt by mu and sigma": ("v.mu v.sigma", "v.weight v.bias"),
+    "DINOv2": ("dino_loss.center", "student.weight"),
+    "StandardScaler": ("s.mean_ s.var_ s.scale_ s.n_samples_seen_", "a.weight"),
+    "running moments, private": ("r._mean r._var r._count", "a.weight"),
+    "SNGP": ("gp.precision gp.covariance", "gp.beta.weight"),
+    "prototypes of classes": ("p.prototypes p.counts", "p.fc.weight"),
+    "ZAYA1": ("mlp.router.balancing_biases", "mlp.router.weight"),
+    "balance of hand-written experts": ("m.routing_bias n.load_balance_bias", "m.gate.weight"),
+    "SeesawLoss": ("head.cum_samples", "head.weight"),
+    "spectral norm beside its weight": ("c.weight_u c.weight_v", "c.weight"),
+    "InstDisc": ("lemniscate.memory lemniscate.params", "a.weight"),
+    "queues with labels": ("queue queue_labels m.feature_bank m.bank_ptr", "a.weight"),
+    "counts of tokens": ("tokens_seen samples_seen n_updates steps m.count", "a.weight"),
 }
 
 
@@ -249,6 +276,10 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
         "num_updates",
         "iteration",
         "current_epoch",
+        "tokens_seen",
+        "samples_seen",
+        "n_updates",
+        "steps",
     )
     states: list[State] = [{} for _ in range(3)]
     kept = []
@@ -272,6 +303,50 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
     assert "taken from 2.pt; they match the encoder" in note
     assert len(noted(done, "running statistics")) == len(noted(done, "quantisation range")) == 1
     assert not noted(done, "differs between")
+
+
+# Hand-written codebooks: count and sum of vectors for each of 5 codes, and the codes.
+CODEBOOKS = {
+    "counts and sums": ("q.ema_count:5 q.ema_sum:5,3 q.codebook:5,3", "q.proj.weight:3,3"),
+    "codes in a submodule": (
+        "ema_cluster_count:5 ema_weight:5,3 embedding.weight:5,3",
+        "a.weight:5,3",
+    ),
+    "other words": ("q.ema_vocab_hit:5 q.ema_embedding:5,3 q.w.weight:5,3", "b.weight:5,3"),
+    "codes in columns": ("q.cluster_size:5 q.embed_avg:3,5 q.cb:5,3 q.is_init:1", "q.bias:3"),
+    "running": ("q.running_size:5 q.running_sum:5,3 q.embedding.weight:5,3", "q.norm.weight:3"),
+    "several": ("q.cluster_size:2,5 q.embed_avg:2,5,3 q.embedding:2,5,3", "q.mix:5,2"),
+    "used codes": ("q.ema_cluster_size:5 q.ema_embed_sum:5,3 q.usage_count:5", "q.scale:3"),
+}
+
+
+def test_codebooks_under_any_name_are_kept_together(tmp_path: Path) -> None:
+    """A count and a sum of vectors for each code mark a codebook, whatever the codes are called."""
+    states: list[State] = [{} for _ in range(3)]
+    kept = []
+    for number, (together, trained) in enumerate(CODEBOOKS.values()):
+        for text in f"{together} {trained}".split():
+            name, _, sizes = text.partition(":")
+            for state in states:
+                state[f"m{number}.{name}"] = torch.randn([int(size) for size in sizes.split(",")])
+            kept += [f"m{number}.{name}"] * (text in together)
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    assert_last_and_mean(done.tensors, states, *kept)
+
+
+def test_counts_without_vectors_are_no_codebook(tmp_path: Path) -> None:
+    """A trained weight beside a count of another size, or beside no sums, is averaged."""
+    states = [
+        {
+            "a.code_size": torch.randn(4),
+            "a.weight": torch.randn(4, 3),
+            "b.ema_count": torch.randn(5),
+            "b.ema_w": torch.randn(4, 3),
+            "b.embedding.weight": torch.randn(5, 3),
+        }
+        for _ in range(3)
+    ]
+    assert_last_and_mean(averaged(tmp_path, *saved(tmp_path, states)).tensors, states)
 
 
 class Quantised(nn.Module):
@@ -427,6 +502,11 @@ QUANTISED: dict[str, Callable[[], State]] = {
         "weight_scale": torch.rand(4, 1),
     },
     "fp8 of DeepSeek-V3": lambda: {"weight": fp8(4, 4), "weight_scale_inv": torch.rand(1, 1)},
+    **{
+        f"fp8 with {scale}": lambda scale=scale: {"weight": fp8(4, 4), scale: torch.rand(1)}
+        for scale in ("scales", "w_scale", "scale_inv", "dequant_scale", "scaling_factor")
+    },
+    "fp8, a tensor subclass": lambda: {"weight": fp8(4, 4), "weight.scale": torch.rand(1)},
     "fp8, one scale": lambda: {"weight": fp8(4, 4), "weight_scale": torch.rand(())},
     "HQQ": lambda: {"W_q": codes(4, 2, dtype=torch.uint8), "scale": torch.rand(4),
                     "zero": torch.rand(4)},
@@ -501,7 +581,9 @@ def test_quantised_modules_of_torch_are_refused(tmp_path: Path) -> None:
 
 def test_float8_without_scales_is_averaged(tmp_path: Path) -> None:
     """Weights that were only cast, also beside CLIP's logit_scale."""
-    states = [{"text_projection": fp8(4, 4), "logit_scale": torch.randn(()), "l.weight": fp8(4)}
+    states = [{"text_projection": fp8(4, 4), "logit_scale": torch.randn(()), "l.weight": fp8(4),
+               "l.zero_init_gate": torch.randn(4), "l.layer_scale": torch.randn(4),
+               "m.weight": fp8(4), "m.gate_scale": fp8(4), "n.up_scale": torch.randn(4)}
               for _ in range(2)]  # fmt: skip
     assert_last_and_mean(averaged(tmp_path, *saved(tmp_path, states)).tensors, states)
 
@@ -885,3 +967,28 @@ def test_frozen_batchnorm_has_no_note(tmp_path: Path, suffix: str) -> None:
     plain = [{"w": torch.randn(2), "n.running_max": torch.rand(2)} for _ in range(2)]
     done = averaged(tmp_path, *saved(tmp_path, plain, suffix))
     assert not noted(done, "do not fit")
+
+
+def test_flat_parameters_of_fsdp_are_said(tmp_path: Path) -> None:
+    """Nothing in a file tells whether a flat parameter is a rank's part; a note asks."""
+    states = [{"_fsdp_wrapped_module.flat_param": torch.randn(8)} for _ in range(2)]
+    done = averaged(tmp_path, *saved(tmp_path, states))
+    (note,) = noted(done, "flat parameter of FSDP", "files of one rank only")
+    assert note.startswith("_fsdp_wrapped_module.flat_param: ")
+    states = [{"flat_parameters.weight": torch.randn(8)} for _ in range(2)]
+    assert not averaged(tmp_path, *saved(tmp_path, states)).notes
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_schedule_free_in_train_mode_is_said(several: bool, tmp_path: Path) -> None:
+    """The weights of train mode are not those that are evaluated; those of eval mode are."""
+    for mode in (True, False):
+        group = {"lr": 0.1, "k": 3, "train_mode": mode, "params": [0]}
+        optimizer = {"state": {0: {"z": torch.randn(2)}}, "param_groups": [group]}
+        states = [
+            {"model": {"w": torch.randn(2)}, "opt": [optimizer] if several else optimizer}
+            for _ in range(2)
+        ]
+        done = averaged(tmp_path, *saved(tmp_path, states))
+        found = noted(done, "schedule-free", "0.pt, 1.pt", "optimizer.eval()")
+        assert len(found) == len(done.notes) == int(mode)

@@ -288,6 +288,20 @@ ORDERS = {
     "folders": ("9/model.pt", "10/model.pt"),
     "best, last": ("best.pt", "iter_9.pth", "iter_10.pth", "last.pt"),
     "detectron2": ("model_0004999.pth", "model_0009999.pth", "model_final.pth"),
+    "kohya-ss": ("lora-000002.pt", "lora-000010.pt", "lora.pt"),
+    "kohya-ss, steps": ("lora-step00000500.pt", "lora-step00001000.pt", "lora.pt"),
+    "textual inversion": ("learned-steps-500.pt", "learned-steps-1000.pt", "learned.pt"),
+    "DETR": ("checkpoint0049.pth", "checkpoint0099.pth", "checkpoint.pth"),
+    "Lightning, the best ones": ("best.ckpt", "best-v2.ckpt", "best-v10.ckpt"),
+    "Lightning, all under one name": ("net.ckpt", "net-v1.ckpt", "net-v10.ckpt"),
+    "nnU-Net": ("checkpoint_best.pth", "checkpoint_final.pth"),
+    "epochs that begin anew": ("stage1_epoch9.pt", "stage2_epoch1.pt", "stage2_epoch2.pt"),
+    "cycles": ("cycle0_epoch_9.pt", "cycle0_epoch_10.pt", "cycle1_epoch_1.pt"),
+    "days first": ("31-05-2024.pt", "01-06-2024.pt", "01-07-2024.pt"),
+    "days first, with a time": ("31.05.2024_10-00.pt", "01.06.2024_09-00.pt"),
+    "months first": ("05-31-2024.pt", "06-02-2024.pt", "10-01-2024.pt"),
+    "machines": ("gpu02-ep3.pt", "gpu01-ep4.pt", "gpu02-ep10.pt"),
+    "nodes": ("node7/epoch_3.pt", "node1/epoch_4.pt"),
 }
 
 

@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import run
@@ -527,6 +529,16 @@ def test_the_command_chooses(tmp_path: Path) -> None:
     nothing = run(tmp_path, "run", "--epochs", "50:", "-o", "other.pt")
     assert nothing.returncode == 2 and "0, 1, 2, 3, 4" in nothing.stderr
     assert not (tmp_path / "other.pt").exists()
+
+
+def test_counts_of_numpy_are_counts(tmp_path: Path) -> None:
+    """An integer that numpy made is an integer, in the report too; True and 2.0 are none."""
+    choice = Choice(last=np.int64(2))  # type: ignore[arg-type]
+    assert type(choice.last) is int and choice.last == 2
+    assert json.loads(json.dumps(asdict(choice)))["last"] == 2
+    for wrong in (True, 2.0, np.float64(2), np.True_):
+        with pytest.raises(TypeError, match="last must be an integer"):
+            Choice(last=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
