@@ -27,11 +27,11 @@ from typing import Any
 import click
 import torch
 import torch.distributed.checkpoint as dcp
+from revisions import ROOT, package_of
 from safetensors.torch import save_file
 
 import swa_avg
 
-ROOT = Path(__file__).parents[1]
 _VARIES = (  # texts that differ from run to run
     (r"\d+(\.\d+)? (s|ms|[kMG]i?B/s|[kMG]B)\b", "N"),
     (r"0\.\d+ seconds|\d+ seconds", "N seconds"),
@@ -207,17 +207,6 @@ def digest(path: Path) -> str:
     return "tensors " + found.hexdigest()[:12]
 
 
-def tree_of(revision: str | None, folder: Path) -> Path:
-    """Return a folder with the package of a revision; None is the working tree."""
-    if revision is None:
-        return ROOT
-    folder.mkdir()
-    command = ["git", "archive", revision, "swa_avg"]
-    packed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
-    subprocess.run(["tar", "-x", "-C", folder], input=packed, check=True)
-    return folder
-
-
 def compare(name: str, line: str, folder: Path, trees: tuple[Path, Path]) -> tuple[bool, bool]:
     """Run a command twice, print what differs; return if texts and if results differ."""
     before, after = (run(line, folder, tree) for tree in trees)
@@ -248,7 +237,8 @@ def main(revision: str, other: str | None) -> None:
     """Print every difference, and how many commands differ."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        trees = (tree_of(revision, folder / "before"), tree_of(other, folder / "after"))
+        before = package_of(revision, folder / "before")
+        trees = (before, package_of(other, folder / "after") if other else ROOT)
         inputs = folder / "inputs"
         inputs.mkdir()
         demo = (sys.executable, "-m", "swa_avg.demo", "run")

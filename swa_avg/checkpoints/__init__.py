@@ -20,7 +20,7 @@ from swa_avg.checkpoints.layout import (
     check_running,
     find_state_dict,
 )
-from swa_avg.checkpoints.membership import is_bn_buffer, members
+from swa_avg.checkpoints.membership import is_bn_buffer, leaf_of, members, module_of
 from swa_avg.checkpoints.metrics import Score, mode_of
 from swa_avg.checkpoints.names import Name, Number
 from swa_avg.checkpoints.provenance import (
@@ -57,11 +57,13 @@ __all__ = [
     "find_state_dict",
     "fingerprints",
     "is_bn_buffer",
+    "leaf_of",
     "made_from",
     "mapping",
     "members",
     "metrics",
     "mode_of",
+    "module_of",
     "names",
     "open_checkpoint",
     "other_than_model",

@@ -144,7 +144,7 @@ _BASE = _kind(
     because="the trained values are relative to this base",
     remedy="Apply torch.nn.utils.parametrize.remove_parametrizations before averaging",
 )
-_QUANTISED = _kind(
+QUANTISED = _kind(
     "quantised weights",
     Way.SAME,
     because="codes have a meaning only with their own scales",
@@ -351,7 +351,7 @@ FAMILIES: tuple[Family, ...] = (
     *_rows(_EXTRA, ("torch.nn.Module.get_extra_state, Transformer Engine", "_extra_state")),
     # Quantised weights.
     *_rows(
-        _QUANTISED,
+        QUANTISED,
         ("GPTQ, AWQ, VPTQ", "qweight scales", "qzeros g_idx zeros"),
         ("bitsandbytes Linear4bit", "*.absmax *!",
          "*.quant_map *.nested_absmax *.nested_quant_map *.quant_state.bitsandbytes__nf4 "

@@ -1,8 +1,9 @@
-"""Finds the family of each tensor of a state_dict by name, and codebooks by shape too.
+"""Finds the family of each tensor of a state_dict by name, and some by shape or dtype too.
 
-Many quantisers are written by hand, each with names of its own. They have in common a count
-for each code and a sum of vectors for each code, in one module. The codes are tensors of the
-shape of the sums. This module does not read tensors and does not decide how they are averaged.
+Many quantisers are written by hand, each with names of its own. Codebooks have in common a
+count for each code and a sum of vectors for each code, in one module. The codes are tensors of
+the shape of the sums. Float8 weights have scales beside them, which are wider. This module does
+not read tensors and does not decide how they are averaged.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from swa_avg.checkpoints.families import (
     BN_STATISTICS,
     CODEBOOK,
     FAMILIES,
+    QUANTISED,
     Family,
 )
 from swa_avg.tensors import Kind, Tensor
 
 _BY_SHAPE = replace(CODEBOOK, where="counts and sums for each code")
+_OF_8_BIT = replace(QUANTISED, where="codes of 8 bits and their scales")
 
 # The count for each code: ema_cluster_size, cluster_counts, ema_vocab_hit, running_size.
 _COUNTS = re.compile(
@@ -32,6 +35,10 @@ _COUNTS = re.compile(
 _SUMS = re.compile(r"ema|avg|sum|dw|(?:^|_)[wm]$")
 # The submodule that holds the codes, in an `nn.Embedding`.
 _CODES = re.compile(r"emb|code|cent|^_?(?:w|cb)$")
+# Names of the scales of float8 weights; others have such words too: zero_init, layer_scale.
+_SCALE_OF_8_BIT = re.compile(
+    r"(?!logit|layer).*(?:scale(?!_shift)|scaling|absmax|zero_?point)", re.IGNORECASE
+)
 
 _Shape = tuple[int, ...]
 
@@ -55,7 +62,10 @@ def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
                     found.setdefault(name, None if pattern in family.averaged else family)
     for name in _codebooks(tensors):
         found.setdefault(name, _BY_SHAPE)
-    return {name: family for name, family in found.items() if family}
+    own = {name: family for name, family in found.items() if family}
+    for name in _with_scales(tensors):
+        own.setdefault(name, _OF_8_BIT)
+    return own
 
 
 def is_bn_buffer(name: str, tensors: Container[str]) -> bool:
@@ -89,7 +99,7 @@ def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
     there = "\n".join(names)
     parts = [part for part in _BY_PART if part in there]
     for name in names:
-        numbers = _by_leaf(name[name.rfind(".") + 1 :])
+        numbers = _byleaf_of(name[name.rfind(".") + 1 :])
         for part in parts:
             if part in name:
                 numbers = (*numbers, *_BY_PART[part])
@@ -134,15 +144,15 @@ def _codebooks(tensors: Mapping[str, Tensor]) -> Iterator[str]:
     Args:
         tensors: The tensors of a state_dict by name.
     """
-    counts = [name for name in tensors if _COUNTS.match(_leaf(name))]
+    counts = [name for name in tensors if _COUNTS.match(leaf_of(name))]
     if not counts:
         return
     modules: dict[str, dict[str, _Shape]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype.kind is Kind.FLOAT:
-            modules.setdefault(name.rpartition(".")[0], {})[_leaf(name)] = tuple(tensor.shape)
+            modules.setdefault(module_of(name), {})[leaf_of(name)] = tuple(tensor.shape)
     for name in counts:
-        module, leaf = name.rpartition(".")[0], _leaf(name)
+        module, leaf = module_of(name), leaf_of(name)
         shapes = modules.get(module, {})
         size = shapes.get(leaf, ())
         sums = {
@@ -182,7 +192,31 @@ def _turned(shape: _Shape) -> _Shape:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def _leaf(name: str) -> str:
+def _with_scales(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of float8 tensors with scales beside them, and of these scales.
+
+    A model that was only cast to 8 bits has no scales, or parameters of 8 bits called so.
+    """
+    codes: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype.kind is Kind.FLOAT and tensor.dtype.itemsize == 1:
+            codes.setdefault(module_of(name), []).append(name)
+            codes.setdefault(name, []).append(name)  # weight and weight.scale
+    found: set[str] = set()
+    for name, tensor in tensors.items() if codes else ():
+        wide = tensor.dtype.kind is Kind.FLOAT and tensor.dtype.itemsize > 1
+        if wide and module_of(name) in codes and _SCALE_OF_8_BIT.match(leaf_of(name)):
+            found.update((name, *codes[module_of(name)]))
+    return found
+
+
+def module_of(name: str) -> str:
+    """Return the part of a tensor's name that names its module: `a.b` for `a.b.weight`."""
+    return name.rpartition(".")[0]
+
+
+def leaf_of(name: str) -> str:
+    """Return a tensor's name within its module: `weight` for `a.b.weight`."""
     return name.rpartition(".")[2]
 
 
@@ -195,7 +229,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=1024)
-def _by_leaf(leaf: str) -> tuple[int, ...]:
+def _byleaf_of(leaf: str) -> tuple[int, ...]:
     """Return the numbers of the families whose first pattern may match a last part of a name."""
     numbers = _BY_LEAF.get(leaf, ())
     if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from swa_avg.checkpoints import StateDict, mapping
+from swa_avg.checkpoints import StateDict, leaf_of, mapping
 from swa_avg.errors import listed
 from swa_avg.formats import configuration
 from swa_avg.pickles import holds_stream, leaves
@@ -40,7 +40,7 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     yield from _on_configurations(states)
     yield from _on_schedule_free(states)
     last = states[-1]
-    flat = [name for name in last.views if name.rpartition(".")[2].lstrip("_") == "flat_param"]
+    flat = [name for name in last.views if leaf_of(name).lstrip("_") == "flat_param"]
     if flat:
         yield (
             f"{listed(flat)}: a flat parameter of FSDP, of which each rank may have saved its own "

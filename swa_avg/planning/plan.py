@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from swa_avg.checkpoints import BN_COUNTER, StateDict, members
+from swa_avg.checkpoints import BN_COUNTER, StateDict, leaf_of, members
 from swa_avg.errors import MismatchError, SwaAvgError, listed
 from swa_avg.formats import OutputStateDict, OutputStorage, OutputTensor
 from swa_avg.pickles import leaves, rebuilt
@@ -226,7 +226,7 @@ def _statistics(
     """Sort the BatchNorm means and variances by what the headers show."""
     alike, unfit, compared = [], [], []
     for work in {work.name: work for work in works}.values():
-        if not planned[work.name].statistic or work.name.rpartition(".")[2] == BN_COUNTER:
+        if not planned[work.name].statistic or leaf_of(work.name) == BN_COUNTER:
             continue
         known = same_bytes([state.tensors[work.name] for state in states])
         if known and work.treatment is not Treatment.RESET:
@@ -283,7 +283,7 @@ def _work(
     shape = tuple(ref.shape[dim] for dim in order)
     if order != tuple(range(len(order))):
         sources = tuple(permuted(source, order, shape) for source in sources)
-    fill = _RESET.get(planned.name.rpartition(".")[2], 0.0)
+    fill = _RESET.get(leaf_of(planned.name), 0.0)
     equal = planned.treatment is not Treatment.AVERAGED or set(counts) == {1}
     weights = () if equal else tuple(counts)
     place = ref if rules.wrapper else None
@@ -302,7 +302,7 @@ def _sources(planned: Planned, states: Sequence[StateDict]) -> tuple[TensorRef, 
         return every
     if planned.of_first:
         every = every[::-1]
-    counter = planned.name.rpartition(".")[2] == BN_COUNTER
+    counter = leaf_of(planned.name) == BN_COUNTER
     compared = planned.statistic and not counter and same_bytes(every) is None
     return every if compared and len({ref.dtype for ref in every}) == 1 else every[-1:]
 

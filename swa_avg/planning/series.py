@@ -135,20 +135,20 @@ def _are_counted(group: Sequence[Member]) -> bool:
 
     Parts that Hugging Face numbers so have five digits, and different tensors.
     """
-    first, *_ = group
     counts = [_COUNTED.search(member.name.text) for member in group]
     if not all(count and count["word"].lower() in words.CHECKPOINT_NOUNS for count in counts):
         return False
-    return all(
-        len(member.name.parts) == 1
-        and not member.name.is_placed
-        and _shapes(member) == _shapes(first)
-        for member in group
+    if any(len(member.name.parts) != 1 or member.name.is_placed for member in group):
+        return False
+    return _are_alike(group)
+
+
+def _are_alike(group: Sequence[Member]) -> bool:
+    """Return whether all checkpoints have tensors of the same names and shapes."""
+    first, *others = (
+        {name: view.shape for name, view in member.state.views.items()} for member in group
     )
-
-
-def _shapes(member: Member) -> dict[str, tuple[int, ...]]:
-    return {name: view.shape for name, view in member.state.views.items()}
+    return all(other == first for other in others)
 
 
 def refuse_components(given: Sequence[Member]) -> None:
@@ -191,7 +191,7 @@ def _for_parts(parts: Mapping[_Key, Sequence[Member]]) -> str:
         if matching == list(several[0]):
             return f"Average each part separately, as in {quote(pattern)}"
     merge = "Merge them into one file first, with the framework that wrote them"
-    if all(_shapes(member) == _shapes(every[0]) for member in every):
+    if _are_alike(every):
         return f"{merge}. If each is a whole model, rename them: epoch_1{every[0].path.suffix}, …"
     return merge
 

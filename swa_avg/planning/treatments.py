@@ -14,6 +14,8 @@ from swa_avg.checkpoints import (
     StateDict,
     Way,
     at,
+    leaf_of,
+    module_of,
 )
 from swa_avg.errors import LayoutError, SwaAvgError, listed
 from swa_avg.pickles import Inert, buffers_of
@@ -21,10 +23,6 @@ from swa_avg.tensors import DType, Kind, TensorRef
 
 # Names of tensors that contain the scales of quantised weights.
 _SCALE = re.compile(r"(?!logit).*(?:scale|absmax|zero|scb)", re.IGNORECASE)
-# Names of the scales of float8 weights; others have such words too: zero_init, layer_scale.
-_SCALE_OF_8_BIT = re.compile(
-    r"(?!logit|layer).*(?:scale(?!_shift)|scaling|absmax|zero_?point)", re.IGNORECASE
-)
 _CODES_OR_TABLE = (
     f"If it contains codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
     f"{BEFORE_QUANTISATION[1:]}. If it is a table, remove it from the files"
@@ -114,8 +112,8 @@ def treatments(
     """
     last = states[-1]
     buffers = _buffers(last)
-    scaled = frozenset(_module(name) for name in last.tensors if _SCALE.match(_leaf(name)))
-    decide = _Decision(states, rules, count, buffers, scaled, _with_scales(last.tensors))
+    scaled = frozenset(module_of(name) for name in last.tensors if _SCALE.match(leaf_of(name)))
+    decide = _Decision(states, rules, count, buffers, scaled)
     return {name: decide(name, ref, families.get(name)) for name, ref in last.tensors.items()}
 
 
@@ -170,7 +168,6 @@ class _Decision:
     count: int
     buffers: frozenset[str]
     scaled: frozenset[str]
-    quantised: frozenset[str]
 
     def __call__(self, name: str, ref: TensorRef, family: Family | None) -> Planned:
         """Return the plan for a tensor."""
@@ -181,16 +178,6 @@ class _Decision:
             return self._of_family(replace(plain, family=family.name), ref, family)
         if ref.dtype.kind in (Kind.EXACT, Kind.OPAQUE):
             return self._without_mean(plain, ref)
-        if name in self.quantised:
-            return replace(
-                plain,
-                treatment=Treatment.COPIED,
-                reason="codes of 8 bits and their scales, must be the same in all",
-                family="quantised weights",
-                dtype=ref.dtype,
-                must_agree=True,
-                remedy=BEFORE_QUANTISATION,
-            )
         if name in self.buffers:
             of = self.states[-1].checkpoint.path
             reason = f"buffer of {of}: not trained; AveragedModel keeps the last one too"
@@ -219,7 +206,7 @@ class _Decision:
 
     def _batchnorm(self, plain: Planned, ref: TensorRef) -> Planned:
         plain = replace(plain, statistic=True)
-        choice, counter = self.rules.bn_buffers, _leaf(plain.name) == BN_COUNTER
+        choice, counter = self.rules.bn_buffers, leaf_of(plain.name) == BN_COUNTER
         if choice == "reset":
             return replace(plain, treatment=Treatment.RESET, reason="BatchNorm buffer")
         if choice == "mean" and ref.dtype.kind is Kind.FLOAT and not counter:
@@ -238,7 +225,7 @@ class _Decision:
         )
         integers = ref.dtype.kind is Kind.EXACT and ref.dtype.name != "bool" and ref.numel > 1
         # Counts have 64 bits, codes never do.
-        beside = ref.dtype.itemsize < 8 and _module(plain.name) in self.scaled
+        beside = ref.dtype.itemsize < 8 and module_of(plain.name) in self.scaled
         if integers and (len(ref.shape) > 1 or beside):
             return replace(copied, must_agree=True, remedy=_CODES_OR_TABLE)
         return copied
@@ -264,29 +251,3 @@ def _buffers(state: StateDict) -> frozenset[str]:
     if state.where and isinstance(listed, list | tuple):
         return frozenset(name for name in listed if isinstance(name, str))
     return frozenset()
-
-
-def _with_scales(tensors: Mapping[str, TensorRef]) -> frozenset[str]:
-    """Return the names of float8 tensors with scales beside them, and of these scales.
-
-    A model that was only cast to 8 bits has no scales, or parameters of 8 bits called so.
-    """
-    codes: dict[str, list[str]] = {}
-    for name, ref in tensors.items():
-        if ref.dtype.kind is Kind.FLOAT and ref.dtype.itemsize == 1:
-            codes.setdefault(_module(name), []).append(name)
-            codes.setdefault(name, []).append(name)  # weight and weight.scale
-    found: set[str] = set()
-    for name, ref in tensors.items() if codes else ():
-        wide = ref.dtype.kind is Kind.FLOAT and ref.dtype.itemsize > 1
-        if wide and _module(name) in codes and _SCALE_OF_8_BIT.match(_leaf(name)):
-            found.update((name, *codes[_module(name)]))
-    return frozenset(found)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]

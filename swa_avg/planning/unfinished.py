@@ -67,6 +67,8 @@ def beginnings(found: Sequence[Path]) -> list[Path]:
     Args:
         found: The checkpoints of the folder; without one that has a number, all are kept.
     """
+    if not any(_OF_FINDER.fullmatch(path.name) or _is_of_beginning(path.name) for path in found):
+        return []  # names need not be parsed
     read = [names.read(path) for path in found]
     if not any(name.is_placed and not _OF_FINDER.fullmatch(name.path.name) for name in read):
         return []
@@ -74,8 +76,12 @@ def beginnings(found: Sequence[Path]) -> list[Path]:
         name.path
         for name in read
         if _OF_FINDER.fullmatch(name.path.name)
-        or (not name.is_placed and _BEGINNING & set(re.split(r"[^a-z]+", name.text.lower())))
+        or (not name.is_placed and _is_of_beginning(name.text))
     ]
+
+
+def _is_of_beginning(text: str) -> bool:
+    return not _BEGINNING.isdisjoint(re.split(r"[^a-z]+", text.lower()))
 
 
 def broken(others: Sequence[Path], found: Sequence[Path]) -> dict[Path, str]:

@@ -157,7 +157,7 @@ def _check_room(averaging: Averaging, count: int, *, fewer: bool) -> None:
             f"comparing {counted(count, 'average')} needs {in_bytes(needed)} of disk space "
             f"{where}, but {in_bytes(free)} are free",
             file=output,
-            remedy=elsewhere + ", or compare fewer with --last" * fewer,
+            remedy=f"{elsewhere}, or compare fewer with --last" if fewer else elsewhere,
         )
 
 

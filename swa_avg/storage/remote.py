@@ -292,7 +292,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise FileError(
             f"cannot be opened: {reason(error)}",
             file=url,
-            remedy=_like(url) or _INSTALL * (url.partition("://")[0] in _OF_EXTRA),
+            remedy=_like(url) or (_INSTALL if url.partition("://")[0] in _OF_EXTRA else ""),
         ) from error
     except Exception as error:  # a backend may raise any error for its configuration
         raise FileError(f"cannot be opened: {reason(error)}", file=url) from error

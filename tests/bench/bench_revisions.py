@@ -22,7 +22,9 @@ import click
 import torch
 from bench_startup import resnet18
 
-ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from revisions import ROOT, package_of
+
 RECOMPUTE = ("--recompute-bn", "--data", "swa_avg.demo:loader")
 SWEEP = ("--sweep", "swa_avg.demo:evaluate")
 SWA_AVG = (sys.executable, "-m", "swa_avg")
@@ -39,12 +41,7 @@ CASES = {
 
 def prepare(folder: Path, revision: str) -> dict[str, Path]:
     """Write the inputs; return where the package of each revision is."""
-    trees = {"this": ROOT, revision: folder / "before"}
-    trees[revision].mkdir()
-    packed = subprocess.run(
-        ["git", "archive", revision, "swa_avg"], cwd=ROOT, check=True, capture_output=True
-    ).stdout
-    subprocess.run(["tar", "-x", "-C", trees[revision]], input=packed, check=True)
+    trees = {"this": ROOT, revision: package_of(revision, folder / "before")}
     for tree in trees.values():
         compileall.compile_dir(tree / "swa_avg", quiet=2)
     run((sys.executable, "-m", "swa_avg.demo", "run"), folder, ROOT)

@@ -171,7 +171,8 @@ TOOLS: dict[str, Case] = {
     ),
     "ranks of a script": Case(
         ranks("step_{n}/rank_{rank}.pt", "model"), "step_1/rank_0.pt step_1/rank_1.pt",
-        r"Merge them into one file first, with the framework that wrote them\.",
+        r"Merge them into one file first, with the framework that wrote them\. "
+        r"If each .+: epoch_1\.pt, …\.$",
         (put_together, "whole_?.pt"), 1.5,
     ),
     "several files of each rank": Case(

@@ -358,13 +358,18 @@ batches = torch.randn(50, 3, generator=torch.Generator().manual_seed(5)).split(8
 """
 
 
-def test_ranks_average_and_recompute_batchnorm(tmp_path: Path) -> None:
-    """In one go: the weights are those of one process, the statistics too but for rounding."""
-    (tmp_path / "mod.py").write_text(NETWORK)
-    for seed in range(3):
+def save_networks(folder: Path, count: int) -> None:
+    """Save checkpoints of a network with BatchNorm, and the module with its data."""
+    (folder / "mod.py").write_text(NETWORK)
+    for seed in range(count):
         torch.manual_seed(seed)
         network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-        torch.save(network.state_dict(), tmp_path / f"epoch_{seed}.pt")
+        torch.save(network.state_dict(), folder / f"epoch_{seed}.pt")
+
+
+def test_ranks_average_and_recompute_batchnorm(tmp_path: Path) -> None:
+    """In one go: the weights are those of one process, the statistics too but for rounding."""
+    save_networks(tmp_path, 3)
     arguments = ["epoch_?.pt", "-q", "--recompute-bn", "--data", "mod:batches"]
     for ended in on_ranks(tmp_path, 2, *arguments, "-o", "several.pt"):
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
@@ -392,11 +397,7 @@ def test_ranks_without_torchrun(folder: Path) -> None:
 
 def test_torch_estimator_on_ranks(tmp_path: Path) -> None:
     """It is refused; the population estimator works on ranks, and this one in one process."""
-    (tmp_path / "mod.py").write_text(NETWORK)
-    for seed in range(2):
-        torch.manual_seed(seed)
-        network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-        torch.save(network.state_dict(), tmp_path / f"epoch_{seed}.pt")
+    save_networks(tmp_path, 2)
     arguments = ["epoch_?.pt", "-q", "--recompute-bn", "--data", "mod:batches", "-o", "out.pt"]
     torchs = [*arguments, "--bn-estimator", "torch"]
     line = error_of(on_ranks(tmp_path, 2, *torchs))
