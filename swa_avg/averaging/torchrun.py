@@ -113,10 +113,11 @@ class ProcessRanks:
             SwaAvgError: If another rank fails before it gets here.
         """
         key = f"told {next(self._messages)}"
-        if self.rank == 0:
-            self.store.set(key, data)  # type: ignore[arg-type]
-        self.meet()
-        return self.store.get(key)
+        with _connected("rank 0"):
+            if self.rank == 0:
+                self.store.set(key, data)  # type: ignore[arg-type]
+            self.meet()
+            return self.store.get(key)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy rank 0's values into the tensors of all ranks, in place.
@@ -144,12 +145,10 @@ class ProcessRanks:
         Raises:
             SwaAvgError: With that rank's number and its error.
         """
-        try:
+        with _connected("rank 0"):
             self.heartbeat.check()
             failed = self.store.check([_FAILED])
             message = self.store.get(_FAILED).decode() if failed else ""
-        except RuntimeError as error:
-            raise SwaAvgError(f"the connection to rank 0 is lost ({error_line(error)})") from error
         if message:
             raise SwaAvgError(message)
 
@@ -172,15 +171,17 @@ class ProcessRanks:
             SwaAvgError: Another rank has failed or no longer responds.
         """
         place = f"meeting {next(self._meetings)}"
-        self.check()
-        self.store.add(place, 1)
-        while self.store.add(place, 0) < self.world:
-            time.sleep(_POLL_SECONDS)
+        with _connected("rank 0"):
             self.check()
+            self.store.add(place, 1)
+            while self.store.add(place, 0) < self.world:
+                time.sleep(_POLL_SECONDS)
+                self.check()
 
     def _from_first(self, state: Tensor) -> Tensor:
         self.meet()
-        dist.broadcast(state, src=0)
+        with _connected():
+            dist.broadcast(state, src=0)
         return state
 
 
@@ -215,14 +216,12 @@ def _with_batch_sampler(loader: DataLoader[Any], sampler: Sampler[list[Any]]) ->
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
+def _connected(to: str = "another rank") -> Iterator[None]:
     """Turn a lost connection into a one-line error."""
     try:
         yield
     except RuntimeError as error:
-        raise SwaAvgError(
-            f"the connection to another rank is lost ({error_line(error)})"
-        ) from error
+        raise SwaAvgError(f"the connection to {to} is lost ({error_line(error)})") from error
 
 
 @contextmanager

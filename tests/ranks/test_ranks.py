@@ -14,12 +14,14 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from command import one_line, run, snapshot
 from preloaded import TORCH, on_ranks, start_on_ranks
@@ -28,8 +30,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import swa_avg
+from swa_avg.averaging.heartbeat import Heartbeat
 from swa_avg.averaging.prepare import planned
-from swa_avg.errors import as_parameters
+from swa_avg.averaging.torchrun import ProcessRanks
+from swa_avg.errors import SwaAvgError, as_parameters
 from swa_avg.kernel.tasks import share
 
 # torchrun itself is forked too; the ranks that it starts are not.
@@ -338,15 +342,45 @@ def test_rank_that_is_gone_is_noticed(
     with ThreadPoolExecutor(2) as pool:
         ranks = start_on_ranks(pool, folder, 2, *arguments, script=LEFT_ALONE, timeout=TIMEOUT)
         try:
-            said = ranks[1 - victim].result().stdout
+            other = ranks[1 - victim].result()
         finally:
             if how == signal.SIGSTOP:
                 os.kill(int((tmp_path / "victim").read_text()), signal.SIGKILL)
-    assert says in said
+    assert says in other.stdout, other
     left = [Path(path) for path in snapshot(folder).keys() - before.keys()]
     assert len(left) == (victim == 0)
     for path in left:
         path.unlink()
+
+
+class StoreThatEnds(dist.Store):
+    """A store whose process ends after some requests, as each rank but the first sees it."""
+
+    def __init__(self, requests: int) -> None:
+        super().__init__()
+        self.left, self.inner = requests, dist.HashStore()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("add", "check", "get", "set"):
+            self.left -= 1
+            if self.left < 0:
+                raise dist.DistNetworkError("failed to recv, got 0 bytes")
+            return getattr(self.inner, name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize(("job", "requests"), [("meet", 3), ("tell", 5)])
+def test_store_may_end_at_any_request(job: str, requests: int) -> None:
+    """Rank 0 can be killed between any two requests: each leads to the same one line."""
+    heartbeat = Heartbeat(dist.HashStore(), 0, 1, timedelta(minutes=1))
+    try:
+        for answered in range(requests):
+            group = ProcessRanks(0, 1, 0, 1, StoreThatEnds(answered), heartbeat)
+            with pytest.raises(SwaAvgError, match=r"^the connection to rank 0 is lost .*0 bytes"):
+                getattr(group, job)()
+        getattr(ProcessRanks(0, 1, 0, 1, StoreThatEnds(requests), heartbeat), job)()
+    finally:
+        heartbeat.stop()
 
 
 NETWORK = """
