@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -185,11 +185,10 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
         if own:
             children = [child for child in children if _is_of_same_run(child)]
-        left_out = [child for child in children if matches(child, exclude)]
-        rest = [child for child in children if child not in left_out]
-        begun = [child for child in rest if _may_be_checkpoint(child)]
+        left_out, rest = _divided(children, lambda child: matches(child, exclude))
+        begun, unlike = _divided(rest, _may_be_checkpoint)
         found = _whole(begun, inputs)
-        others = [] if is_remote(path) else [child for child in rest if child not in begun]
+        others = [] if is_remote(path) else unlike
         lost = broken(others, found)
         if not own and not found and not left_out:
             what = "".join(f" ({one.name} {_verb(why)})" for one, why in [*lost.items()][:1])
@@ -215,6 +214,15 @@ def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> Non
         inputs.paths.append(path)
     if own and found:
         inputs.notes.append(_note_on_run_folder(path, found, alone))
+
+
+def _divided(paths: Iterable[Path], test: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
+    """Return the paths that pass a test, and the others, each in their order."""
+    passed: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        (passed if test(path) else others).append(path)
+    return passed, others
 
 
 def _unreadable(error: OSError, path: Path) -> FileError:
