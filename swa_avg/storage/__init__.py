@@ -5,7 +5,7 @@ objects to write (`Output`). Does not depend on tensors or formats.
 """
 
 from swa_avg.storage.files import ROOM, InputFile, Section, announce, reading_ahead
-from swa_avg.storage.given import GivenPath, home_written_out
+from swa_avg.storage.given import GivenPath, home_written_out, nearest
 from swa_avg.storage.limits import allow_files
 from swa_avg.storage.output import AtomicFile, AtomicFolder, Output
 from swa_avg.storage.partial import JoinedOutput
@@ -32,6 +32,7 @@ __all__ = [
     "check_target",
     "home_written_out",
     "is_remote",
+    "nearest",
     "path_of",
     "reading_ahead",
     "remote_matches",
