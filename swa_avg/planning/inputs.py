@@ -155,6 +155,17 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     return ""
 
 
+def leaving_out(paths: Sequence[Path], others: Sequence[Path]) -> str:
+    """Return the remedy that leaves out exactly some paths; empty if no option can do that.
+
+    Args:
+        paths: The paths to leave out.
+        others: The paths to keep.
+    """
+    option = exclusion(paths, others)
+    return f"{option} leaves {'it' if len(paths) == 1 else 'them'} out" if option else ""
+
+
 def _add(path: Path, exclude: Sequence[str], inputs: Inputs, *, alone: bool) -> None:
     """Add a file, a folder that is a checkpoint, or the checkpoints in a folder.
 
