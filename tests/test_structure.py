@@ -33,8 +33,8 @@ WINGS = {
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "isolation calling batches loading moments estimators on_device statistics "
     "named userdata in_place recompute",
-    "averaging": "origin wrapper distances report pictures sampling verification computing "
-    "execution prepare sharing along heartbeat torchrun joint",
+    "averaging": "origin wrapper destination distances report pictures sampling verification "
+    "computing execution prepare sharing along heartbeat torchrun joint",
     "search": "scores candidates sweeping along plot",
     "cli": "streams progress messages failures options usage show beside blas along command",
 }
