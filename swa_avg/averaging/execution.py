@@ -336,8 +336,11 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user that are known before averaging."""
-        whole = self.options.keep_wrapper
-        around = wrapper.notes(self.states[-1], self._is_copy, self.is_folder, whole)
+        last, folder = self.states[-1], self.is_folder
+        around = wrapper.notes_on_bare(last, folder=folder)
+        if self._is_copy:
+            whole = self.options.keep_wrapper
+            around = wrapper.notes_on_copy(last, folder=folder, whole=whole)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
         return self.options.worded((*self.selection.notes, *self.plan.notes, *files, *around))
