@@ -36,7 +36,7 @@ WINGS = {
     "averaging": "origin wrapper destination distances report pictures sampling verification "
     "computing execution prepare sharing along heartbeat torchrun joint",
     "search": "scores candidates sweeping along plot",
-    "cli": "streams progress messages failures options usage show beside blas along command",
+    "cli": "ranks streams progress messages failures options usage show beside blas along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)
