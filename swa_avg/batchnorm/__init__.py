@@ -6,7 +6,7 @@ model or in the file. Does not average.
 
 from swa_avg.batchnorm.batches import Alone, same_draws
 from swa_avg.batchnorm.calling import Forward, default_forward
-from swa_avg.batchnorm.in_place import copy_of
+from swa_avg.batchnorm.in_place import Copy, copy_of
 from swa_avg.batchnorm.isolation import (
     error_line,
     frames_of,
@@ -30,6 +30,7 @@ __all__ = [
     "Amp",
     "BatchNorm",
     "BatchNormReport",
+    "Copy",
     "Estimator",
     "Forward",
     "Recompute",
