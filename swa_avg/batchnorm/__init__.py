@@ -15,7 +15,8 @@ from swa_avg.batchnorm.isolation import (
     users_code,
 )
 from swa_avg.batchnorm.named import load_attribute
-from swa_avg.batchnorm.recompute import BatchNorm, Recompute, Session, read_state, session
+from swa_avg.batchnorm.recompute import BatchNorm, Session, read_state, session
+from swa_avg.batchnorm.settings import Recompute
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
