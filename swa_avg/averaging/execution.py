@@ -35,6 +35,7 @@ from swa_avg.storage import (
     AtomicFolder,
     InputFile,
     Output,
+    OutputFile,
     RemoteFile,
     check_replaceable,
     is_remote,
@@ -127,7 +128,7 @@ class Averaging:
         """Whether the output is a folder of files."""
         return bool(self.layout.files)
 
-    def open_output(self) -> AtomicFile | AtomicFolder | RemoteFile:
+    def open_output(self) -> OutputFile:
         """Create the temporary file of the output; committing it creates the output.
 
         `write` does this too: only a caller that changes the file before the commit needs it.

@@ -22,7 +22,6 @@ from torch import nn
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.in_place import File
 from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.settings import Recompute, Settings
 from swa_avg.batchnorm.statistics import (
@@ -42,7 +41,7 @@ from swa_avg.kernel import default_arithmetic
 from swa_avg.pickles import Stream, rebuilt
 from swa_avg.planning import described, suggesting
 from swa_avg.progress import Watch
-from swa_avg.storage import AtomicFolder, InputFile
+from swa_avg.storage import AtomicFolder, InputFile, OutputFile
 from swa_avg.tensors import Record, TensorRef, View, is_dense, read_tensor
 
 
@@ -129,7 +128,7 @@ class Session:
 
     def recompute(
         self,
-        file: File,
+        file: OutputFile,
         key: Sequence[str] = (),
         ema: bool | None = None,
         progress: Watch | None = None,
@@ -211,7 +210,7 @@ class Session:
         )
 
 
-def _starts(file: File) -> dict[Path, int]:
+def _starts(file: OutputFile) -> dict[Path, int]:
     """Return the start of each file of an output; positions count through all files."""
     if not isinstance(file, AtomicFolder):
         return {file.path: 0}
@@ -220,7 +219,7 @@ def _starts(file: File) -> dict[Path, int]:
 
 
 @contextmanager
-def _named_after(file: File) -> Iterator[None]:
+def _named_after(file: OutputFile) -> Iterator[None]:
     """Make errors name the final path of a file instead of its temporary path."""
     try:
         yield

@@ -51,7 +51,7 @@ from swa_avg.signals import Signals
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report, torchrun
     from swa_avg.batchnorm import Copy, Session
-    from swa_avg.storage import Output
+    from swa_avg.storage import Output, OutputFile
 
 # Set by the shell when it completes a command line, and by the user to get the script.
 _COMPLETION = "_SWA_AVG_COMPLETE"
@@ -205,7 +205,7 @@ def _average(run: Run, joined: torchrun.ProcessRanks | None) -> None:
 @contextmanager
 def _written(
     averaging: Averaging, run: Run, joined: torchrun.ProcessRanks | None, watch: Watch | None
-) -> Iterator[tuple[Any, Report] | None]:
+) -> Iterator[tuple[OutputFile, Report] | None]:
     """Average into a file or folder, which becomes the output when it is committed.
 
     Yields:
@@ -219,7 +219,8 @@ def _written(
             together = joint.written(averaging, joined, threads=threads, progress=watch)
             yield entered.enter_context(together)
         else:
-            file: Any = entered.enter_context(averaging.open_output())
+            file = averaging.open_output()
+            entered.enter_context(file)
             yield file, averaging.write_to(file, threads=threads, progress=watch)
 
 

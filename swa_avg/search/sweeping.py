@@ -32,9 +32,9 @@ from swa_avg.planning import (
     options_of,
 )
 from swa_avg.progress import Counter, Watch
-from swa_avg.search.candidates import Bench, Candidate, File, Found, SweepReport, Tried
+from swa_avg.search.candidates import Bench, Candidate, Found, SweepReport, Tried
 from swa_avg.search.scores import Evaluate, Judge, Scale
-from swa_avg.storage import AtomicFolder, is_remote
+from swa_avg.storage import AtomicFolder, OutputFile, is_remote
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -161,7 +161,7 @@ def _check_room(averaging: Averaging, count: int, *, fewer: bool) -> None:
         )
 
 
-def _output(averaging: Averaging, opened: ExitStack) -> File:
+def _output(averaging: Averaging, opened: ExitStack) -> OutputFile:
     """Open a temporary file for an average."""
     file = averaging.open_output()
     assert not isinstance(file, AtomicFolder), "folders have been refused before"

@@ -12,7 +12,7 @@ from swa_avg.storage.partial import JoinedOutput
 from swa_avg.storage.remote import is_remote, path_of, remote_matches
 from swa_avg.storage.request_pool import RequestPool
 from swa_avg.storage.targets import check_replaceable, check_room, check_target
-from swa_avg.storage.upload import RemoteFile
+from swa_avg.storage.upload import OutputFile, RemoteFile
 
 __all__ = [
     "ROOM",
@@ -22,6 +22,7 @@ __all__ = [
     "InputFile",
     "JoinedOutput",
     "Output",
+    "OutputFile",
     "RemoteFile",
     "RequestPool",
     "Section",
