@@ -52,9 +52,18 @@ class Scale:
     name: str
     mode: str
 
+    @property
+    def better(self) -> str:
+        """Which scores are better, as a word: larger or smaller."""
+        return "larger" if self.mode == "max" else "smaller"
+
+    def merit(self, score: float) -> float:
+        """Return a number that is larger for a better score, for sorting."""
+        return score if self.mode == "max" else -score
+
     def is_better(self, one: float, other: float) -> bool:
         """Return whether `one` is strictly better than `other`."""
-        return one < other if self.mode == "min" else one > other
+        return self.merit(one) > self.merit(other)
 
 
 class Judge:
@@ -87,6 +96,13 @@ class Judge:
         self._metric = metric
         self._mode = mode
         self._scale: Scale | None = None
+
+    @classmethod
+    def of(
+        cls, evaluate: Evaluate, model: nn.Module, metric: str | None, mode: str | None
+    ) -> Judge:
+        """Return the judge for a function, which is called by its own name."""
+        return cls(evaluate, model, getattr(evaluate, "__name__", "score"), metric, mode)
 
     @property
     def scale(self) -> Scale:
