@@ -139,7 +139,7 @@ class Destination:
                 file=self.target,
                 remedy=f"Leave out --dtype, or name a file, as in {self._as_file()}",
             )
-        unlike = single and (checkpoint.without is not None or checkpoint.path.is_dir())
+        unlike = single and (checkpoint.is_bundle or checkpoint.path.is_dir())
         unlike |= form is Form.SAFETENSORS and checkpoint.format != "safetensors"
         if self.options.keep_wrapper and unlike:
             raise OutputError(
