@@ -29,7 +29,7 @@ from swa_avg.averaging.report import Report
 from swa_avg.averaging.torchrun import ProcessRanks
 from swa_avg.checkpoints import StateDict
 from swa_avg.errors import SwaAvgError
-from swa_avg.kernel import Findings, Kernel, Records, compute, settle, share, works_in
+from swa_avg.kernel import Findings, Kernel, Records, compute, conclude, share, works_in
 from swa_avg.planning import ranges_of
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
@@ -109,7 +109,8 @@ class _Together:
         records = Records(kernel.works)
         for data in self.ranks.collect(b"")[1:]:
             findings.merge(json.loads(data), records)
-        return self.averaging.complete(file, settle(kernel, findings, self.threads), self.progress)
+        outcome = conclude(kernel, findings, self.threads)
+        return self.averaging.complete(file, outcome, self.progress)
 
     def follow(self) -> None:
         """Compute and write this rank's part (all ranks but 0)."""

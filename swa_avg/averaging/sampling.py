@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from swa_avg.planning import Treatment, Work
-from swa_avg.tensors import FORMATS, Box, Kind, TensorRef, elements, part, read_box, value_of
+from swa_avg.tensors import FORMATS, Box, Kind, TensorRef, elements, read_box, real_dtype, value_of
 
 _BOXES = 4096  # divided among the tensors
 _MOST_OF_ONE = 16
@@ -122,7 +122,7 @@ class _Elements:
     """
 
     def __init__(self, ref: TensorRef, box: Box) -> None:
-        dtype = part(ref.dtype)
+        dtype = real_dtype(ref.dtype)
         self._format, size = FORMATS.get(dtype.name), dtype.itemsize
         data = bytearray(box.numel * ref.dtype.itemsize)
         read_box(ref, box, elements(data, box.shape, ref.dtype.itemsize))
