@@ -122,6 +122,11 @@ def in_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def kind_of(value: object) -> str:
+    """Return the name of a value's type, or of the class that it is, for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 class Texts(NamedTuple):
     """The texts of an error, with the options of the command."""
 

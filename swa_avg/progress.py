@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from swa_avg.errors import printable
+from swa_avg.errors import kind_of, printable
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,7 @@ class Counter:
         self, watch: Watch | None, step: str, total: int | None = None, unit: str = "B"
     ) -> None:
         if watch is not None and (not callable(watch) or isinstance(watch, type)):
-            kind = (
-                f"the class {watch.__name__}" if isinstance(watch, type) else type(watch).__name__
-            )
-            raise TypeError(f"progress must be a ProgressBar() or a function, not {kind}")
+            raise TypeError(f"progress must be a ProgressBar() or a function, not {kind_of(watch)}")
         self._watch = watch
         self._now = Progress(step, 0, total, unit)
         self(0)

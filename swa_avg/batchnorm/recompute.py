@@ -35,11 +35,11 @@ from swa_avg.batchnorm.statistics import (
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
 from swa_avg.checkpoints import StateDict, find_state_dict, provenance
-from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, kind_of, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
 from swa_avg.pickles import Stream, rebuilt
-from swa_avg.planning import described, suggesting
+from swa_avg.planning import suggesting
 from swa_avg.progress import Watch
 from swa_avg.storage import AtomicFolder, InputFile, OutputFile
 from swa_avg.tensors import Record, TensorRef, View, is_dense, read_tensor
@@ -80,7 +80,7 @@ class BatchNorm:
         if self.model is not None:
             check_model(self.model)
         if self.forward is not None and not callable(self.forward):
-            kind = described(self.forward)
+            kind = kind_of(self.forward)
             raise TypeError(f"forward must be a function forward(model, batch), not {kind}")
 
     def network(self, model: nn.Module | None = None) -> nn.Module:

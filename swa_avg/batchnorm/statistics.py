@@ -33,9 +33,8 @@ from swa_avg.batchnorm.isolation import users_code
 from swa_avg.batchnorm.layers import is_frozen, layers_of
 from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.on_device import on_device
-from swa_avg.errors import DataError, SwaAvgError, counted
+from swa_avg.errors import DataError, SwaAvgError, counted, kind_of
 from swa_avg.kernel import default_arithmetic
-from swa_avg.planning import described
 from swa_avg.progress import Counter, Watch
 
 Estimator = Literal["population", "torch"]
@@ -235,7 +234,7 @@ def check_model(model: object) -> None:
         return
     name = getattr(model, "__name__", "") if callable(model) else ""
     made = f"; give {name}()" if name and name != "<lambda>" else ""
-    raise TypeError(f"model must be a torch.nn.Module, not {described(model)}{made}")
+    raise TypeError(f"model must be a torch.nn.Module, not {kind_of(model)}{made}")
 
 
 def check_values(estimator: str, amp: str, max_batches: int | None) -> None:

@@ -13,6 +13,8 @@ from numbers import Integral
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+from swa_avg.errors import kind_of
+
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 
@@ -114,7 +116,7 @@ def check_arguments(batchnorm: object, threads: object, model: object = None) ->
         if ("swa_avg", "BatchNorm") not in kinds:
             raise TypeError(
                 "batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not "
-                + described(batchnorm)
+                + kind_of(batchnorm)
             )
         batchnorm.network(model)  # type: ignore[attr-defined]
     if threads is not None:
@@ -132,7 +134,7 @@ def listed_paths(paths: object) -> list[str | os.PathLike[str]]:
     for one in listed:
         if not isinstance(one, str | os.PathLike):
             saved = "; save it with torch.save first" if isinstance(one, Mapping) else ""
-            raise TypeError(f"checkpoints must be paths, not {described(one)}{saved}")
+            raise TypeError(f"checkpoints must be paths, not {kind_of(one)}{saved}")
     return listed
 
 
@@ -148,7 +150,7 @@ def check_texts(name: str, value: object) -> None:
     """
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
-        raise TypeError(f"{name} must be text, or several texts, not {described(value)}")
+        raise TypeError(f"{name} must be text, or several texts, not {kind_of(value)}")
 
 
 def check_count(name: str, count: object) -> int:
@@ -159,7 +161,7 @@ def check_count(name: str, count: object) -> int:
         ValueError: It is less than 1.
     """
     if not isinstance(count, Integral) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an integer, not {described(count)}")
+        raise TypeError(f"{name} must be an integer, not {kind_of(count)}")
     if count < 1:
         raise ValueError(f"{name} must be at least 1, not {count}")
     return int(count)
@@ -169,8 +171,3 @@ def either(values: Iterable[str]) -> str:
     """Return the values of an option as text: a, b or c."""
     *first, last = values
     return f"{', '.join(first)} or {last}"
-
-
-def described(value: object) -> str:
-    """Return the type of a value, or the name of a class."""
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

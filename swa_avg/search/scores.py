@@ -33,8 +33,7 @@ from swa_avg.batchnorm import (
     users_code,
 )
 from swa_avg.checkpoints import StateDict, mode_of
-from swa_avg.errors import DataError, SelectionError, listed
-from swa_avg.planning import described
+from swa_avg.errors import DataError, SelectionError, kind_of, listed
 
 Evaluate = Callable[[nn.Module], object]
 _SCORES = "a number, or a dict of numbers"
@@ -86,9 +85,7 @@ class Judge:
         mode: str | None = None,
     ) -> None:
         if not callable(evaluate):
-            raise TypeError(
-                f"evaluate must be a function evaluate(model), not {described(evaluate)}"
-            )
+            raise TypeError(f"evaluate must be a function evaluate(model), not {kind_of(evaluate)}")
         check_model(model)
         self.model = model
         self._evaluate = evaluate
