@@ -34,7 +34,7 @@ _WITH_VALUES = (
     *("metric", "mode", "amp"),
 )
 _NAMES = {f"--{name}": name for name in (*_FLAGS, *_WITH_VALUES)} | {"-o": "output"}
-# A value as a shell reads it: in quotes, or of safe characters; punctuation after it is none.
+# A value as a shell reads it: in quotes, or of safe characters, without punctuation after it.
 _VALUE = r"(?!-)(?:'[^']*'(?:\"'\"'[^']*')*|[\w@%+=:,./*?\[\]-]*[\w@%+=*?\]/:])"
 _OPTION = (
     rf"(?:--(?:{'|'.join(_FLAGS)})(?![\w-])"

@@ -39,7 +39,7 @@ class Counter:
     """Counts one step, and reports each count; it reports the start as soon as it is made.
 
     Args:
-        watch: Called with the progress; None for nobody.
+        watch: Called with the progress, or None.
         step: The name of the step.
         total: How much there is to do, or None.
         unit: The unit.

@@ -100,7 +100,7 @@ class BatchNorm:
         """Return a session of these batches and a model, by default its own.
 
         Raises:
-            DataError: The data are no batches.
+            DataError: The data does not give batches.
             ValueError: There is no model, or there are two.
         """
         network = self.network(model)

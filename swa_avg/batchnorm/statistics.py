@@ -150,7 +150,7 @@ def recompute_batchnorm(
             one value per channel, statistics are not finite, or the model has no BatchNorm
             layer with running statistics.
         SwaAvgError: The device is not available, or `torch` is used with several ranks.
-        TypeError: The model is no module.
+        TypeError: The model is not an `nn.Module`.
         ValueError: An argument has an invalid value.
     """
     check_model(model)
@@ -225,10 +225,10 @@ def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, T
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module, such as the class of one.
+    """Refuse a model that is not a module, such as the class of one.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It is not an `nn.Module`.
     """
     if isinstance(model, nn.Module):
         return

@@ -1,4 +1,4 @@
-"""Arguments of the API: misspelt names and wrong kinds are told before any work is done."""
+"""Checks of the arguments of the API: wrong names and types are refused before any work."""
 
 from __future__ import annotations
 
@@ -52,7 +52,11 @@ def suggesting(kind: type[_T]) -> type[_T]:
 def with_block(
     function: Callable[_P, Iterator[_T]],
 ) -> Callable[_P, AbstractContextManager[_T]]:
-    """Make a context manager of a generator, which tells a user who forgot the `with`."""
+    """Make a context manager of a generator, with an error that explains a missing `with`.
+
+    Args:
+        function: Yields once; the parameters are those of the context manager.
+    """
     made = contextmanager(function)
 
     @wraps(function)
@@ -97,7 +101,7 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
 
 
 def check_arguments(batchnorm: object, threads: object, model: object = None) -> None:
-    """Refuse what is no `BatchNorm`, and a number of workers that is none.
+    """Check the `BatchNorm` and the number of workers that a function was given.
 
     Args:
         batchnorm: The `BatchNorm`, or None.
@@ -127,7 +131,7 @@ def listed_paths(paths: object) -> list[str | os.PathLike[str]]:
     """Return one or more paths as a list.
 
     Raises:
-        TypeError: Something is no path.
+        TypeError: A value is not a path.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) or not _is_several(paths) else paths
     listed: list[Any] = list(given)  # type: ignore[call-overload]
@@ -143,10 +147,10 @@ def _is_several(paths: object) -> bool:
 
 
 def check_texts(name: str, value: object) -> None:
-    """Refuse what is no text and no several texts.
+    """Refuse a value that is neither a text nor several texts.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It has another type.
     """
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
@@ -154,10 +158,10 @@ def check_texts(name: str, value: object) -> None:
 
 
 def check_count(name: str, count: object) -> int:
-    """Return a number of checkpoints, also one of numpy, as an int; refuse what is none.
+    """Return a count as an int; an integer of numpy is accepted.
 
     Raises:
-        TypeError: It is no integer.
+        TypeError: It is not an integer.
         ValueError: It is less than 1.
     """
     if not isinstance(count, Integral) or isinstance(count, bool):

@@ -215,7 +215,7 @@ def _read_folder(path: Path, exclude: Sequence[str], *, alone: bool) -> _Folder:
     """List a folder, and sort its entries.
 
     Raises:
-        SelectionError: The folder is no checkpoint, and contains none.
+        SelectionError: The folder is not a checkpoint and contains none.
     """
     own = is_checkpoint(path)
     children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
@@ -345,7 +345,7 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], *, alone: bool) -> st
 
 
 def _holds_series(folder: Path) -> bool:
-    """Return whether several files of one series are in a folder that is no checkpoint itself."""
+    """Return whether a folder that is not a checkpoint holds several files of one series."""
     if is_checkpoint(folder):
         return False
     with suppress(OSError):

@@ -139,7 +139,7 @@ _WITHOUT_EMA = _Wording(
 
 
 def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint | ForeignError]]:
-    """Yield the checkpoints, and the error of each file in a folder that is none."""
+    """Yield each checkpoint, or the error of a file in a folder that is not a checkpoint."""
     headers = Headers()  # equal headers are parsed once
 
     def read(path: Path) -> Checkpoint | ForeignError:
