@@ -13,36 +13,49 @@ def reported(error: BaseException, signals: Signals, streams: Streams, *, everyt
     """Print an error, unless another rank does, and return the exit code.
 
     An exception that points to a bug in swa-avg is raised again.
+
+    Args:
+        error: The exception.
+        signals: The signal handlers, which know whether another rank prints.
+        streams: The streams for results and messages.
+        everything: Whether to print all disagreements, and the traceback of the user's code.
     """
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
         streams.silence()  # the reader has closed the pipe: no message
         return 0
-    code, lines = 1, [f"error: {str(error) or type(error).__name__}."]
-    if isinstance(error, SwaAvgError):
-        code = 2 if isinstance(error, SelectionError) else 1
-        all_of_it = error.disagreements if isinstance(error, MismatchError) else ()
-        shown = all_of_it if everything and all_of_it else [error]
-        lines = [f"error: {one.of_command()}" for one in shown]
-        frames = error.frames if isinstance(error, DataError) and everything else ()
-        lines = [*frames, *lines]
-    elif isinstance(error, click.ClickException):
-        code, lines = error.exit_code, []
+    if isinstance(error, click.ClickException):
         if not signals.silent:
             error.show(streams.err)
+        return error.exit_code
+    code = 1
+    if isinstance(error, SwaAvgError):
+        code = 2 if isinstance(error, SelectionError) else 1
+        lines = _of_swa_avg(error, everything=everything)
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, lines = 130, ["interrupted"]
-    elif not isinstance(error, OSError | MemoryError):
-        if not streams.watch:  # none of the user's code has run
-            raise error
-        lines = _of_users_code(error, everything)
+    elif isinstance(error, OSError | MemoryError):
+        lines = [f"error: {str(error) or type(error).__name__}."]
+    elif streams.watch:
+        lines = _of_users_code(error, everything=everything)
+    else:  # none of the user's code has run
+        raise error
     for line in () if signals.silent else lines:
         click.echo(printable(line + signals.after), file=streams.err, err=True)
     return code
 
 
-def _of_users_code(error: BaseException, everything: bool) -> list[str]:
+def _of_swa_avg(error: SwaAvgError, *, everything: bool) -> list[str]:
+    """Return the lines of an error that swa-avg raised on purpose."""
+    disagreements = error.disagreements if isinstance(error, MismatchError) else ()
+    frames = error.frames if isinstance(error, DataError) else ()
+    if not everything:
+        return [f"error: {error.of_command()}"]
+    return [*frames, *(f"error: {one.of_command()}" for one in disagreements or [error])]
+
+
+def _of_users_code(error: BaseException, *, everything: bool) -> list[str]:
     """Return the lines of an exception that the user's code raised outside `users_code`.
 
     An exception that this package raised is raised again.
