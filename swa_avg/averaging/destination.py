@@ -44,7 +44,7 @@ class Destination:
     @cached_property
     def form(self) -> Form:
         """The format of the output."""
-        return form_of(self.target, self.last.checkpoint, self.options.keep_wrapper)
+        return form_of(self.target, self.last.checkpoint, kept=self.options.keep_wrapper)
 
     @property
     def is_copy(self) -> bool:

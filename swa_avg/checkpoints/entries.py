@@ -51,7 +51,7 @@ class Part:
 
 
 def read_part(
-    checkpoint: Checkpoint, place: str, alone: bool, ema: bool | None, named: bool
+    checkpoint: Checkpoint, place: str, *, alone: bool, ema: bool | None, named: bool
 ) -> Part:
     """Read the state_dict at one place of a checkpoint.
 

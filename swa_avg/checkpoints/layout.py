@@ -159,7 +159,7 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
     counter = None
     for place in taken:
         named = bool(keys) or place in found.averages
-        part = read_part(checkpoint, place, len(taken) == 1, half, named)
+        part = read_part(checkpoint, place, alone=len(taken) == 1, ema=half, named=named)
         taken_here = part.entries
         if half and place in found.averages and len(found.weights) == 1:
             taken_here = dotted(taken_here, map(str, mapping(at(tree, found.weights[0])) or ()))

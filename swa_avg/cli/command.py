@@ -346,7 +346,7 @@ def _commit(file: Output, watch: Watch | None) -> tuple[str, ...]:
     return notes
 
 
-def _show(path: str, as_json: bool) -> None:
+def _show(path: str, *, as_json: bool) -> None:
     """Print how an average was made."""
     from swa_avg.checkpoints import made_from
 

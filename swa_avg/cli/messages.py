@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BATCHNORM = "BatchNorm statistics"
 
 
-def of_plan(averaging: Averaging, tensors: bool) -> Iterator[str]:
+def of_plan(averaging: Averaging, *, tensors: bool) -> Iterator[str]:
     """Yield the plan of a dry run; with `tensors`, also a line for each tensor."""
     yield f"{counted(len(averaging.inputs), 'checkpoint')}, in this order:"
     for number, source in enumerate(averaging.inputs, 1):
@@ -70,7 +70,7 @@ def _span(scores: Sequence[Score]) -> str:
     return f" ({scores[0].name} {low if low == high else f'{low} to {high}'})"
 
 
-def of_distances(report: Report, distances: Distances, modules: bool) -> Iterator[str]:
+def of_distances(report: Report, distances: Distances, *, modules: bool) -> Iterator[str]:
     """Yield each checkpoint's distance from the mean; with `modules`, also by module."""
     yield "distance from the mean, relative to the norm of the mean:"
     cosines = [None, *distances.cosines, None]
@@ -106,7 +106,7 @@ def of_provenance(path: str, made: Provenance) -> Iterator[str]:
         yield f"BatchNorm: {made.batchnorm}"
 
 
-def of_recompute(report: BatchNormReport, layers: bool) -> Iterator[str]:
+def of_recompute(report: BatchNormReport, *, layers: bool) -> Iterator[str]:
     """Yield the layer whose statistics changed most, or with `layers` all layers."""
     samples = "" if report.samples is None else f" ({report.samples:,} samples)"
     yield (
@@ -130,7 +130,7 @@ def _figure(value: float) -> str:
     return f"{value:,.{max(0, 3 - whole)}f}"
 
 
-def of_search_plan(averaging: Averaging, evaluate: str, greedy: bool) -> Iterator[str]:
+def of_search_plan(averaging: Averaging, evaluate: str, *, greedy: bool) -> Iterator[str]:
     """Yield the plan of a search."""
     count = len(averaging.inputs)
     averages = "their greedy soup" if greedy else f"the averages of the last 1, 2, … {count}"

@@ -76,7 +76,7 @@ def show_plan(averaging: Averaging, run: Run) -> None:
     if run.recompute is not None:
         say([f"would recompute BatchNorm over {run.recompute['data']}"])
     if run.search:
-        say(messages.of_search_plan(averaging, run.search.evaluate, run.search.greedy))
+        say(messages.of_search_plan(averaging, run.search.evaluate, greedy=run.search.greedy))
     note(averaging.notes)
 
 

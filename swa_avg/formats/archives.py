@@ -43,7 +43,7 @@ def is_checkpoint(path: Path) -> bool:
         file.close()
 
 
-def open_file(path: Path, headers: Headers, own: bool = False) -> Checkpoint:
+def open_file(path: Path, headers: Headers, *, own: bool = False) -> Checkpoint:
     """Open a file of any format, also a `.nemo` archive, and read its headers.
 
     Args:
@@ -55,7 +55,7 @@ def open_file(path: Path, headers: Headers, own: bool = False) -> Checkpoint:
         FileError: The file cannot be opened.
         FormatError: The file is not a checkpoint, is damaged, or is compressed.
     """
-    file = InputFile(path, own)
+    file = InputFile(path, own=own)
     try:
         start = file.read(0, min(single.START, file.size))
         if start.startswith(_GZIP) and path.suffix == ".nemo":

@@ -56,7 +56,7 @@ class Form(Enum):
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], headers: Headers | None = None, own: bool = False
+    path: str | os.PathLike[str], headers: Headers | None = None, *, own: bool = False
 ) -> Checkpoint:
     """Read the headers of a checkpoint; its tensors stay on disk, and none of its code runs.
 
@@ -77,7 +77,7 @@ def open_checkpoint(
     path = path_of(path)
     headers = headers or Headers()
     if not path.is_dir():
-        return archives.open_file(path, headers, own)
+        return archives.open_file(path, headers, own=own)
     if sharded.is_checkpoint(path):
         return _with_provenance(_of_one_time(sharded.read(path, headers)))
     if bundles.is_folder(path):
@@ -131,7 +131,7 @@ def is_checkpoint(path: Path) -> bool:
     return single.is_checkpoint(path) or archives.is_checkpoint(path)
 
 
-def form_of(path: Path, like: Checkpoint, kept: bool = False) -> Form:
+def form_of(path: Path, like: Checkpoint, *, kept: bool = False) -> Form:
     """Return the format of an output: by its suffix, otherwise the format of the inputs.
 
     Args:

@@ -23,22 +23,19 @@ _STRANGERS = (
 )
 
 
-def open_file(
-    path: Path, headers: Headers, budget: Budget | None = None, own: bool = False
-) -> Checkpoint:
+def open_file(path: Path, headers: Headers, budget: Budget | None = None) -> Checkpoint:
     """Open a file and read its headers.
 
     Args:
         path: The file.
         headers: The cache of headers.
         budget: The budget of the checkpoint that the file is a part of, if any.
-        own: Whether no other process writes to the file, which this process has written.
 
     Raises:
         FileError: The file cannot be opened.
         FormatError: The file is not a checkpoint, or is damaged.
     """
-    file = InputFile(path, own)
+    file = InputFile(path)
     try:
         return read(file, headers, budget or Budget())
     except BaseException:

@@ -182,9 +182,8 @@ def make_plan(states: Sequence[StateDict], rules: Rules, counts: Sequence[int] =
     planned = treatments(states, rules, sum(counts), families)
     _refuse(disagreements(states, rules, planned))
     _refuse([p.refusal(last.checkpoint.path) for p in planned.values() if _unlike(p, states)])
-    all_ties, untied = ties(
-        states, {name: (p.treatment, p.of_first) for name, p in planned.items()}, rules.strides
-    )
+    ways = {name: (tensor.treatment, tensor.of_first) for name, tensor in planned.items()}
+    all_ties, untied = ties(states, ways, views=rules.strides)
     works: list[Work] = []
     views: dict[str, OutputTensor] = {}
     for tie in all_ties:

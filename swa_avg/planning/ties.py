@@ -28,7 +28,7 @@ class Tie:
 
 
 def ties(
-    states: Sequence[StateDict], treatments: Mapping[str, object], views: bool
+    states: Sequence[StateDict], treatments: Mapping[str, object], *, views: bool
 ) -> tuple[list[Tie], list[str]]:
     """Group the names of the last state_dict into ties.
 

@@ -31,7 +31,7 @@ class DiskSource:
 
     __slots__ = ("_path", "_stat", "fd", "size")
 
-    def __init__(self, path: Path, own: bool = False) -> None:
+    def __init__(self, path: Path, *, own: bool = False) -> None:
         self._path = path
         try:
             self.fd = _open(path)

@@ -74,7 +74,7 @@ class InputFile:
     def __init__(self, path: Path, own: bool = False) -> None:
         self.path = path
         self.source: Source = (
-            RemoteSource(path) if isinstance(path, RemotePath) else DiskSource(path, own)
+            RemoteSource(path) if isinstance(path, RemotePath) else DiskSource(path, own=own)
         )
         self.size = self.source.size
 
