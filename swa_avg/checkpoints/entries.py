@@ -2,18 +2,18 @@
 
 Wrappers around a model add prefixes to its names, modules that average a model hold both the
 raw weights and the average, and optimizers may save into the same dict. This module removes
-all of these, for one place in one checkpoint. It does not read tensors.
+all of these, and joins the entries of several places. It does not read tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from swa_avg.checkpoints.frameworks import WEIGHTS
-from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, lone_average
-from swa_avg.checkpoints.places import no_average, no_state_dict, only_of
+from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, dotted, lone_average
+from swa_avg.checkpoints.places import Places, no_average, no_state_dict, only_of
 from swa_avg.checkpoints.tree import (
     at,
     dicts_of_tensors,
@@ -41,7 +41,15 @@ _REFERENCE = 200
 
 @dataclass(frozen=True)
 class Part:
-    """The entries and `_metadata` at one place, with the names of the plain model."""
+    """The entries at one place or at several, with the names of the plain model.
+
+    Attributes:
+        prefix: The prefix that was removed from the names.
+        entries: The entries, in order.
+        metadata: The `_metadata` that torch attaches to a state_dict, or None.
+        counter: The counter that torch's AveragedModel saves with its weights, or None.
+        notes: Notes for the user.
+    """
 
     prefix: str
     entries: Mapping[str, object]
@@ -50,7 +58,52 @@ class Part:
     notes: list[str]
 
 
-def read_part(
+def read_parts(
+    checkpoint: Checkpoint, taken: Sequence[str], found: Places, half: bool | None, *, named: bool
+) -> Part:
+    """Read the state_dict at one place, or at several places that make up one model.
+
+    Args:
+        checkpoint: The checkpoint.
+        taken: The dotted paths of the state_dicts, or of prefixes of their names.
+        found: The places of the weights in the checkpoint.
+        half: Take the average, if a state_dict also has the raw weights; False takes the raw
+            weights; None takes both.
+        named: Whether the user gave the paths.
+
+    Raises:
+        LayoutError: There is no state_dict, it does not have the requested weights, or two of
+            several have a name in common.
+    """
+    prefixes: dict[str, None] = {}
+    entries: dict[str, object] = {}
+    metadata: dict[str, object] = {}
+    counters: list[View | TensorRef] = []
+    notes: list[str] = []
+    for place in taken:
+        is_average = place in found.averages
+        part = _read_part(
+            checkpoint, place, alone=len(taken) == 1, ema=half, named=named or is_average
+        )
+        own = part.entries
+        if half and is_average and len(found.weights) == 1:
+            raw = mapping(at(checkpoint.tree, found.weights[0])) or ()
+            own = dotted(own, map(str, raw))
+        twice = [name for name in own if name in entries]
+        if twice:
+            raise LayoutError(
+                f"has {listed(twice)} both at {place} and at another place", file=checkpoint.path
+            )
+        prefixes |= {part.prefix: None} if part.prefix else {}
+        entries.update(own)
+        metadata.update(part.metadata or {})
+        counters += [part.counter] if part.counter else []
+        notes += part.notes
+    counter = counters[0] if counters else None
+    return Part(" + ".join(prefixes), entries, metadata or None, counter, notes)
+
+
+def _read_part(
     checkpoint: Checkpoint, place: str, *, alone: bool, ema: bool | None, named: bool
 ) -> Part:
     """Read the state_dict at one place of a checkpoint.
@@ -60,12 +113,8 @@ def read_part(
         place: The dotted path of the state_dict, or of a prefix of its names.
         alone: Whether it is the whole model; otherwise names get the last part of the path
             as a prefix.
-        ema: Take the average, if the state_dict also has the raw weights; False takes the
-            raw weights; None takes both.
+        ema: As `half` of `read_parts`.
         named: Whether the place itself may be the average: the user named it, or it is known.
-
-    Raises:
-        LayoutError: There is no state_dict, or it does not have the requested weights.
     """
     there, selected = _named(checkpoint, place)
     _check_entries(checkpoint, there)

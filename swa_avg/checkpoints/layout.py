@@ -13,9 +13,8 @@ from functools import cached_property
 from shlex import quote
 
 from swa_avg.checkpoints import recorded
-from swa_avg.checkpoints.entries import Plain, read_part
+from swa_avg.checkpoints.entries import Plain, read_parts
 from swa_avg.checkpoints.frameworks import PARTNERS, Framework, Loads
-from swa_avg.checkpoints.halves import dotted
 from swa_avg.checkpoints.places import (
     NOWHERE,
     Places,
@@ -153,48 +152,30 @@ def _found(checkpoint: Checkpoint, keys: tuple[str, ...], ema: bool | None) -> S
     taken, notes = (keys, []) if keys else _locate(checkpoint, found, ema)
     # In a folder of several models each place is either raw weights or an average.
     half = None if isinstance(tree, Components) else ema
-    entries: dict[str, object] = {}
-    metadata: dict[str, object] = {}
-    prefixes: list[str] = []
-    counter = None
-    for place in taken:
-        named = bool(keys) or place in found.averages
-        part = read_part(checkpoint, place, alone=len(taken) == 1, ema=half, named=named)
-        taken_here = part.entries
-        if half and place in found.averages and len(found.weights) == 1:
-            taken_here = dotted(taken_here, map(str, mapping(at(tree, found.weights[0])) or ()))
-        twice = [name for name in taken_here if name in entries]
-        if twice:
-            raise LayoutError(
-                f"has {listed(twice)} both at {place} and at another place", file=checkpoint.path
-            )
-        entries.update(taken_here)
-        metadata.update(part.metadata or {})
-        prefixes += [part.prefix] if part.prefix else []
-        counter = counter or part.counter
-        notes += part.notes
-    views = {n: value for n, value in entries.items() if isinstance(value, View | TensorRef)}
+    whole = read_parts(checkpoint, taken, found, half, named=bool(keys))
+    views = {n: value for n, value in whole.entries.items() if isinstance(value, View | TensorRef)}
     plain = Plain()
     values = {
         name: value
-        for name, value in entries.items()
+        for name, value in whole.entries.items()
         if name not in views and plain(value, tensors=is_extra_state(name))
     }
     _check_budget(checkpoint, [*views.values(), *plain.views], plain.bytes)
+    order = tuple(name for name in whole.entries if name in views or name in values)
     return StateDict(
         checkpoint=checkpoint,
         where=" + ".join(taken),
-        prefix=" + ".join(dict.fromkeys(prefixes)),
+        prefix=whole.prefix,
         views=views,
         values=values,
-        order=tuple(name for name in entries if name in views or name in values),
-        dropped=tuple(name for name in entries if name not in views and name not in values),
-        metadata=metadata or None,
+        order=order,
+        dropped=tuple(name for name in whole.entries if name not in views and name not in values),
+        metadata=whole.metadata,
         averages=() if ema else tuple(path for path in found.averages if path not in taken),
-        counter=counter,
+        counter=whole.counter,
         ema=half,
         places=found,
-        notes=tuple(notes),
+        notes=(*notes, *whole.notes),
     )
 
 
