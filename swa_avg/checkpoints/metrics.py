@@ -19,7 +19,7 @@ from pathlib import Path
 from swa_avg.checkpoints import names, recorded, words
 from swa_avg.checkpoints.names import Name
 from swa_avg.checkpoints.tree import at, mapping
-from swa_avg.checkpoints.words import DERIVED
+from swa_avg.checkpoints.words import DERIVED, Label
 from swa_avg.checkpoints.words import MODES as MODE_OF
 from swa_avg.errors import SwaAvgError
 from swa_avg.formats import Checkpoint, Components, numbers_in_yaml, open_checkpoint
@@ -176,23 +176,7 @@ def _names(checkpoint: Checkpoint, label: Name, run: Run) -> Iterator[str]:
     """Yield the names of the metrics that a checkpoint records."""
     trees = [checkpoint.tree, checkpoint.beside, *map(_read_sidecar, _sidecars(checkpoint.path))]
     for tree in trees:
-        for place in () if isinstance(tree, Components) else _PLACES:
-            values = mapping(at(tree, place.removesuffix("{}").removesuffix("."))) or {}
-            yield from (
-                name
-                for name, value in values.items()
-                if isinstance(name, str)
-                and name not in _NOT_METRICS
-                and _number(None if isinstance(value, View) else value, checkpoint) is not None
-            )
-        for naming, where in _NAMED:
-            named = _attribute(tree, naming)
-            if isinstance(named, str) and at(tree, where) is not None:
-                yield named
-        for callback in (mapping(at(tree, "callbacks")) or {}).values():
-            monitor = at(callback, "monitor")
-            if isinstance(monitor, str):
-                yield monitor
+        yield from _names_in_tree(tree, checkpoint)
     for log in _logged(checkpoint, label, run):
         yield from (name for name in log if name not in _NOT_METRICS)
     yield from (name for name, _ in _reported(checkpoint, label, run))
@@ -200,10 +184,34 @@ def _names(checkpoint: Checkpoint, label: Name, run: Run) -> Iterator[str]:
     yield from (str(name) for name in hub if _last_of(hub[name], str(name)) is not None)
     yield from (name for name in _scalars(checkpoint, label, run) if name not in _NOT_METRICS)
     for metric, _ in label.metrics:
-        own = list(takewhile(_UNRELATED.isdisjoint, ({word} for word in reversed(metric.words))))
-        start = len(metric.words) - max(len(own), 1)
-        pairs = zip(metric.joints[start:], metric.words[start:], strict=True)
-        yield "".join(joint + word for joint, word in pairs).removeprefix(metric.joints[start])
+        yield _shown(metric)
+
+
+def _names_in_tree(tree: object, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the names of the metrics in one object: a saved one, or that of a file beside it."""
+    for place in () if isinstance(tree, Components) else _PLACES:
+        values = mapping(at(tree, place.removesuffix("{}").removesuffix("."))) or {}
+        for name, value in values.items():
+            plain = None if isinstance(value, View) else value
+            named = isinstance(name, str) and name not in _NOT_METRICS
+            if named and _number(plain, checkpoint) is not None:
+                yield str(name)
+    for naming, where in _NAMED:
+        named_by = _attribute(tree, naming)
+        if isinstance(named_by, str) and at(tree, where) is not None:
+            yield named_by
+    for callback in (mapping(at(tree, "callbacks")) or {}).values():
+        monitor = at(callback, "monitor")
+        if isinstance(monitor, str):
+            yield monitor
+
+
+def _shown(label: Label) -> str:
+    """Return the metric of a label as text, without the unrelated words before its name."""
+    own = list(takewhile(_UNRELATED.isdisjoint, ({word} for word in reversed(label.words))))
+    start = len(label.words) - max(len(own), 1)
+    pairs = zip(label.joints[start:], label.words[start:], strict=True)
+    return "".join(joint + word for joint, word in pairs).removeprefix(label.joints[start])
 
 
 def _logged(checkpoint: Checkpoint, label: Name, run: Run) -> Iterator[Mapping[str, object]]:
