@@ -117,28 +117,13 @@ def layout(
     Raises:
         OutputError: The models of accelerate cannot be written in shards.
     """
+    _check_in_files(like, where, shard_bytes)
     shards: list[_Shard] = []
     indices: dict[str, bytes] = {}
-    in_files = models_in_files(like)
-    _check_in_files(like, tuple(in_files), where, shard_bytes)
     for component, members in _members(state_dict, where).items():
-        weights, inside = weights_of(like, component), f"{component}/"
-        before = "" if component == ROOT or component in in_files else inside
-        # A component that is written alone keeps the names of its own files, and a model of
-        # accelerate gets the name of an only model.
-        prefix = inside if component != ROOT and len(where) > 1 else ""
-        if component in in_files and len(where) == 1:
-            weights = replace(weights, variant="")
-        in_one = component in in_files and len(where) > 1
-        limit = sys.maxsize if in_one else shard_bytes or SHARD_BYTES
-        groups = _grouped(state_dict, members, limit)
-        made = []
-        for number, group in enumerate(groups, 1):
-            laid_out = safetensors_layout(_part(state_dict, group, prefix))
-            made.append(_Shard(weights.shard_written(number, len(groups)), laid_out, group))
-        if weights.needs_index(len(groups)):
-            indices[before + weights.index_written] = _index(state_dict, made, prefix)
-        shards += [replace(shard, name=before + shard.name) for shard in made]
+        made = _component(state_dict, like, component, members, where, shard_bytes)
+        shards += made.shards
+        indices |= made.index
     beside = side_files(like, _parts(like, where))
     # Without the weights of an adapter, its configuration would lead loaders astray.
     merged = {
@@ -154,10 +139,60 @@ def layout(
     return FolderLayout(tuple(shards), others, (*beside.notes, *_left_out(like, where)))
 
 
-def _check_in_files(
-    like: Path, models: Sequence[str], where: Sequence[str], shard_bytes: int | None
-) -> None:
+@dataclass(frozen=True)
+class _Component:
+    """The files of one component: its shards, and the index of these by its name, if needed."""
+
+    shards: Sequence[_Shard]
+    index: Mapping[str, bytes]
+
+
+def _component(
+    state_dict: OutputStateDict,
+    like: Path,
+    component: str,
+    members: Sequence[int],
+    where: Sequence[str],
+    shard_bytes: int | None,
+) -> _Component:
+    """Lay out the files of one component.
+
+    Args:
+        state_dict: The state_dict to write.
+        like: As for `layout`.
+        component: The component.
+        members: The numbers of its storages.
+        where: All components that are written.
+        shard_bytes: As for `layout`.
+    """
+    weights, inside, alone = weights_of(like, component), f"{component}/", len(where) == 1
+    in_file = component in models_in_files(like)
+    limit = shard_bytes or SHARD_BYTES
+    if in_file and alone:  # a model of accelerate gets the name of an only model
+        weights = replace(weights, variant="")
+    elif in_file:
+        limit = sys.maxsize  # accelerate loads each model from one file
+    # A component that is written alone keeps the names of its own files.
+    prefix = "" if component == ROOT or alone else inside
+    home = "" if component == ROOT or in_file else inside
+    groups = _grouped(state_dict, members, limit)
+    made = [
+        _Shard(
+            weights.shard_written(number, len(groups)),
+            safetensors_layout(_part(state_dict, group, prefix)),
+            group,
+        )
+        for number, group in enumerate(groups, 1)
+    ]
+    index: dict[str, bytes] = {}
+    if weights.needs_index(len(groups)):
+        index[home + weights.index_written] = _index(state_dict, made, prefix)
+    return _Component([replace(shard, name=home + shard.name) for shard in made], index)
+
+
+def _check_in_files(like: Path, where: Sequence[str], shard_bytes: int | None) -> None:
     """Refuse an output that accelerate would not load, if the input has several of its models."""
+    models = tuple(models_in_files(like))
     if not models or len(where) == 1:
         return
     if set(models) != set(where):
