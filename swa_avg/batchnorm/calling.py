@@ -206,9 +206,10 @@ def _remedy(
     return ""
 
 
-def _ways(
-    model: nn.Module, batch: Any, code: str = "batch", depth: int = 2
-) -> Iterator[tuple[str, Callable[[], object]]]:
+_Way = tuple[str, Callable[[], object]]  # the source code of a call, and the call
+
+
+def _ways(model: nn.Module, batch: Any, code: str = "batch", depth: int = 2) -> Iterator[_Way]:
     """Yield alternatives to the default call, each as source code and as a function.
 
     Args:
@@ -219,28 +220,15 @@ def _ways(
     """
     inner = depth < 2
     if isinstance(batch, Mapping):
-        if inner:
-            yield f"model(**{code})", lambda: model(**batch)
-        known = [name for name in _parameters(model) if name in batch]
-        if known and len(known) < len(batch):
-            named = ", ".join(f"{name}={code}[{name!r}]" for name in known)
-            yield f"model({named})", lambda: model(**{name: batch[name] for name in known})
+        yield from _ways_of_mapping(model, batch, code, inner=inner)
         entries = [(f"{code}[{k!r}]", v) for k, v in batch.items() if isinstance(k, (str, int))]
     elif isinstance(batch, (list, tuple)):
-        needed = len(_parameters(model, required=True))
-        if 1 < needed <= len(batch):
-            places = ", ".join(f"{code}[{place}]" for place in range(needed))
-            yield f"model({places})", lambda: model(*batch[:needed])
+        yield from _ways_of_series(model, batch, code)
         entries = [(f"{code}[{place}]", value) for place, value in enumerate(batch)]
     else:
-        names = _parameters(model, required=True)
-        if names and all(hasattr(batch, name) for name in names):
-            places = ", ".join(f"{code}.{name}" for name in names)
-            yield f"model({places})", lambda: model(*(getattr(batch, name) for name in names))
+        yield from _ways_of_object(model, batch, code)
         own = getattr(batch, "__dict__", {})
         entries = [(f"{code}.{key}", value) for key, value in own.items() if key.isidentifier()]
-        yield from _ways_of_array(model, batch, code)
-        yield from _ways_of_numbers(model, batch, code)
     if isinstance(batch, (Mapping, list, tuple)) or inner:
         yield f"model({code})", lambda: model(batch)
     yield from _ways_of_entries(model, entries, depth)
@@ -248,9 +236,39 @@ def _ways(
         yield f"model(*{code})", lambda: model(*batch)
 
 
+def _ways_of_mapping(
+    model: nn.Module, batch: Mapping[Any, Any], code: str, *, inner: bool
+) -> Iterator[_Way]:
+    """Yield the calls with all entries, for a mapping within a batch, and with known ones."""
+    if inner:
+        yield f"model(**{code})", lambda: model(**batch)
+    known = [name for name in _parameters(model) if name in batch]
+    if known and len(known) < len(batch):
+        named = ", ".join(f"{name}={code}[{name!r}]" for name in known)
+        yield f"model({named})", lambda: model(**{name: batch[name] for name in known})
+
+
+def _ways_of_series(model: nn.Module, batch: Sequence[Any], code: str) -> Iterator[_Way]:
+    """Yield the call with as many elements as the model needs, if it needs several."""
+    needed = len(_parameters(model, required=True))
+    if 1 < needed <= len(batch):
+        places = ", ".join(f"{code}[{place}]" for place in range(needed))
+        yield f"model({places})", lambda: model(*batch[:needed])
+
+
+def _ways_of_object(model: nn.Module, batch: Any, code: str) -> Iterator[_Way]:
+    """Yield the call with the attributes that the model needs, and those of arrays and tensors."""
+    names = _parameters(model, required=True)
+    if names and all(hasattr(batch, name) for name in names):
+        places = ", ".join(f"{code}.{name}" for name in names)
+        yield f"model({places})", lambda: model(*(getattr(batch, name) for name in names))
+    yield from _ways_of_array(model, batch, code)
+    yield from _ways_of_numbers(model, batch, code)
+
+
 def _ways_of_entries(
     model: nn.Module, entries: Sequence[tuple[str, Any]], depth: int
-) -> Iterator[tuple[str, Callable[[], object]]]:
+) -> Iterator[_Way]:
     """Yield calls on one entry of a batch: floating tensors, other tensors, nested parts."""
     tensors = [(code, value) for code, value in entries if isinstance(value, Tensor)]
     for code, value in sorted(tensors, key=lambda entry: not entry[1].is_floating_point()):
@@ -263,17 +281,13 @@ def _ways_of_entries(
         yield from _ways_of_array(model, value, code)
 
 
-def _ways_of_numbers(
-    model: nn.Module, value: Any, code: str
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _ways_of_numbers(model: nn.Module, value: Any, code: str) -> Iterator[_Way]:
     """Yield the call on a floating tensor in float32, if it has another dtype."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
         yield f"model({code}.float())", lambda: model(value.float())
 
 
-def _ways_of_array(
-    model: nn.Module, value: Any, code: str
-) -> Iterator[tuple[str, Callable[[], object]]]:
+def _ways_of_array(model: nn.Module, value: Any, code: str) -> Iterator[_Way]:
     """Yield calls on the tensor of a numpy array, in its own dtype and in float32."""
     if isinstance(value, Tensor) or not hasattr(value, "__array_interface__"):
         return

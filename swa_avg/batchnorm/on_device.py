@@ -37,19 +37,14 @@ def on_device(
         have changed.
     """
     modules = list(model.modules())
-    tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (own, dict(own)) for module in modules for own in (module._parameters, module._buffers)
-    ]
-    data = [(parameter, parameter.data) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in modules]
     layers = [layer.module for layer in statistics.layers]
-    settings = [(one, one.momentum, one.track_running_stats) for one in layers]
-    unsynced = [m for m in modules if _synchronises(m)]
+    before = _Before(model, layers)
+    unsynced = [module for module in modules if _synchronises(module)]
     try:
         with torch.no_grad(), users_code(f"moving the model to {device}: "):
             _replace_buffers(modules)
             model.to(device)
-            _replace_weights(modules, data)
+            _replace_weights(modules, before.data)
         for module in modules:
             module.training = statistics.everywhere
         for module in unsynced:
@@ -57,23 +52,50 @@ def on_device(
         statistics.prepare()
 
         def check() -> None:
-            _check_weights(model, tensors, dict(data))
+            _check_weights(model, before.tensors, dict(before.data))
             if not statistics.everywhere:
                 _check_modes(model, set(layers))
 
         yield check
     finally:
-        for own, before in tensors:
-            own.clear()
-            own.update(before)
-        for parameter, before_data in data:
-            parameter.data = before_data
-        for module, training in modes:
-            module.training = training
-        for layer, momentum, tracks in settings:
-            layer.momentum, layer.track_running_stats = momentum, tracks
+        before.restore()
         for module in unsynced:
             module.__dict__.pop("forward", None)
+
+
+class _Before:
+    """The tensors, modes and settings of a model, which are put back.
+
+    Args:
+        model: The model.
+        layers: The BatchNorm layers whose settings change.
+
+    Attributes:
+        tensors: The dicts of parameters and of buffers of each module, with their contents.
+        data: The values of each parameter.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
+        self.tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (own, dict(own))
+            for module in model.modules()
+            for own in (module._parameters, module._buffers)
+        ]
+        self.data = [(parameter, parameter.data) for parameter in model.parameters()]
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._settings = [(one, one.momentum, one.track_running_stats) for one in layers]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for own, contents in self.tensors:
+            own.clear()
+            own.update(contents)
+        for parameter, values in self.data:
+            parameter.data = values
+        for module, training in self._modes:
+            module.training = training
+        for layer, momentum, tracks in self._settings:
+            layer.momentum, layer.track_running_stats = momentum, tracks
 
 
 def _replace_buffers(modules: Iterable[nn.Module]) -> None:
