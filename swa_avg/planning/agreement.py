@@ -20,6 +20,7 @@ from swa_avg.tensors import Kind, TensorRef
 
 _MOST_TENSORS = 16
 _MOST_BYTES = 16 << 10
+_OF_ONE_MODEL = "Average checkpoints of one model"
 
 
 def disagreements(
@@ -36,14 +37,15 @@ def disagreements(
     odd = _unlike(states, last, rules, planned)
     if not odd:
         return []
-    others = _unlike(odd, odd[-1], rules, of_others := _treated(odd, rules))
+    of_others = _treated(odd, rules)
+    others = _unlike(odd, odd[-1], rules, of_others)
     if len(odd) - len(others) > len(states) - len(odd):
         last, planned = odd[-1], of_others
         odd = _unlike(states, last, rules, planned)
     apart = set(map(id, odd))
     most = [state for state in states if id(state) not in apart]
-    remedy = (_leaving_out(odd, most),) if len(most) > max(1, len(odd)) else ()
-    return [e for state in odd for e in _differences(state, last, rules, planned, *remedy)]
+    remedy = _leaving_out(odd, most) if len(most) > max(1, len(odd)) else _OF_ONE_MODEL
+    return [e for state in odd for e in _differences(state, last, rules, planned, remedy)]
 
 
 def _treated(states: Sequence[StateDict], rules: Rules) -> dict[str, Planned]:
@@ -76,7 +78,7 @@ def _differences(
     model: StateDict,
     rules: Rules,
     planned: Mapping[str, Planned],
-    remedy: str = "Average checkpoints of one model",
+    remedy: str = _OF_ONE_MODEL,
 ) -> Iterator[SwaAvgError]:
     """Yield each way in which a checkpoint does not agree with another one.
 
@@ -92,9 +94,8 @@ def _differences(
     path, other = state.checkpoint.path, model.checkpoint.path
     missing = [name for name in model.tensors if name not in state.tensors]
     extra = [name for name in state.tensors if name not in model.tensors]
-    for names, has in ((missing, "lacks"), (extra, "has")):
+    for names, has, hasnt in ((missing, "lacks", "has"), (extra, "has", "lacks")):
         if names:
-            hasnt = "has" if has == "lacks" else "lacks"
             yield SwaAvgError(
                 f"{has} {counted(len(names), 'tensor')} that {other} {hasnt}: {listed(names)}",
                 file=path,
@@ -112,16 +113,16 @@ def _differences(
                 expected=f"{list(wanted.shape)} as in {other}",
                 remedy=remedy,
             )
-        elif ref.dtype != wanted.dtype:
-            floats = ref.dtype.kind is wanted.dtype.kind is Kind.FLOAT
-            if not (floats and rules.dtype):
-                yield SwaAvgError(
-                    f"has dtype {ref.dtype}",
-                    file=path,
-                    tensor=name,
-                    expected=f"{wanted.dtype} as in {other}",
-                    remedy=f"Choose one with --dtype {wanted.dtype}" if floats else remedy,
-                )
+            continue
+        floats = ref.dtype.kind is wanted.dtype.kind is Kind.FLOAT
+        if ref.dtype != wanted.dtype and not (floats and rules.dtype):
+            yield SwaAvgError(
+                f"has dtype {ref.dtype}",
+                file=path,
+                tensor=name,
+                expected=f"{wanted.dtype} as in {other}",
+                remedy=f"Choose one with --dtype {wanted.dtype}" if floats else remedy,
+            )
 
 
 def refuse_unlike(planned: Sequence[Planned], states: Sequence[StateDict]) -> None:
