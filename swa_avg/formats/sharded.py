@@ -63,13 +63,13 @@ def read(folder: Path, headers: Headers) -> Checkpoint:
         opened.pop_all()
     texts = [model.metadata for model in models.values()]
     return Checkpoint(
-        folder,
-        "Hugging Face folder of several models" if len(models) > 1 else "Hugging Face folder",
-        Components({name: located(model) for name, model in models.items()}),
-        tuple(file for model in models.values() for file in model.files),
-        texts[0] if all(text == texts[0] for text in texts) else {},
-        tuple(f"{name}: {note}" for name, model in models.items() for note in model.notes),
-        beside,
+        path=folder,
+        format=f"Hugging Face folder{' of several models' if len(models) > 1 else ''}",
+        tree=Components({name: located(model) for name, model in models.items()}),
+        files=tuple(file for model in models.values() for file in model.files),
+        metadata=texts[0] if all(text == texts[0] for text in texts) else {},
+        notes=tuple(f"{name}: {note}" for name, model in models.items() for note in model.notes),
+        beside=beside,
         budget=budget,
     )
 
@@ -109,12 +109,12 @@ def _read_shards(folder: Path, first: Weights, headers: Headers, budget: Budget)
         tree = {name: _tensor(shards[shard], name) for name, shard in weight_map.items()}
         opened.pop_all()
     return Checkpoint(
-        folder,
-        "Hugging Face folder of shards",
-        tree,
-        tuple(file for shard in shards.values() for file in shard.files),
-        next((shard.metadata for shard in shards.values()), {}),
-        (*_notes(shards, weight_map), *_other_models(first, shards)),
+        path=folder,
+        format="Hugging Face folder of shards",
+        tree=tree,
+        files=tuple(file for shard in shards.values() for file in shard.files),
+        metadata=next((shard.metadata for shard in shards.values()), {}),
+        notes=(*_notes(shards, weight_map), *_other_models(first, shards)),
         budget=budget,
     )
 

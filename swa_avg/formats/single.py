@@ -79,18 +79,24 @@ def read(
         return torch_legacy.read(file, budget)
     if start[8:9] == b"{":
         return safetensors.read(file, headers, budget)
-    looks = next((what for magic, what in _STRANGERS if start.startswith(magic)), None)
-    if looks is None and _is_tar(start):
-        looks = "a tar archive, as torch wrote them before 0.1.10"
-    if looks is None and start[:1] == b"\x80":
-        looks = "a bare pickle"
-    if looks is None and start.isascii() and 0 not in start:
-        looks = "text"
+    looks = _looks_like(start)
     raise FormatError(
         f"looks like {looks}" if looks else "is of an unknown format",
         file=file.path,
         expected="a checkpoint written by torch.save or by safetensors",
     )
+
+
+def _looks_like(start: bytes) -> str:
+    """Return what a file that is no checkpoint looks like, by its first bytes; empty if unknown."""
+    for magic, what in _STRANGERS:
+        if start.startswith(magic):
+            return what
+    if _is_tar(start):
+        return "a tar archive, as torch wrote them before 0.1.10"
+    if start[:1] == b"\x80":
+        return "a bare pickle"
+    return "text" if start.isascii() and 0 not in start else ""
 
 
 def _is_tar(start: bytes) -> bool:

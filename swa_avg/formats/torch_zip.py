@@ -24,7 +24,7 @@ from swa_avg.formats.checkpoint import (
     OutputTensor,
     Splice,
 )
-from swa_avg.formats.zip_directory import MAGIC, UTF8
+from swa_avg.formats.zip_directory import MAGIC, UTF8, Directory
 from swa_avg.formats.zip_end import FULL
 from swa_avg.pickles import Budget, unpickler
 from swa_avg.storage import InputFile
@@ -55,17 +55,7 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
     directory = zip_directory.read(file, headers.forms, budget)
     pickled = directory.record(file, "data.pkl")
     if pickled is None or not directory.root:
-        # Stable-Baselines3 saves policy.pth, its optimizer and JSON in one archive.
-        inner = [name for name in directory.numbers if name.endswith((".pth", ".pt"))]
-        raise ForeignError(
-            "is a zip archive without a torch pickle"
-            + (f" of its own, around {listed(inner)}" if inner else ""),
-            file=file.path,
-            expected="a checkpoint written by torch.save",
-            remedy="Extract the file of the model from each archive, and give those"
-            if inner
-            else "",
-        )
+        raise _without_pickle(file, directory)
     if "constants.pkl" in directory.numbers:
         zip_directory.refuse_torchscript(file)
     order = _byteorder(directory.record(file, "byteorder"))
@@ -89,6 +79,19 @@ def read(file: InputFile, headers: Headers, budget: Budget) -> Checkpoint:
         provenance_record=record,
         records=records,
         budget=budget,
+    )
+
+
+def _without_pickle(file: InputFile, directory: Directory) -> ForeignError:
+    """Return the error for an archive that torch.save has not written."""
+    # Stable-Baselines3 saves policy.pth, its optimizer and JSON in one archive.
+    inner = [name for name in directory.numbers if name.endswith((".pth", ".pt"))]
+    around = f" of its own, around {listed(inner)}" if inner else ""
+    return ForeignError(
+        f"is a zip archive without a torch pickle{around}",
+        file=file.path,
+        expected="a checkpoint written by torch.save",
+        remedy="Extract the file of the model from each archive, and give those" if inner else "",
     )
 
 
