@@ -86,18 +86,23 @@ def copy_of(
         verify((record, name) for name, ref in state.tensors.items() for record in ref.records)
         sources = _sources(checkpoint, opened)
         file = _opened(path, sources, opened)
-        place = 0
-        count = Counter(progress, "copying", sum(source.size for source in sources.values()))
-        for name, source in sources.items():
-            for chunk in source.chunks(0, source.size):
-                file.write(chunk, place)
-                place += len(chunk)
-                count(len(chunk))
-            if name:
-                (file.path / name).chmod(stat.S_IMODE((path / name).stat().st_mode))
-        for source in sources.values():
-            source.check_unchanged()
+        _copy_bytes(sources, file, progress)
+        for name in filter(None, sources):
+            (file.path / name).chmod(stat.S_IMODE((path / name).stat().st_mode))
         yield Copy(file, key, ema)
+
+
+def _copy_bytes(sources: Mapping[str, InputFile], file: OutputFile, progress: Watch | None) -> None:
+    """Copy files one after the other, and check that none has changed meanwhile."""
+    place = 0
+    count = Counter(progress, "copying", sum(source.size for source in sources.values()))
+    for source in sources.values():
+        for chunk in source.chunks(0, source.size):
+            file.write(chunk, place)
+            place += len(chunk)
+            count(len(chunk))
+    for source in sources.values():
+        source.check_unchanged()
 
 
 def _meant(
