@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from swa_avg.errors import NotFiniteError
 from swa_avg.kernel.arithmetic import default_arithmetic
@@ -272,96 +272,112 @@ class _Job:
             self._local.buffers = Buffers(self.at_once)
         findings = Findings(len(self._targets), self._shared)
         for item in self.task_list[number]:
-            self._run_item(item, self._local.buffers, findings)
+            run = _ItemRun.of(self.kernel, item, self._local.buffers, findings)
+            self._run_item(run)
         return findings.plain(self.records(number))
 
-    def _run_item(self, item: Item, buffers: Buffers, findings: Findings) -> None:
+    def _run_item(self, run: _ItemRun) -> None:
         """Compute and write one item, cell by cell."""
-        work = self.kernel.works[item.number]
-        readers = readers_of(item, self.kernel.works)
+        item, work, findings = run.item, run.work, run.findings
         writers = [writer_to(output, item, places, work.dtype) for output, places in self._targets]
-        group = self.kernel.group(item.number)
-        gram = Gram(len(work.sources)) if group >= 0 else None
         for cell in item.cells():
             if self.stop.is_set():
                 return
             try:
-                for numbers, data in self._compute(item, readers, cell, gram, buffers, findings):
+                for numbers, data in run.cells(cell):
                     for number in numbers:
                         writers[number].write(data)
             except NonFiniteError as error:
-                self._refuse(item, error)
+                _refuse(self.kernel.works, item, error)
         for writer, written in zip(writers, findings.written, strict=True):
             for number, piece in writer.pieces():
                 written[number].append(piece)
-        if gram is not None:
-            findings.add_gram(group, gram)
-        findings.bytes_read += sum(reader.close(findings.ledger) for reader in readers)
+        if run.gram is not None:
+            findings.add_gram(self.kernel.group(item.number), run.gram)
+        findings.bytes_read += sum(reader.close(findings.ledger) for reader in run.readers)
 
-    def _compute(
-        self,
-        item: Item,
-        readers: Sequence[Reader],
-        cell: Cell | Box,
-        gram: Gram | None,
-        buffers: Buffers,
-        findings: Findings,
-    ) -> Iterator[tuple[Iterable[int], memoryview]]:
+
+@dataclass(frozen=True)
+class _ItemRun:
+    """One item while it is computed.
+
+    Attributes:
+        kernel: The kernel of the item.
+        item: The item.
+        readers: The readers of its inputs.
+        gram: Receives its inner products; None if none are computed.
+        buffers: The buffers of the worker.
+        findings: Receives what is found besides the means.
+    """
+
+    kernel: Kernel
+    item: Item
+    readers: Sequence[Reader]
+    gram: Gram | None
+    buffers: Buffers
+    findings: Findings
+
+    @classmethod
+    def of(cls, kernel: Kernel, item: Item, buffers: Buffers, findings: Findings) -> _ItemRun:
+        """Prepare an item."""
+        count = len(kernel.works[item.number].sources)
+        gram = Gram(count) if kernel.group(item.number) >= 0 else None
+        return cls(kernel, item, readers_of(item, kernel.works), gram, buffers, findings)
+
+    @property
+    def work(self) -> Work:
+        """The work, or the one that represents all works of a bundle."""
+        return self.kernel.works[self.item.number]
+
+    def cells(self, cell: Cell | Box) -> Iterator[tuple[Iterable[int], memoryview]]:
         """Yield the bytes of a cell, with the numbers of the outputs that receive them."""
-        work = self.kernel.works[item.number]
-        everywhere = range(len(self._targets))
+        work, readers, buffers = self.work, self.readers, self.buffers
         if self.kernel.windows:
-            yield from self._windows(item, readers, cell, buffers, findings)
+            yield from self._windows(cell)
         elif work.treatment is not Treatment.AVERAGED:
             ((data, same),) = buffers.without_mean(work, readers, cell, [range(len(readers))])
             if not same:
-                for differing in findings.differing:
-                    differing.add(item.number)
-            yield everywhere, data
-        elif len(everywhere) == 1:
-            yield everywhere, buffers.mean(work, readers, cell, gram)
+                for differing in self.findings.differing:
+                    differing.add(self.item.number)
+            yield range(len(self.findings.differing)), data
+        elif not self.kernel.partials:
+            yield (0,), buffers.mean(work, readers, cell, self.gram)
         else:
-            for count, data in buffers.means(work, readers, cell, gram):
+            for count, data in buffers.means(work, readers, cell, self.gram):
                 yield (count - 1,), data
 
-    def _windows(
-        self,
-        item: Item,
-        readers: Sequence[Reader],
-        cell: Cell | Box,
-        buffers: Buffers,
-        findings: Findings,
-    ) -> Iterator[tuple[Iterable[int], memoryview]]:
+    def _windows(self, cell: Cell | Box) -> Iterator[tuple[Iterable[int], memoryview]]:
         """Yield the bytes of a cell for each window, with the number of its output."""
-        work = self.kernel.works[item.number]
-        spans = [window.rows[item.number] for window in self.kernel.windows]
+        work, number = self.work, self.item.number
+        spans = [window.rows[number] for window in self.kernel.windows]
         if work.treatment is Treatment.AVERAGED:
-            for number, data in enumerate(buffers.window_means(work, readers, cell, spans)):
-                yield (number,), data
+            means = self.buffers.window_means(work, self.readers, cell, spans)
+            yield from (((window,), data) for window, data in enumerate(means))
             return
-        found = buffers.without_mean(work, readers, cell, spans)
-        for number, (data, same) in enumerate(found):
+        found = self.buffers.without_mean(work, self.readers, cell, spans)
+        for window, (data, same) in enumerate(found):
             if not same:
-                findings.differing[number].add(item.number)
-            yield (number,), data
+                self.findings.differing[window].add(number)
+            yield (window,), data
 
-    def _refuse(self, item: Item, error: NonFiniteError) -> None:
-        """Raise the error for an element that is not finite; if the file is damaged, that one."""
-        parts = 2 if self.kernel.works[item.number].dtype.kind is Kind.COMPLEX else 1
-        work = self.kernel.works[item.number_at(error.element // parts)]
-        if error.source is None:
-            raise NotFiniteError(
-                f"has {error.value:g}, which {work.dtype} cannot hold",
-                tensor=work.name,
-                remedy="Choose a wider --dtype",
-            ) from error
-        source = work.sources[error.source]
-        verify((record, work.name) for record in source.records)
-        source.record.file.check_unchanged()
+
+def _refuse(works: Sequence[Work], item: Item, error: NonFiniteError) -> NoReturn:
+    """Raise the error for an element that is not finite; if the file is damaged, that one."""
+    parts = 2 if works[item.number].dtype.kind is Kind.COMPLEX else 1
+    work = works[item.number_at(error.element // parts)]
+    if error.source is None:
         raise NotFiniteError(
-            f"has {error.value:g}",
-            file=source.record.file.path,
+            f"has {error.value:g}, which {work.dtype} cannot hold",
             tensor=work.name,
-            expected="finite numbers, or the same in every checkpoint",
-            remedy="Leave this checkpoint out",
+            remedy="Choose a wider --dtype",
         ) from error
+    source = work.sources[error.source]
+    verify((record, work.name) for record in source.records)
+    source.record.file.check_unchanged()
+    raise NotFiniteError(
+        f"has {error.value:g}",
+        file=source.record.file.path,
+        tensor=work.name,
+        expected="finite numbers, or the same in every checkpoint",
+        remedy="Leave this checkpoint out",
+    ) from error
