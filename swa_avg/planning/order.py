@@ -7,7 +7,7 @@ if possible, because frameworks count epochs from 0 in one place and from 1 in a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from swa_avg.errors import listed
 # The word before the number of a checkpoint, and the number of a stage of the training.
 _LAST_WORD = re.compile(r"([^\W\d_]+)[-_. =]*$")
 _STAGE = re.compile(r"(?:^|[^a-z])(?:stage|phase|cycle|restart)[-_ =]?([0-9]+)", re.IGNORECASE)
+_KINDS = ("epoch", "step", "count", "number")
 _LEAST_GAPS = 3  # of which most can be said to be alike
 
 
@@ -42,6 +43,14 @@ class Member:
     def recorded(self) -> tuple[Number | None, Number | None]:
         """The recorded epoch and step."""
         return self.state.epoch, self.state.step
+
+    def recorded_as(self, kind: str) -> Number | None:
+        """Return the recorded epoch or step; None for any other kind."""
+        return dict(zip(_KINDS, self.recorded, strict=False)).get(kind)
+
+    def named(self, kind: str) -> Number | None:
+        """Return the epoch, step, count or other number in the name."""
+        return dict(zip(_KINDS, self.name.place, strict=True))[kind]
 
     @property
     def is_placed(self) -> bool:
@@ -87,25 +96,18 @@ def _without_number(series: str) -> str:
 
 def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
     """Return the sort keys of checkpoints, the most important first."""
-    recorded = [
-        numbers
-        for numbers in (
-            [member.state.epoch for member in placed],
-            [member.state.step for member in placed],
-        )
-        if _is_complete(numbers)
-    ]
-    kinds = list(_NAMED)
+    recorded = [[member.recorded_as(kind) for member in placed] for kind in ("epoch", "step")]
+    recorded = [numbers for numbers in recorded if _is_complete(numbers)]
+    kinds = list(_KINDS)
     # If several numbers vary (a date and a time), only the natural order respects all of them.
     if len({member.name.shape for member in placed}) < len({m.name.series for m in placed}):
         kinds.remove("number")
-    named = [[_NAMED[kind](member) for member in placed] for kind in kinds]
-    if not recorded:
+    if recorded:
+        named = [[member.named(kind) for member in placed] for kind in kinds]
+    else:
         named = [numbers_of(placed, kind) for kind in kinds]
-    stages = [_STAGE.search(member.name.text) for member in placed]
     return [
-        # Epochs and steps may begin again in each stage.
-        *([[int(stage[1]) for stage in stages if stage]] if all(stages) else []),
+        *_stages(placed),
         *recorded,
         *(numbers for numbers in named if _is_complete(numbers)),
         [member.name.version for member in placed],
@@ -113,16 +115,10 @@ def _keys(placed: Sequence[Member]) -> list[Sequence[object]]:
     ]
 
 
-_NAMED: dict[str, Callable[[Member], Number | None]] = {
-    "epoch": lambda member: member.name.epoch,
-    "step": lambda member: member.name.step,
-    "count": lambda member: member.name.count,
-    "number": lambda member: member.name.number,
-}
-_RECORDED: dict[str, Callable[[Member], Number | None]] = {
-    "epoch": lambda member: member.state.epoch,
-    "step": lambda member: member.state.step,
-}
+def _stages(placed: Sequence[Member]) -> list[Sequence[int]]:
+    """Return the stages in the names, if all have one: epochs and steps may begin again in each."""
+    found = [_STAGE.search(member.name.text) for member in placed]
+    return [[int(stage[1]) for stage in found if stage]] if all(found) else []
 
 
 def numbers_of(given: Sequence[Member], kind: str) -> list[Number | None]:
@@ -132,10 +128,11 @@ def numbers_of(given: Sequence[Member], kind: str) -> list[Number | None]:
         given: The checkpoints.
         kind: epoch, step, count or number.
     """
-    named = [_NAMED[kind](member) for member in given]
-    recorded = [_RECORDED[kind](member) if kind in _RECORDED else None for member in given]
-    if _is_complete(recorded) or _is_complete(named):
-        return recorded if _is_complete(recorded) else named
+    recorded = [member.recorded_as(kind) for member in given]
+    named = [member.named(kind) for member in given]
+    for numbers in (recorded, named):
+        if _is_complete(numbers):
+            return numbers
     return [one if one is not None else other for one, other in zip(recorded, named, strict=True)]
 
 
