@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 from swa_avg.checkpoints.frameworks import WEIGHTS
-from swa_avg.checkpoints.halves import Chosen, Half, averaged_halves, dotted, lone_average
+from swa_avg.checkpoints.halves import (
+    WRAPPERS,
+    Chosen,
+    Half,
+    averaged_halves,
+    dotted,
+    lone_average,
+)
 from swa_avg.checkpoints.places import Places, no_average, no_state_dict, only_of
 from swa_avg.checkpoints.tree import (
     at,
@@ -28,8 +35,6 @@ from swa_avg.formats import ROOT, Checkpoint, Components
 from swa_avg.pickles import Dict, Stream, UnreadableTensor, described
 from swa_avg.tensors import Tensor, TensorRef, View, in_groups, is_optimizer, optimizer_groups
 
-# The prefixes of torch's wrappers: DataParallel, DDP and AveragedModel; torch.compile.
-_PREFIXES = ("module.", "_orig_mod.")
 # The counter that a wrapper saves next to `module.*`: AveragedModel of torch and of mmengine.
 _COUNTERS = {"ema_state_dict": "steps"}
 _COUNTER = "n_averaged"
@@ -237,7 +242,7 @@ def _common_prefix(names: Iterable[str], counter: str) -> str:
     while True:
         # The counter next to `module.*` belongs to the wrapper, and is removed with the prefix.
         others = [name for name in names if name != prefix + counter]
-        for wrapper in _PREFIXES:
+        for wrapper in WRAPPERS:
             bearing = others and all(name.startswith(prefix + wrapper) for name in others)
             if bearing and (wrapper == "module." or others == names):
                 prefix, names = prefix + wrapper, others

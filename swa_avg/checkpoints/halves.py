@@ -16,8 +16,8 @@ from swa_avg.checkpoints.frameworks import AVERAGE_WORDS, marks_average, without
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# The prefixes of torch's wrappers.
-_WRAPPERS = ("module.", "_orig_mod.")
+# The prefixes of torch's wrappers: DataParallel, DDP and AveragedModel; torch.compile.
+WRAPPERS = ("module.", "_orig_mod.")
 # The counters that are saved with an average: ema_pytorch, torch's AveragedModel, LitEma.
 _COUNTERS = ("initted", "step", "n_averaged", "num_updates", "decay", "updates", "steps")
 _MOST_CANDIDATES = 100
@@ -149,7 +149,7 @@ def _unwrapped(inside: dict[str, str], shapes: Shapes) -> dict[str, str]:
     """Remove the prefixes of torch's wrappers from the names of an average, except counters."""
     while True:
         weights = [rest for rest, name in inside.items() if not _is_counter(shapes[name])]
-        for wrapper in _WRAPPERS:
+        for wrapper in WRAPPERS:
             if weights and all(rest.startswith(wrapper) for rest in weights):
                 inside = {rest.removeprefix(wrapper): name for rest, name in inside.items()}
                 break
