@@ -84,8 +84,10 @@ def planned(
     if options is not None and named:
         raise TypeError("planned() takes its options as one object or by name, not both")
     options = options or options_of(planned, named)
+    target = path_of(output)
     with ExitStack() as opened, no_garbage() as kept:
-        averaging = _planned(checkpoints, path_of(output), options, opened, progress)
+        bases, selection = gathered(checkpoints, options, opened, progress)
+        averaging = average_of(target, bases, selection, options, opened)
         check_kind(output, averaging)
         kept()
         yield averaging
@@ -109,14 +111,6 @@ def check_kind(output: str | os.PathLike[str], averaging: Averaging) -> None:
         file=text,
         remedy=f"Name the file, as in -o {quote(text.rstrip('/' + os.sep) + '.pt')}",
     )
-
-
-def _planned(
-    checkpoints: Paths, target: Path, options: Options, opened: ExitStack, progress: Watch | None
-) -> Averaging:
-    """Plan an average; `opened` closes the files."""
-    bases, selection = gathered(checkpoints, options, opened, progress)
-    return average_of(target, bases, selection, options, opened)
 
 
 def gathered(
