@@ -154,7 +154,7 @@ def recompute_batchnorm(
         ValueError: An argument has an invalid value.
     """
     check_model(model)
-    if ranks is None:
+    if ranks is None:  # a caller with ranks has made its batches with `batches_of` already
         batches = batches_of(batches, "batches")
     ranks = ranks or Alone()
     check_values(estimator, amp, max_batches)

@@ -13,8 +13,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -34,7 +32,7 @@ from swa_avg.planning import (
 from swa_avg.progress import Counter, Watch
 from swa_avg.search.candidates import Bench, Candidate, Found, SweepReport, Tried
 from swa_avg.search.scores import Evaluate, Judge
-from swa_avg.storage import AtomicFolder, OutputFile, is_remote
+from swa_avg.storage import AtomicFolder, OutputFile, folder_written, is_remote
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -142,16 +140,12 @@ def _check_room(averaging: Averaging, count: int, *, fewer: bool) -> None:
         count: The number of averages on the disk at once.
         fewer: Whether the search of fewer checkpoints has fewer of them.
     """
-    output = averaging.output
+    output, needed = averaging.output, count * averaging.layout.size
+    where, elsewhere = "beside the output", "Write to another disk with -o"
     if is_remote(output):
-        folder, where = Path(gettempdir()), "in the temporary folder"
-        elsewhere = "Set TMPDIR to a folder on another disk"
-    else:
-        folder, where = Path(os.path.realpath(output)).parent, "beside the output"
-        elsewhere = "Write to another disk with -o"
-    needed = count * averaging.layout.size
+        where, elsewhere = "in the temporary folder", "Set TMPDIR to a folder on another disk"
     try:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder_written(output)).free
     except OSError:
         return  # a missing folder is reported when the file is opened
     if needed > free:

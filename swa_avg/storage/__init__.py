@@ -11,7 +11,12 @@ from swa_avg.storage.output import AtomicFile, AtomicFolder, Output
 from swa_avg.storage.partial import JoinedOutput
 from swa_avg.storage.remote import is_remote, path_of, remote_matches
 from swa_avg.storage.request_pool import RequestPool
-from swa_avg.storage.targets import check_replaceable, check_room, check_target
+from swa_avg.storage.targets import (
+    check_replaceable,
+    check_room,
+    check_target,
+    folder_written,
+)
 from swa_avg.storage.upload import OutputFile, RemoteFile
 
 __all__ = [
@@ -31,6 +36,7 @@ __all__ = [
     "check_replaceable",
     "check_room",
     "check_target",
+    "folder_written",
     "home_written_out",
     "is_remote",
     "nearest",

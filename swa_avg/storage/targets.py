@@ -69,7 +69,11 @@ def check_target(
         OutputError: The path is an input, exists without `force`, is a folder where a file
             is needed, or the reverse, or is a URL that cannot be written.
     """
-    found = _at_url(cast(RemotePath, target), folder) if is_remote(target) else _on_disk(target)
+    found = (
+        _at_url(cast(RemotePath, target), folder)
+        if is_remote(target)
+        else _onfolder_written(target)
+    )
     if found is None:
         return
     for file in inputs:
@@ -98,7 +102,7 @@ def check_target(
         )
 
 
-def _on_disk(target: Path) -> _Found | None:
+def _onfolder_written(target: Path) -> _Found | None:
     """Return what is at a path of this machine."""
     try:
         found = target.stat()
@@ -162,27 +166,27 @@ def check_room(outputs: Iterable[tuple[Path, int]], *, temporary: bool = False) 
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for path, size in outputs:
         try:
-            by_disk.setdefault(_disk(path).stat().st_dev, []).append((path, size))
+            by_disk.setdefault(folder_written(path).stat().st_dev, []).append((path, size))
         except OSError:
             continue  # a missing folder is reported when the file is opened
     for together in by_disk.values():
         first, needed = together[0][0], sum(size for _, size in together)
-        free = shutil.disk_usage(_disk(first)).free
+        free = shutil.disk_usage(folder_written(first)).free
         if needed > free:
             what = counted(len(together), "temporary file" if temporary else "output")
             moved = temporary or is_remote(first)
             raise OutputError(
                 f"{what} need{'s' if len(together) == 1 else ''} {in_bytes(needed)} of disk "
                 f"space, but {in_bytes(free)} are free",
-                file=_disk(first) if moved else first,
+                file=folder_written(first) if moved else first,
                 remedy="Set TMPDIR to a folder on another disk"
                 if moved
                 else "Write to another disk with -o",
             )
 
 
-def _disk(path: Path) -> Path:
-    """Return the folder in which an output is written."""
+def folder_written(path: Path) -> Path:
+    """Return the folder in which an output is written: for a URL, the temporary folder."""
     return Path(gettempdir()) if is_remote(path) else Path(os.path.realpath(path)).parent
 
 
