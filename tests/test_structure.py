@@ -27,8 +27,8 @@ WINGS = {
     "opening",
     "checkpoints": "tree words pieces names recorded families membership frameworks places "
     "halves entries layout contents metrics provenance reader",
-    "planning": "arguments copies unfinished inputs opening order naming series select ties "
-    "treatments agreement notes plan start_from settings",
+    "planning": "arguments copies unfinished inputs opening order naming series ties treatments "
+    "agreement notes select plan start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
     "batchnorm": "isolation calling batches loading moments layers estimators on_device "

@@ -1,20 +1,23 @@
-"""Notes for the user on what the headers of the checkpoints show, apart from the tensors.
+"""Notes for the user on the chosen checkpoints: on their places in the run, and on their headers.
 
-Notes on the choice of the checkpoints are in `series`, those on tensors in `treatments`.
+A note on several series is in `series`, and those on tensors are in `treatments`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from swa_avg.checkpoints import StateDict, leaf_of, mapping
 from swa_avg.errors import listed
 from swa_avg.formats import configuration
 from swa_avg.pickles import holds_stream, leaves
+from swa_avg.planning.order import Member, measured
 from swa_avg.planning.treatments import Rules
 from swa_avg.storage import is_remote
 from swa_avg.tensors import View, same_bytes
 
+_GAP = 600  # seconds between two runs
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
 # Entries of configurations that do not change what the weights mean.
 _VOLATILE = (
@@ -22,6 +25,99 @@ _VOLATILE = (
     *("_commit_hash", "torch_dtype", "dtype", "use_cache", "inference_mode", "revision"),
     "auto_mapping",
 )
+
+
+def choice_notes(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield notes on the places of the chosen checkpoints in the run.
+
+    Args:
+        chosen: The checkpoints, in the order of the run.
+    """
+    yield from _on_places(chosen)
+    yield from _on_times(chosen)
+    yield from _on_averaged_models(chosen)
+    placed = [member for member in chosen if member.is_placed]
+    if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
+        yield (
+            "neither the checkpoints nor their names contain an epoch or a step; "
+            f"{chosen[-1].path} is used as the last one"
+        )
+
+
+def _on_places(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield notes on checkpoints with the same step, or the same numbers in their names."""
+    groups: dict[tuple[object, str, object], list[Member]] = {}
+    for member in chosen:
+        groups.setdefault(_own_place(member), []).append(member)
+    for (_, shared, _), group in groups.items():
+        if shared and len(group) > 1:
+            *paths, last = [str(member.path) for member in group]
+            yield f"{listed(paths)} and {last} {shared}, but their weights differ"
+
+
+def _on_times(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield a note if the last checkpoints were written long before the first ones.
+
+    A run in the folder of an earlier run that had more epochs leaves the last ones of that run.
+    Copies of files have new times; only a clear gap counts.
+    """
+    times = [_written(member) for member in chosen]
+    known = [time for time in times if time is not None]
+    if len(known) < max(len(times), 3) or not all(member.is_placed for member in chosen):
+        return
+    for at in range(1, len(known)):
+        newer, older = sorted(known[:at]), sorted(known[at:])
+        gap = newer[0] - older[-1]
+        usual = [after - before for group in (newer, older) for before, after in pairwise(group)]
+        if gap > max(_GAP, 3 * max(usual)):
+            shown = listed([str(member.path) for member in chosen[at:]])
+            _, numbers = measured(chosen)
+            last, after = numbers[at - 1], numbers[at]
+            fits = last is not None and after is not None and last < after
+            option = f"; --epochs :{last} leaves {'them' if len(older) > 1 else 'it'} out"
+            yield (
+                f"{shown}: written before {chosen[at - 1].path}, possibly by an earlier run"
+                f"{option if fits else ''}"
+            )
+            return
+
+
+def _written(member: Member) -> float | None:
+    """Return the time of the last modification of a checkpoint, if all its files have one."""
+    times = [file.modified for file in member.state.checkpoint.files]
+    known = [time for time in times if time is not None]
+    return max(known) if len(known) == len(times) > 0 else None
+
+
+def _own_place(member: Member) -> tuple[object, str, object]:
+    """Return a key that is unique in a run, with the text for two checkpoints that share it."""
+    epoch, step = member.recorded
+    if step is not None:  # some scripts count the steps of each epoch
+        return "step", f"record the same step, {step}", (epoch, step)
+    if epoch is not None and member.name.step is None:
+        return "epoch", f"record the same epoch, {epoch}", epoch
+    if epoch is None and member.name.is_placed:
+        return member.name.series, "have the same numbers in their names", member.name.place
+    return id(member), "", None
+
+
+def _on_averaged_models(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield a note on several states of one AveragedModel, which may be means of the run so far.
+
+    Its counter is the same for a moving average, which a name may say that it is.
+    """
+    of_torch = [
+        str(member.path)
+        for member in chosen
+        if member.state.counter is not None
+        and "ema" not in f"{member.state.where} {member.name.average}".lower()
+    ]
+    if len(of_torch) > 1:
+        yield (
+            f"{listed(of_torch)}: states of torch's AveragedModel; unless it keeps a moving "
+            "average, each is the mean of the run so far and includes the earlier ones, and the "
+            "last one alone is the average (--last 1)"
+        )
 
 
 def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:

@@ -16,6 +16,7 @@ from swa_avg.planning import series
 from swa_avg.planning.arguments import check_count, check_texts, suggesting
 from swa_avg.planning.copies import copies
 from swa_avg.planning.inputs import exclusion
+from swa_avg.planning.notes import choice_notes
 from swa_avg.planning.order import Member, measured, members, ordered
 
 _MOST_NOTES = 5  # on copies; if there are more, one note counts them
@@ -150,7 +151,7 @@ def select(
     return Selection(
         tuple(member.state for member in chosen),
         {member.path: scores[member.path] for member in chosen if member.path in scores},
-        (*notes, *series.notes_on(chosen)),
+        (*notes, *series.notes_on(chosen), *choice_notes(chosen)),
     )
 
 

@@ -2,7 +2,7 @@
 
 Parts of one model are refused. Averages among the checkpoints are left out with a note.
 Several series of names are refused if they cannot be of one run, else there is a note.
-`names` reads the names, and `order` orders the checkpoints.
+`names` reads the names, `order` orders the checkpoints, and `notes` has the notes on the chosen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
-from itertools import combinations, pairwise
+from itertools import combinations
 from shlex import quote
 from typing import Any, TypeVar
 
@@ -19,12 +19,11 @@ from swa_avg.checkpoints import provenance, words
 from swa_avg.errors import AlreadyAveragedError, MismatchError, SwaAvgError, listed
 from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion, leaving_out
-from swa_avg.planning.order import Member, measured
+from swa_avg.planning.order import Member
 from swa_avg.storage import is_remote
 
 _Key = TypeVar("_Key")
 _INDEX = "*.index.json"
-_GAP = 600  # seconds between two runs
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d_]+")
 # A number of at most four digits of how many: ckpt_3_of_10, but not shard_3_of_10 or fold_3_of_10.
@@ -265,39 +264,7 @@ def _places(group: Sequence[Member]) -> set[object]:
 
 
 def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
-    """Yield notes for the user on the checkpoints that are averaged together."""
-    yield from _on_series(chosen)
-    yield from _on_places(chosen)
-    yield from _on_times(chosen)
-    yield from _on_averaged_models(chosen)
-    placed = [member for member in chosen if member.is_placed]
-    if len(chosen) > 1 and not placed and any(member.name.metrics for member in chosen):
-        yield (
-            "neither the checkpoints nor their names contain an epoch or a step; "
-            f"{chosen[-1].path} is used as the last one"
-        )
-
-
-def _on_averaged_models(chosen: Sequence[Member]) -> Iterator[str]:
-    """Yield a note on several states of one AveragedModel, which may be means of the run so far.
-
-    Its counter is the same for a moving average, which a name may say that it is.
-    """
-    of_torch = [
-        str(member.path)
-        for member in chosen
-        if member.state.counter is not None
-        and "ema" not in f"{member.state.where} {member.name.average}".lower()
-    ]
-    if len(of_torch) > 1:
-        yield (
-            f"{listed(of_torch)}: states of torch's AveragedModel; unless it keeps a moving "
-            "average, each is the mean of the run so far and includes the earlier ones, and the "
-            "last one alone is the average (--last 1)"
-        )
-
-
-def _on_series(chosen: Sequence[Member]) -> Iterator[str]:
+    """Yield a note if checkpoints of several series are averaged together."""
     series = _series(chosen)
     if len(series) < 2 or not (
         any(len(group) > 1 or group[0].is_placed for group in series.values())
@@ -326,60 +293,6 @@ def _described(group: Sequence[Member]) -> str:
     if len(group) == 1:
         return str(group[0].path)
     return f"{group[0].path} and {len(group) - 1} more like it"
-
-
-def _on_places(chosen: Sequence[Member]) -> Iterator[str]:
-    """Yield notes on checkpoints with the same step, or the same numbers in their names."""
-    for (_, shared, _), group in _grouped(chosen, _own_place).items():
-        if shared and len(group) > 1:
-            *paths, last = [str(member.path) for member in group]
-            yield f"{listed(paths)} and {last} {shared}, but their weights differ"
-
-
-def _on_times(chosen: Sequence[Member]) -> Iterator[str]:
-    """Yield a note if the last checkpoints were written long before the first ones.
-
-    A run in the folder of an earlier run that had more epochs leaves the last ones of that run.
-    Copies of files have new times; only a clear gap counts.
-    """
-    times = [_written(member) for member in chosen]
-    known = [time for time in times if time is not None]
-    if len(known) < max(len(times), 3) or not all(member.is_placed for member in chosen):
-        return
-    for at in range(1, len(known)):
-        newer, older = sorted(known[:at]), sorted(known[at:])
-        gap = newer[0] - older[-1]
-        usual = [after - before for group in (newer, older) for before, after in pairwise(group)]
-        if gap > max(_GAP, 3 * max(usual)):
-            shown = listed([str(member.path) for member in chosen[at:]])
-            _, numbers = measured(chosen)
-            last, after = numbers[at - 1], numbers[at]
-            fits = last is not None and after is not None and last < after
-            option = f"; --epochs :{last} leaves {'them' if len(older) > 1 else 'it'} out"
-            yield (
-                f"{shown}: written before {chosen[at - 1].path}, possibly by an earlier run"
-                f"{option if fits else ''}"
-            )
-            return
-
-
-def _written(member: Member) -> float | None:
-    """Return the time of the last modification of a checkpoint, if all its files have one."""
-    times = [file.modified for file in member.state.checkpoint.files]
-    known = [time for time in times if time is not None]
-    return max(known) if len(known) == len(times) > 0 else None
-
-
-def _own_place(member: Member) -> tuple[object, str, object]:
-    """Return a key that is unique in a run, with the text for two checkpoints that share it."""
-    epoch, step = member.recorded
-    if step is not None:  # some scripts count the steps of each epoch
-        return "step", f"record the same step, {step}", (epoch, step)
-    if epoch is not None and member.name.step is None:
-        return "epoch", f"record the same epoch, {epoch}", epoch
-    if epoch is None and member.name.is_placed:
-        return member.name.series, "have the same numbers in their names", member.name.place
-    return id(member), "", None
 
 
 def _series(given: Sequence[Member]) -> Mapping[str, list[Member]]:
