@@ -34,7 +34,7 @@ _WITH_VALUES = (
     *("metric", "mode", "amp"),
 )
 _NAMES = {f"--{name}": name for name in (*_FLAGS, *_WITH_VALUES)} | {"-o": "output"}
-# A value as a shell reads it: in quotes, or of safe characters; punctuation after it is none.
+# A value as a shell reads it: in quotes, or of safe characters, without punctuation after it.
 _VALUE = r"(?!-)(?:'[^']*'(?:\"'\"'[^']*')*|[\w@%+=:,./*?\[\]-]*[\w@%+=*?\]/:])"
 _OPTION = (
     rf"(?:--(?:{'|'.join(_FLAGS)})(?![\w-])"
@@ -120,6 +120,11 @@ def in_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def kind_of(value: object) -> str:
+    """Return the name of a value's type, or of the class that it is, for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class Texts(NamedTuple):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from swa_avg.errors import printable
+from swa_avg.errors import kind_of, printable
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Counter:
     """Counts one step, and reports each count; it reports the start as soon as it is made.
 
     Args:
-        watch: Called with the progress; None for nobody.
+        watch: Called with the progress, or None.
         step: The name of the step.
         total: How much there is to do, or None.
         unit: The unit.
@@ -49,10 +49,7 @@ class Counter:
         self, watch: Watch | None, step: str, total: int | None = None, unit: str = "B"
     ) -> None:
         if watch is not None and (not callable(watch) or isinstance(watch, type)):
-            kind = (
-                f"the class {watch.__name__}" if isinstance(watch, type) else type(watch).__name__
-            )
-            raise TypeError(f"progress must be a ProgressBar() or a function, not {kind}")
+            raise TypeError(f"progress must be a ProgressBar() or a function, not {kind_of(watch)}")
         self._watch = watch
         self._now = Progress(step, 0, total, unit)
         self(0)

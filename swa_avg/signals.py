@@ -51,7 +51,7 @@ class Signals:
         for name in _ENDING:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._end)
+                signal.signal(number, self._handle)
 
     def end(self) -> None:
         """Declare the command finished: from now on a first signal ends the process at once."""
@@ -74,7 +74,7 @@ class Signals:
         flush()
         os._exit(code)
 
-    def _end(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # the user's code forked this process: do not unwind it
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -31,12 +31,12 @@ WINGS = {
     "treatments agreement notes plan start_from settings",
     "kernel": "arithmetic elements rounding compensated few_bits settling exact inner_products "
     "findings tasks page_cache reading writing buffers workers mean",
-    "batchnorm": "isolation calling batches loading moments estimators on_device statistics "
-    "named userdata in_place recompute",
-    "averaging": "origin wrapper distances report pictures sampling verification computing "
-    "execution prepare sharing along heartbeat torchrun joint",
+    "batchnorm": "isolation calling batches loading moments layers estimators on_device "
+    "statistics settings named userdata in_place recompute",
+    "averaging": "origin wrapper destination distances report pictures sampling verification "
+    "computing execution prepare sharing along heartbeat torchrun joint",
     "search": "scores candidates sweeping along plot",
-    "cli": "streams progress messages failures options usage show beside blas along command",
+    "cli": "ranks streams progress messages failures options usage show beside blas along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)

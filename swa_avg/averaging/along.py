@@ -38,10 +38,8 @@ from swa_avg.planning import (
 )
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
-    AtomicFile,
-    AtomicFolder,
     InputFile,
-    RemoteFile,
+    OutputFile,
     allow_files,
     check_room,
     path_of,
@@ -52,8 +50,6 @@ if TYPE_CHECKING:
 
     from swa_avg.batchnorm import BatchNorm, Session
     from swa_avg.kernel import Kernel, Outcome
-
-File = AtomicFile | AtomicFolder | RemoteFile
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Draft:
         report: The report.
     """
 
-    file: File
+    file: OutputFile
     averaging: Averaging
     report: Report
 
@@ -148,7 +144,7 @@ class Windows:
             yield self.compute(files, threads, progress)
 
     @contextmanager
-    def opened(self) -> Iterator[list[File]]:
+    def opened(self) -> Iterator[list[OutputFile]]:
         """Open the temporary file of each average; those not committed are removed at the end.
 
         Raises:
@@ -161,14 +157,14 @@ class Windows:
         outputs = sum(len(one.layout.files) or 1 for one in self.averages)
         allow_files(len(self._inputs) + outputs)
         with ExitStack() as opened:
-            files: list[File] = []
+            files: list[OutputFile] = []
             for one in self.averages:
                 files.append(one.open_output())
                 opened.enter_context(files[-1])
             yield files
 
     def compute(
-        self, files: Sequence[File], threads: int | None = None, progress: Watch | None = None
+        self, files: Sequence[OutputFile], threads: int | None = None, progress: Watch | None = None
     ) -> tuple[list[Draft], int]:
         """Compute all averages into opened files; return them and the number of bytes read.
 
@@ -184,7 +180,7 @@ class Windows:
     def _inputs(self) -> list[InputFile]:
         return [file for state in self.states for file in state.checkpoint.files]
 
-    def _kernel(self, files: Sequence[File]) -> Kernel:
+    def _kernel(self, files: Sequence[OutputFile]) -> Kernel:
         from swa_avg.kernel import Kernel, Window
 
         windows = []
@@ -196,7 +192,7 @@ class Windows:
         return Kernel(last.output, last.places, self.shared.works, windows=windows)
 
     def _drafts(
-        self, files: Sequence[File], outcome: Outcome, progress: Watch | None
+        self, files: Sequence[OutputFile], outcome: Outcome, progress: Watch | None
     ) -> Iterator[Draft]:
         """Complete the outputs: write their headers and verify them."""
         checksums = (*outcome.partial_checksums, outcome.checksums)

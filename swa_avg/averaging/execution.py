@@ -35,6 +35,7 @@ from swa_avg.storage import (
     AtomicFolder,
     InputFile,
     Output,
+    OutputFile,
     RemoteFile,
     check_replaceable,
     is_remote,
@@ -127,7 +128,7 @@ class Averaging:
         """Whether the output is a folder of files."""
         return bool(self.layout.files)
 
-    def open_output(self) -> AtomicFile | AtomicFolder | RemoteFile:
+    def open_output(self) -> OutputFile:
         """Create the temporary file of the output; committing it creates the output.
 
         `write` does this too: only a caller that changes the file before the commit needs it.
@@ -336,8 +337,11 @@ class Averaging:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user that are known before averaging."""
-        whole = self.options.keep_wrapper
-        around = wrapper.notes(self.states[-1], self._is_copy, self.is_folder, whole)
+        last, folder = self.states[-1], self.is_folder
+        around = wrapper.notes_on_bare(last, folder=folder)
+        if self._is_copy:
+            whole = self.options.keep_wrapper
+            around = wrapper.notes_on_copy(last, folder=folder, whole=whole)
         layout = self.layout
         files = layout.notes if isinstance(layout, FolderLayout | wrapper.WrapperLayout) else ()
         return self.options.worded((*self.selection.notes, *self.plan.notes, *files, *around))

@@ -29,20 +29,18 @@ from swa_avg.averaging.report import Report
 from swa_avg.averaging.torchrun import ProcessRanks
 from swa_avg.checkpoints import StateDict
 from swa_avg.errors import SwaAvgError
-from swa_avg.kernel import Findings, Kernel, Records, compute, settle, share, works_in
+from swa_avg.kernel import Findings, Kernel, Records, compute, conclude, share, works_in
 from swa_avg.planning import ranges_of
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import (
     ROOM,
-    AtomicFile,
-    AtomicFolder,
     InputFile,
     JoinedOutput,
+    OutputFile,
     RemoteFile,
     reading_ahead,
 )
 
-File = AtomicFile | AtomicFolder | RemoteFile
 _CHECK_SECONDS = 0.5
 
 
@@ -53,7 +51,7 @@ def written(
     *,
     threads: int | None = None,
     progress: Watch | None = None,
-) -> Iterator[tuple[File, Report] | None]:
+) -> Iterator[tuple[OutputFile, Report] | None]:
     """Average on all ranks; an output that is not committed is removed at the end.
 
     Args:
@@ -97,7 +95,7 @@ class _Together:
     of_all: int
     progress: Watch | None
 
-    def lead(self, file: File) -> Report:
+    def lead(self, file: OutputFile) -> Report:
         """Share the output with the other ranks, and complete it from all parts (rank 0)."""
         if isinstance(file, RemoteFile):
             self.ranks.tell()
@@ -111,7 +109,8 @@ class _Together:
         records = Records(kernel.works)
         for data in self.ranks.collect(b"")[1:]:
             findings.merge(json.loads(data), records)
-        return self.averaging.complete(file, settle(kernel, findings, self.threads), self.progress)
+        outcome = conclude(kernel, findings, self.threads)
+        return self.averaging.complete(file, outcome, self.progress)
 
     def follow(self) -> None:
         """Compute and write this rank's part (all ranks but 0)."""

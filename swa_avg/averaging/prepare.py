@@ -11,13 +11,12 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from swa_avg.averaging import wrapper
+from swa_avg.averaging.destination import Destination
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.origin import counts_of, how_made
 from swa_avg.averaging.report import Report
-from swa_avg.checkpoints import StateDict, check_choice, check_running, fingerprints
+from swa_avg.checkpoints import StateDict, check_running, fingerprints
 from swa_avg.errors import OutputError, SelectionError
-from swa_avg.formats import Components, Form, Layout, form_of, layout_for
 from swa_avg.planning import (
     Base,
     Inputs,
@@ -25,8 +24,6 @@ from swa_avg.planning import (
     OptionFields,
     Options,
     Paths,
-    Plan,
-    Rules,
     Selection,
     base_of,
     check_arguments,
@@ -42,22 +39,13 @@ from swa_avg.planning import (
     with_block,
 )
 from swa_avg.progress import Counter, Watch
-from swa_avg.storage import check_target, path_of
-from swa_avg.tensors import DTYPES
+from swa_avg.storage import path_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from swa_avg.batchnorm import BatchNorm
 
-# Suffixes of formats that swa-avg does not write.
-_OTHERS = (
-    *(".onnx", ".h5", ".hdf5", ".keras", ".gguf", ".ggml", ".npz", ".npy", ".tflite", ".msgpack"),
-    *(".pb", ".mlmodel", ".mlpackage", ".pdparams", ".engine", ".trt", ".mar", ".distcp"),
-    *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
-    *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
-)
-_SINGLE = (Form.TORCH, Form.SAFETENSORS)
 _ALONE = "only one checkpoint takes part: nothing is averaged; the output has its weights"
 
 
@@ -183,17 +171,15 @@ def average_of(
     states = [*(base.state for base in bases), *selection.chosen]
     if options.minus is None:
         check_running(states)
-    _check_target(target, states, options, others)
-    form = form_of(target, states[-1].checkpoint, options.keep_wrapper)
-    keeps = options.keep_wrapper or form is Form.COPY
-    strides = keeps or form is Form.TORCH
-    rules = Rules(options.bn_buffers, DTYPES.get(options.dtype), strides, keeps)
+    destination = Destination(target, states[-1], options)
+    destination.check(file for state in (*states, *others) for file in state.checkpoint.files)
+    rules = destination.rules
     plan = make_plan(states, rules, counts_of(bases, selection.chosen))
     refuse_unlike(plan.tensors, states)
     known = tuple(fingerprints(states, {}))
     provenance = how_made(bases, selection.chosen, options, known[len(bases) :]).text()
     plan = replace(plan, state_dict=replace(plan.state_dict, provenance=provenance))
-    layout = _layout(form, plan, states[-1], options, opened)
+    layout = destination.layout(plan, opened)
     return Averaging(target, options, bases, selection, rules, plan, layout, known)
 
 
@@ -260,102 +246,6 @@ def _without(states: Sequence[StateDict], bases: Sequence[Base]) -> list[StateDi
 
 def _identity(state: StateDict) -> tuple[object, ...]:
     return tuple(file.identity for file in state.checkpoint.files)
-
-
-def _layout(form: Form, plan: Plan, last: StateDict, options: Options, opened: ExitStack) -> Layout:
-    """Return the layout of the output."""
-    if options.keep_wrapper or form is Form.COPY:
-        without = () if options.keep_wrapper else last.checkpoint.without or ()
-        return wrapper.layout(last, plan, lambda file: opened.callback(file.close), without)
-    return layout_for(form, plan.state_dict, last.checkpoint, last.where, options.max_shard_size)
-
-
-def _check_target(
-    target: Path, states: Sequence[StateDict], options: Options, others: Sequence[StateDict]
-) -> None:
-    """Refuse an output that is an input, that exists, or whose name does not fit its format."""
-    last = states[-1]
-    form = form_of(target, last.checkpoint, options.keep_wrapper)
-    keeps = options.keep_wrapper or form is Form.COPY
-    if keeps and last.checkpoint.provenance:
-        is_copy = form is Form.COPY
-        raise OutputError(
-            "is an average, but "
-            + ("an output of its kind" if is_copy else "--keep-wrapper")
-            + " needs a checkpoint to copy",
-            file=last.checkpoint.path,
-            remedy=f"Name a file, as in {_as_file(last)}"
-            if is_copy
-            else "Leave out --keep-wrapper",
-        )
-    if keeps:
-        check_choice(last, options.key, options.ema)
-    _check_suffix(target, form)
-    _check_form(target, last, form, options)
-    files = [file for state in (*states, *others) for file in state.checkpoint.files]
-    folder = last.checkpoint.path.is_dir() if keeps else form not in _SINGLE
-    check_target(target, files, force=options.force, folder=folder)
-
-
-def _check_suffix(target: Path, form: Form) -> None:
-    """Refuse a name with the suffix of a format that swa-avg does not write."""
-    if form is Form.COPY:
-        return
-    if target.suffix.lower() == ".nemo":
-        raise OutputError(
-            "ends in .nemo, but the last checkpoint is not a .nemo archive",
-            file=target,
-            remedy=f"Name it {target.stem}.pt, or average .nemo archives",
-        )
-    if target.suffix.lower() in _OTHERS:
-        name = target.name[: -len(target.suffix)]
-        raise OutputError(
-            f"ends in {target.suffix}, a format that swa-avg does not write",
-            file=target,
-            remedy=f"Name it {name}.pt or {name}.safetensors",
-        )
-
-
-def _check_form(target: Path, last: StateDict, form: Form, options: Options) -> None:
-    """Refuse a name or options that do not fit the format of the output."""
-    keep_wrapper, checkpoint = options.keep_wrapper, last.checkpoint
-    unlike = form in _SINGLE and (checkpoint.without is not None or checkpoint.path.is_dir())
-    unlike |= form is Form.SAFETENSORS and checkpoint.format != "safetensors"
-    if form is Form.COPY and options.dtype != "keep":
-        raise OutputError(
-            f"will be a copy of {last.checkpoint.path} with other weights, which keeps its dtypes",
-            file=target,
-            remedy=f"Leave out --dtype, or name a file, as in {_as_file(last)}",
-        )
-    if keep_wrapper and unlike:
-        raise OutputError(
-            f"names another format than {last.checkpoint.path}, which --keep-wrapper copies",
-            file=target,
-            remedy="Choose a name like that of the checkpoint, or leave out --keep-wrapper",
-        )
-    names = last.where.split(" + ")
-    if isinstance(last.checkpoint.tree, Components) and len(names) > 1 and form in _SINGLE:
-        raise OutputError(
-            f"is one file, but {last.checkpoint.path} has several models ({', '.join(names)})",
-            file=target,
-            remedy=f"Name a folder, as in -o swa, or take one model with --key {quote(names[-1])}",
-        )
-    if options.max_shard_size and (keep_wrapper or form is not Form.FOLDER):
-        plain = target.with_suffix("")
-        folder = not keep_wrapper and form_of(plain, last.checkpoint) is Form.FOLDER
-        raise OutputError(
-            "is no Hugging Face folder, and only those are written in shards",
-            file=target,
-            remedy="Leave out --max-shard-size"
-            + f", or name a folder, as in -o {quote(str(plain))}" * folder,
-        )
-
-
-def _as_file(last: StateDict) -> str:
-    """Return the options to write a file, with one model if there are several."""
-    before, _, name = last.where.rpartition(" + ")
-    one = before and isinstance(last.checkpoint.tree, Components)
-    return f"-o swa.pt --key {quote(name)}" if one else "-o swa.pt"
 
 
 def average(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from swa_avg.planning import Treatment, Work
-from swa_avg.tensors import FORMATS, Box, Kind, TensorRef, elements, part, read_box, value_of
+from swa_avg.tensors import FORMATS, Box, Kind, TensorRef, elements, read_box, real_dtype, value_of
 
 _BOXES = 4096  # divided among the tensors
 _MOST_OF_ONE = 16
@@ -93,18 +93,25 @@ def _is_right(work: Work, result: TensorRef, sources: Sequence[TensorRef], box: 
     weights = work.weights if averaged else (1,) * len(inputs)
     same_dtype = all(source.dtype == work.dtype for source in sources)
     for number, bits in enumerate(output.bits):
-        column = [elements.values[number] for elements in inputs]
-        patterns = {elements.bits[number] for elements in inputs}
-        if len(patterns) == 1 and same_dtype:
+        patterns = {one.bits[number] for one in inputs}
+        if same_dtype and len(patterns) == 1:
             right = bits in patterns
-        elif all(map(math.isfinite, column)):
-            terms = (w * Fraction(x) for w, x in zip(weights, column, strict=True))
-            right = output.holds(number, sum(terms, Fraction(0)) / sum(weights))
-        else:  # as text: NaN is not equal to itself
-            right = {str(value) for value in column} == {str(output.values[number])}
+        else:
+            right = _is_mean(output, inputs, number, weights)
         if not right:
             return False
     return True
+
+
+def _is_mean(
+    output: _Elements, inputs: Sequence[_Elements], number: int, weights: Sequence[int]
+) -> bool:
+    """Return whether an element is the rounded mean of the inputs, or what they all have."""
+    column = [one.values[number] for one in inputs]
+    if not all(map(math.isfinite, column)):  # as text: NaN is not equal to itself
+        return {str(value) for value in column} == {str(output.values[number])}
+    terms = (weight * Fraction(value) for weight, value in zip(weights, column, strict=True))
+    return output.holds(number, sum(terms, Fraction(0)) / sum(weights))
 
 
 class _Elements:
@@ -115,7 +122,7 @@ class _Elements:
     """
 
     def __init__(self, ref: TensorRef, box: Box) -> None:
-        dtype = part(ref.dtype)
+        dtype = real_dtype(ref.dtype)
         self._format, size = FORMATS.get(dtype.name), dtype.itemsize
         data = bytearray(box.numel * ref.dtype.itemsize)
         read_box(ref, box, elements(data, box.shape, ref.dtype.itemsize))

@@ -182,25 +182,9 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
         raise written.refusal("it is missing" if name not in found else "it is not planned", name)
     places = _Places(written, checkpoint)
     starts = {file.path: places.of(file) - file.start for file in checkpoint.files}
-    where = written.layout.places
+    wanted = written.layout.places  # of each storage; computed once
     for name, item in planned.tensors.items():
-        ref = found[name]
-        parts = [part.start for part in ref.parts]
-        checks: list[Check] = [
-            ("shape", ref.shape, item.shape),
-            ("parts", parts, [start for start, _ in item.parts]),
-        ]
-        stored = [(ref, item)]
-        if parts:
-            refs = (part.ref for part in ref.parts)
-            stored = list(zip(refs, (one for _, one in item.parts), strict=False))
-        for one, wanted in stored:
-            number, record = wanted.storage, one.record
-            start = starts[record.file.path] + record.file.start + record.offset
-            checks += _checks(one, wanted, planned.storages[number], start - where[number])
-            if record.crc32 is not None and record.length == planned.storages[number].nbytes:
-                checks.append(("checksum", record.crc32, written.checksums[number]))
-        for what, actual, expected in checks:
+        for what, actual, expected in _checks(written, found[name], item, starts, wanted):
             if actual != expected:
                 raise written.refusal(f"its {what} is {actual} instead of {expected}", name)
     if checkpoint.format == "torch zip" and not written.wrapped:
@@ -209,9 +193,39 @@ def _compare(written: Written, checkpoint: Checkpoint) -> Mapping[str, TensorRef
 
 
 def _checks(
+    written: Written,
+    ref: TensorRef,
+    item: OutputTensor,
+    starts: Mapping[Path, int],
+    places: Sequence[int],
+) -> Iterator[Check]:
+    """Yield what was found and what is expected of a tensor, and of each of its parts.
+
+    Args:
+        written: The output.
+        ref: What was found.
+        item: What is expected.
+        starts: The place of the first byte of each file.
+        places: The expected place of each storage.
+    """
+    yield "shape", ref.shape, item.shape
+    yield "parts", [part.start for part in ref.parts], [start for start, _ in item.parts]
+    refs = [part.ref for part in ref.parts] or [ref]
+    items = [one for _, one in item.parts] or [item]
+    for one, wanted in zip(refs, items, strict=True):
+        storage = written.plan.state_dict.storages[wanted.storage]
+        record = one.record
+        start = starts[record.file.path] + record.file.start + record.offset
+        moved = start - places[wanted.storage]
+        yield from _stored(one, wanted, storage, moved)
+        if record.crc32 is not None and record.length == storage.nbytes:
+            yield "checksum", record.crc32, written.checksums[wanted.storage]
+
+
+def _stored(
     ref: TensorRef, item: OutputTensor, storage: OutputStorage, moved: int
 ) -> Iterator[Check]:
-    """Yield what was found and what is expected of a tensor, or of a part of one.
+    """Yield what was found and what is expected of a tensor in one storage.
 
     Args:
         ref: What was found.

@@ -189,27 +189,13 @@ def layout(
         OutputError: A tensor cannot be replaced in place.
     """
     ranges = tuple(map(_range, plan.works))
-    named = [(r, work.name) for r, work in zip(ranges, plan.works, strict=True) if r.length]
-    named.sort(key=lambda pair: _place(pair[0]))
-    for (one, _), (other, name) in pairwise(named):
-        before, after = _place(one), _place(other)
-        if before[0] == after[0] and before[1] + one.length > after[1]:
-            raise _irreplaceable(name, "shares bytes with another, but not in every checkpoint")
+    _check_apart(ranges, [work.name for work in plan.works])
     path = last.checkpoint.path
     if not path.is_dir():
         (file,) = last.checkpoint.files
         return WrapperLayout({"": file}, ranges, plan.state_dict.provenance)
     weights = {file.path for file in last.checkpoint.files}
-    # A file without averaged tensors may lie beside those with averaged tensors.
-    homes = {file.parent for file in weights} - {path}
-    for pattern in _COPIES:
-        found = (copy for copy in path.glob(pattern) if copy not in weights)
-        if any(copy.parent not in homes for copy in found):
-            raise OutputError(
-                f"has its weights a second time, as {pattern}, which would not be averaged",
-                file=path,
-                remedy="Leave out --keep-wrapper",
-            )
+    _check_no_copies(path, weights)
     copied, notes = _to_copy(path, weights, without)
     sources: dict[str, InputFile] = {}
     for inner in copied:
@@ -217,6 +203,29 @@ def layout(
         opened(file)
     _check_names(sources.values(), {r.record.file for r in ranges})
     return WrapperLayout(sources, ranges, plan.state_dict.provenance, notes)
+
+
+def _check_apart(ranges: Sequence[_Range], names: Sequence[str]) -> None:
+    """Refuse tensors that share bytes of the last checkpoint, but are averaged separately."""
+    named = [(*_place(r), r.length, name) for r, name in zip(ranges, names, strict=True)]
+    filled = sorted((one for one in named if one[2]), key=lambda one: one[:2])
+    for (file, start, length, _), (other_file, other_start, _, name) in pairwise(filled):
+        if file == other_file and start + length > other_start:
+            raise _irreplaceable(name, "shares bytes with another, but not in every checkpoint")
+
+
+def _check_no_copies(folder: Path, weights: Collection[Path]) -> None:
+    """Refuse a folder that holds its weights a second time: those would not be averaged."""
+    # A file without averaged tensors may lie beside those with averaged tensors.
+    homes = {file.parent for file in weights} - {folder}
+    for pattern in _COPIES:
+        found = (copy for copy in folder.glob(pattern) if copy not in weights)
+        if any(copy.parent not in homes for copy in found):
+            raise OutputError(
+                f"has its weights a second time, as {pattern}, which would not be averaged",
+                file=folder,
+                remedy="Leave out --keep-wrapper",
+            )
 
 
 def _to_copy(
@@ -262,32 +271,38 @@ def _check_names(copied: Iterable[InputFile], replaced: Iterable[InputFile]) -> 
             )
 
 
-def notes(last: StateDict, kept: bool, folder: bool, whole: bool) -> Iterator[str]:
-    """Yield notes about everything in the output apart from the averaged weights.
+def notes_on_bare(last: StateDict, *, folder: bool) -> Iterator[str]:
+    """Yield notes on what an output without the wrapper lacks.
 
     Args:
         last: The state_dict of the last checkpoint.
-        kept: Whether its wrapper is kept.
         folder: Whether the output is a folder.
-        whole: Whether all of its files are kept; otherwise those with optimizer state are not.
+    """
+    path, row = last.checkpoint.path, last.framework
+    if row and row.needs and not folder and last.where:
+        yield (
+            f"the output is a bare state_dict; {row.needs} needs the framework's whole "
+            "file, which --keep-wrapper writes"
+        )
+    homes = {file.path.parent for file in last.checkpoint.files}
+    if folder and last.checkpoint.format == DISTRIBUTED and homes != {path}:
+        yield (
+            f"the output is not in a sub-folder {min(homes).name}, as in {path}; "
+            "--keep-wrapper keeps it there"
+        )
+
+
+def notes_on_copy(last: StateDict, *, folder: bool, whole: bool) -> Iterator[str]:
+    """Yield notes on what a copy of the last checkpoint holds besides the averaged weights.
+
+    Args:
+        last: The state_dict of the last checkpoint.
+        folder: Whether the output is a folder.
+        whole: Whether all of its files are copied; otherwise those with optimizer state are not.
     """
     path, row, found = last.checkpoint.path, last.framework, last.places
-    if not kept:
-        if row and row.needs and not folder and last.where:
-            yield (
-                f"the output is a bare state_dict; {row.needs} needs the framework's whole "
-                "file, which --keep-wrapper writes"
-            )
-        homes = {file.path.parent for file in last.checkpoint.files}
-        if folder and last.checkpoint.format == DISTRIBUTED and homes != {path}:
-            yield (
-                f"the output is not in a sub-folder {min(homes).name}, as in {path}; "
-                "--keep-wrapper keeps it there"
-            )
-        return
     such_as = " (such as optimizer state)" if whole else ""
-    what = "folder" if folder else "file"
-    yield f"everything else in the {what}{such_as} is copied from {path}"
+    yield f"everything else in the {'folder' if folder else 'file'}{such_as} is copied from {path}"
     if row and row.alone:
         yield (
             f"{row.name}'s optimizer state may hold a copy of the last checkpoint's weights; "

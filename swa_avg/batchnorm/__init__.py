@@ -6,7 +6,7 @@ model or in the file. Does not average.
 
 from swa_avg.batchnorm.batches import Alone, same_draws
 from swa_avg.batchnorm.calling import Forward, default_forward
-from swa_avg.batchnorm.in_place import copy_of
+from swa_avg.batchnorm.in_place import Copy, copy_of
 from swa_avg.batchnorm.isolation import (
     error_line,
     frames_of,
@@ -15,7 +15,8 @@ from swa_avg.batchnorm.isolation import (
     users_code,
 )
 from swa_avg.batchnorm.named import load_attribute
-from swa_avg.batchnorm.recompute import BatchNorm, Recompute, Session, read_state, session
+from swa_avg.batchnorm.recompute import BatchNorm, Session, read_state, session
+from swa_avg.batchnorm.settings import Recompute
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -30,6 +31,7 @@ __all__ = [
     "Amp",
     "BatchNorm",
     "BatchNormReport",
+    "Copy",
     "Estimator",
     "Forward",
     "Recompute",

@@ -17,10 +17,16 @@ from swa_avg.checkpoints import StateDict, check_choice, find_state_dict, proven
 from swa_avg.errors import LayoutError, OutputError, listed
 from swa_avg.formats import PROVENANCE, Checkpoint, is_checkpoint, open_checkpoint
 from swa_avg.progress import Counter, Watch
-from swa_avg.storage import AtomicFile, AtomicFolder, InputFile, RemoteFile, is_remote
+from swa_avg.storage import (
+    AtomicFile,
+    AtomicFolder,
+    InputFile,
+    OutputFile,
+    RemoteFile,
+    is_remote,
+)
 from swa_avg.tensors import verify
 
-File = AtomicFile | AtomicFolder | RemoteFile
 _MOST_LEVELS = 3  # between a file of an average and the folder with its provenance
 
 
@@ -34,7 +40,7 @@ class Copy:
         ema: Whether to use the averaged weights or the raw weights, if it has both.
     """
 
-    file: File
+    file: OutputFile
     key: Sequence[str]
     ema: bool | None
 
@@ -175,7 +181,7 @@ def _sources(checkpoint: Checkpoint, opened: ExitStack) -> Mapping[str, InputFil
     return sources
 
 
-def _opened(path: Path, sources: Mapping[str, InputFile], opened: ExitStack) -> File:
+def _opened(path: Path, sources: Mapping[str, InputFile], opened: ExitStack) -> OutputFile:
     """Create the file or folder of the copy; it is closed with `opened`."""
     sizes = {name: source.size for name, source in sources.items()}
     if is_remote(path):

@@ -11,7 +11,7 @@ import io
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch import nn
 
 from swa_avg.batchnorm.batches import Alone, Ranks, same_draws
 from swa_avg.batchnorm.calling import Forward
-from swa_avg.batchnorm.in_place import File
 from swa_avg.batchnorm.loading import batches_of
+from swa_avg.batchnorm.settings import Recompute, Settings
 from swa_avg.batchnorm.statistics import (
     Amp,
     BatchNormReport,
@@ -35,40 +35,14 @@ from swa_avg.batchnorm.statistics import (
 )
 from swa_avg.batchnorm.userdata import Fit, UserCode, load_weights, user_code
 from swa_avg.checkpoints import StateDict, find_state_dict, provenance
-from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, listed
+from swa_avg.errors import NotFiniteError, OutputError, SwaAvgError, kind_of, listed
 from swa_avg.formats import Checkpoint, open_checkpoint, patch
 from swa_avg.kernel import default_arithmetic
 from swa_avg.pickles import Stream, rebuilt
-from swa_avg.planning import described, suggesting
+from swa_avg.planning import suggesting
 from swa_avg.progress import Watch
-from swa_avg.storage import AtomicFolder, InputFile
+from swa_avg.storage import AtomicFolder, InputFile, OutputFile
 from swa_avg.tensors import Record, TensorRef, View, is_dense, read_tensor
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """The options of a BatchNorm recompute.
-
-    Attributes:
-        data: `MOD:ATTR` of the batches.
-        model: `MOD:ATTR` of the model; by default `model` in the module of the data.
-        forward: `MOD:ATTR` of the forward function; by default `forward` in the module of
-            the data, if it exists.
-        device: auto, cpu, cuda, cuda:i or mps.
-        estimator: population or torch.
-        amp: off, bf16 or fp16.
-        batches: The maximum number of batches; None uses all.
-        folder: The folder to import modules from; by default the current folder.
-    """
-
-    data: str
-    model: str | None = None
-    forward: str | None = None
-    device: str = "auto"
-    estimator: Estimator = "population"
-    amp: Amp = "off"
-    batches: int | None = None
-    folder: Path = field(default_factory=Path.cwd)
 
 
 @suggesting
@@ -106,7 +80,7 @@ class BatchNorm:
         if self.model is not None:
             check_model(self.model)
         if self.forward is not None and not callable(self.forward):
-            kind = described(self.forward)
+            kind = kind_of(self.forward)
             raise TypeError(f"forward must be a function forward(model, batch), not {kind}")
 
     def network(self, model: nn.Module | None = None) -> nn.Module:
@@ -126,19 +100,13 @@ class BatchNorm:
         """Return a session of these batches and a model, by default its own.
 
         Raises:
-            DataError: The data are no batches.
+            DataError: The data does not give batches.
             ValueError: There is no model, or there are two.
         """
         network = self.network(model)
-        made = partial(batches_of, self.data, "data", lambda job: job())
-        how = Recompute(
-            "data",
-            device=self.device,
-            estimator=self.estimator,
-            amp=self.amp,
-            batches=self.max_batches,
-        )
-        return Session(how, UserCode(made(), network, self.forward, made), Alone())
+        again = partial(batches_of, self.data, "data")
+        settings = Settings(self.device, self.estimator, self.amp, self.max_batches)
+        return Session(settings, UserCode(again(), network, self.forward, again), Alone())
 
 
 class Session:
@@ -150,8 +118,8 @@ class Session:
         model: The model; after a recompute it has the weights of the file.
     """
 
-    def __init__(self, options: Recompute, code: UserCode, ranks: Ranks) -> None:
-        self._options = options
+    def __init__(self, settings: Settings, code: UserCode, ranks: Ranks) -> None:
+        self._settings = settings
         self._code = code
         self._ranks = ranks
         self._read = False
@@ -160,7 +128,7 @@ class Session:
 
     def recompute(
         self,
-        file: File,
+        file: OutputFile,
         key: Sequence[str] = (),
         ema: bool | None = None,
         progress: Watch | None = None,
@@ -206,7 +174,7 @@ class Session:
         before = provenance.of(checkpoint)
         if before is None:
             return checkpoint.provenance
-        made = {"estimator": self._options.estimator, "batches": report.batches}
+        made = {"estimator": self._settings.estimator, "batches": report.batches}
         if report.samples is not None:
             made["samples"] = report.samples
         try:
@@ -227,22 +195,22 @@ class Session:
         return batches
 
     def _run(self, batches: Iterable[Any], progress: Watch | None) -> BatchNormReport:
-        model, options = self._code.model, self._options
+        model, settings = self._code.model, self._settings
         self._ranks.broadcast(list(model.state_dict(keep_vars=True).values()))
         return recompute_batchnorm(
             model,
             batches,
-            device=options.device,
-            estimator=options.estimator,
+            device=settings.device,
+            estimator=settings.estimator,
             forward=self._code.forward,
-            amp=options.amp,
-            max_batches=options.batches,
+            amp=settings.amp,
+            max_batches=settings.max_batches,
             progress=progress,
             ranks=self._ranks,
         )
 
 
-def _starts(file: File) -> dict[Path, int]:
+def _starts(file: OutputFile) -> dict[Path, int]:
     """Return the start of each file of an output; positions count through all files."""
     if not isinstance(file, AtomicFolder):
         return {file.path: 0}
@@ -251,7 +219,7 @@ def _starts(file: File) -> dict[Path, int]:
 
 
 @contextmanager
-def _named_after(file: File) -> Iterator[None]:
+def _named_after(file: OutputFile) -> Iterator[None]:
     """Make errors name the final path of a file instead of its temporary path."""
     try:
         yield
@@ -280,7 +248,7 @@ def session(options: Recompute, ranks: Ranks | None = None) -> Iterator[Session]
         once=ranks.once,
         folder=options.folder,
     ) as code:
-        yield Session(options, code, ranks)
+        yield Session(options.settings, code, ranks)
 
 
 def read_state(state: StateDict) -> OrderedDict[str, Any]:

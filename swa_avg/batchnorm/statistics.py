@@ -9,7 +9,7 @@ exception. The new statistics are written at the end, either all of them or none
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,13 +28,13 @@ from swa_avg.batchnorm.batches import (
     numbered,
 )
 from swa_avg.batchnorm.calling import Forward, default_forward, explained, samples_in
-from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics, is_frozen, layers_of
+from swa_avg.batchnorm.estimators import ESTIMATORS, Outcome, Statistics
 from swa_avg.batchnorm.isolation import users_code
+from swa_avg.batchnorm.layers import is_frozen, layers_of
 from swa_avg.batchnorm.loading import batches_of
 from swa_avg.batchnorm.on_device import on_device
-from swa_avg.errors import DataError, SwaAvgError, counted
+from swa_avg.errors import DataError, SwaAvgError, counted, kind_of
 from swa_avg.kernel import default_arithmetic
-from swa_avg.planning import described
 from swa_avg.progress import Counter, Watch
 
 Estimator = Literal["population", "torch"]
@@ -150,12 +150,12 @@ def recompute_batchnorm(
             one value per channel, statistics are not finite, or the model has no BatchNorm
             layer with running statistics.
         SwaAvgError: The device is not available, or `torch` is used with several ranks.
-        TypeError: The model is no module.
+        TypeError: The model is not an `nn.Module`.
         ValueError: An argument has an invalid value.
     """
     check_model(model)
     if ranks is None:
-        batches = batches_of(batches, "batches", lambda job: job())
+        batches = batches_of(batches, "batches")
     ranks = ranks or Alone()
     check_values(estimator, amp, max_batches)
     if estimator == "torch" and ranks.world > 1:
@@ -185,22 +185,28 @@ def recompute_batchnorm(
             total_batches, total_samples = _gathered(ranks, seen)
             outcomes = statistics.outcomes(ranks)
     with default_arithmetic():
-        layers_committed = _committed(outcomes)
+        shifts = _committed(outcomes)
     return BatchNormReport(
         estimator=estimator,
         device=str(there),
         ranks=ranks.world,
         batches=total_batches,
         samples=total_samples,
-        layers=layers_committed,
+        layers=shifts,
         unreached=tuple(x.layer.name for x in outcomes if not x.batches),
-        frozen=tuple(n for n, m in model.named_modules() if is_frozen(m)),
-        instance_norms=tuple(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, _InstanceNorm) and module.running_mean is not None
-        ),
+        frozen=_named(model, is_frozen),
+        instance_norms=_named(model, _tracks_instances),
     )
+
+
+def _named(model: nn.Module, test: Callable[[nn.Module], bool]) -> tuple[str, ...]:
+    """Return the names of the modules that pass a test."""
+    return tuple(name for name, module in model.named_modules() if test(module))
+
+
+def _tracks_instances(module: nn.Module) -> bool:
+    """Return whether a module is an InstanceNorm layer with running statistics."""
+    return isinstance(module, _InstanceNorm) and module.running_mean is not None
 
 
 def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, Tensor]:
@@ -219,16 +225,16 @@ def recomputed_buffers(model: nn.Module, report: BatchNormReport) -> dict[str, T
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module, such as the class of one.
+    """Refuse a model that is not a module, such as the class of one.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It is not an `nn.Module`.
     """
     if isinstance(model, nn.Module):
         return
     name = getattr(model, "__name__", "") if callable(model) else ""
     made = f"; give {name}()" if name and name != "<lambda>" else ""
-    raise TypeError(f"model must be a torch.nn.Module, not {described(model)}{made}")
+    raise TypeError(f"model must be a torch.nn.Module, not {kind_of(model)}{made}")
 
 
 def check_values(estimator: str, amp: str, max_batches: int | None) -> None:

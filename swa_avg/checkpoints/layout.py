@@ -339,7 +339,7 @@ def _components(
         raise no_average(checkpoint)
     passed = found.weights if ema else found.averages
     notes = []
-    if checkpoint.without is not None:
+    if checkpoint.is_bundle:
         # SpeechBrain saves statistics of features like a model, but not under names of parameters.
         others = [name for name in tree if not has_parameters(mapping(tree[name]) or {})]
         passed = (*passed, *others)

@@ -99,7 +99,7 @@ def _signs(names: Iterable[str]) -> Iterator[tuple[int, _Key]]:
     there = "\n".join(names)
     parts = [part for part in _BY_PART if part in there]
     for name in names:
-        numbers = _byleaf_of(name[name.rfind(".") + 1 :])
+        numbers = _families_of_leaf(name[name.rfind(".") + 1 :])
         for part in parts:
             if part in name:
                 numbers = (*numbers, *_BY_PART[part])
@@ -229,7 +229,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=1024)
-def _byleaf_of(leaf: str) -> tuple[int, ...]:
+def _families_of_leaf(leaf: str) -> tuple[int, ...]:
     """Return the numbers of the families whose first pattern may match a last part of a name."""
     numbers = _BY_LEAF.get(leaf, ())
     if leaf.endswith(_ENDS) or leaf.startswith(_STARTS):
@@ -238,15 +238,21 @@ def _byleaf_of(leaf: str) -> tuple[int, ...]:
     return numbers
 
 
+def _by_part(patterns: Iterable[tuple[int, str]]) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the patterns that match the rest of a name, by a part of them all."""
+    found: dict[str, tuple[int, ...]] = {}
+    for number, pattern in patterns:
+        if pattern.endswith("**"):
+            usual = [part for part in ("lora", "vera", "oft_") if part in pattern]
+            part = usual[0] if usual else pattern.strip("*_")[:4]
+            found[part] = (*found.get(part, ()), number)
+    return found
+
+
 # Indices for a fast lookup among many names: by the part after the last dot if its pattern
 # has no `*`; otherwise by the end or the start of that part, or by a part in the middle.
 _FIRST = [(number, family.needs[0]) for number, family in enumerate(FAMILIES)]
-_BY_PART: dict[str, tuple[int, ...]] = {}
-for _number, _pattern in _FIRST:
-    if _pattern.endswith("**"):
-        _usual = [part for part in ("lora", "vera", "oft_") if part in _pattern]
-        _part = _usual[0] if _usual else _pattern.strip("*_")[:4]
-        _BY_PART[_part] = (*_BY_PART.get(_part, ()), _number)
+_BY_PART = _by_part(_FIRST)
 _LEAVES = [(n, first.rpartition(".")[2]) for n, first in _FIRST if not first.endswith("**")]
 _ENDS = tuple({leaf.rpartition("*")[2] for _, leaf in _LEAVES if "*" in leaf} - {""})
 _STARTS = tuple({leaf.strip("*") for _, leaf in _LEAVES if leaf.endswith("*")})

@@ -204,15 +204,13 @@ def no_state_dict(checkpoint: Checkpoint, found: str, averages: Sequence[str] = 
     if near:
         columns = zip(*(path.split(".")[:-1] for path in near), strict=False)
         around = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, columns)]
-        several = (
-            f"--key {'.'.join(around)} takes all of them"
-            if around
-            else ("To take several as one model, repeat --key")
-        )
         remedy = f"Give its path with --key; tensors are at: {listed(near, 8)}"
-        remedy += f". {several}" * (len(near) > 1)
-        for average in averages[:1]:
-            remedy += f". --ema takes the average at {average}" * (len(averages) == 1)
+        if len(near) > 1 and around:
+            remedy += f". --key {'.'.join(around)} takes all of them"
+        elif len(near) > 1:
+            remedy += ". To take several as one model, repeat --key"
+        if len(averages) == 1:
+            remedy += f". --ema takes the average at {averages[0]}"
     elif is_optimizer(mapping(tree) or {}):
         remedy = (
             "It holds optimizer state; to average other files, leave it out with --exclude "

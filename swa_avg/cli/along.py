@@ -14,7 +14,7 @@ from swa_avg.cli.beside import opened_beside
 from swa_avg.cli.blas import one_blas_thread
 from swa_avg.cli.options import Run
 from swa_avg.cli.progress import watching
-from swa_avg.cli.show import current_streams, json_text, note, print_json, say, say_picture
+from swa_avg.cli.show import current_streams, note, print_json, say, say_picture
 from swa_avg.errors import counted, in_bytes
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
@@ -53,10 +53,8 @@ def average_each(run: Run) -> None:
             from swa_avg.search import ScoredWindows
 
             report = ScoredWindows(reports, done.bytes_read, plan.notes, scores=done.scores)
-        if run.plot is not None:
-            beside.write(run.plot, picture)
-        if run.report is not None:
-            beside.write(run.report, f"{json_text(report.to_dict())}\n".encode())
+        beside.write_picture(picture)
+        beside.write_report(report.to_dict())
     if run.as_json:
         print_json(report.to_dict())
     elif not run.quiet:

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from swa_avg.cli import ranks
+from swa_avg.cli.show import json_text
+
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, along
     from swa_avg.cli.options import Run
@@ -23,18 +26,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beside:
-    """Open files by the path that the user gave."""
+    """The files that a run writes after its output, open and not committed.
 
+    Attributes:
+        run: The run, which has their paths.
+        files: The open files by path; empty in a process that writes none.
+    """
+
+    run: Run
     files: dict[Path, AtomicFile] = field(default_factory=dict)
 
-    def write(self, path: Path, data: bytes) -> None:
-        """Write a file and commit it.
+    def write_report(self, content: object) -> None:
+        """Write the report as JSON and commit it, if it is wanted.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        self.files[path].write(data, 0)
-        self.files[path].commit()
+        self._write(self.run.report, f"{json_text(content)}\n".encode())
+
+    def write_picture(self, picture: bytes) -> None:
+        """Write the plot and commit it, if it is wanted.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        self._write(self.run.plot, picture)
+
+    def _write(self, path: Path | None, data: bytes) -> None:
+        if path is not None:
+            self.files[path].write(data, 0)
+            self.files[path].commit()
 
 
 @contextmanager
@@ -42,24 +63,23 @@ def opened_beside(
     run: Run,
     averaging: Averaging | along.Windows | None,
     outputs: Sequence[Path] | None = None,
-    *,
-    is_first: bool = True,
 ) -> Iterator[Beside]:
     """Open the report and the plot; a file that is not committed is removed at the end.
+
+    Of several ranks, only rank 0 writes them.
 
     Args:
         run: The run, which has the paths.
         averaging: The planned average or averages, or None.
         outputs: The outputs, if they are several.
-        is_first: Whether this process is the only one or rank 0, which writes the files.
 
     Raises:
         OutputError: A file cannot be written.
         UsageError: Two options name the same file.
     """
     with ExitStack() as opened:
-        beside = Beside()
-        if is_first:
+        beside = Beside(run)
+        if ranks.is_first():
             from swa_avg.storage import AtomicFile
 
             for path in _checked(run, averaging, [run.output] if outputs is None else outputs):

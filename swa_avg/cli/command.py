@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swa_avg.cli import messages
-from swa_avg.cli.beside import Beside, opened_beside
+from swa_avg.cli import messages, ranks
+from swa_avg.cli.beside import opened_beside
 from swa_avg.cli.blas import one_blas_thread
 from swa_avg.cli.failures import reported
 from swa_avg.cli.options import (
@@ -32,14 +32,13 @@ from swa_avg.cli.options import (
 from swa_avg.cli.progress import watching
 from swa_avg.cli.show import (
     current_streams,
-    json_text,
-    note,
     print_json,
     printing,
     say,
     say_picture,
     show_average,
     show_plan,
+    show_recomputed,
     show_search,
     tensors_of,
 )
@@ -51,7 +50,8 @@ from swa_avg.signals import Signals
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report, torchrun
-    from swa_avg.storage import Output
+    from swa_avg.batchnorm import Copy, Session
+    from swa_avg.storage import Output, OutputFile
 
 # Set by the shell when it completes a command line, and by the user to get the script.
 _COMPLETION = "_SWA_AVG_COMPLETE"
@@ -92,17 +92,19 @@ def command(ctx: click.Context, /, **options: Any) -> None:
         average_each(run)
         return
     if run.dry_run:
-        if _is_first():
+        if ranks.is_first():
             with _planned(run) as averaging:
                 show_plan(averaging, run)
         return
-    with _joined() as ranks:
+    with _joined() as joined:
         if run.search:
             _search(run, run.search)
-        elif run.recompute is not None:
-            _recompute(run, run.recompute, ranks)
+        elif run.recompute is None:
+            _average(run, joined)
+        elif run.checkpoints or run.options.start_from:
+            _recompute_average(run, run.recompute, joined)
         else:
-            _average(run, ranks)
+            _recompute_in_place(run, run.recompute, joined)
 
 
 def _check_plot(path: Path) -> None:
@@ -115,8 +117,7 @@ def _check_plot(path: Path) -> None:
 @contextmanager
 def _joined() -> Iterator[torchrun.ProcessRanks | None]:
     """Join the other ranks, if torchrun has started several; only rank 0 prints."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if not (world.isdecimal() and int(world) > 1):
+    if not ranks.are_several():
         yield None
         return
     from swa_avg.averaging import torchrun
@@ -166,30 +167,33 @@ def _in_place(error: AlreadyAveragedError) -> SelectionError:
 
 def _watching(run: Run) -> AbstractContextManager[Watch | None]:
     """Show the progress of a step, unless another rank shows it."""
-    return watching(run.quiet or not _is_first(), current_streams().err)
+    return watching(run.quiet or not ranks.is_first(), current_streams().err)
 
 
-def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
+def _average(run: Run, joined: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints without recomputing BatchNorm."""
-    with _planned(run) as averaging, opened_beside(run, averaging, is_first=_is_first()) as beside:
+    with (
+        _planned(run) as averaging,
+        opened_beside(run, averaging) as beside,
+    ):
         with (
             one_blas_thread(),
             _watching(run) as watch,
-            _written(averaging, run, ranks, watch) as written,
+            _written(averaging, run, joined, watch) as written,
         ):
             if written:
                 file, report = written
                 picture = _drawn(report, run)
                 report = replace(report, notes=(*report.notes, *_commit(file, watch)))
-            if ranks:
-                ranks.meet()
+            if joined:
+                joined.meet()
         if not written:
             return
-        _write_picture(picture, run, beside)
+        beside.write_picture(picture)
         content: dict[str, object] = {}
         if run.as_json or run.report is not None:
             content = report.to_dict() | tensors_of(averaging, run)
-            _write_report(content, run, beside)
+            beside.write_report(content)
     if run.as_json:
         print_json(content)
     elif not run.quiet:
@@ -200,8 +204,8 @@ def _average(run: Run, ranks: torchrun.ProcessRanks | None) -> None:
 
 @contextmanager
 def _written(
-    averaging: Averaging, run: Run, ranks: torchrun.ProcessRanks | None, watch: Watch | None
-) -> Iterator[tuple[Any, Report] | None]:
+    averaging: Averaging, run: Run, joined: torchrun.ProcessRanks | None, watch: Watch | None
+) -> Iterator[tuple[OutputFile, Report] | None]:
     """Average into a file or folder, which becomes the output when it is committed.
 
     Yields:
@@ -209,66 +213,89 @@ def _written(
     """
     threads = run.threads
     with ExitStack() as entered:
-        if ranks:
+        if joined:
             from swa_avg.averaging import joint
 
-            together = joint.written(averaging, ranks, threads=threads, progress=watch)
+            together = joint.written(averaging, joined, threads=threads, progress=watch)
             yield entered.enter_context(together)
         else:
-            file: Any = entered.enter_context(averaging.open_output())
+            file = averaging.open_output()
+            entered.enter_context(file)
             yield file, averaging.write_to(file, threads=threads, progress=watch)
 
 
-def _recompute(run: Run, bn_options: dict[str, Any], ranks: torchrun.ProcessRanks | None) -> None:
-    """Recompute BatchNorm in a new average, or in an existing output."""
-    averages = run.checkpoints or run.options.start_from
+def _recompute_average(
+    run: Run, bn_options: dict[str, Any], joined: torchrun.ProcessRanks | None
+) -> None:
+    """Average checkpoints, and recompute BatchNorm in the average."""
     with ExitStack() as entered:
         # Plan first: errors in the headers are found before the user's code runs.
-        averaging = entered.enter_context(_planned(run)) if averages else None
-        beside = entered.enter_context(opened_beside(run, averaging, is_first=_is_first()))
-        from swa_avg.batchnorm import Recompute, copy_of, session
-
-        report, key, ema = None, run.options.key, run.options.ema
-        if not averages and _is_first():
-            # An output that may not be replaced is refused before the user's code runs.
-            with _watching(run) as watch:
-                existing = copy_of(
-                    run.output, key, ema=ema, force=run.options.force, progress=watch
-                )
-                copy = entered.enter_context(existing)
-            file, key, ema = copy.file, copy.key, copy.ema
+        averaging = entered.enter_context(_planned(run))
+        beside = entered.enter_context(opened_beside(run, averaging))
         entered.enter_context(_separate_output(run))
-        with ExitStack() as inner:
-            watch = inner.enter_context(_watching(run))
-            Counter(watch, f"loading {bn_options['data']}")
-            bn = entered.enter_context(session(Recompute(**bn_options), ranks))
-            written = averaging and entered.enter_context(_written(averaging, run, ranks, watch))
-            if not bn.leads:
+        with _watching(run) as watch:
+            bn = entered.enter_context(_session(bn_options, joined, watch))
+            written = entered.enter_context(_written(averaging, run, joined, watch))
+            if not written:
                 bn.follow()
                 return
-            if written and averaging:
-                file, report = written
-                key, ema = averaging.found_at
-            batchnorm, notes = bn.recompute(file, key, ema=ema, progress=watch)
-            size, picture = file.size, _drawn(report, run)
+            file, report = written
+            batchnorm, notes = bn.recompute(file, *averaging.found_at, watch)
+            picture = _drawn(report, run)
             notes = (*notes, *_commit(file, watch))
-        if report and averaging:
-            report = report.recomputed(batchnorm, notes)
-            content = report.to_dict() | tensors_of(averaging, run)
-        else:
-            content = {"output": str(run.output), "stale": bool(batchnorm.unreached)}
-            content |= {"batchnorm": batchnorm.to_dict(), "batchnorm_notes": list(notes)}
-        _write_picture(picture, run, beside)
-        _write_report(content, run, beside)
+        report = report.recomputed(batchnorm, notes)
+        content = report.to_dict() | tensors_of(averaging, run)
+        beside.write_picture(picture)
+        beside.write_report(content)
     if run.as_json:
         print_json(content)
     elif not run.quiet:
-        if report and averaging:
-            show_average(report, averaging, run)
-        say(messages.of_recompute(batchnorm, layers=run.verbose))
-        note(notes)
-        say([messages.of_output(str(run.output), size)])
+        show_average(report, averaging, run)
+        show_recomputed(batchnorm, notes, file.size, run)
         say_picture(picture, run)
+
+
+def _recompute_in_place(
+    run: Run, bn_options: dict[str, Any], joined: torchrun.ProcessRanks | None
+) -> None:
+    """Recompute BatchNorm in an existing output."""
+    with ExitStack() as entered:
+        beside = entered.enter_context(opened_beside(run, None))
+        copy = _copy(run, entered) if ranks.is_first() else None
+        entered.enter_context(_separate_output(run))
+        with _watching(run) as watch:
+            bn = entered.enter_context(_session(bn_options, joined, watch))
+            if not copy:
+                bn.follow()
+                return
+            batchnorm, notes = bn.recompute(copy.file, copy.key, copy.ema, watch)
+            notes = (*notes, *_commit(copy.file, watch))
+        content = {"output": str(run.output), "stale": bool(batchnorm.unreached)}
+        content |= {"batchnorm": batchnorm.to_dict(), "batchnorm_notes": list(notes)}
+        beside.write_report(content)
+    if run.as_json:
+        print_json(content)
+    elif not run.quiet:
+        show_recomputed(batchnorm, notes, copy.file.size, run)
+
+
+def _copy(run: Run, entered: ExitStack) -> Copy:
+    """Copy an existing output; one that may not be replaced is refused."""
+    from swa_avg.batchnorm import copy_of
+
+    key, ema, force = run.options.key, run.options.ema, run.options.force
+    with _watching(run) as watch:
+        return entered.enter_context(copy_of(run.output, key, ema=ema, force=force, progress=watch))
+
+
+def _session(
+    bn_options: dict[str, Any], joined: torchrun.ProcessRanks | None, watch: Watch | None
+) -> AbstractContextManager[Session]:
+    """Load the user's batches and model."""
+    from swa_avg.batchnorm import Recompute, session
+
+    Counter(watch, f"loading {bn_options['data']}")
+    return session(Recompute(**bn_options), joined)
 
 
 def _search(run: Run, wanted: Search) -> None:
@@ -280,7 +307,7 @@ def _search(run: Run, wanted: Search) -> None:
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
             raise click.UsageError(f"{wanted.option} cannot write a folder: name a file with -o.")
-        beside = entered.enter_context(opened_beside(run, averaging, is_first=_is_first()))
+        beside = entered.enter_context(opened_beside(run, averaging))
         bn = Recompute(**run.recompute) if run.recompute is not None else None
         entered.enter_context(_separate_output(run))
         search = sweeping.greedy_soup if wanted.greedy else sweeping.swept
@@ -291,19 +318,14 @@ def _search(run: Run, wanted: Search) -> None:
             best = entered.enter_context(search(averaging, bench, run.threads))
             picture = plot.drawn(best.report, run.plot.suffix.lower()) if run.plot else b""
             best = replace(best, report=best.report.noting(_commit(best.file, watch)))
-        _write_picture(picture, run, beside)
+        beside.write_picture(picture)
         content = best.report.to_dict() | tensors_of(best.averaging, run)
-        _write_report(content, run, beside)
+        beside.write_report(content)
     if run.as_json:
         print_json(content)
     elif not run.quiet:
         show_search(best, run)
         say_picture(picture, run)
-
-
-def _write_report(content: object, run: Run, beside: Beside) -> None:
-    if run.report is not None:
-        beside.write(run.report, f"{json_text(content)}\n".encode())
 
 
 def _drawn(report: Report | None, run: Run) -> bytes:
@@ -313,11 +335,6 @@ def _drawn(report: Report | None, run: Run) -> bytes:
     from swa_avg.averaging import pictures
 
     return pictures.of_distances(report, report.distances, run.plot.suffix.lower())
-
-
-def _write_picture(picture: bytes, run: Run, beside: Beside) -> None:
-    if run.plot is not None:
-        beside.write(run.plot, picture)
 
 
 def _commit(file: Output, watch: Watch | None) -> tuple[str, ...]:
@@ -340,12 +357,6 @@ def _show(path: str, as_json: bool) -> None:
         say(messages.of_provenance(path, provenance))
 
 
-def _is_first() -> bool:
-    """Return whether this process is the only one, or rank 0 of those that torchrun started."""
-    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (world.isdecimal() and int(world) > 1 and rank.isdecimal() and int(rank) > 0)
-
-
 def _separate_output(run: Run) -> AbstractContextManager[None]:
     """Send the output of the user's code to stderr, away from the results on stdout."""
     return current_streams().separated(silent=run.quiet)
@@ -355,7 +366,7 @@ def run(signals: Signals) -> int:
     """Run the command and turn exceptions into exit codes."""
     # torch warns on import if it cannot use numpy, which does not matter here.
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    signals.silent = not _is_first()
+    signals.silent = not ranks.is_first()
     if shell := os.environ.get(_COMPLETION):
         from click.shell_completion import shell_complete
 

@@ -143,10 +143,9 @@ def of_search(report: SweepReport) -> Iterator[str]:
     """Yield the scores of all candidates, with the best one marked."""
     scale, tried = report.scale, report.tried
     averages, singles = _aligned([one.score for one in tried]), _aligned(report.singles)
-    better = "larger" if scale.mode == "max" else "smaller"
     joined = " with it" if report.greedy else " averaged"
     first = "" if report.greedy else f"{'last':>6} "
-    yield f"{scale.name} ({better} is better):"
+    yield f"{scale.name} ({scale.better} is better):"
     if report.batchnorm:
         what = "with it" if report.greedy else "averaged"
         yield f"({what}: with recomputed BatchNorm statistics; alone: with its own)"
@@ -164,11 +163,10 @@ def of_search(report: SweepReport) -> Iterator[str]:
 def of_window_scores(scores: WindowScores) -> Iterator[str]:
     """Yield the scores along a run: a line for each checkpoint, a column for each window."""
     scale, lasts = scores.scale, scores.lasts
-    better = "larger" if scale.mode == "max" else "smaller"
     averaged = iter(_aligned([one.score for one in scores.tried]))
     at = {(one.members[-1], len(one.members)): next(averaged) for one in scores.tried}
     columns = "".join(f"  {f'last {last}':>10}" for last in lasts)
-    yield f"{scale.name} ({better} is better):"
+    yield f"{scale.name} ({scale.better} is better):"
     if scores.is_recomputed:
         yield "(last: with recomputed BatchNorm statistics; alone: with its own)"
     yield f"{scores.axis:>10}{columns}  {'alone':>10}"

@@ -15,6 +15,7 @@ from swa_avg.errors import OutputError, printable
 
 if TYPE_CHECKING:
     from swa_avg.averaging import Averaging, Report
+    from swa_avg.batchnorm import BatchNormReport
     from swa_avg.search import Found
 
 
@@ -106,6 +107,13 @@ def show_average(report: Report, averaging: Averaging, run: Run) -> None:
     if averaging.options.verify:
         say(["verified: the output was read again and a sample of it recomputed"])
     note(report.notes)
+
+
+def show_recomputed(batchnorm: BatchNormReport, notes: Iterable[str], size: int, run: Run) -> None:
+    """Print the result of recomputing BatchNorm statistics, and the output with its size."""
+    say(messages.of_recompute(batchnorm, layers=run.verbose))
+    note(notes)
+    say([messages.of_output(str(run.output), size)])
 
 
 def json_text(content: object) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
+from swa_avg.cli import ranks
 from swa_avg.cli.options import BATCHNORM
 
 _CHOICE = ("last", "epochs", "best", "metric", "mode", "exclude")
@@ -18,19 +18,9 @@ _LEAVE_OUT = "Leave out one of them."
 
 def check_usage(ctx: click.Context) -> None:
     """Refuse options that would be ignored."""
-
-    def given(names: Iterable[str]) -> Iterator[str]:
-        for parameter in ctx.command.params:
-            source = ctx.get_parameter_source(parameter.name or "")
-            if parameter.name in names and source is click.core.ParameterSource.COMMANDLINE:
-                yield max(parameter.opts, key=len)
-
     named = ctx.params
     if named["show"]:
-        others = {one.name or "" for one in ctx.command.params} - {"show", "as_json", "verbose"}
-        for other in given(others):
-            what = f"--show cannot be combined with {other.lower()}"
-            raise click.UsageError(f"{what}. {_LEAVE_OUT}")
+        _check_show(ctx)
         return
     for option in ("report", "plot"):
         if "://" in (named[option] or ""):
@@ -40,12 +30,40 @@ def check_usage(ctx: click.Context) -> None:
         _check_each(named, unnamed=bool(named["sweep"]) and scored)
     elif len(named["last"] or ()) > 1:
         raise click.UsageError("--last takes several numbers only with --each.")
-    if named["sweep"] or named["greedy"]:
+    if _searches(named):
         _check_search(named)
     if named["minus"]:
-        _check_minus(named, given(_OF_CHECKPOINTS))
-    averages = named["checkpoints"] or named["start_from"]
-    if not averages and not named["recompute_bn"]:
+        _check_minus(named, _given(ctx, _OF_CHECKPOINTS))
+    _check_task(named)
+    _check_best(ctx)
+    _check_plot(named)
+    _check_batchnorm(ctx)
+    _check_checkpoints(ctx)
+
+
+def _given(ctx: click.Context, names: Iterable[str]) -> Iterator[str]:
+    """Yield the options that the user gave among some parameters."""
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is click.core.ParameterSource.COMMANDLINE:
+            yield max(parameter.opts, key=len)
+
+
+def _searches(named: Mapping[str, Any]) -> bool:
+    return bool(named["sweep"] or named["greedy"])
+
+
+def _check_show(ctx: click.Context) -> None:
+    """Refuse options that cannot be combined with --show."""
+    others = {one.name or "" for one in ctx.command.params} - {"show", "as_json", "verbose"}
+    for other in _given(ctx, others):
+        what = f"--show cannot be combined with {other.lower()}"
+        raise click.UsageError(f"{what}. {_LEAVE_OUT}")
+
+
+def _check_task(named: Mapping[str, Any]) -> None:
+    """Refuse a command line without anything to do, and options that contradict each other."""
+    if not (named["checkpoints"] or named["start_from"] or named["recompute_bn"]):
         raise click.UsageError("Give the checkpoints to average, as in: swa-avg ckpts/epoch_*.pt")
     if named["key"] and named["ema"] is not None:
         raise click.UsageError("Give --key or --ema/--no-ema, not both.")
@@ -56,21 +74,46 @@ def check_usage(ctx: click.Context) -> None:
             "--keep-wrapper cannot be combined with --dtype: it keeps the dtypes of the file. "
             f"{_LEAVE_OUT}"
         )
-    searches = named["sweep"] or named["greedy"]
+
+
+def _check_best(ctx: click.Context) -> None:
+    """Refuse --best without its metric, and a metric that nothing uses."""
+    named = ctx.params
     if named["best"] is not None and not named["metric"]:
         raise click.UsageError("--best needs --metric NAME, as in --metric val_loss.")
-    for option in given(("metric", "mode") if named["best"] is None and not searches else ()):
-        raise click.UsageError(f"{option} needs --best N, or --sweep or --greedy.")
-    if not searches and named["plot"] and named["each"]:
+    if named["best"] is None and not _searches(named):
+        for option in _given(ctx, ("metric", "mode")):
+            raise click.UsageError(f"{option} needs --best N, or --sweep or --greedy.")
+
+
+def _check_plot(named: Mapping[str, Any]) -> None:
+    """Refuse --plot if there is nothing to draw."""
+    if _searches(named) or not named["plot"]:
+        return
+    if named["each"]:
         raise click.UsageError("--plot with --each needs --sweep MOD:ATTR.")
-    if not searches and named["plot"] and not named["distances"]:
+    if not named["distances"]:
         raise click.UsageError("--plot needs --sweep, --greedy or --distances.")
-    if not named["recompute_bn"]:
-        for option in given([one for one in BATCHNORM if not (searches and one == "model")]):
-            needed = "" if named["data"] else " --data MOD:ATTR"
-            raise click.UsageError(f"{option} needs --recompute-bn{needed}.")
+
+
+def _check_batchnorm(ctx: click.Context) -> None:
+    """Refuse options of --recompute-bn without it; a search uses --model, too."""
+    named = ctx.params
+    if named["recompute_bn"]:
+        return
+    used = ("model",) if _searches(named) else ()
+    for option in _given(ctx, [one for one in BATCHNORM if one not in used]):
+        needed = "" if named["data"] else " --data MOD:ATTR"
+        raise click.UsageError(f"{option} needs --recompute-bn{needed}.")
+
+
+def _check_checkpoints(ctx: click.Context) -> None:
+    """Refuse options that need checkpoints, or something to average, if there are none."""
+    named = ctx.params
     unfit = () if named["checkpoints"] else _OF_CHECKPOINTS
-    for option in given(unfit if averages else (*unfit, *_OF_AVERAGING)):
+    if not (named["checkpoints"] or named["start_from"]):
+        unfit = (*unfit, *_OF_AVERAGING)
+    for option in _given(ctx, unfit):
         raise click.UsageError(f"{option} needs checkpoints to average.")
 
 
@@ -108,8 +151,7 @@ def _check_each(named: Mapping[str, Any], *, unnamed: bool) -> None:
             check_pattern(named["output"], named["last"])
         except ValueError as error:
             raise click.UsageError(f"--each: {error}.") from error
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdecimal() and int(world) > 1:
+    if ranks.are_several():
         raise click.UsageError("--each runs in one process: start it without torchrun.")
 
 
@@ -126,8 +168,7 @@ def _check_search(named: Mapping[str, Any]) -> None:
             f"{option} cannot be combined with --bn-buffers first: "
             f"the averages start at different checkpoints. {_LEAVE_OUT}"
         )
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdecimal() and int(world) > 1:
+    if ranks.are_several():
         raise click.UsageError(f"{option} runs in one process: start it without torchrun.")
 
 

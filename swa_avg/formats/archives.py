@@ -6,8 +6,7 @@ kind is a copy of the last archive with other weights, so this module only reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -39,7 +38,7 @@ def is_checkpoint(path: Path) -> bool:
     try:
         if file.read(0, min(2, file.size)) == _GZIP:
             return path.suffix == ".nemo"
-        return _is_tar(file) and any(map(_is_weights, _members(file)[0]))
+        return _is_tar(file) and any(map(_is_weights, _read_members(file).sections))
     finally:
         file.close()
 
@@ -74,7 +73,7 @@ def open_file(path: Path, headers: Headers, own: bool = False) -> Checkpoint:
 
 
 def _read_archive(file: InputFile, headers: Headers) -> Checkpoint:
-    members, _ = _members(file)
+    members = _read_members(file).sections
     weights = [name for name in members if _is_weights(name)]
     if not weights:
         return single.read(file, headers, Budget())  # refused as a tar archive
@@ -139,41 +138,49 @@ class _Headers:
         return self._place
 
 
-def _members(file: InputFile) -> tuple[dict[str, Section], int]:
-    """Return the regular files in a tar archive by name, and the place of the archive's end."""
+@dataclass(frozen=True)
+class _Members:
+    """The regular files in a tar archive.
+
+    Attributes:
+        sections: The range of each file, by its name.
+        end: The position after the last file, at which another one can be added.
+    """
+
+    sections: dict[str, Section]
+    end: int
+
+
+def _read_members(file: InputFile) -> _Members:
+    """Read the headers of a tar archive.
+
+    Raises:
+        FormatError: The archive is damaged, or has two files of one name, or too many.
+    """
     import tarfile
 
     found: dict[str, Section] = {}
     try:
-        for number, (name, start, size) in enumerate(_entries(file)):
-            if name in found or number >= _MOST_MEMBERS:
+        archive = tarfile.TarFile(fileobj=_Headers(file), mode="r")  # type: ignore[arg-type]
+        for member in archive:
+            # Sparse files and links have no range of their own.
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                continue
+            name = member.name.removeprefix("./")
+            if name in found or len(found) >= _MOST_MEMBERS:
                 what = f"two files with the name {name}" if name in found else "too many files"
                 raise FormatError(f"is a tar archive with {what}", file=file.path)
-            if size < 0:
-                return found, start
-            found[name] = Section(file, start, size)
+            found[name] = Section(file, member.offset_data, member.size)
+        end = archive.offset
+        if end + _BLOCK > file.size or any(file.read(end, _BLOCK)):
+            raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise FormatError(
             f"is a damaged tar archive ({error})",
             file=file.path,
             remedy="Copy it again from its source",
         ) from error
-    raise AssertionError("an archive has an end")
-
-
-def _entries(file: InputFile) -> Iterator[tuple[str, int, int]]:
-    """Yield the name, start and size of each regular file; the last size is negative: the end."""
-    import tarfile
-
-    archive = tarfile.TarFile(fileobj=_Headers(file), mode="r")  # type: ignore[arg-type]
-    for member in archive:
-        # Sparse files and links have no range of their own.
-        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            yield member.name.removeprefix("./"), member.offset_data, member.size
-    end = archive.offset
-    if end + _BLOCK > file.size or any(file.read(end, _BLOCK)):
-        raise tarfile.ReadError("its end is missing")
-    yield "", end, -1
+    return _Members(found, end)
 
 
 def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
@@ -186,4 +193,4 @@ def with_provenance(file: InputFile, provenance: str) -> tuple[Splice, ...]:
     header = tarfile.TarInfo(f"./{PROVENANCE}")
     header.size, header.mode = len(data), 0o644
     block = header.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % _BLOCK)
-    return (Splice(_members(file)[1], 0, block),)
+    return (Splice(_read_members(file).end, 0, block),)

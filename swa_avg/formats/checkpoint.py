@@ -36,8 +36,8 @@ class Checkpoint:
         metadata: The metadata of a safetensors file.
         notes: Notes for the user about the files.
         beside: The content of a file beside the tensors (`trainer_state.json`), if any.
-        without: If an output of the same form is a copy of this checkpoint: the patterns of
-            its files that are left out, such as optimizer state. None for other forms.
+        without: For a bundle, the patterns of the files that an output leaves out, such as
+            optimizer state; None for any other checkpoint.
         provenance: The provenance text of an average that swa-avg wrote; otherwise empty.
         provenance_record: The record that holds the provenance, if it has its own record.
         records: The record of each storage that a view in `tree` refers to.
@@ -56,6 +56,11 @@ class Checkpoint:
     provenance_record: Record | None = None
     records: Mapping[Stored, Record] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether an output of the same kind is a copy of this checkpoint with other weights."""
+        return self.without is not None
 
     def located(self, tensor: View | TensorRef) -> TensorRef:
         """Return a tensor of `tree` with its location.

@@ -42,24 +42,6 @@ from swa_avg.formats.components import ROOT
 from swa_avg.storage import InputFile, path_of
 from swa_avg.tensors import Record
 
-__all__ = [
-    "PROVENANCE",
-    "Checkpoint",
-    "Form",
-    "Headers",
-    "Layout",
-    "OutputStateDict",
-    "Splice",
-    "checksum_places",
-    "form_of",
-    "is_checkpoint",
-    "layout_for",
-    "open_checkpoint",
-    "patch",
-    "with_provenance",
-]
-
-
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 
@@ -165,7 +147,7 @@ def form_of(path: Path, like: Checkpoint, kept: bool = False) -> Form:
     if path.suffix.lower() in _TORCH_SUFFIXES:
         return Form.TORCH
     is_folder = like.path.is_dir()
-    if like.without is not None and (is_folder or path.suffix in ("", ".nemo")):
+    if like.is_bundle and (is_folder or path.suffix in ("", ".nemo")):
         return Form.COPY
     if is_folder:
         return Form.FOLDER if sharded.is_checkpoint(like.path) else Form.DCP

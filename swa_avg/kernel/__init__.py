@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from swa_avg.kernel.mean import Outcome as Outcome
     from swa_avg.kernel.mean import Window as Window
     from swa_avg.kernel.mean import compute as compute
+    from swa_avg.kernel.mean import conclude as conclude
     from swa_avg.kernel.mean import run as run
-    from swa_avg.kernel.mean import settle as settle
     from swa_avg.kernel.tasks import buffer_bytes as buffer_bytes
     from swa_avg.kernel.tasks import share as share
     from swa_avg.kernel.tasks import works_in as works_in
@@ -30,8 +30,8 @@ _HOME = {
     "Outcome": "mean",
     "Window": "mean",
     "compute": "mean",
+    "conclude": "mean",
     "run": "mean",
-    "settle": "mean",
     "default_arithmetic": "arithmetic",
     "buffer_bytes": "tasks",
     "share": "tasks",
@@ -46,9 +46,9 @@ __all__ = [
     "Window",
     "buffer_bytes",
     "compute",
+    "conclude",
     "default_arithmetic",
     "run",
-    "settle",
     "share",
     "works_in",
 ]

@@ -16,7 +16,7 @@ from swa_avg.kernel.reading import Reader
 from swa_avg.kernel.rounding import NonFiniteError, cast_into
 from swa_avg.kernel.tasks import Cell
 from swa_avg.planning import Treatment, Work
-from swa_avg.tensors import Box, DType, part
+from swa_avg.tensors import Box, DType, real_dtype
 
 if TYPE_CHECKING:
     from swa_avg.kernel.elements import Array
@@ -88,9 +88,9 @@ class Buffers:
         data, out = self._out.view(work.dtype, cell.numel)
         if cell.numel:
             rows = self._rows(readers, cell)
-            self._averager.mean_into(rows, out, part(work.dtype), work.weights)
+            self._averager.mean_into(rows, out, real_dtype(work.dtype), work.weights)
             if gram is not None:
-                gram.add_chunk(rows, out, part(work.dtype))
+                gram.add_chunk(rows, out, real_dtype(work.dtype))
         return data
 
     def means(
@@ -106,7 +106,7 @@ class Buffers:
             yield from ((number, data) for number in range(1, count + 1))
             return
         rows = self._rows(readers[::-1], cell)
-        means = self._averager.running_means(rows, out, part(work.dtype), work.weights[::-1])
+        means = self._averager.running_means(rows, out, real_dtype(work.dtype), work.weights[::-1])
         try:
             for number in means:
                 yield number, data
@@ -115,7 +115,7 @@ class Buffers:
                 error.source = count - 1 - error.source
             raise
         if gram is not None:
-            gram.add_chunk(_reversed(rows), out, part(work.dtype))
+            gram.add_chunk(_reversed(rows), out, real_dtype(work.dtype))
 
     def window_means(
         self,
@@ -140,7 +140,7 @@ class Buffers:
             yield from (data for _ in spans)
             return
         rows = self._rows(readers, cell)
-        for _ in self._averager.window_means(rows, spans, out, part(work.dtype)):
+        for _ in self._averager.window_means(rows, spans, out, real_dtype(work.dtype)):
             yield data
 
     def without_mean(
@@ -185,7 +185,7 @@ class Buffers:
             size = len(data) // count
             for number, reader in enumerate(readers):
                 reader.read(cell, data[number * size : (number + 1) * size])
-            return [Block(values.reshape(count, -1), part(first))]
+            return [Block(values.reshape(count, -1), real_dtype(first))]
         size = -(-cell.numel * max(reader.dtype.itemsize for reader in readers) // _ALIGNED)
         views = [
             self._in.view(readers[number].dtype, cell.numel, number * size * _ALIGNED)
@@ -194,7 +194,7 @@ class Buffers:
         for reader, (data, _) in zip(readers, views, strict=True):
             reader.read(cell, data)
         return [
-            Block(values[None], part(reader.dtype))
+            Block(values[None], real_dtype(reader.dtype))
             for reader, (_, values) in zip(readers, views, strict=True)
         ]
 

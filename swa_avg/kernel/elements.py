@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from swa_avg.tensors import FORMATS, DType, Format, Kind, part
+from swa_avg.tensors import FORMATS, DType, Format, Kind, real_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +34,7 @@ def carrier(dtype: DType) -> np.dtype[Any]:
 
     A complex number is stored as two elements, its real and imaginary parts.
     """
-    one = part(dtype)
+    one = real_dtype(dtype)
     return _WIDE.get(one.name) or _SIGNED[one.itemsize]
 
 

@@ -146,7 +146,7 @@ def run(kernel: Kernel, workers: int, progress: Progress | None = None) -> Outco
         SwaAvgError: The error of the first task, in their order, that failed.
     """
     findings = compute(kernel, kernel.tasks(workers), workers, progress)
-    return settle(kernel, findings, workers)
+    return conclude(kernel, findings, workers)
 
 
 @default_arithmetic()
@@ -165,7 +165,7 @@ def compute(
         progress: Is called in the calling thread with the bytes read since the last call.
 
     Returns:
-        The findings of these tasks; `settle` checks the merged findings of all tasks.
+        The findings of these tasks; `conclude` checks the merged findings of all tasks.
 
     Raises:
         SwaAvgError: The error of the first task, in their order, that failed.
@@ -198,7 +198,7 @@ def _start(job: _Job, workers: int, total: int, stack: ExitStack) -> Results[Pla
 
 
 @default_arithmetic()
-def settle(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
+def conclude(kernel: Kernel, findings: Findings, threads: int) -> Outcome:
     """Check the checksums of all records that were read, and return the results.
 
     Args:

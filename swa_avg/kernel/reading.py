@@ -130,7 +130,7 @@ class BundleReader:
             source = work.sources[self._number]
             record, length = source.record, cut.stop - cut.start
             if length == record.length:
-                ledger.settle(record, work.name, crc)
+                ledger.check_whole(record, work.name, crc)
             else:
                 place = source.offset * self.dtype.itemsize
                 ledger.add(record, work.name, Piece(place, length, crc))

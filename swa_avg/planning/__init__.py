@@ -9,7 +9,6 @@ from swa_avg.planning.agreement import refuse_unlike
 from swa_avg.planning.arguments import (
     check_arguments,
     check_count,
-    described,
     listed_paths,
     suggesting,
     with_block,
@@ -43,7 +42,6 @@ __all__ = [
     "check_arguments",
     "check_count",
     "check_pattern",
-    "described",
     "expand",
     "find_inputs",
     "gap_notes",

@@ -1,4 +1,4 @@
-"""Arguments of the API: misspelt names and wrong kinds are told before any work is done."""
+"""Checks of the arguments of the API: wrong names and types are refused before any work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from functools import wraps
 from numbers import Integral
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
+
+from swa_avg.errors import kind_of
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -50,7 +52,11 @@ def suggesting(kind: type[_T]) -> type[_T]:
 def with_block(
     function: Callable[_P, Iterator[_T]],
 ) -> Callable[_P, AbstractContextManager[_T]]:
-    """Make a context manager of a generator, which tells a user who forgot the `with`."""
+    """Make a context manager of a generator, with an error that explains a missing `with`.
+
+    Args:
+        function: Yields once; the parameters are those of the context manager.
+    """
     made = contextmanager(function)
 
     @wraps(function)
@@ -95,7 +101,7 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
 
 
 def check_arguments(batchnorm: object, threads: object, model: object = None) -> None:
-    """Refuse what is no `BatchNorm`, and a number of workers that is none.
+    """Check the `BatchNorm` and the number of workers that a function was given.
 
     Args:
         batchnorm: The `BatchNorm`, or None.
@@ -114,7 +120,7 @@ def check_arguments(batchnorm: object, threads: object, model: object = None) ->
         if ("swa_avg", "BatchNorm") not in kinds:
             raise TypeError(
                 "batchnorm must be a BatchNorm, as in BatchNorm(data=..., model=...), not "
-                + described(batchnorm)
+                + kind_of(batchnorm)
             )
         batchnorm.network(model)  # type: ignore[attr-defined]
     if threads is not None:
@@ -125,14 +131,14 @@ def listed_paths(paths: object) -> list[str | os.PathLike[str]]:
     """Return one or more paths as a list.
 
     Raises:
-        TypeError: Something is no path.
+        TypeError: A value is not a path.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) or not _is_several(paths) else paths
     listed: list[Any] = list(given)  # type: ignore[call-overload]
     for one in listed:
         if not isinstance(one, str | os.PathLike):
             saved = "; save it with torch.save first" if isinstance(one, Mapping) else ""
-            raise TypeError(f"checkpoints must be paths, not {described(one)}{saved}")
+            raise TypeError(f"checkpoints must be paths, not {kind_of(one)}{saved}")
     return listed
 
 
@@ -141,25 +147,25 @@ def _is_several(paths: object) -> bool:
 
 
 def check_texts(name: str, value: object) -> None:
-    """Refuse what is no text and no several texts.
+    """Refuse a value that is neither a text nor several texts.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It has another type.
     """
     several = [value] if isinstance(value, str) else value
     if not isinstance(several, Iterable) or not all(isinstance(one, str) for one in several):
-        raise TypeError(f"{name} must be text, or several texts, not {described(value)}")
+        raise TypeError(f"{name} must be text, or several texts, not {kind_of(value)}")
 
 
 def check_count(name: str, count: object) -> int:
-    """Return a number of checkpoints, also one of numpy, as an int; refuse what is none.
+    """Return a count as an int; an integer of numpy is accepted.
 
     Raises:
-        TypeError: It is no integer.
+        TypeError: It is not an integer.
         ValueError: It is less than 1.
     """
     if not isinstance(count, Integral) or isinstance(count, bool):
-        raise TypeError(f"{name} must be an integer, not {described(count)}")
+        raise TypeError(f"{name} must be an integer, not {kind_of(count)}")
     if count < 1:
         raise ValueError(f"{name} must be at least 1, not {count}")
     return int(count)
@@ -169,8 +175,3 @@ def either(values: Iterable[str]) -> str:
     """Return the values of an option as text: a, b or c."""
     *first, last = values
     return f"{', '.join(first)} or {last}"
-
-
-def described(value: object) -> str:
-    """Return the type of a value, or the name of a class."""
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -25,7 +25,7 @@ _MANY, _MANY_BYTES = 4096, 256
 
 
 def copies(
-    states: Sequence[StateDict], by_sample: bool = False
+    states: Sequence[StateDict], *, by_sample: bool = False
 ) -> Iterator[tuple[StateDict, StateDict, str]]:
     """Yield each checkpoint that equals an earlier one, the earlier one, and the reason.
 

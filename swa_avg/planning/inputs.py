@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from glob import escape, glob
 from itertools import islice
@@ -21,7 +20,7 @@ from swa_avg.checkpoints import names, words
 from swa_avg.errors import FileError, SelectionError, listed
 from swa_avg.formats import component_of, is_checkpoint
 from swa_avg.planning.unfinished import backups, beginnings, broken, is_unfinished
-from swa_avg.storage import home_written_out, is_remote, path_of, remote_matches
+from swa_avg.storage import home_written_out, is_remote, nearest, path_of, remote_matches
 
 # Where checkpoints are looked for below a folder without any.
 _MOST_LEVELS = 4
@@ -108,26 +107,9 @@ def _check_there(path: Path) -> None:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        remedy = _nearest(path)
+        remedy = nearest(path)
         reason = f"cannot be opened: {error.strerror}"
         raise FileError(reason, file=path, remedy=remedy) from error
-
-
-def _nearest(path: Path) -> str:
-    """Return what may have been meant by a path that does not exist, or what of it is missing."""
-    if home := home_written_out(path):
-        return home
-    missing = path
-    while missing.parent != missing and not missing.parent.is_dir():
-        missing = missing.parent
-    with suppress(OSError):
-        there = {Path(name).stem: name for name in os.listdir(missing.parent)}  # noqa: PTH208
-        close = [there[stem] for stem in get_close_matches(missing.stem, there, 1, 0.65)]
-        rest = Path(str(path)).relative_to(str(missing))
-        meant = missing.parent / close[0] / rest if close else None
-        if meant is not None and os.path.lexists(meant):
-            return f"Did you mean {meant}?"
-    return f"There is no folder {missing}" if missing != path else ""
 
 
 def _what_is_there(pattern: Path) -> str:
@@ -138,7 +120,7 @@ def _what_is_there(pattern: Path) -> str:
     while _MAGIC.search(str(folder)):
         folder = folder.parent
     if not folder.is_dir():
-        return _nearest(folder) or f"There is no folder {folder}"
+        return nearest(folder) or f"There is no folder {folder}"
     with suppress(OSError):
         there = sorted(name for name in os.listdir(folder) if name[0] != ".")  # noqa: PTH208
         return f"{folder} contains {listed(there)}" if there else f"{folder} is empty"
@@ -173,47 +155,107 @@ def exclusion(paths: Sequence[Path], others: Sequence[Path]) -> str:
     return ""
 
 
-def _add(path: Path, exclude: Sequence[str], inputs: Inputs, alone: bool) -> None:
-    """Add a file, a folder that is a checkpoint, or the checkpoints in a folder."""
-    try:
+def leaving_out(paths: Sequence[Path], others: Sequence[Path]) -> str:
+    """Return the remedy that leaves out exactly some paths; empty if no option can do that.
+
+    Args:
+        paths: The paths to leave out.
+        others: The paths to keep.
+    """
+    option = exclusion(paths, others)
+    return f"{option} leaves {'it' if len(paths) == 1 else 'them'} out" if option else ""
+
+
+def _add(path: Path, exclude: Sequence[str], inputs: Inputs, *, alone: bool) -> None:
+    """Add a file, a folder that is a checkpoint, or the checkpoints in a folder.
+
+    Args:
+        path: The file or folder.
+        exclude: Patterns of paths or names to leave out.
+        inputs: The input paths so far.
+        alone: Whether nothing else was given.
+    """
+    with _reading(path):
         if not path.is_dir():
             _check_there(path)
             inputs.paths.append(path)
             return
-        path = _of_run(path, inputs)
-        own = is_checkpoint(path)
-        children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
-        if own:
-            children = [child for child in children if _is_of_same_run(child)]
-        left_out, rest = _divided(children, lambda child: matches(child, exclude))
-        begun, unlike = _divided(rest, _may_be_checkpoint)
-        found = _whole(begun, inputs)
-        others = [] if is_remote(path) else unlike
-        lost = broken(others, found)
-        if not own and not found and not left_out:
-            what = "".join(f" ({one.name} {_verb(why)})" for one, why in [*lost.items()][:1])
-            raise SelectionError(
-                f"is a folder without checkpoints{what}",
-                file=path,
-                remedy=remedy_in_subfolders(path, children),
-            )
-        lone = not own and alone and len(found) == 1 and not is_remote(path)
-        inside = remedy_in_subfolders(path, children) if lone else ""
-    except OSError as error:
-        raise _unreadable(error, path) from error
-    if inside:
-        inputs.notes.append(f"{path}: contains only {found[0].name}. {inside}")
-    inputs.excluded += left_out
+        home = _home_in_run(path)
+    if home != path:
+        inputs.notes.append(f"{path}: the checkpoints in its folder {home.name} are used")
+    with _reading(home):
+        folder = _read_folder(home, exclude, alone=alone)
+    inputs.notes += folder.notes
+    inputs.excluded += folder.excluded
+    if folder.found and (alone or not folder.is_checkpoint):
+        inputs.paths += folder.found
+        inputs.found.update(folder.found)
+    elif folder.is_checkpoint:
+        inputs.paths.append(home)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What a given folder contains.
+
+    Attributes:
+        is_checkpoint: Whether the folder is a checkpoint itself.
+        found: The checkpoints in it.
+        excluded: The entries that --exclude leaves out.
+        notes: Notes for the user.
+    """
+
+    is_checkpoint: bool
+    found: Sequence[Path]
+    excluded: Sequence[Path]
+    notes: Sequence[str]
+
+
+def _read_folder(path: Path, exclude: Sequence[str], *, alone: bool) -> _Folder:
+    """List a folder, and sort its entries.
+
+    Raises:
+        SelectionError: The folder is not a checkpoint and contains none.
+    """
+    own = is_checkpoint(path)
+    children = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+    if own:
+        children = [child for child in children if _is_of_same_run(child)]
+    excluded, rest = _divided(children, lambda child: matches(child, exclude))
+    begun, unlike = _divided(rest, _may_be_checkpoint)
+    found, notes = _whole(begun)
+    lost = {} if is_remote(path) else broken(unlike, found)
+    if not (own or found or excluded):
+        raise _without_checkpoints(path, children, lost)
+    if len(found) == 1 and alone and not own and not is_remote(path):
+        inside = remedy_in_subfolders(path, children)
+        notes += [f"{path}: contains only {found[0].name}. {inside}"] if inside else []
     if lost:
         shown = listed([f"{one} ({why})" for one, why in lost.items()])
-        inputs.notes.append(f"left out, because they are no checkpoints: {shown}")
-    if not own or (found and alone):
-        inputs.paths += found
-        inputs.found.update(found)
-    else:
-        inputs.paths.append(path)
+        notes.append(f"left out, because they are no checkpoints: {shown}")
     if own and found:
-        inputs.notes.append(_note_on_run_folder(path, found, alone))
+        notes.append(_note_on_run_folder(path, found, alone=alone))
+    return _Folder(own, found, excluded, notes)
+
+
+def _without_checkpoints(
+    path: Path, children: Sequence[Path], lost: Mapping[Path, str]
+) -> SelectionError:
+    """Return the error for a folder that contains no checkpoints.
+
+    Args:
+        path: The folder.
+        children: Its entries.
+        lost: The entries whose names are those of checkpoints, each with what it is instead.
+    """
+    what = ""
+    for entry, why in list(lost.items())[:1]:
+        what = f" ({entry.name} {why if why.startswith('looks') else f'is {why}'})"
+    return SelectionError(
+        f"is a folder without checkpoints{what}",
+        file=path,
+        remedy=remedy_in_subfolders(path, children),
+    )
 
 
 def _divided(paths: Iterable[Path], test: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
@@ -225,23 +267,28 @@ def _divided(paths: Iterable[Path], test: Callable[[Path], bool]) -> tuple[list[
     return passed, others
 
 
-def _unreadable(error: OSError, path: Path) -> FileError:
-    """Return the error for a folder, or for what in it could not be read."""
-    place = Path(os.fspath(error.filename or path))
-    place = place if os.path.lexists(place) else place.parent
-    inner = place.name and place.name != Path(os.fspath(path)).name
-    return FileError(
-        f"cannot be read: {error.strerror}",
-        file=path / place.name if inner else path,
-        remedy="If it is no checkpoint, give the others by their names" if inner else "",
-    )
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the error of a folder, or of an entry that could not be read, into a `FileError`."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(os.fspath(error.filename or path))
+        place = place if os.path.lexists(place) else place.parent
+        inner = place.name and place.name != Path(os.fspath(path)).name
+        raise FileError(
+            f"cannot be read: {error.strerror}",
+            file=path / place.name if inner else path,
+            remedy="If it is no checkpoint, give the others by their names" if inner else "",
+        ) from error
 
 
-def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
-    """Return the checkpoints of a folder without those that are none of its run, with a note.
+def _whole(found: list[Path]) -> tuple[list[Path], list[str]]:
+    """Return the checkpoints of a folder that belong to its run, and notes on the others.
 
     Names mark unfinished checkpoints, backups, and the weights before the training.
     """
+    notes: list[str] = []
     for what, left in (
         ("unfinished checkpoints", [path for path in found if is_unfinished(path)]),
         ("copies of other checkpoints", backups(found)),
@@ -249,18 +296,13 @@ def _whole(found: list[Path], inputs: Inputs) -> list[Path]:
     ):
         if left and len(left) < len(found):
             shown = listed([str(path) for path in left])
-            inputs.notes.append(f"left out, because their names mark {what}: {shown}")
+            notes.append(f"left out, because their names mark {what}: {shown}")
             found = [path for path in found if path not in left]
-    return found
+    return found, notes
 
 
-def _verb(reason: str) -> str:
-    """Return what a file is as the rest of a sentence about it."""
-    return reason if reason.startswith("looks") else f"is {reason}"
-
-
-def _of_run(path: Path, inputs: Inputs) -> Path:
-    """Return a folder, or the only sub-folder in which its run saved checkpoints, with a note."""
+def _home_in_run(path: Path) -> Path:
+    """Return a folder, or the only sub-folder in which its run saved checkpoints."""
     if is_checkpoint(path):
         return path
     homes = [path / name for name in _OF_RUNS if (path / name).is_dir()]
@@ -270,7 +312,6 @@ def _of_run(path: Path, inputs: Inputs) -> Path:
     with suppress(OSError):  # what cannot be read is no checkpoint to choose
         if any(_may_be_checkpoint(child) for child in path.iterdir() if child not in homes):
             return path
-    inputs.notes.append(f"{path}: the checkpoints in its folder {inside[0].name} are used")
     return inside[0]
 
 
@@ -291,7 +332,7 @@ def _is_of_same_run(child: Path) -> bool:
     return (worded or numbered) and not is_other
 
 
-def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
+def _note_on_run_folder(path: Path, found: Sequence[Path], *, alone: bool) -> str:
     """Return the note that says whether a folder's own model or its checkpoints are used."""
     if alone:
         option = exclusion(found, [path])
@@ -304,7 +345,7 @@ def _note_on_run_folder(path: Path, found: Sequence[Path], alone: bool) -> str:
 
 
 def _holds_series(folder: Path) -> bool:
-    """Return whether several files of one series are in a folder that is no checkpoint itself."""
+    """Return whether a folder that is not a checkpoint holds several files of one series."""
     if is_checkpoint(folder):
         return False
     with suppress(OSError):
@@ -316,20 +357,13 @@ def _holds_series(folder: Path) -> bool:
 
 
 def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
-    """Return the path or pattern to give, if folders below one contain checkpoints."""
-    homes: list[Path] = []
-    level, looked_at = [child for child in children if child.is_dir()], 0
-    for _ in range(1 if is_remote(path) else _MOST_LEVELS):
-        below: list[Path] = []
-        for folder in level:
-            with suppress(OSError):
-                inner = list(islice(folder.iterdir(), _MOST_LOOKED_AT - looked_at))
-                looked_at += len(inner)
-                below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
-                homes += [folder] if any(map(is_checkpoint, inner)) else []
-        if homes or not below:
-            break
-        level = below
+    """Return the path or pattern to give, if folders below one contain checkpoints.
+
+    Args:
+        path: The folder.
+        children: Its entries.
+    """
+    homes = _homes_below(path, children)
     if len(homes) == 1:
         within = Path(str(homes[0])).relative_to(str(path))
         return f"Its folder {within} contains checkpoints: give {quote(str(homes[0]))}"
@@ -341,3 +375,22 @@ def remedy_in_subfolders(path: Path, children: Iterable[Path]) -> str:
         return f"Its sub-folders contain checkpoints: give {pattern}"
     some = [quote(str(home)) for home in homes]
     return f"Folders below it contain checkpoints: {listed(some)}" if homes else ""
+
+
+def _homes_below(path: Path, children: Iterable[Path]) -> list[Path]:
+    """Return the folders below one that contain checkpoints, all of the first level with any."""
+    level, left = [child for child in children if child.is_dir()], _MOST_LOOKED_AT
+    for _ in range(1 if is_remote(path) else _MOST_LEVELS):
+        homes: list[Path] = []
+        below: list[Path] = []
+        for folder in level:
+            with suppress(OSError):
+                inner = list(islice(folder.iterdir(), left))
+                left -= len(inner)
+                below += [one for one in sorted(inner) if one.is_dir() and one.name[0] != "."]
+                if any(map(is_checkpoint, inner)):
+                    homes.append(folder)
+        if homes:
+            return homes
+        level = below
+    return []

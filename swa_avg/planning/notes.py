@@ -18,36 +18,52 @@ from swa_avg.tensors import View, same_bytes
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
 # Entries of configurations that do not change what the weights mean.
 _VOLATILE = (
-    *(
-        "_name_or_path",
-        "transformers_version",
-        "_diffusers_version",
-        "peft_version",
-        "_commit_hash",
-    ),
-    *("torch_dtype", "dtype", "use_cache", "inference_mode", "revision", "auto_mapping"),
+    *("_name_or_path", "transformers_version", "_diffusers_version", "peft_version"),
+    *("_commit_hash", "torch_dtype", "dtype", "use_cache", "inference_mode", "revision"),
+    "auto_mapping",
 )
 
 
 def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
-    """Yield notes for the user on the checkpoints."""
+    """Yield notes for the user on the checkpoints.
+
+    Args:
+        states: The state_dicts, in the order of the run.
+        rules: The rules for tensors.
+    """
+    last = states[-1]
+    yield from _of_readers(states)
+    yield from _on_configurations(states)
+    yield from _on_schedule_free(states)
+    yield from _on_flat_parameters(last)
+    for note in last.notes:
+        yield f"{last.checkpoint.path}: {note}"
+    yield from _on_averages(last)
+    yield from _on_values(states, rules)
+
+
+def _of_readers(states: Sequence[StateDict]) -> Iterator[str]:
+    """Yield the notes that reading the files has made, each once."""
     said: dict[str, list[str]] = {}
     for state in states:
         for note in state.checkpoint.notes:
             said.setdefault(note, []).append(str(state.checkpoint.path))
     for note, (first, *more) in said.items():
         yield f"{first}{f' and {len(more)} more' if more else ''}: {note}"
-    yield from _on_configurations(states)
-    yield from _on_schedule_free(states)
-    last = states[-1]
+
+
+def _on_flat_parameters(last: StateDict) -> Iterator[str]:
+    """Yield a note on flat parameters of FSDP, which may be parts of the model."""
     flat = [name for name in last.views if leaf_of(name).lstrip("_") == "flat_param"]
     if flat:
         yield (
             f"{listed(flat)}: a flat parameter of FSDP, of which each rank may have saved its own "
             "part; average the files of one rank only"
         )
-    for note in last.notes:
-        yield f"{last.checkpoint.path}: {note}"
+
+
+def _on_averages(last: StateDict) -> Iterator[str]:
+    """Yield notes on averages in the last checkpoint that are not used."""
     if last.averages:
         where = listed(last.averages)
         yield (
@@ -60,25 +76,31 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
             f"{last.checkpoint.path}: also contains an average, at {where}, whose tensors have no "
             "names; not used"
         )
+
+
+def _on_values(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
+    """Yield notes on entries of the state_dict that are not tensors."""
+    last = states[-1]
     if last.dropped and not rules.wrapper:
-        names = listed(last.dropped)
         yield (
-            f"{names}: neither a tensor nor a plain value; left out (to keep it, use "
-            "--keep-wrapper)"
+            f"{listed(last.dropped)}: neither a tensor nor a plain value; left out (to keep it, "
+            "use --keep-wrapper)"
         )
     if last.values and not rules.strides:
         yield (
             f"{listed(list(last.values))}: not a tensor; left out, because this format stores "
             "only tensors"
         )
+    if not rules.strides:
+        return
     streams = [name for name, value in last.values.items() if holds_stream(value)]
-    if streams and rules.strides and not rules.wrapper:
+    if streams and not rules.wrapper:
         yield (
             f"{listed(streams)}: an io.BytesIO, kept from {last.checkpoint.path}; torch.load "
             "needs weights_only=False to load the output"
         )
     differing = [name for name in last.values if _differs(name, states)]
-    if differing and rules.strides:
+    if differing:
         yield f"{listed(differing)}: differs between checkpoints; taken from {last.checkpoint.path}"
 
 

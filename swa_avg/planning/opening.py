@@ -15,7 +15,7 @@ from pathlib import Path
 from swa_avg.checkpoints import NO_WEIGHTS, Finder, StateDict, other_than_model
 from swa_avg.errors import ForeignError, LayoutError, listed, naming
 from swa_avg.formats import Checkpoint, Headers, open_checkpoint
-from swa_avg.planning.inputs import Inputs, exclusion, remedy_in_subfolders
+from swa_avg.planning.inputs import Inputs, leaving_out, remedy_in_subfolders
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage import RequestPool, allow_files, is_remote
 
@@ -55,58 +55,91 @@ def open_all(
         SwaAvgError: A checkpoint is damaged, or a named file contains no model.
     """
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
-    others: dict[Path, str] = {}
-    remedies: dict[Path, str] = {}
-    without_ema: dict[Path, LayoutError] = {}
-    unfit: dict[Path, LayoutError] = {}
-    whole: list[Checkpoint] = []
-    opened, finder = Opened(notes=list(inputs.notes)), Finder(keys, ema)
+    finder = Finder(keys, ema)
+    found = _Sorted()
     count = Counter(progress, "reading headers", len(inputs.paths), "file")
     for path, checkpoint in _read(inputs, closing):
         count(1)
         if isinstance(checkpoint, ForeignError):
-            others[path] = checkpoint.texts.found.removeprefix("is ")
-            remedies[path] = checkpoint.texts.remedy
+            found.others[path] = checkpoint.texts.found.removeprefix("is ")
+            found.remedies[path] = checkpoint.texts.remedy
             continue
-        whole.append(checkpoint)
+        found.checkpoints.append(checkpoint)
         with naming(path):
             other = None if keys else other_than_model(checkpoint.tree)
         if other:
-            others[path] = other
+            found.others[path] = other
             continue
         try:
-            opened.states.append(finder.find(checkpoint))
+            found.states.append(finder.find(checkpoint))
         except LayoutError as error:
-            if ema:
-                without_ema[path] = error
-            elif path in inputs.found:
-                unfit[path] = error
-            else:
+            if not ema and path not in inputs.found:
                 raise
-    if unfit:
-        raise _unfit(unfit, opened)
-    if not opened.states and without_ema:
-        raise next(iter(without_ema.values()))
-    if not opened.states:
-        _refuse(others, inputs, remedies)
+            found.unfit[path] = error
+    return _chosen(found, inputs, finder, ema=bool(ema))
+
+
+@dataclass
+class _Sorted:
+    """The inputs, sorted by what they contain.
+
+    Attributes:
+        checkpoints: All checkpoints, with and without a model.
+        states: The state_dicts that were found.
+        others: What a file contains that is no model, by path.
+        remedies: What the user can do about some of these files.
+        unfit: The errors of checkpoints in which no state_dict was found, or no averaged
+            weights if those are wanted.
+    """
+
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    states: list[StateDict] = field(default_factory=list)
+    others: dict[Path, str] = field(default_factory=dict)
+    remedies: dict[Path, str] = field(default_factory=dict)
+    unfit: dict[Path, LayoutError] = field(default_factory=dict)
+
+
+def _chosen(found: _Sorted, inputs: Inputs, finder: Finder, *, ema: bool) -> Opened:
+    """Return the inputs that have a model, and leave out or refuse the others."""
+    if found.unfit and not ema:
+        raise _unfit(found.unfit, found.states)
+    if not found.states and found.unfit:
+        raise next(iter(found.unfit.values()))
+    if not found.states:
+        _refuse(found, inputs)
         # A file with nothing but integers still counts as a state_dict.
-        opened.states += map(finder.find, whole)
-        return opened
-    _leave_out(inputs, others, opened, _OTHERS)
-    _leave_out(inputs, dict.fromkeys(without_ema, ""), opened, _WITHOUT_EMA)
-    return opened
+        return Opened([*map(finder.find, found.checkpoints)], list(inputs.notes))
+    kept = [state.checkpoint.path for state in found.states]
+    notes = [
+        *inputs.notes,
+        *_left_out(found.others, _OTHERS, inputs, kept),
+        *_left_out(dict.fromkeys(found.unfit, ""), _WITHOUT_EMA, inputs, kept),
+    ]
+    return Opened(found.states, notes)
 
 
-# The note on files in a folder, and the error for a file that the user named.
-_OTHERS = ("left out, because they contain no model: {}", "is not a model: it contains {}")
-_WITHOUT_EMA = (
+@dataclass(frozen=True)
+class _Wording:
+    """How files without the wanted weights are called; `{}` is their list, or what one contains.
+
+    Attributes:
+        note: The note on files that were found in a folder.
+        refusal: What is wrong with a file that the user named.
+    """
+
+    note: str
+    refusal: str
+
+
+_OTHERS = _Wording("left out, because they contain no model: {}", "is not a model: it contains {}")
+_WITHOUT_EMA = _Wording(
     "left out, because they contain no averaged weights: {}",
     "has no averaged weights, unlike the others",
 )
 
 
 def _read(inputs: Inputs, closing: ExitStack) -> Iterator[tuple[Path, Checkpoint | ForeignError]]:
-    """Yield the checkpoints, and the error of each file in a folder that is none."""
+    """Yield each checkpoint, or the error of a file in a folder that is not a checkpoint."""
     headers = Headers()  # equal headers are parsed once
 
     def read(path: Path) -> Checkpoint | ForeignError:
@@ -135,43 +168,54 @@ def _files_in(path: Path) -> int:
     return 1
 
 
-def _refuse(others: Mapping[Path, str], inputs: Inputs, remedies: Mapping[Path, str]) -> None:
+def _refuse(found: _Sorted, inputs: Inputs) -> None:
     """Raise the error for inputs that all contain something other than a model."""
-    for path, other in others.items():
+    for path, other in found.others.items():
         if other != NO_WEIGHTS or path in inputs.found:
             given = path in inputs.found and not is_remote(path)
             remedy = remedy_in_subfolders(path.parent, [*path.parent.iterdir()]) if given else ""
-            remedy = remedy or remedies.get(path, "")
+            remedy = remedy or found.remedies.get(path, "")
             raise LayoutError(f"is not a model: it contains {other}", file=path, remedy=remedy)
 
 
-def _unfit(unfit: Mapping[Path, LayoutError], opened: Opened) -> LayoutError:
+def _unfit(unfit: Mapping[Path, LayoutError], states: Sequence[StateDict]) -> LayoutError:
     """Return the error for files of a folder whose model is not found, if others have one."""
     error = next(iter(unfit.values()))
-    kept = [state.checkpoint.path for state in opened.states]
-    option = exclusion([*unfit], kept) if kept else ""
+    kept = [state.checkpoint.path for state in states]
+    option = leaving_out([*unfit], kept) if kept else ""
     if not option:
         return error
-    found, expected, remedy = error.texts.found, error.texts.expected, error.texts.remedy
-    remedy += f". {option} leaves {'it' if len(unfit) == 1 else 'them'} out"
+    found, expected, remedy = error.texts
     return LayoutError(
-        found, file=error.file, tensor=error.tensor, expected=expected, remedy=remedy
+        found,
+        file=error.file,
+        tensor=error.tensor,
+        expected=expected,
+        remedy=f"{remedy}. {option}",
     )
 
 
-def _leave_out(
-    inputs: Inputs, left: Mapping[Path, str], opened: Opened, words: tuple[str, str]
-) -> None:
-    """Leave out files found in a folder, in one note; refuse files that the user named."""
+def _left_out(
+    left: Mapping[Path, str], wording: _Wording, inputs: Inputs, kept: Sequence[Path]
+) -> Iterator[str]:
+    """Yield the note on files that are left out.
+
+    Args:
+        left: The files, each with what it contains; empty if that is not noted.
+        wording: The wording of the note and of the error.
+        inputs: The input paths.
+        kept: The checkpoints that are not left out.
+
+    Raises:
+        LayoutError: The user named one of the files.
+    """
     named = [path for path in left if path not in inputs.found]
     if named:
-        kept = [state.checkpoint.path for state in opened.states]
-        option = exclusion(named, kept)
         raise LayoutError(
-            words[1].format(left[named[0]]),
+            wording.refusal.format(left[named[0]]),
             file=named[0],
-            remedy=f"{option} leaves {'it' if len(named) == 1 else 'them'} out" if option else "",
+            remedy=leaving_out(named, kept),
         )
     if left:
         shown = [f"{path} ({what})" if what else str(path) for path, what in left.items()]
-        opened.notes.append(words[0].format(listed(shown)))
+        yield wording.note.format(listed(shown))

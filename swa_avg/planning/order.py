@@ -149,13 +149,17 @@ def measured(given: Sequence[Member]) -> tuple[str, list[Number | None]]:
     The measure is the epoch, the step, or the number in the name: the first one that the
     most checkpoints have.
     """
-    measures = [
-        ("epoch", numbers_of(given, "epoch")),
-        ("step", numbers_of(given, "step")),
-        ("number in the name", [_number(member.name) for member in given]),
-    ]
-    lacking = [sum(number is None for number in numbers) for _, numbers in measures]
-    return measures[lacking.index(min(lacking))]
+    kind, numbers = min(_measures(given).items(), key=lambda measure: measure[1].count(None))
+    return "number in the name" if kind == "number" else kind, numbers
+
+
+def _measures(given: Sequence[Member]) -> dict[str, list[Number | None]]:
+    """Return the epochs, the steps and the numbers in the names, in this order."""
+    return {
+        "epoch": numbers_of(given, "epoch"),
+        "step": numbers_of(given, "step"),
+        "number": [_number(member.name) for member in given],
+    }
 
 
 def axis_of(states: Sequence[StateDict]) -> tuple[str, tuple[Number, ...]]:
@@ -168,12 +172,7 @@ def axis_of(states: Sequence[StateDict]) -> tuple[str, tuple[Number, ...]]:
         states: The checkpoints, in order.
     """
     known = members(states)
-    measures = {
-        "epoch": numbers_of(known, "epoch"),
-        "step": numbers_of(known, "step"),
-        "number": [_number(member.name) for member in known],
-    }
-    for kind, given in measures.items():
+    for kind, given in _measures(known).items():
         numbers = [number for number in given if number is not None]
         if len(numbers) == len(known) and all(a < b for a, b in pairwise(numbers)):
             return kind, tuple(numbers)

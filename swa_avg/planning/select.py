@@ -116,7 +116,7 @@ class Selection:
 
 
 def select(
-    candidates: Sequence[StateDict], choice: Choice = ALL, by_sample: bool = False
+    candidates: Sequence[StateDict], choice: Choice = ALL, *, by_sample: bool = False
 ) -> Selection:
     """Order checkpoints, drop copies, and apply a choice.
 
@@ -136,7 +136,7 @@ def select(
     given = series.without_averages(members(candidates), notes)
     series.refuse_parts(given, notes)
     series.refuse_components(given)
-    chosen = _distinct(ordered(given), notes, by_sample)
+    chosen = _distinct(ordered(given), notes, by_sample=by_sample)
     series.refuse_mixed(chosen)
     scores: dict[Path, Score] = {}
     if choice.epochs is not None:
@@ -154,28 +154,28 @@ def select(
     )
 
 
-def _distinct(ordered: Sequence[Member], notes: list[str], by_sample: bool) -> list[Member]:
+def _distinct(given: Sequence[Member], notes: list[str], *, by_sample: bool) -> list[Member]:
     """Return each checkpoint once, and add a note for each copy.
 
     Of several copies, the one is kept whose name has a number and belongs to the largest
     series: `epoch_3.pt` and not `best.pt`.
     """
-    usual = Counter(member.name.series for member in ordered)
+    usual = Counter(member.name.series for member in given)
     preferred = sorted(
-        ordered,
+        given,
         key=lambda member: (not member.name.is_placed, -usual[member.name.series]),
     )
     repeats = {
-        id(state): (state.checkpoint.path, f"{why} {counted.checkpoint.path}")
-        for state, counted, why in copies([member.state for member in preferred], by_sample)
+        id(copy): f"{why} {kept.checkpoint.path}"
+        for copy, kept, why in copies([member.state for member in preferred], by_sample=by_sample)
     }
-    told = [repeats[id(m.state)] for m in ordered if id(m.state) in repeats]
-    if len(told) > _MOST_NOTES:
-        some = listed([f"{path} ({why})" for path, why in told])
-        notes.append(f"{len(told)} copies are not counted again: {some}")
+    left = [(m.path, repeats[id(m.state)]) for m in given if id(m.state) in repeats]
+    if len(left) > _MOST_NOTES:
+        some = listed([f"{path} ({why})" for path, why in left])
+        notes.append(f"{len(left)} copies are not counted again: {some}")
     else:
-        notes += [f"{path}: {why}; counted once" for path, why in told]
-    return [member for member in ordered if id(member.state) not in repeats]
+        notes += [f"{path}: {why}; counted once" for path, why in left]
+    return [member for member in given if id(member.state) not in repeats]
 
 
 def _of_epochs(given: list[Member], text: str, notes: list[str]) -> list[Member]:
@@ -212,8 +212,9 @@ def _scores(given: Sequence[Member], metric: str) -> dict[Path, Score]:
         option = exclusion([member.path for member in lacking], rest) if rest else ""
         searched = metrics.looked_at(lacking[0].state.checkpoint, metric, lacking[0].name, run)
         remedy = f"Searched {searched}"
-        left = "it" if len(lacking) == 1 else "all such checkpoints"
-        remedy += f"; {option} leaves {left} out" * bool(option)
+        if option:
+            left = "it" if len(lacking) == 1 else "all such checkpoints"
+            remedy += f"; {option} leaves {left} out"
         raise SelectionError(f"records no {metric}", file=path, remedy=remedy)
     for where in found[0]:
         if all(where in scores for scores in found):

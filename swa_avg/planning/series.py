@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from swa_avg.checkpoints import provenance, words
 from swa_avg.errors import AlreadyAveragedError, MismatchError, SwaAvgError, listed
 from swa_avg.formats import component_of
-from swa_avg.planning.inputs import exclusion
+from swa_avg.planning.inputs import exclusion, leaving_out
 from swa_avg.planning.order import Member, measured
 from swa_avg.storage import is_remote
 
@@ -46,21 +46,9 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
     """
     ours = [member for member in given if provenance.of(member.state.checkpoint)]
     if ours and len(ours) == len(given):
-        raise AlreadyAveragedError(
-            "is already an average, and no other checkpoints were given",
-            file=ours[0].path,
-            remedy="To add checkpoints to it, or to write it again, give it with --start-from"
-            if len(ours) == 1
-            else "To merge averages, give each with --start-from",
-        )
+        raise _only_averages(ours)
     if ours:
-        first, *more = ours
-        are = f"and {len(more)} more are already averages" if more else "is already an average"
-        they = "them" if more else "it"
-        separator = " " if more else ": "
-        notes.append(
-            f"{first.path}{separator}{are}; left out (to include {they}, use --start-from)"
-        )
+        notes.append(_note_on_ours(ours))
     rest = [member for member in given if member not in ours]
     averages = [member for member in rest if _is_average(member)]
     if averages and not _are_checkpoints(averages, rest):
@@ -72,6 +60,28 @@ def without_averages(given: Sequence[Member], notes: list[str]) -> list[Member]:
         )
         rest = [member for member in rest if member not in averages]
     return rest
+
+
+def _only_averages(ours: Sequence[Member]) -> AlreadyAveragedError:
+    """Return the error for inputs that are all averages of swa-avg."""
+    return AlreadyAveragedError(
+        "is already an average, and no other checkpoints were given",
+        file=ours[0].path,
+        remedy="To add checkpoints to it, or to write it again, give it with --start-from"
+        if len(ours) == 1
+        else "To merge averages, give each with --start-from",
+    )
+
+
+def _note_on_ours(ours: Sequence[Member]) -> str:
+    """Return the note on averages of swa-avg among other checkpoints."""
+    first, *more = ours
+    if not more:
+        return f"{first.path}: is already an average; left out (to include it, use --start-from)"
+    return (
+        f"{first.path} and {len(more)} more are already averages; left out (to include them, "
+        "use --start-from)"
+    )
 
 
 def _are_checkpoints(averages: Sequence[Member], given: Sequence[Member]) -> bool:
@@ -239,8 +249,7 @@ def _disagreement(found: str, **where: Any) -> MismatchError:
 def _leaving_out(group: Sequence[Member], given: Sequence[Member]) -> str:
     """Return a remedy that leaves out exactly one group of checkpoints, if there is one."""
     rest = [member.path for member in given if member not in group]
-    option = exclusion([member.path for member in group], rest)
-    return f"{option} leaves {'it' if len(group) == 1 else 'them'} out" if option else ""
+    return leaving_out([member.path for member in group], rest)
 
 
 def _places(group: Sequence[Member]) -> set[object]:

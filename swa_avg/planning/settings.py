@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict, get_args
 
-from swa_avg.errors import as_parameters
+from swa_avg.errors import as_parameters, kind_of
 from swa_avg.planning.arguments import (
     check_count,
     check_texts,
-    described,
     either,
     near,
     parameters_of,
@@ -98,7 +97,7 @@ class Options:
         if self.keep_wrapper and self.dtype != "keep":
             raise ValueError("keep_wrapper cannot change the dtype; use dtype keep")
         if not isinstance(self.choice, Choice):
-            kind = described(self.choice)
+            kind = kind_of(self.choice)
             raise TypeError(f"choice must be a Choice, as in Choice(last=5), not {kind}")
         check_texts("key", self.key)
         if self.max_shard_size is not None:

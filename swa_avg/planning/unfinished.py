@@ -1,4 +1,4 @@
-"""Entries of a folder that are no checkpoints of its run, by their names or their content.
+"""Entries of a folder that do not belong to its run, by their names or their content.
 
 An interrupted save, copy or download leaves a temporary name, an empty file, or a folder
 without weights. Git LFS leaves pointers. People and programs keep backups beside the

@@ -162,11 +162,10 @@ def scored(plan: along.Windows, bench: Bench, threads: int | None = None) -> Ite
 
 def _best(candidates: Sequence[Candidate], scale: Scale) -> int:
     """Return the number of the best average."""
-    sign = 1 if scale.mode == "max" else -1
 
     def rank(number: int) -> tuple[float, int, int]:
         one = candidates[number]
-        return sign * one.score, len(one.members), number
+        return scale.merit(one.score), len(one.members), number
 
     return max(range(len(candidates)), key=rank)
 
@@ -219,9 +218,8 @@ def score_windows(
     wanted = options_of(score_windows, options)
     metrics.check_mode(mode)
     check_arguments(batchnorm, threads, model)
-    judge = Judge(evaluate, model, getattr(evaluate, "__name__", "score"), metric, mode)
-    session = batchnorm.session(model) if batchnorm else None
-    bench = Bench(judge, session, progress)
+    judge = Judge.of(evaluate, model, metric, mode)
+    bench = Bench(judge, batchnorm.session(model) if batchnorm else None, progress)
     with (
         along.planned_windows(checkpoints, output, last, wanted, progress) as plan,
         scored(plan, bench, threads) as found,

@@ -16,9 +16,7 @@ from swa_avg.errors import counted
 from swa_avg.formats import open_checkpoint
 from swa_avg.progress import Progress, Watch
 from swa_avg.search.scores import Judge, Scale
-from swa_avg.storage import AtomicFile, AtomicFolder, RemoteFile
-
-File = AtomicFile | AtomicFolder | RemoteFile
+from swa_avg.storage import OutputFile
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Found:
         report: The report of the search.
     """
 
-    file: File
+    file: OutputFile
     averaging: Averaging
     report: SweepReport
 
@@ -137,7 +135,7 @@ class Found:
 class Candidate:
     """A scored average, in a file that is not committed."""
 
-    file: File
+    file: OutputFile
     averaging: Averaging
     report: Report
     members: tuple[int, ...]
@@ -190,7 +188,12 @@ class Bench:
         return self._judge.score(state, label)
 
     def candidate(
-        self, file: File, averaging: Averaging, report: Report, members: Iterable[int], label: str
+        self,
+        file: OutputFile,
+        averaging: Averaging,
+        report: Report,
+        members: Iterable[int],
+        label: str,
     ) -> Candidate:
         """Score an average, after recomputing its BatchNorm statistics if that is wanted.
 
@@ -208,14 +211,14 @@ class Bench:
                 score = self._score(state, label)
         return Candidate(file, averaging, report, tuple(members), score)
 
-    def load(self, file: File, averaging: Averaging) -> None:
+    def load(self, file: OutputFile, averaging: Averaging) -> None:
         """Load an average into the model."""
         with _stored(file, averaging) as state:
             self._judge.load(state)
 
 
 @contextmanager
-def _stored(file: File, averaging: Averaging) -> Iterator[StateDict]:
+def _stored(file: OutputFile, averaging: Averaging) -> Iterator[StateDict]:
     """Open the state_dict of an average in its file."""
     checkpoint = open_checkpoint(file.path)
     try:

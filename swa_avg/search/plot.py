@@ -59,8 +59,7 @@ def _finish(axes: Axes, scale: Scale) -> None:
     """Label the axis of the scores, and draw the grid."""
     from matplotlib.ticker import MaxNLocator
 
-    better = "larger" if scale.mode == "max" else "smaller"
-    axes.set_ylabel(f"{scale.name} ({better} is better)")
+    axes.set_ylabel(f"{scale.name} ({scale.better} is better)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.margins(x=0.04, y=0.14)
     axes.grid(axis="y", color=pictures.PALE, linewidth=0.6)

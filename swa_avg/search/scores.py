@@ -33,8 +33,7 @@ from swa_avg.batchnorm import (
     users_code,
 )
 from swa_avg.checkpoints import StateDict, mode_of
-from swa_avg.errors import DataError, SelectionError, listed
-from swa_avg.planning import described
+from swa_avg.errors import DataError, SelectionError, kind_of, listed
 
 Evaluate = Callable[[nn.Module], object]
 _SCORES = "a number, or a dict of numbers"
@@ -52,9 +51,18 @@ class Scale:
     name: str
     mode: str
 
+    @property
+    def better(self) -> str:
+        """Which scores are better, as a word: larger or smaller."""
+        return "larger" if self.mode == "max" else "smaller"
+
+    def merit(self, score: float) -> float:
+        """Return a number that is larger for a better score, for sorting."""
+        return score if self.mode == "max" else -score
+
     def is_better(self, one: float, other: float) -> bool:
         """Return whether `one` is strictly better than `other`."""
-        return one < other if self.mode == "min" else one > other
+        return self.merit(one) > self.merit(other)
 
 
 class Judge:
@@ -77,9 +85,7 @@ class Judge:
         mode: str | None = None,
     ) -> None:
         if not callable(evaluate):
-            raise TypeError(
-                f"evaluate must be a function evaluate(model), not {described(evaluate)}"
-            )
+            raise TypeError(f"evaluate must be a function evaluate(model), not {kind_of(evaluate)}")
         check_model(model)
         self.model = model
         self._evaluate = evaluate
@@ -87,6 +93,13 @@ class Judge:
         self._metric = metric
         self._mode = mode
         self._scale: Scale | None = None
+
+    @classmethod
+    def of(
+        cls, evaluate: Evaluate, model: nn.Module, metric: str | None, mode: str | None
+    ) -> Judge:
+        """Return the judge for a function, which is called by its own name."""
+        return cls(evaluate, model, getattr(evaluate, "__name__", "score"), metric, mode)
 
     @property
     def scale(self) -> Scale:

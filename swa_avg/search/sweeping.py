@@ -21,7 +21,7 @@ from torch import nn
 
 from swa_avg.averaging import Averaging, planned
 from swa_avg.batchnorm import BatchNorm
-from swa_avg.checkpoints import StateDict, metrics
+from swa_avg.checkpoints import metrics
 from swa_avg.errors import OutputError, counted, in_bytes
 from swa_avg.planning import (
     ALL,
@@ -32,9 +32,9 @@ from swa_avg.planning import (
     options_of,
 )
 from swa_avg.progress import Counter, Watch
-from swa_avg.search.candidates import Bench, Candidate, File, Found, SweepReport, Tried
-from swa_avg.search.scores import Evaluate, Judge, Scale
-from swa_avg.storage import AtomicFolder, is_remote
+from swa_avg.search.candidates import Bench, Candidate, Found, SweepReport, Tried
+from swa_avg.search.scores import Evaluate, Judge
+from swa_avg.storage import AtomicFolder, OutputFile, is_remote
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +71,8 @@ def swept(averaging: Averaging, bench: Bench, threads: int | None = None) -> Ite
         for candidate in candidates:
             if not bench.scale.is_better(best.score, candidate.score):
                 best = candidate
-        yield _found(False, bench.scale, chosen, singles, candidates, best)
+        scores = _report(bench, averaging, singles, candidates, best)
+        yield Found(best.file, best.averaging, scores)
 
 
 @contextmanager
@@ -90,8 +91,8 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
     chosen = averaging.selection.chosen
     _check_room(averaging, 2, fewer=False)
     singles = bench.singles(chosen, len(chosen))
-    sign = 1 if bench.scale.mode == "max" else -1
-    ranked = sorted(range(len(chosen)), key=lambda n: (sign * singles[n], n), reverse=True)
+    merits = [bench.scale.merit(score) for score in singles]
+    ranked = sorted(range(len(chosen)), key=lambda n: (merits[n], n), reverse=True)
     options = replace(averaging.options, choice=ALL)
     candidates: list[Candidate] = []
     best: Candidate | None = None
@@ -111,7 +112,8 @@ def greedy_soup(averaging: Averaging, bench: Bench, threads: int | None = None) 
                     kept.close()
                     kept.enter_context(trial.pop_all())
         assert best is not None, "there is at least one checkpoint"
-        yield _found(True, bench.scale, chosen, singles, candidates, best)
+        scores = _report(bench, averaging, singles, candidates, best)
+        yield Found(best.file, best.averaging, replace(scores, greedy=True))
 
 
 def _noting(averaging: Averaging, plan: Averaging) -> Averaging:
@@ -161,7 +163,7 @@ def _check_room(averaging: Averaging, count: int, *, fewer: bool) -> None:
         )
 
 
-def _output(averaging: Averaging, opened: ExitStack) -> File:
+def _output(averaging: Averaging, opened: ExitStack) -> OutputFile:
     """Open a temporary file for an average."""
     file = averaging.open_output()
     assert not isinstance(file, AtomicFolder), "folders have been refused before"
@@ -169,24 +171,31 @@ def _output(averaging: Averaging, opened: ExitStack) -> File:
     return file
 
 
-def _found(
-    greedy: bool,
-    scale: Scale,
-    chosen: Sequence[StateDict],
+def _report(
+    bench: Bench,
+    averaging: Averaging,
     singles: tuple[float, ...],
     candidates: Sequence[Candidate],
     best: Candidate,
-) -> Found:
-    report = SweepReport(
-        greedy=greedy,
-        scale=scale,
-        paths=tuple(str(state.checkpoint.path) for state in chosen),
+) -> SweepReport:
+    """Return the report of a sweep.
+
+    Args:
+        bench: What has scored the candidates.
+        averaging: The average of all checkpoints.
+        singles: The score of each checkpoint on its own.
+        candidates: The averages, in the order in which they were scored.
+        best: The average that becomes the output.
+    """
+    return SweepReport(
+        greedy=False,
+        scale=bench.scale,
+        paths=tuple(str(state.checkpoint.path) for state in averaging.selection.chosen),
         singles=singles,
         tried=tuple(Tried(one.members, one.score) for one in candidates),
         best=candidates.index(best),
         average=best.report,
     )
-    return Found(best.file, best.averaging, report)
 
 
 def sweep(
@@ -243,10 +252,8 @@ def sweep(
             'start_from, distances and bn_buffers="first" cannot be combined with a search'
         )
     metrics.check_mode(mode)
-    called = getattr(evaluate, "__name__", "score")
-    judge = Judge(evaluate, model, called, metric, mode)
-    session = batchnorm.session(model) if batchnorm else None
-    bench = Bench(judge, session, progress)
+    judge = Judge.of(evaluate, model, metric, mode)
+    bench = Bench(judge, batchnorm.session(model) if batchnorm else None, progress)
     with planned(checkpoints, output, wanted, progress=progress) as averaging:
         if averaging.is_folder:
             raise OutputError("would be a folder", file=output, expected="the name of a file")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -102,6 +104,23 @@ def home_written_out(path: Path) -> str:
     if not text.startswith("~"):
         return ""
     return f"~ is not expanded here: write {quote(os.path.expanduser(text))}"  # noqa: PTH111
+
+
+def nearest(path: Path) -> str:
+    """Return what may have been meant by a path that does not exist, or what of it is missing."""
+    if home := home_written_out(path):
+        return home
+    missing = path
+    while missing.parent != missing and not missing.parent.is_dir():
+        missing = missing.parent
+    with suppress(OSError):
+        there = {Path(name).stem: name for name in os.listdir(missing.parent)}  # noqa: PTH208
+        close = [there[stem] for stem in get_close_matches(missing.stem, there, 1, 0.65)]
+        rest = Path(str(path)).relative_to(str(missing))
+        meant = missing.parent / close[0] / rest if close else None
+        if meant is not None and os.path.lexists(meant):
+            return f"Did you mean {meant}?"
+    return f"There is no folder {missing}" if missing != path else ""
 
 
 def _current() -> str:

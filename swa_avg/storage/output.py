@@ -297,7 +297,7 @@ def _commit_errors(target: Path) -> Iterator[None]:
 
 
 def _count_synced(size: int, watch: Watch | None) -> Counter | None:
-    """Return what counts the bytes that are synced; None if nobody watches."""
+    """Return the counter of the bytes that are synced; None without a watch."""
     return Counter(watch, "syncing to disk", size) if watch else None
 
 

@@ -24,7 +24,7 @@ from typing import Any, cast
 from swa_avg.errors import OutputError, SwaAvgError
 from swa_avg.progress import Counter, Watch
 from swa_avg.storage.files import Source
-from swa_avg.storage.output import AtomicFile
+from swa_avg.storage.output import AtomicFile, AtomicFolder
 from swa_avg.storage.remote import RemotePath, is_remote, reason
 from swa_avg.storage.targets import OBJECT_STORES
 
@@ -145,6 +145,10 @@ class RemoteFile(AbstractContextManager["RemoteFile"]):
 
     def __exit__(self, *failure: object) -> None:
         self._opened.close()
+
+
+# Every output that this process creates and commits.
+OutputFile = AtomicFile | AtomicFolder | RemoteFile
 
 
 def _told(watch: Watch | None, size: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ bytes. Does not depend on file formats.
 
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps
 from swa_avg.tensors.cutting import cut
-from swa_avg.tensors.floats import FORMATS, Format, part, value_of
+from swa_avg.tensors.floats import FORMATS, Format, real_dtype, value_of
 from swa_avg.tensors.optimizers import in_groups, is_optimizer, optimizer_groups
 from swa_avg.tensors.strided import (
     Box,
@@ -61,11 +61,11 @@ __all__ = [
     "is_optimizer",
     "memory_order",
     "optimizer_groups",
-    "part",
     "permuted",
     "read_box",
     "read_numbers",
     "read_tensor",
+    "real_dtype",
     "same_bytes",
     "value_of",
     "verify",

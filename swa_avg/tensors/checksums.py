@@ -53,7 +53,7 @@ class Ledger:
             FormatError: The piece is the whole record, and its checksum is wrong.
         """
         if piece is not None and piece.length == record.length:
-            self.settle(record, name, piece.crc)
+            self.check_whole(record, name, piece.crc)
             return
         self._names.setdefault(record, name)
         pieces = self._pieces.setdefault(record, [])
@@ -80,9 +80,9 @@ class Ledger:
             FormatError: The record's checksum is wrong.
         """
         crc = combined(with_gaps(record, self._disjoint(record)))
-        self.settle(record, self._names[record], crc)
+        self.check_whole(record, self._names[record], crc)
 
-    def settle(self, record: Record, name: str, crc: int) -> None:
+    def check_whole(self, record: Record, name: str, crc: int) -> None:
         """Check the checksum of a whole record.
 
         Raises:

@@ -50,7 +50,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def part(dtype: DType) -> DType:
+def real_dtype(dtype: DType) -> DType:
     """Return the dtype of the real and imaginary parts; a real dtype is returned itself."""
     return DTYPES[_PARTS.get(dtype.name, dtype.name)]
 

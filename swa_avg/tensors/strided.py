@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from swa_avg.tensors.floats import FORMATS, part, value_of
+from swa_avg.tensors.floats import FORMATS, real_dtype, value_of
 from swa_avg.tensors.tensor import (
     Kind,
     Part,
@@ -173,12 +173,12 @@ def read_numbers(ref: TensorRef) -> list[int] | list[float]:
 
     A complex number becomes two numbers.
     """
-    data, name, size = read_bytes(ref), ref.dtype.name, part(ref.dtype).itemsize
+    data, name, size = read_bytes(ref), ref.dtype.name, real_dtype(ref.dtype).itemsize
     places = range(0, len(data), size)
     if ref.dtype.kind is Kind.EXACT:
         signed = name.startswith("int")
         return [int.from_bytes(data[n : n + size], "little", signed=signed) for n in places]
-    form = FORMATS[part(ref.dtype).name]
+    form = FORMATS[real_dtype(ref.dtype).name]
     return [value_of(int.from_bytes(data[n : n + size], "little"), form) for n in places]
 
 

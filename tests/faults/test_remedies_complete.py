@@ -94,9 +94,10 @@ def texts(node: ast.AST, named: Scope, depth: int = 4) -> Iterator[str]:
 def remedies() -> set[str]:
     """Return the parts of remedies that are instructions: those that begin a sentence."""
     found: set[str] = set()
-    for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        named = scope(tree)
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    returned = returns(trees)
+    for tree in trees:
+        named = imports(tree, returned) | scope(tree)
         for call in ast.walk(tree):
             if isinstance(call, ast.Call):
                 given = [one.value for one in call.keywords if one.arg == "remedy"]
@@ -106,6 +107,28 @@ def remedies() -> set[str]:
                     parts = [part for value in call.args for part in texts(value, {})]
                     found.update(part for part in parts if part.count(" ") > 1)
     return found
+
+
+def returns(trees: list[ast.Module]) -> Scope:
+    """Return what each function of the package returns, by its name."""
+    found: Scope = {}
+    for tree in trees:
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for name, values in scope(tree).items():
+            if name in names:
+                found.setdefault(name, []).extend(values)
+    return found
+
+
+def imports(tree: ast.Module, returned: Scope) -> Scope:
+    """Return what the functions return that a module imports from the package."""
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("swa_avg")
+        for alias in node.names
+    }
+    return {name: returned[name] for name in names if name in returned}
 
 
 def plain(text: str) -> str:
