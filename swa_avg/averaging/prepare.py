@@ -57,6 +57,7 @@ _OTHERS = (
     *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
     *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
 )
+_FEW_OBJECTS = 20_000  # that the garbage collector scans in a millisecond
 _SINGLE = (Form.TORCH, Form.SAFETENSORS)
 _ALONE = "only one checkpoint takes part: nothing is averaged; the output has its weights"
 
@@ -228,10 +229,14 @@ def no_garbage() -> Iterator[Callable[[], None]]:
     Yields:
         A function to call once all headers are read; it resumes the collection.
     """
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    enabled, exempted = gc.isenabled(), False
 
     def kept() -> None:
-        gc.freeze()
+        nonlocal exempted
+        # Few objects are scanned sooner than those are counted that a caller may have frozen.
+        if gc.get_count()[0] > _FEW_OBJECTS:
+            exempted = gc.get_freeze_count() == 0
+            gc.freeze()
         if enabled:
             gc.enable()
 
@@ -239,7 +244,7 @@ def no_garbage() -> Iterator[Callable[[], None]]:
     try:
         yield kept
     finally:
-        if not frozen:
+        if exempted:
             gc.unfreeze()
         if enabled:
             gc.enable()
