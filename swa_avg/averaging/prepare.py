@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
 from swa_avg.averaging import wrapper
+from swa_avg.averaging.computing import no_garbage
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.origin import counts_of, how_made
 from swa_avg.averaging.report import Report
@@ -57,7 +57,6 @@ _OTHERS = (
     *(".pt2", ".pte", ".ptl", ".torchscript", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z"),
     *(".json", ".yaml", ".yml", ".txt", ".csv", ".log", ".py", ".png", ".svg", ".html"),
 )
-_FEW_OBJECTS = 20_000  # that the garbage collector scans in a millisecond
 _SINGLE = (Form.TORCH, Form.SAFETENSORS)
 _ALONE = "only one checkpoint takes part: nothing is averaged; the output has its weights"
 
@@ -217,37 +216,6 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
                 remedy=f"Give one file with {option}",
             )
     return start_from.minus(bases[0], parts[0])
-
-
-@contextmanager
-def no_garbage() -> Iterator[Callable[[], None]]:
-    """Pause garbage collection while the headers are read, and exempt their objects later.
-
-    The collector would scan these objects again and again, although none is garbage. In
-    forked processes, scanning would also copy the shared memory pages.
-
-    Yields:
-        A function to call once all headers are read; it resumes the collection.
-    """
-    enabled, exempted = gc.isenabled(), False
-
-    def kept() -> None:
-        nonlocal exempted
-        # Few objects are scanned sooner than those are counted that a caller may have frozen.
-        if gc.get_count()[0] > _FEW_OBJECTS:
-            exempted = gc.get_freeze_count() == 0
-            gc.freeze()
-        if enabled:
-            gc.enable()
-
-    gc.disable()
-    try:
-        yield kept
-    finally:
-        if exempted:
-            gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def _opened(inputs: Inputs, options: Options, opened: ExitStack, progress: Watch | None) -> Opened:
