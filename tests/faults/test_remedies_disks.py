@@ -14,7 +14,6 @@ import preloaded
 import pytest
 import torch
 from command import load, one_line
-from preloaded import TORCH
 from remedies import save, several
 from torch import nn
 
@@ -88,7 +87,8 @@ def on_a_small_disk(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command where `small` is a disk of 1.5 MiB; its files are copied to `kept`."""
     environment = {**os.environ, "TMPDIR": str(folder / temporary)}
-    return preloaded.run(folder, arguments, environment, 300, ON_A_SMALL_DISK, TORCH)
+    imports = preloaded.imports_of(arguments)
+    return preloaded.run(folder, arguments, environment, 300, ON_A_SMALL_DISK, imports)
 
 
 SWEEP = "1.pt 2.pt --sweep mod:acc -o"
