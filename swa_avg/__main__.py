@@ -58,7 +58,8 @@ def _nothing_left() -> bool:
     """Return whether no other code has work left: the user's code, other ranks, threads."""
     import threading
 
-    return _RUN_OTHER_CODE.isdisjoint(sys.modules) and threading.active_count() == 1
+    other = any(name in sys.modules for name in _RUN_OTHER_CODE)
+    return not other and threading.active_count() == 1
 
 
 if __name__ == "__main__":

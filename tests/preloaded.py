@@ -35,12 +35,13 @@ from pathlib import Path
 
 _MOST_BYTES = 1 << 20
 # Modules that read the environment, the arguments or the streams when they are imported are
-# not among these, and neither is what `swa_avg.__main__` looks for among the imported modules.
-TORCH = ("torch", "safetensors.torch")
+# not among these. What `swa_avg.__main__` looks for among the imported modules is only where
+# torch is: a command that runs a model, and a rank, would import one of them by itself.
+TORCH = ("torch", "safetensors.torch", "swa_avg.search")
 # What a script imports that shards tensors. Each rank would import the last one by itself.
 SHARDING = (*TORCH, "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
 # Options whose command imports torch.
-_RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy", "--each")
+_RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy")
 _OF_PROTOCOLS = {"http": ("aiohttp", "fsspec.implementations.http"), "s3": ("s3fs",)}
 _SHARED = (
     *("numpy", "click", "tqdm", "zlib_ng", "zlib_ng.zlib_ng"),

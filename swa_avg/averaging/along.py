@@ -17,9 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from swa_avg.averaging.computing import computed
+from swa_avg.averaging.computing import computed, no_garbage
 from swa_avg.averaging.execution import Averaging
-from swa_avg.averaging.prepare import average_of, check_kind, gathered, no_garbage
+from swa_avg.averaging.prepare import average_of, check_kind, gathered
 from swa_avg.averaging.report import Report, WindowsReport
 from swa_avg.averaging.sharing import Shared, shared_by
 from swa_avg.checkpoints import StateDict

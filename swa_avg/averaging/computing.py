@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from swa_avg.planning import Work, ranges_of
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from swa_avg.kernel import Kernel, Outcome
 
 _MOST_CORES = 16
+_FEW_OBJECTS = 20_000  # that the garbage collector scans in a millisecond
 
 
 def computed(
@@ -51,3 +54,32 @@ def usable_cores() -> int:
     """Return the number of cores this process may use, at most 16: more do not help a disk."""
     affinity = getattr(os, "sched_getaffinity", None)
     return min(_MOST_CORES, len(affinity(0)) if affinity else os.cpu_count() or 1)
+
+
+@contextmanager
+def no_garbage() -> Iterator[Callable[[], None]]:
+    """Pause garbage collection while the headers are read, and exempt their objects later.
+
+    The collector would scan these objects again and again, although none is garbage. In
+    forked processes, scanning would also copy the shared memory pages.
+
+    Yields:
+        A function to call once all headers are read; it resumes the collection.
+    """
+    resume, exempted = gc.enable if gc.isenabled() else gc.disable, False
+
+    def kept() -> None:
+        nonlocal exempted
+        # A few are scanned sooner than those are counted that a caller may have frozen.
+        if gc.get_count()[0] > _FEW_OBJECTS:
+            exempted = gc.get_freeze_count() == 0
+            gc.freeze()
+        resume()
+
+    gc.disable()
+    try:
+        yield kept
+    finally:
+        if exempted:
+            gc.unfreeze()
+        resume()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from swa_avg.averaging.computing import no_garbage
 from swa_avg.averaging.destination import Destination
 from swa_avg.averaging.execution import Averaging
 from swa_avg.averaging.origin import counts_of, how_made
@@ -196,33 +196,6 @@ def _bases(options: Options, opened: ExitStack, progress: Watch | None) -> tuple
                 remedy=f"Give one file with {option}",
             )
     return start_from.minus(bases[0], parts[0])
-
-
-@contextmanager
-def no_garbage() -> Iterator[Callable[[], None]]:
-    """Pause garbage collection while the headers are read, and exempt their objects later.
-
-    The collector would scan these objects again and again, although none is garbage. In
-    forked processes, scanning would also copy the shared memory pages.
-
-    Yields:
-        A function to call once all headers are read; it resumes the collection.
-    """
-    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
-
-    def kept() -> None:
-        gc.freeze()
-        if enabled:
-            gc.enable()
-
-    gc.disable()
-    try:
-        yield kept
-    finally:
-        if not frozen:
-            gc.unfreeze()
-        if enabled:
-            gc.enable()
 
 
 def _opened(inputs: Inputs, options: Options, opened: ExitStack, progress: Watch | None) -> Opened:

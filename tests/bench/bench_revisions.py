@@ -1,10 +1,11 @@
-"""Commands that need torch anyway, by this revision and by an earlier one, in turns.
+"""Whole commands by this revision and by an earlier one, in turns.
 
     python tests/bench/bench_revisions.py [REVISION] [--rounds 5]
 
 REVISION is the last one that averaged with torch (925cb35) by default. Its files are taken from
-git into a temporary folder. The inputs are ten ResNet-18-sized checkpoints and, for what runs a
-model, those of the built-in demo. A ratio is the median over the rounds of ratios within one.
+git into a temporary folder. The inputs are ten ResNet-18-sized checkpoints, ten of 0.32 GB and,
+for what runs a model, those of the built-in demo. Averaging alone needs no torch now, and the
+other commands need it anyway. A ratio is the median over the rounds of ratios within one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import time
 from pathlib import Path
 
 import click
-import torch
-from bench_startup import resnet18
+from bench_command import write
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from revisions import ROOT, package_of
@@ -30,8 +30,10 @@ SWEEP = ("--sweep", "swa_avg.demo:evaluate")
 SWA_AVG = (sys.executable, "-m", "swa_avg")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             "-m", "swa_avg")  # fmt: skip
-DEMO, LARGE = "ckpts/epoch_*.pt", "large/epoch_*.pt"
+DEMO, LARGE, HUGE = "ckpts/epoch_*.pt", "resnet18/epoch_*.pt", "float32/epoch_*.pt"
 CASES = {
+    "average 10 x 47 MB": (*SWA_AVG, LARGE),
+    "average 10 x 320 MB": (*SWA_AVG, HUGE),
     "average and --recompute-bn": (*SWA_AVG, DEMO, *RECOMPUTE),
     "--sweep with --recompute-bn": (*SWA_AVG, DEMO, *RECOMPUTE, *SWEEP),
     "torchrun, two ranks": (*TORCHRUN, LARGE),
@@ -45,15 +47,16 @@ def prepare(folder: Path, revision: str) -> dict[str, Path]:
     for tree in trees.values():
         compileall.compile_dir(tree / "swa_avg", quiet=2)
     run((sys.executable, "-m", "swa_avg.demo", "run"), folder, ROOT)
-    (folder / "run" / "large").mkdir()
-    for epoch in range(10):
-        torch.save(dict(resnet18()), folder / "run" / "large" / f"epoch_{epoch}.pt")
+    for name in ("resnet18", "float32"):
+        (folder / "run" / name).mkdir()
+        write(folder / "run" / name, name, scale=1)
     return trees
 
 
 def run(command: tuple[str, ...], folder: Path, tree: Path) -> float:
     """Run a command with one revision of the package; return the seconds."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    os.sync()
     started = time.perf_counter()
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     return time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections import OrderedDict
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
-from command import COMMAND, UNMEASURED, load, one_line
+from command import load, one_line
 from remedies import save, several
 from torch import nn
 
@@ -40,24 +42,53 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# The command where `small` is a disk of 1.5 MiB; its files are copied to `kept` at the end.
+# 0x10020000 is CLONE_NEWUSER and CLONE_NEWNS, 0x44000 is MS_REC and MS_PRIVATE.
+ON_A_SMALL_DISK = """
+import ctypes, os, shutil, sys
+from pathlib import Path
+from swa_avg.__main__ import main
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def done(name, *arguments):
+    if getattr(libc, name)(*arguments):
+        raise OSError(ctypes.get_errno(), name)
+
+maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+done("unshare", 0x10020000)
+for name, text in maps.items():
+    Path("/proc/self", name).write_text(text)
+done("mount", b"none", b"/", None, 0x44000, None)
+done("mount", b"tmpfs", b"small", b"tmpfs", 0, b"size=1500k")
+process = os.fork()
+if not process:
+    main()
+code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+for path in Path("small").glob("*.pt"):
+    shutil.copy(path, "kept")
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def namespaces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Who runs the tests may mount a disk in a namespace of his own."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=1500k", "small", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+
+
 def on_a_small_disk(
     folder: Path, *arguments: str, temporary: str = "large"
 ) -> subprocess.CompletedProcess[str]:
     """Run the command where `small` is a disk of 1.5 MiB; its files are copied to `kept`."""
-    mount = "mount -t tmpfs -o size=1500k small small"
-    shell = ["unshare", "-rm", "/bin/sh", "-c"]
-    try:
-        subprocess.run([*shell, mount], cwd=folder, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
-    script = f'{mount} && "$@"; code=$?; cp small/*.pt kept 2> /dev/null; exit $code'
-    return subprocess.run(
-        [*shell, script, "sh", *COMMAND, *arguments],
-        cwd=folder,
-        env={**UNMEASURED, "TMPDIR": str(folder / temporary), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "TMPDIR": str(folder / temporary)}
+    imports = preloaded.imports_of(arguments)
+    return preloaded.run(folder, arguments, environment, 300, ON_A_SMALL_DISK, imports)
 
 
 SWEEP = "1.pt 2.pt --sweep mod:acc -o"
@@ -79,6 +110,7 @@ ELSEWHERE = "are free. Write to another disk with -o"
          f"{EACH} large/m_{{name}}_{{last}}.pt", "large/m_2_2.pt", 1.5),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("namespaces")
 def test_outputs_that_do_not_fit(
     folder: Path, given: str, remedy: str, then: str, output: str, mean: float
 ) -> None:
@@ -91,6 +123,7 @@ def test_outputs_that_do_not_fit(
     assert torch.equal(load(folder / output)["a.weight"], big(mean)["a.weight"])
 
 
+@pytest.mark.usefixtures("namespaces")
 def test_temporary_averages_that_do_not_fit(folder: Path) -> None:
     """Averages that are only scored are in the temporary folder: another one has the room."""
     scored = ["1.pt", "2.pt", "--each", "--last", "1,2", "--sweep", "mod:acc", "--json"]
