@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from swa_avg.formats import torch_zip
 from swa_avg.formats.checkpoint import PROVENANCE, OutputStateDict
-from swa_avg.formats.pickler import name_of, plain
 from swa_avg.formats.torch_zip import ZipLayout
 
 _DATA = "__0_0.distcp"
@@ -133,18 +132,18 @@ def dump(entries: Iterable[Entry], file: str) -> bytes:
     """
     every = list(entries)
     metadata = {
-        "state_dict_metadata": _dict({plain(entry.key): _tensor(entry) for entry in every}),
-        "planner_data": plain({entry.key: entry.path for entry in every}),
+        "state_dict_metadata": _dict({_plain(entry.key): _tensor(entry) for entry in every}),
+        "planner_data": _plain({entry.key: entry.path for entry in every}),
         "storage_data": _dict({_index(entry): _stored(entry, file) for entry in every}),
-        "storage_meta": plain(None),
+        "storage_meta": _plain(None),
     }
     return pickle.PROTO + b"\x02" + _object(_CLASSES, "Metadata", metadata) + pickle.STOP
 
 
 def _tensor(entry: Entry) -> bytes:
-    layout = _call("torch.serialization", "_get_layout", plain("torch.strided"))
-    memory_format = _call(_CLASSES, "_MEM_FORMAT_ENCODING", plain(_CONTIGUOUS))
-    dtype, false = name_of("torch", entry.dtype), plain(False)
+    layout = _call("torch.serialization", "_get_layout", _plain("torch.strided"))
+    memory_format = _call(_CLASSES, "_MEM_FORMAT_ENCODING", _plain(_CONTIGUOUS))
+    dtype, false = _global("torch", entry.dtype), _plain(False)
     properties = b"".join((pickle.MARK, dtype, layout, false, memory_format, false, pickle.TUPLE))
     chunk = {"offsets": _size((0,) * len(entry.shape)), "sizes": _size(entry.shape)}
     chunks = pickle.EMPTY_LIST + _object(_CLASSES, "ChunkStorageMetadata", chunk) + pickle.APPEND
@@ -158,34 +157,43 @@ def _tensor(entry: Entry) -> bytes:
 
 def _index(entry: Entry) -> bytes:
     offset = _size((0,) * len(entry.shape))
-    fields = {"fqn": plain(entry.key), "offset": offset, "index": plain(None)}
+    fields = {"fqn": _plain(entry.key), "offset": offset, "index": _plain(None)}
     return _object(_CLASSES, "MetadataIndex", fields)
 
 
 def _stored(entry: Entry, file: str) -> bytes:
     places = {"relative_path": file, "offset": entry.start, "length": entry.length}
-    fields = {name: plain(value) for name, value in places.items()}
+    fields = {name: _plain(value) for name, value in places.items()}
     return _object("torch.distributed.checkpoint.filesystem", "_StorageInfo", fields)
 
 
 def _size(shape: tuple[int, ...]) -> bytes:
-    return _call("torch", "Size", plain(shape))
+    return _call("torch", "Size", _plain(shape))
 
 
 def _call(module: str, name: str, argument: bytes) -> bytes:
-    return name_of(module, name) + argument + pickle.TUPLE1 + pickle.REDUCE
+    return _global(module, name) + argument + pickle.TUPLE1 + pickle.REDUCE
 
 
 def _object(module: str, name: str, fields: Mapping[str, bytes]) -> bytes:
     """Return the opcodes of an object whose fields are set without calling `__init__`."""
-    state = _dict({plain(field): value for field, value in fields.items()})
+    state = _dict({_plain(field): value for field, value in fields.items()})
     return _new(module, name) + state + pickle.BUILD
 
 
 def _new(module: str, name: str) -> bytes:
-    return name_of(module, name) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+    return _global(module, name) + pickle.EMPTY_TUPLE + pickle.NEWOBJ
 
 
 def _dict(items: Mapping[bytes, bytes]) -> bytes:
     pairs = b"".join(key + value for key, value in items.items())
     return pickle.EMPTY_DICT + pickle.MARK + pairs + pickle.SETITEMS
+
+
+def _plain(value: object) -> bytes:
+    """Return the opcodes of a plain value, without the protocol header and the final STOP."""
+    return pickle.dumps(value, protocol=2)[2:-1]
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()

@@ -39,7 +39,7 @@ def dump(state_dict: OutputStateDict) -> bytes:
     )
     if state_dict.metadata is not None:
         metadata = OrderedDict(state_dict.metadata)
-        parts += [plain({"_metadata": metadata}), pickle.BUILD]
+        parts += [_value({"_metadata": metadata}), pickle.BUILD]
     return b"".join([*parts, pickle.STOP])
 
 
@@ -52,7 +52,7 @@ def _item(value: object, storages: Sequence[OutputStorage]) -> bytes:
     if isinstance(value, OutputTensor):
         return _reference(value, storages[value.storage])
     if not any(isinstance(one, OutputTensor) for one in leaves(value)):
-        return plain(value)
+        return _value(value)
     return b"".join(_container(value, storages))
 
 
@@ -75,7 +75,7 @@ def _container(value: object, storages: Sequence[OutputStorage]) -> Iterator[byt
     yield pickle.APPENDS if of_list else pickle.TUPLE
 
 
-def plain(value: object) -> bytes:
+def _value(value: object) -> bytes:
     """Return the opcodes of a plain value, without the protocol header and the final STOP."""
     return pickle.dumps(_restored(value), protocol=2)[2:-1]
 
@@ -90,7 +90,7 @@ def _restored(value: object) -> object:
 def _set_items(items: Iterator[tuple[object, bytes]]) -> Iterator[bytes]:
     yield pickle.MARK
     for key, value in items:
-        yield plain(key)
+        yield _value(key)
         yield value
     yield pickle.SETITEMS
 
@@ -98,26 +98,25 @@ def _set_items(items: Iterator[tuple[object, bytes]]) -> Iterator[bytes]:
 def _tensor(tensor: OutputTensor, storage: OutputStorage) -> Iterator[bytes]:
     """Yield the call that builds a tensor: `_rebuild_tensor_v2`, or v3 with the dtype."""
     typed = _STORAGE_NAMES.get(storage.dtype.name)
-    yield name_of("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
+    yield _global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
     yield pickle.MARK
     yield pickle.MARK
-    yield plain("storage")
-    yield name_of("torch", typed) if typed else name_of("torch.storage", "UntypedStorage")
-    yield plain(str(tensor.storage))
-    yield plain("cpu")
-    yield plain(storage.numel if typed else storage.nbytes)
+    yield _value("storage")
+    yield _global("torch", typed) if typed else _global("torch.storage", "UntypedStorage")
+    yield _value(str(tensor.storage))
+    yield _value("cpu")
+    yield _value(storage.numel if typed else storage.nbytes)
     yield pickle.TUPLE + pickle.BINPERSID
-    yield from map(plain, (tensor.offset, tensor.shape, tensor.stride, False))
+    yield from map(_value, (tensor.offset, tensor.shape, tensor.stride, False))
     yield from _ordered_dict()  # no backward hooks
     if not typed:
-        yield name_of("torch", storage.dtype.name)
+        yield _global("torch", storage.dtype.name)
     yield pickle.TUPLE + pickle.REDUCE
 
 
 def _ordered_dict() -> tuple[bytes, ...]:
-    return name_of("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE
+    return _global("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE
 
 
-def name_of(module: str, name: str) -> bytes:
-    """Return the opcode for the name of a class or function."""
+def _global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
