@@ -171,7 +171,7 @@ _ROTATION = _kind(
     "the weights, merge each adapter into its model first",
 )
 
-# A float of one element under one of these names is a counter, not a weight.
+# A float of one element under one of these names counts; nobody trains it.
 _COUNTERS = (
     "num_steps global_step current_step iteration current_epoch steps total_steps global_steps "
     "train_steps step_count epoch epochs iter iters n_iter num_iter num_iters iterations "
