@@ -81,7 +81,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     """  # noqa: D301 - \b stops click from wrapping the next paragraph
     check_usage(ctx)
     if options["show"]:
-        _show(options["show"], as_json=options["as_json"])
+        if ranks.is_first():
+            _show(options["show"], as_json=options["as_json"])
         return
     run = run_of(options)
     if run.plot:

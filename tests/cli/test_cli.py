@@ -280,6 +280,20 @@ def test_options_values_and_files_are_completed(
     assert (ended.returncode, ended.stdout.split()) == (0, completed), ended.stderr
 
 
+# Several ranks.
+
+
+def test_only_rank_0_shows_what_is_asked_for(folder: Path) -> None:
+    """The other ranks print nothing: a record or a plan appears once, whatever the ranks."""
+    assert run(folder, *ALL).returncode == 0
+    for arguments in (("--show", "out.pt"), ("?.pt", "--dry-run")):
+        alone = run(folder, *arguments)
+        assert alone.returncode == 0 and alone.stdout
+        for rank, printed in (("0", alone.stdout), ("1", "")):
+            ended = run(folder, *arguments, env=os.environ | {"WORLD_SIZE": "2", "RANK": rank})
+            assert (ended.returncode, ended.stdout) == (0, printed), ended.stderr
+
+
 # The picture of the distances.
 
 
