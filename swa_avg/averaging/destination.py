@@ -29,11 +29,11 @@ _SINGLE = (Form.TORCH, Form.SAFETENSORS)
 
 @dataclass(frozen=True)
 class Destination:
-    """The path of an output, and the last checkpoint, which the output is like.
+    """Where an average is written, and in which format.
 
     Attributes:
         target: The path of the output.
-        last: The state_dict of the last checkpoint.
+        last: The state_dict of the last checkpoint, which decides the format if the path does not.
         options: The options of the average.
     """
 
