@@ -72,7 +72,6 @@ def run(
         limits: Of each limited resource the soft and the hard limit, or None for that of before.
         stderr: The file for what it prints there; by default it is returned.
     """
-    here, there = socket.socketpair()
     order = {
         "folder": str(folder),
         "arguments": arguments,
@@ -80,25 +79,90 @@ def run(
         "script": script,
         "limits": dict(limits or {}),
     }
-    early = tuple(sorted(item for item in environment.items() if read_early(item[0])))
-    server = _server(imports or imports_of(arguments), early)
-    with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with there:
-            files = [out.fileno(), stderr or err.fileno(), there.fileno()]
-            socket.send_fds(server, [json.dumps(order).encode()], files)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        files = [out.fileno(), stderr or err.fileno()]
+        here, process = _forked(order, imports or imports_of(arguments), files)
         here.settimeout(timeout)
-        process = int.from_bytes(_received(here, 8), "little")
         try:
             code = int.from_bytes(_received(here, 8), "little", signed=True)
         except TimeoutError as error:
             os.kill(process, signal.SIGKILL)
             raise subprocess.TimeoutExpired(list(arguments), timeout) from error
+        finally:
+            here.close()
         texts = []
         for file in (out, err):
             file.seek(0)
             # As `text=True` reads: universal newlines.
             texts.append(file.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
     return subprocess.CompletedProcess(["swa-avg", *arguments], code, *texts)
+
+
+class Started:
+    """The command in a session of its own: what tests need of `subprocess.Popen`.
+
+    Args:
+        folder: The current folder.
+        arguments: The arguments.
+        environment: All environment variables.
+    """
+
+    def __init__(
+        self, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str]
+    ) -> None:
+        order = {"folder": str(folder), "arguments": arguments, "environment": dict(environment),
+                 "script": None, "limits": {}, "session": True}  # fmt: skip
+        pairs = [os.pipe(), os.pipe()]
+        self._streams = [read for read, _ in pairs]
+        writing = [write for _, write in pairs]
+        self._answer, self.pid = _forked(order, imports_of(arguments), writing)
+        for file in writing:
+            os.close(file)
+        self.returncode: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Return what it has printed, once it has ended and nobody has its pipes any more."""
+        try:
+            out, err = (_whole(file, timeout).decode() for file in self._streams)
+            self._answer.settimeout(timeout)
+            self.returncode = int.from_bytes(_received(self._answer, 8), "little", signed=True)
+        except TimeoutError as error:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired("swa-avg", timeout) from error
+        finally:
+            self._answer.close()
+            for file in self._streams:
+                os.close(file)
+        return out, err
+
+
+def _whole(file: int, timeout: float) -> bytes:
+    """Return all that comes through a pipe, which may be silent for so many seconds."""
+    found = b""
+    while select.select([file], [], [], timeout)[0]:
+        more = os.read(file, 1 << 16)
+        if not more:
+            return found
+        found += more
+    raise TimeoutError
+
+
+def _forked(
+    order: Mapping[str, object], imports: tuple[str, ...], streams: list[int]
+) -> tuple[socket.socket, int]:
+    """Have a process forked; return where it is told how it ended, and its process id."""
+    environment = order["environment"]
+    assert isinstance(environment, dict)
+    early = tuple(sorted(item for item in environment.items() if read_early(item[0])))
+    here, there = socket.socketpair()
+    with there:
+        message = json.dumps(order).encode()
+        socket.send_fds(_server(imports, early), [message], [*streams, there.fileno()])
+    return here, int.from_bytes(_received(here, 8), "little")
 
 
 def read_early(name: str) -> bool:
@@ -273,6 +337,8 @@ def _become(order: dict[str, object], out: int, err: int) -> None:
     os.close(err)
     folder, arguments, environment = (order[key] for key in ("folder", "arguments", "environment"))
     os.chdir(folder)
+    if order.get("session"):
+        os.setsid()
     for name, limits in order["limits"].items():
         number = getattr(resource, name)
         pairs = zip(limits, resource.getrlimit(number), strict=True)
