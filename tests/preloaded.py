@@ -40,6 +40,8 @@ _MOST_BYTES = 1 << 20
 TORCH = ("torch", "safetensors.torch", "swa_avg.search")
 # What a script imports that shards tensors. Each rank would import the last one by itself.
 SHARDING = (*TORCH, "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
+# What of the variables of Python is a switch that can be set later (see `_become`).
+_LATER = "PYTHONDONTWRITEBYTECODE"
 # Options whose command imports torch.
 _RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy")
 _OF_PROTOCOLS = {"http": ("aiohttp", "fsspec.implementations.http"), "s3": ("s3fs",)}
@@ -167,7 +169,8 @@ def _forked(
 
 def read_early(name: str) -> bool:
     """Return whether Python or a library may read a variable when it starts."""
-    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "TQDM_"))
+    prefixes = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "TQDM_")
+    return name.startswith(prefixes) and name != _LATER
 
 
 def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:
@@ -345,6 +348,7 @@ def _become(order: dict[str, object], out: int, err: int) -> None:
         resource.setrlimit(number, [old if new is None else new for new, old in pairs])
     os.environ.clear()
     os.environ.update(environment)
+    sys.dont_write_bytecode = bool(environment.get(_LATER))
     sys.argv = ["swa-avg", *arguments]
     # As `python -m` has it.
     sys.path[0] = str(folder)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import torch
 from command import load, run
 from safetensors.torch import save_file
@@ -55,6 +56,8 @@ class Passing:
         adding(f"def {name}():", f"    {call}({self.arguments})")(folder)
 
 
+# As `python` does with the script that is the first of its arguments.
+A_SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 Then = tuple[str | Build | Passing, ...]
 
 
@@ -67,7 +70,8 @@ class Case:
         given: The command.
         says: A pattern of the remedy; its groups are what can be typed.
         then: Commands that follow the remedy; `{0}` is the first group. The shell runs those
-            that begin with `$ `. A function, or a `Passing`, changes what is in the folder.
+            that begin with `$ `, and those that begin with `python ` run a script. A function,
+            or a `Passing`, changes what is in the folder.
         mean: `a.weight` in the outputs of these commands, or of each; None to look at nothing.
         notes: Whether the remedy is in a note on a run that succeeds.
         exits: The exit code of the refused command, if it matters which.
@@ -130,12 +134,19 @@ def _follow(folder: Path, case: Case, groups: Sequence[str]) -> None:
     for number, step in enumerate(case.then):
         if isinstance(step, Passing):
             step(folder, *groups)
-        elif callable(step):
+            continue
+        if callable(step):
             step(folder)
-        elif step.startswith("$ "):
-            subprocess.run(step.format(*groups)[2:], shell=True, cwd=folder, check=True)
+            continue
+        line = step.format(*groups)
+        if line.startswith("$ "):
+            subprocess.run(line[2:], shell=True, cwd=folder, check=True)
+        elif line.startswith("python "):
+            words = tuple(shlex.split(line)[1:])
+            ended = preloaded.run(folder, words, os.environ, 300, A_SCRIPT, preloaded.TORCH)
+            assert ended.returncode == 0, (line, ended.stderr)
         else:
-            words = _with_output(step.format(*groups), f"out_{number}.pt")
+            words = _with_output(line, f"out_{number}.pt")
             ended = run(folder, *words, env=_environment(folder))
             assert ended.returncode == 0, (words, ended.stderr)
             if case.mean is not None:
