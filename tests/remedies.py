@@ -15,6 +15,7 @@ import preloaded
 import torch
 from command import load, run
 from safetensors.torch import save_file
+from stored import settled
 
 Build = Callable[[Path], object]
 
@@ -30,12 +31,13 @@ def save(folder: Path, files: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(what, str | bytes):
             path.write_bytes(what.encode() if isinstance(what, str) else what)
-            continue
-        tree = weights(what) if isinstance(what, int | float) else what
-        if path.suffix == ".safetensors":
-            save_file(tree, path, {"format": "pt"})
+        elif path.suffix == ".safetensors":
+            save_file(
+                weights(what) if isinstance(what, int | float) else what, path, {"format": "pt"}
+            )
         else:
-            torch.save(tree, path)
+            torch.save(weights(what) if isinstance(what, int | float) else what, path)
+        settled(path)
 
 
 TWO = {"1.pt": 1, "2.pt": 2}
