@@ -42,6 +42,8 @@ TORCH = ("torch", "safetensors.torch", "swa_avg.search")
 SHARDING = (*TORCH, "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
 # What of the variables of Python is a switch that can be set later (see `_become`).
 _LATER = "PYTHONDONTWRITEBYTECODE"
+# After so many runs the interpreter has adapted the code.
+_TIMES = 5
 # Options whose command imports torch.
 _RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy")
 _OF_PROTOCOLS = {"http": ("aiohttp", "fsspec.implementations.http"), "s3": ("s3fs",)}
@@ -283,8 +285,26 @@ def import_shared(more: Iterable[str] = ()) -> None:
         importlib.import_module(name)
     if "torch" in more:
         _share_torch()
+    _warm_up()
     gc.collect()
     gc.freeze()
+
+
+def _warm_up() -> None:
+    """Average a few times, as Python runs quickly only what it has run before."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    average = importlib.import_module("swa_avg").average
+    with tempfile.TemporaryDirectory() as folder:
+        for number in (1, 2):
+            data = len(header).to_bytes(8, "little") + header + bytes([number] * 8)
+            path = Path(folder, f"{number}.safetensors")
+            path.write_bytes(data)
+            os.utime(path, (1.5, 1.5))  # long ago: nothing has to settle
+        for _ in range(_TIMES):
+            average(f"{folder}/?.safetensors", f"{folder}/out.pt", force=True)
+            os.utime(f"{folder}/out.pt", (1.5, 1.5))
+            again = [f"{folder}/out.pt", f"{folder}/1.safetensors"]
+            average(again, f"{folder}/again.pt", force=True)
 
 
 def _share_torch() -> None:
