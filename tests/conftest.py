@@ -26,8 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No deadlines: the machines that run these tests are shared, and a slow example is not wrong.
 settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
-# A shell ignores SIGINT for what runs in its background, and so would the commands of the tests.
+# A shell ignores SIGINT for what runs in its background, and nohup SIGHUP; so would the commands
+# of the tests.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,10 @@ _MOST_BYTES = 1 << 20
 TORCH = ("torch", "safetensors.torch", "swa_avg.search")
 # What a script imports that shards tensors. Each rank would import the last one by itself.
 SHARDING = (*TORCH, "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo")
+# What of the variables of Python is a switch that can be set later (see `_become`).
+_LATER = "PYTHONDONTWRITEBYTECODE"
+# After so many runs the interpreter has adapted the code.
+_TIMES = 5
 # Options whose command imports torch.
 _RUN_A_MODEL = ("--recompute-bn", "--sweep", "--greedy")
 _OF_PROTOCOLS = {"http": ("aiohttp", "fsspec.implementations.http"), "s3": ("s3fs",)}
@@ -72,7 +76,6 @@ def run(
         limits: Of each limited resource the soft and the hard limit, or None for that of before.
         stderr: The file for what it prints there; by default it is returned.
     """
-    here, there = socket.socketpair()
     order = {
         "folder": str(folder),
         "arguments": arguments,
@@ -80,19 +83,17 @@ def run(
         "script": script,
         "limits": dict(limits or {}),
     }
-    early = tuple(sorted(item for item in environment.items() if read_early(item[0])))
-    server = _server(imports or imports_of(arguments), early)
-    with here, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with there:
-            files = [out.fileno(), stderr or err.fileno(), there.fileno()]
-            socket.send_fds(server, [json.dumps(order).encode()], files)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        files = [out.fileno(), stderr or err.fileno()]
+        here, process = _forked(order, imports or imports_of(arguments), files)
         here.settimeout(timeout)
-        process = int.from_bytes(_received(here, 8), "little")
         try:
             code = int.from_bytes(_received(here, 8), "little", signed=True)
         except TimeoutError as error:
             os.kill(process, signal.SIGKILL)
             raise subprocess.TimeoutExpired(list(arguments), timeout) from error
+        finally:
+            here.close()
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -101,9 +102,77 @@ def run(
     return subprocess.CompletedProcess(["swa-avg", *arguments], code, *texts)
 
 
+class Started:
+    """The command in a session of its own: what tests need of `subprocess.Popen`.
+
+    Args:
+        folder: The current folder.
+        arguments: The arguments.
+        environment: All environment variables.
+    """
+
+    def __init__(
+        self, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str]
+    ) -> None:
+        order = {"folder": str(folder), "arguments": arguments, "environment": dict(environment),
+                 "script": None, "limits": {}, "session": True}  # fmt: skip
+        pairs = [os.pipe(), os.pipe()]
+        self._streams = [read for read, _ in pairs]
+        writing = [write for _, write in pairs]
+        self._answer, self.pid = _forked(order, imports_of(arguments), writing)
+        for file in writing:
+            os.close(file)
+        self.returncode: int | None = None
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Return what it has printed, once it has ended and nobody has its pipes any more."""
+        try:
+            out, err = (_whole(file, timeout).decode() for file in self._streams)
+            self._answer.settimeout(timeout)
+            self.returncode = int.from_bytes(_received(self._answer, 8), "little", signed=True)
+        except TimeoutError as error:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired("swa-avg", timeout) from error
+        finally:
+            self._answer.close()
+            for file in self._streams:
+                os.close(file)
+        return out, err
+
+
+def _whole(file: int, timeout: float) -> bytes:
+    """Return all that comes through a pipe, which may be silent for so many seconds."""
+    found = b""
+    while select.select([file], [], [], timeout)[0]:
+        more = os.read(file, 1 << 16)
+        if not more:
+            return found
+        found += more
+    raise TimeoutError
+
+
+def _forked(
+    order: Mapping[str, object], imports: tuple[str, ...], streams: list[int]
+) -> tuple[socket.socket, int]:
+    """Have a process forked; return where it is told how it ended, and its process id."""
+    environment = order["environment"]
+    assert isinstance(environment, dict)
+    early = tuple(sorted(item for item in environment.items() if read_early(item[0])))
+    here, there = socket.socketpair()
+    with there:
+        message = json.dumps(order).encode()
+        socket.send_fds(_server(imports, early), [message], [*streams, there.fileno()])
+    return here, int.from_bytes(_received(here, 8), "little")
+
+
 def read_early(name: str) -> bool:
     """Return whether Python or a library may read a variable when it starts."""
-    return name.startswith(("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "TQDM_"))
+    prefixes = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "TQDM_")
+    return name.startswith(prefixes) and name != _LATER
 
 
 def imports_of(arguments: Iterable[str]) -> tuple[str, ...]:
@@ -216,8 +285,26 @@ def import_shared(more: Iterable[str] = ()) -> None:
         importlib.import_module(name)
     if "torch" in more:
         _share_torch()
+    _warm_up()
     gc.collect()
     gc.freeze()
+
+
+def _warm_up() -> None:
+    """Average a few times, as Python runs quickly only what it has run before."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    average = importlib.import_module("swa_avg").average
+    with tempfile.TemporaryDirectory() as folder:
+        for number in (1, 2):
+            data = len(header).to_bytes(8, "little") + header + bytes([number] * 8)
+            path = Path(folder, f"{number}.safetensors")
+            path.write_bytes(data)
+            os.utime(path, (1.5, 1.5))  # long ago: nothing has to settle
+        for _ in range(_TIMES):
+            average(f"{folder}/?.safetensors", f"{folder}/out.pt", force=True)
+            os.utime(f"{folder}/out.pt", (1.5, 1.5))
+            again = [f"{folder}/out.pt", f"{folder}/1.safetensors"]
+            average(again, f"{folder}/again.pt", force=True)
 
 
 def _share_torch() -> None:
@@ -273,12 +360,15 @@ def _become(order: dict[str, object], out: int, err: int) -> None:
     os.close(err)
     folder, arguments, environment = (order[key] for key in ("folder", "arguments", "environment"))
     os.chdir(folder)
+    if order.get("session"):
+        os.setsid()
     for name, limits in order["limits"].items():
         number = getattr(resource, name)
         pairs = zip(limits, resource.getrlimit(number), strict=True)
         resource.setrlimit(number, [old if new is None else new for new, old in pairs])
     os.environ.clear()
     os.environ.update(environment)
+    sys.dont_write_bytecode = bool(environment.get(_LATER))
     sys.argv = ["swa-avg", *arguments]
     # As `python -m` has it.
     sys.path[0] = str(folder)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import torch
 from command import load, run
 from safetensors.torch import save_file
+from stored import settled
 
 Build = Callable[[Path], object]
 
@@ -29,12 +31,13 @@ def save(folder: Path, files: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(what, str | bytes):
             path.write_bytes(what.encode() if isinstance(what, str) else what)
-            continue
-        tree = weights(what) if isinstance(what, int | float) else what
-        if path.suffix == ".safetensors":
-            save_file(tree, path, {"format": "pt"})
+        elif path.suffix == ".safetensors":
+            save_file(
+                weights(what) if isinstance(what, int | float) else what, path, {"format": "pt"}
+            )
         else:
-            torch.save(tree, path)
+            torch.save(weights(what) if isinstance(what, int | float) else what, path)
+        settled(path)
 
 
 TWO = {"1.pt": 1, "2.pt": 2}
@@ -55,6 +58,8 @@ class Passing:
         adding(f"def {name}():", f"    {call}({self.arguments})")(folder)
 
 
+# As `python` does with the script that is the first of its arguments.
+A_SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 Then = tuple[str | Build | Passing, ...]
 
 
@@ -67,7 +72,8 @@ class Case:
         given: The command.
         says: A pattern of the remedy; its groups are what can be typed.
         then: Commands that follow the remedy; `{0}` is the first group. The shell runs those
-            that begin with `$ `. A function, or a `Passing`, changes what is in the folder.
+            that begin with `$ `, and those that begin with `python ` run a script. A function,
+            or a `Passing`, changes what is in the folder.
         mean: `a.weight` in the outputs of these commands, or of each; None to look at nothing.
         notes: Whether the remedy is in a note on a run that succeeds.
         exits: The exit code of the refused command, if it matters which.
@@ -130,12 +136,19 @@ def _follow(folder: Path, case: Case, groups: Sequence[str]) -> None:
     for number, step in enumerate(case.then):
         if isinstance(step, Passing):
             step(folder, *groups)
-        elif callable(step):
+            continue
+        if callable(step):
             step(folder)
-        elif step.startswith("$ "):
-            subprocess.run(step.format(*groups)[2:], shell=True, cwd=folder, check=True)
+            continue
+        line = step.format(*groups)
+        if line.startswith("$ "):
+            subprocess.run(line[2:], shell=True, cwd=folder, check=True)
+        elif line.startswith("python "):
+            words = tuple(shlex.split(line)[1:])
+            ended = preloaded.run(folder, words, os.environ, 300, A_SCRIPT, preloaded.TORCH)
+            assert ended.returncode == 0, (line, ended.stderr)
         else:
-            words = _with_output(step.format(*groups), f"out_{number}.pt")
+            words = _with_output(line, f"out_{number}.pt")
             ended = run(folder, *words, env=_environment(folder))
             assert ended.returncode == 0, (words, ended.stderr)
             if case.mean is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,20 @@ from swa_avg.formats.opening import open_checkpoint
 from swa_avg.tensors.strided import read_tensor
 
 
+def settled(path: Path) -> Path:
+    """Have a file, or those of a folder, be a second old, and return it.
+
+    Of a file that was written within the last tick of the clock the package waits for the next.
+    """
+    at = time.time() - 1
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            os.utime(file, (at, at))
+    return path
+
+
 def tensors(path: Path, **options: Any) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(settled(path))
     try:
         state = find_state_dict(checkpoint, **options)
         return {name: read_tensor(ref) for name, ref in state.tensors.items()}

@@ -77,7 +77,12 @@ def _container(value: object, storages: Sequence[OutputStorage]) -> Iterator[byt
 
 def _value(value: object) -> bytes:
     """Return the opcodes of a plain value, without the protocol header and the final STOP."""
-    return pickle.dumps(_restored(value), protocol=2)[2:-1]
+    return _plain(_restored(value))
+
+
+def _plain(value: object) -> bytes:
+    """As `_value`, of what holds no placeholder."""
+    return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def _restored(value: object) -> object:
@@ -90,7 +95,7 @@ def _restored(value: object) -> object:
 def _set_items(items: Iterator[tuple[object, bytes]]) -> Iterator[bytes]:
     yield pickle.MARK
     for key, value in items:
-        yield _value(key)
+        yield _plain(key) if type(key) is str else _value(key)
         yield value
     yield pickle.SETITEMS
 
@@ -99,15 +104,13 @@ def _tensor(tensor: OutputTensor, storage: OutputStorage) -> Iterator[bytes]:
     """Yield the call that builds a tensor: `_rebuild_tensor_v2`, or v3 with the dtype."""
     typed = _STORAGE_NAMES.get(storage.dtype.name)
     yield _global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
-    yield pickle.MARK
-    yield pickle.MARK
-    yield _value("storage")
+    yield pickle.MARK + pickle.MARK + _STORAGE
     yield _global("torch", typed) if typed else _global("torch.storage", "UntypedStorage")
-    yield _value(str(tensor.storage))
-    yield _value("cpu")
-    yield _value(storage.numel if typed else storage.nbytes)
+    yield _plain(str(tensor.storage)) + _CPU
+    yield _plain(storage.numel if typed else storage.nbytes)
     yield pickle.TUPLE + pickle.BINPERSID
-    yield from map(_value, (tensor.offset, tensor.shape, tensor.stride, False))
+    yield from map(_plain, (tensor.offset, tensor.shape, tensor.stride))
+    yield pickle.NEWFALSE
     yield from _ordered_dict()  # no backward hooks
     if not typed:
         yield _global("torch", storage.dtype.name)
@@ -118,5 +121,10 @@ def _ordered_dict() -> tuple[bytes, ...]:
     return _global("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE
 
 
+@lru_cache(maxsize=64)
 def _global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+# For every tensor alike.
+_STORAGE, _CPU = _plain("storage"), _plain("cpu")

@@ -17,6 +17,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
+from stored import settled
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -45,6 +46,7 @@ def save_all(folder: Path, states: list[Any], suffix: str = ".pt") -> list[Path]
     paths = [folder / f"in_{number}{suffix}" for number in range(len(states))]
     for state, path in zip(states, paths, strict=True):
         SAVERS[suffix](state, path)
+        settled(path)
     return paths
 
 

@@ -284,6 +284,7 @@ def test_nearest_number_is_the_oracles(
         return
     path = tmp_path_factory.mktemp("holds") / "x.pt"
     torch.save(oracle.from_bits([sign | low, sign | (low + 1)], dtype), path)
+    stored.settled(path)
     opened = open_checkpoint(path)
     assert isinstance(opened.tree, View)
     found = _Elements(opened.located(opened.tree), Box((0,), (2,)))

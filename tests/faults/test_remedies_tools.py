@@ -43,8 +43,7 @@ out.mkdir(parents=True, exist_ok=True)
 whole = {name: torch.cat([state[name] for state in states]) for name in states[0]}
 torch.save(whole, out / "pytorch_model.bin")
 """
-PYTHON = f'$ PATH="{Path(sys.executable).parent}:$PATH" '
-OF_STEP_2 = f"{PYTHON}python run/zero_to_fp32.py run merged/global_step2 -t global_step2"
+OF_STEP_2 = "python run/zero_to_fp32.py run merged/global_step2 -t global_step2"
 
 
 def zero_3(folder: Path) -> None:
@@ -133,7 +132,7 @@ TOOLS: dict[str, Case] = {
     "ZeRO-3": Case(
         zero_3, "run",
         r"Merge them with DeepSpeed's zero_to_fp32\.py, and average what it writes: (python .+)\.$",
-        (PYTHON + "{0}", OF_STEP_2, "merged"), 1.5,
+        ("{0}", OF_STEP_2, "merged"), 1.5,
     ),
     "files of ZeRO-3": Case(
         zero_3, "run/*/zero_pp_rank_0_mp_rank_00_model_states.pt",

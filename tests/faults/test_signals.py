@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import COMMAND, OLD, OUT, fault, snapshot
+from command import OLD, OUT, fault, snapshot
+from preloaded import Started
 from torch import nn
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -56,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def assert_ended(
-    process: subprocess.Popen[str], number: signal.Signals, folder: Path, before: object
+    process: subprocess.Popen[str] | Started, number: signal.Signals, folder: Path, before: object
 ) -> None:
     """The command has ended as it documents, and the folder is as it was."""
     out, err = process.communicate(timeout=120)  # ends when nobody has its pipes any more
@@ -137,7 +138,7 @@ def test_signals_with_loader_workers(folder: Path, number: signal.Signals, to_al
         os.mkfifo(folder / name)
     before = kept(folder)
     bn = ("--recompute-bn", "--data", "mod:loader")
-    process = started(folder, *COMMAND, "0.pt", "1.pt", "-o", OUT, "-f", *bn)
+    process = Started(folder, ("0.pt", "1.pt", "-o", OUT, "-f", *bn), os.environ)
     begun(folder)
     for _ in range(3):
         (os.killpg if to_all else os.kill)(process.pid, number)
@@ -180,7 +181,7 @@ def test_user_code_that_catches_everything(folder: Path, loader: str) -> None:
         os.mkfifo(folder / name)
     before = kept(folder)
     bn = ("--recompute-bn", "--data", f"mod:{loader}")
-    process = started(folder, *COMMAND, "0.pt", "1.pt", "-o", OUT, "-f", *bn)
+    process = Started(folder, ("0.pt", "1.pt", "-o", OUT, "-f", *bn), os.environ)
     begun(folder)
     process.send_signal(signal.SIGINT)
     assert_ended(process, signal.SIGINT, folder, before)
@@ -250,7 +251,7 @@ def test_signal_while_a_server_stalls(
         torch.save({"w": torch.full((500_000,), float(seed))}, served / f"{seed}.pt")
     with stalling(served, stalled) as (url, reached):
         inputs = [f"{url}/{seed}.pt" for seed in range(3)]
-        process = started(place, *COMMAND, *inputs, "-o", OUT)
+        process = Started(place, (*inputs, "-o", OUT), os.environ)
         assert reached.wait(120)
         process.send_signal(number)
         assert_ended(process, number, place, {})

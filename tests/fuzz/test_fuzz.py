@@ -7,13 +7,12 @@ run for as long as one likes, the former guided by coverage where atheris is ins
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import pickletools
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 from fuzz import bit_flips, differential, fuzz_readers
 from hypothesis import given, settings
@@ -26,15 +25,15 @@ COMPARED = 400
 
 def test_changed_files(tmp_path: Path) -> None:
     """Each reader, fed real files that were changed: within a gibibyte and seconds, no crash."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (240, 240))
-
-    program = Path(fuzz_readers.__file__)
-    ended = subprocess.run(
-        [sys.executable, "-W", "ignore", program, "all", f"-runs={RUNS}"],
-        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit,
-    )  # fmt: skip
+    program = fuzz_readers.__file__
+    script = (
+        "import runpy, warnings; warnings.simplefilter('ignore')\n"
+        f"runpy.run_path({program!r}, run_name='__main__')"
+    )
+    limits = {"RLIMIT_CPU": (240, 240)}
+    ended = preloaded.run(
+        tmp_path, ("all", f"-runs={RUNS}"), os.environ, 600, script, preloaded.TORCH, limits
+    )
     assert ended.returncode == 0, ended.stderr
     assert not list(tmp_path.iterdir())
     lines = dict(line.split(": ") for line in ended.stdout.splitlines())

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 from command import COMMAND, one_line, snapshot
 from kernel.test_memory import write_sparse
@@ -136,12 +137,8 @@ for name, worth in (("threads", 1 << 60), ("processes", 0)):
 
 def test_processes_write_the_bytes_that_threads_write(tmp_path: Path) -> None:
     """Of tensors of all kinds, of the means of the last k too."""
-    ended = subprocess.run(
-        [sys.executable, "-c", SAME, str(Path(__file__).parents[1])],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    tests = str(Path(__file__).parents[1])
+    ended = preloaded.run(tmp_path, (tests,), os.environ, 100, SAME, preloaded.TORCH)
     assert ended.returncode == 0, ended.stderr
     (none, *rest), (some, *same) = (line.split(" ", 1) for line in ended.stdout.splitlines())
     assert (none, rest) == ("0", same) and int(some) == 5

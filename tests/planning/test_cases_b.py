@@ -19,6 +19,7 @@ import pytest
 import torch
 from command import averaged, fails, run
 from safetensors.torch import save_file
+from stored import settled
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -37,11 +38,13 @@ def save(folder: Path, files: Mapping[str, Any]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(what if isinstance(what, dict | list | nn.Module) else weights(what), path)
+        settled(path)
 
 
 def save_model(folder: Path, value: float, name: str = "model.safetensors") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights(value), folder / name, {"format": "pt"})
+    settled(folder / name)
 
 
 def mean(folder: Path, *arguments: str) -> tuple[float, tuple[str, ...]]:

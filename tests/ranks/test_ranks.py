@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,9 @@ if os.environ["RANK"] == sys.argv.pop(1):
 main()
 """
 DIES = ONE_DIFFERS.format("os.pwrite = die")  # at its first write
+# The command that two ranks of torchrun run.
+WITH_TORCHRUN = ("epoch_?.pt", "-o", "again.pt", "--json", "--distances", "--threads", "1",
+                 "--report", "report.json")  # fmt: skip
 SAME_FILES = "Give all ranks the same files, options and version of swa-avg."
 ELSEWHERE = ONE_DIFFERS.format("os.chdir('elsewhere')")
 # Without torchrun, which ends the others when a rank has died.
@@ -107,7 +109,7 @@ def state(seed: int) -> dict[str, torch.Tensor]:
     """Tensors that are read in ranges, in boxes and together; one is in several tasks."""
     torch.manual_seed(seed)
     return {
-        **{f"small.{number}": torch.randn(30) for number in range(300)},
+        **{f"small.{number}": torch.randn(30) for number in range(100)},
         "large": torch.randn(3_000_000),
         "turned": torch.randn(300, 200).t(),
         "bn.running_mean": torch.randn(30),
@@ -203,16 +205,27 @@ def test_work_is_dealt_out_by_bytes(folder: Path) -> None:
                 assert abs(size - sum(sizes) / world) <= max(sizes)
 
 
+@pytest.fixture(scope="module")
+def by_torchrun(folder: Path) -> Iterator[Path]:
+    """What the command has written and printed on two ranks of torchrun, in a folder."""
+    made = folder / "by_torchrun"
+    made.mkdir()
+    ended = torchrun(folder, 2, *WITH_TORCHRUN)
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    (made / "stdout").write_text(ended.stdout)
+    for name in ("again.pt", "report.json"):
+        (folder / name).rename(made / name)
+    yield made
+    shutil.rmtree(made)
+
+
 def test_command_reports_what_one_process_reports(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, by_torchrun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, and the same: but for the last bits of distances, which are sums of floats."""
-    arguments = ["epoch_?.pt", "-o", "again.pt", "--json", "--distances"]
-    ended = torchrun(folder, 2, *arguments, "--threads", "1", "--report", "report.json")
-    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
-    several = json.loads(ended.stdout)
-    assert json.loads((folder / "report.json").read_text()) == several
-    assert (folder / "again.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
+    several = json.loads((by_torchrun / "stdout").read_text())
+    assert json.loads((by_torchrun / "report.json").read_text()) == several
+    assert (by_torchrun / "again.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
     monkeypatch.chdir(folder)
     report = swa_avg.average("epoch_?.pt", "again.pt", force=True, distances=True)
     alone = json.loads(json.dumps(report.to_dict()))
@@ -222,7 +235,6 @@ def test_command_reports_what_one_process_reports(
     for one_value, other in zip(*map(numbers, distances), strict=True):
         assert one_value == pytest.approx(other, rel=1e-9)
     (folder / "again.pt").unlink()
-    (folder / "report.json").unlink()
 
 
 def numbers(content: object) -> list[float]:
@@ -415,18 +427,18 @@ def test_ranks_average_and_recompute_batchnorm(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".swa-avg*"))
 
 
-def test_ranks_without_torchrun(folder: Path) -> None:
+def test_ranks_without_torchrun(folder: Path, by_torchrun: Path) -> None:
     """WORLD_SIZE without the rest is refused; torchrun works, and so does one process."""
     alone = ENVIRONMENT | {"WORLD_SIZE": "2", "RANK": "0"}
-    arguments = ("epoch_?.pt", "-o", "out.pt", "-f")
-    line = one_line(run(folder, *arguments, env=alone))
+    line = one_line(run(folder, *WITH_TORCHRUN, env=alone))
     assert line.startswith("error: the ranks cannot connect to each other (")
     assert line.endswith("Start them with torchrun, or unset WORLD_SIZE.")
-    for start in (partial(torchrun, folder, 2), partial(run, folder)):
-        ended = start(*arguments)
-        assert ended.returncode == 0, ended.stderr
-        assert (folder / "out.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
-        (folder / "out.pt").unlink()
+    ended = run(folder, *WITH_TORCHRUN)
+    assert ended.returncode == 0, ended.stderr
+    (folder / "report.json").unlink()
+    for place in (by_torchrun, folder):
+        assert (place / "again.pt").read_bytes() == (folder / "one" / "out.pt").read_bytes()
+    (folder / "again.pt").unlink()
 
 
 def test_torch_estimator_on_ranks(tmp_path: Path) -> None:
