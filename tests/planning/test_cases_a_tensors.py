@@ -272,6 +272,7 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
         "initted",
         "initialized",
         "count",
+        "_count",
         "decay",
         "num_updates",
         "iteration",
@@ -406,7 +407,7 @@ def test_learned_quantisation_is_averaged(tmp_path: Path) -> None:
 def test_common_names_alone_are_weights(tmp_path: Path) -> None:
     """One name of a family, without the others, is a weight like any other."""
     names = (
-        "a.scale b.embed c.count d.weight_scale d.weight e.decay f.queue g.codes h.zero_point "
+        "a.scale b.embed c.count d.weight_scale d.weight e.decay f.bank g.codes h.zero_point "
         "i.weight_g j.embed_avg k.min_val l.base m.mean m.var n.weight_u n.weight_v o.absmax "
         "p.lora_A.weight q.scales q.weight r.histogram s.expert_bias t.weight_orig u.k u.N "
         "v.mask w.cluster_size x.step x.original0 y.codebooks z.initialized logit_scale logit"
