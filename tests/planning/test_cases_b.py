@@ -90,6 +90,8 @@ PARTS = {
     "accelerators": ("gpu{part}/epoch_{step}.pt", ""),
     "camel case": ("modelRank{part}.pt", "step_{step}"),
     "stages of a pipeline": ("pipeline_stage_{part}.pt", "step_{step}"),
+    "fairseq2": ("model/pp_00/tp_00/sdp_0{part}.pt", "step_{step}"),
+    "parallel": ("tensor_parallel_{part}.pt", "step_{step}"),
     "N of M": ("model-0000{part}-of-00002.bin", "checkpoint-{step}"),
 }
 
@@ -475,6 +477,8 @@ RUNS = {
     "runs": ("run1/model.pt", "run2/model.pt"),
     "a sweep": ("lr_0.1/last.pt", "lr_0.01/last.pt"),
     "models of a checkpoint": ("step_9/actor.pt", "step_9/critic.pt"),
+    "members": ("cv_1_best.pt", "cv_2_best.pt"),
+    "two generators": ("latest_net_G_A.pth", "latest_net_G_B.pth"),
     "models of a GAN": ("generator.pt", "discriminator.pt"),
 }
 
