@@ -299,6 +299,8 @@ ORDERS = {
     "nnU-Net": ("checkpoint_best.pth", "checkpoint_final.pth"),
     "epochs that begin anew": ("stage1_epoch9.pt", "stage2_epoch1.pt", "stage2_epoch2.pt"),
     "cycles": ("cycle0_epoch_9.pt", "cycle0_epoch_10.pt", "cycle1_epoch_1.pt"),
+    "decimals with a unit": ("ckpt_900k.pt", "ckpt_1m.pt", "ckpt_1.1m.pt", "ckpt_10M.pt"),
+    "months first, over years": ("01-31-2024.pt", "02-01-2024.pt", "01-02-2025.pt"),
     "days first": ("31-05-2024.pt", "01-06-2024.pt", "01-07-2024.pt"),
     "days first, with a time": ("31.05.2024_10-00.pt", "01.06.2024_09-00.pt"),
     "months first": ("05-31-2024.pt", "06-02-2024.pt", "10-01-2024.pt"),
