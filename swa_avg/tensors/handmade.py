@@ -81,6 +81,9 @@ _SIGNS = (
 )
 _SIGN = frozenset().union(*_SIGNS)
 
+# People write no longer names within a module; what is done with words grows with their square.
+_LONGEST = 200
+
 # The count for each code: ema_cluster_size, cluster_counts, ema_vocab_hit, running_size.
 _COUNTS = re.compile(
     r"(?=.*(?:cluster|code|ema|embed|vocab|running))(?=.*(?:size|count|usage|hit|freq))"
@@ -109,12 +112,15 @@ def by_hand(tensors: Mapping[str, Tensor], known: Container[str]) -> Iterator[tu
     for name, tensor in tensors.items():
         at = name.rfind(".") + 1
         modules.setdefault(name[:at], {})[name[at:]] = tensor
+    children: dict[str, list[str]] = {}
+    for module in modules:
+        parent = module[: module[:-1].rfind(".") + 1]
+        children.setdefault(parent, []).append(module)
     for before in signs:
-        leaves = modules[before]
-        for leaf, family in _of_module(leaves):
-            yield before + leaf, family
-        for name in _codebooks(before, modules):
-            yield name, Group.CODEBOOK
+        for leaf, group in _of_module(modules[before]):
+            yield before + leaf, group
+        inner = {child: modules[child] for child in children.get(before, ()) if child != before}
+        yield from ((name, Group.CODEBOOK) for name in _codebooks(before, modules[before], inner))
 
 
 def _of_module(leaves: _Leaves) -> Iterator[tuple[str, Group]]:
@@ -123,7 +129,7 @@ def _of_module(leaves: _Leaves) -> Iterator[tuple[str, Group]]:
     words = {leaf: _words_of(leaf) for leaf in floats}
     yield from ((leaf, Group.STATISTICS) for leaf in _statistics(leaves, floats))
     yield from ((leaf, Group.CENTROIDS) for leaf in _centroids(leaves))
-    yield from ((leaf, Group.VECTORS) for leaf in floats if _is_of_power_iteration(leaf, floats))
+    yield from ((leaf, Group.VECTORS) for leaf in _vectors(floats))
     yield from ((leaf, Group.QUEUE) for leaf, tensor in leaves.items() if _is_queue(leaf, tensor))
     every = set().union(*words.values())
     for leaf, tensor in floats.items():
@@ -158,7 +164,7 @@ def _statistics(leaves: _Leaves, floats: _Leaves) -> Iterator[str]:
     counts = [leaf for leaf, tensor in leaves.items() if _is_count(leaf, tensor)]
     lower: dict[_Words, str] = {}
     upper: dict[_Words, str] = {}
-    named = []
+    named, alike = [], set()
     for leaf in floats:
         words = _words_of(leaf)
         if not words or words[-1] in _TRAINED:
@@ -178,9 +184,10 @@ def _statistics(leaves: _Leaves, floats: _Leaves) -> Iterator[str]:
         low, high = lower[key], upper[key]
         tracked = counts or (key[0] == "mean" and _LOOSE.intersection(key[1:]))
         if low != high and tracked and floats[low].shape == floats[high].shape:
-            yield from (low, high, *counts)
-            alike = floats[low].shape if counts else None
-            yield from (leaf for leaf in named if floats[leaf].shape == alike)
+            yield from (low, high)
+            alike.add(floats[low].shape)
+    if counts and alike:
+        yield from (*counts, *(leaf for leaf in named if floats[leaf].shape in alike))
 
 
 def _keys(words: _Words, among: Container[str], kind: str, *alone: _Words) -> Iterator[_Words]:
@@ -200,68 +207,59 @@ def _is_count(leaf: str, tensor: Tensor) -> bool:
 
 def _centroids(leaves: _Leaves) -> Iterator[str]:
     """Yield centres of clusters and their counts: centroids and cluster_size."""
-    counts = [leaf for leaf in leaves if _CLUSTER.intersection(_words_of(leaf))]
+    counts: dict[_Shape, list[str]] = {}
+    for leaf, tensor in leaves.items():
+        if tensor.shape and _CLUSTER.intersection(_words_of(leaf)):
+            counts.setdefault(tuple(tensor.shape), []).append(leaf)
     for leaf, tensor in leaves.items() if counts else ():
         if tensor.dtype.kind is Kind.FLOAT and _CENTROID.intersection(_words_of(leaf)):
-            beside = [n for n in counts if n != leaf and leaves[n].shape == tensor.shape[:-1] != ()]
-            yield from (leaf, *beside) if beside else ()
+            beside = tuple(tensor.shape[:-1])
+            if beside in counts:
+                yield from (leaf, *counts[beside])
+                counts[beside] = []  # once
 
 
-def _is_of_power_iteration(leaf: str, floats: _Leaves) -> bool:
-    """Return whether a tensor is a left or right vector of a weight beside it: weight_u0."""
-    words = _words_of(leaf)
-    rest = [word for word in words if word not in ("u", "v")]
-    around = {word for word in rest if not word.isdecimal()}
-    size = floats[leaf].numel
-    if len(rest) != len(words) - 1 or not around or not around <= _AROUND_VECTORS:
-        return False
-    if size == 1 or size != max(floats[leaf].shape, default=1):
-        return False
-    return not any(other.endswith("_g") for other in floats) and any(
-        size in (side, other_side)
-        for other, tensor in floats.items()
-        if _WEIGHTS.intersection(_words_of(other)) and len(tensor.shape) > 1
-        for side in tensor.shape[:2]
-        for other_side in [tensor.numel // max(side, 1)]
-    )
+def _vectors(floats: _Leaves) -> Iterator[str]:
+    """Yield the left and right vectors of a power iteration, beside their weight: weight_u0."""
+    if any(leaf.endswith("_g") for leaf in floats):
+        return  # the direction of weight norm
+    weights = [
+        tensor
+        for leaf, tensor in floats.items()
+        if len(tensor.shape) > 1 and _WEIGHTS.intersection(_words_of(leaf))
+    ]
+    sides = {side for tensor in weights for side in tensor.shape[:2]}
+    sides |= {tensor.numel // side for tensor in weights for side in tensor.shape[:2] if side}
+    for leaf, tensor in floats.items() if sides else ():
+        words = _words_of(leaf)
+        rest = [word for word in words if word not in ("u", "v")]
+        around = {word for word in rest if not word.isdecimal()}
+        size = tensor.numel
+        named = len(rest) == len(words) - 1 and around and around <= _AROUND_VECTORS
+        if named and size > 1 and size == max(tensor.shape) and size in sides:
+            yield leaf
 
 
-def _codebooks(before: str, modules: Mapping[str, _Leaves]) -> Iterator[str]:
-    """Yield the names of the tensors of a codebook in a module.
+def _codebooks(before: str, leaves: _Leaves, children: Mapping[str, _Leaves]) -> Iterator[str]:
+    """Yield the names of the tensors of codebooks in a module.
 
     Args:
         before: The module's name with a dot.
-        modules: The tensors of each module.
+        leaves: Its tensors.
+        children: The tensors of each module in it.
     """
-    shapes = _float_shapes(modules[before])
-    for leaf, size in shapes.items():
-        if not size or not _COUNTS.match(leaf):
-            continue
-        sums = {
-            shape
-            for other, shape in shapes.items()
-            if other != leaf and _SUMS.search(other) and _is_vectors(shape, size)
-        }
-        if sums:
-            yield from _of_codebook(before, shapes, modules, {*sums, *map(_turned, sums)}, size)
-
-
-def _of_codebook(
-    before: str,
-    shapes: Mapping[str, _Shape],
-    modules: Mapping[str, _Leaves],
-    vectors: set[_Shape],
-    size: _Shape,
-) -> Iterator[str]:
-    """Yield the names of a codebook: counts, sums, codes and switches."""
-    for leaf, shape in shapes.items():
-        if shape in vectors or shape == size or ("init" in leaf and math.prod(shape) == 1):
-            yield before + leaf
-    for module, inner in modules.items():
-        child = module.removeprefix(before)[:-1]
-        of_codes = module.startswith(before) and "." not in child and _CODES.search(child)
-        if of_codes and _float_shapes(inner).get("weight") in vectors:
-            yield f"{module}weight"
+    shapes = _float_shapes(leaves)
+    sums = {shape for leaf, shape in shapes.items() if _SUMS.search(leaf)}
+    for size in {shape for leaf, shape in shapes.items() if shape and _COUNTS.match(leaf)}:
+        vectors = {shape for shape in sums if _is_vectors(shape, size)}
+        vectors |= set(map(_turned, vectors))
+        for leaf, shape in shapes.items() if vectors else ():
+            if shape in vectors or shape == size or ("init" in leaf and math.prod(shape) == 1):
+                yield before + leaf
+        for child, inner in children.items() if vectors else ():
+            called = child[len(before) : -1]
+            if _CODES.search(called) and _float_shapes(inner).get("weight") in vectors:
+                yield f"{child}weight"
 
 
 def _float_shapes(leaves: _Leaves) -> dict[str, _Shape]:
@@ -287,5 +285,5 @@ def _is_sign(leaf: str, known: bool) -> bool:
 
 @lru_cache(maxsize=1024)
 def _words_of(leaf: str) -> _Words:
-    """Return the words of a name within its module, in lower case."""
-    return tuple(word.lower() for word in _WORD.findall(leaf))
+    """Return the words of a name within its module, in lower case; of a very long one, none."""
+    return tuple(word.lower() for word in _WORD.findall(leaf)) if len(leaf) < _LONGEST else ()
