@@ -124,7 +124,7 @@ _LEARNED_RANGE = _kind(
     Way.KEPT,
     because="scale and zero point are trained; the rest are switches",
 )
-_COUNTER = _kind("counter", Way.KEPT, because="a counter or switch, not trained")
+COUNTER = _kind("counter", Way.KEPT, because="a counter or switch, not trained")
 SPECTRAL = _kind("spectral norm", Way.KEPT, because="unit vectors of one power iteration")
 _PRUNING = _kind("pruning", Way.KEPT, because="a mask is zero or one")
 NOISE = _kind("noise", Way.KEPT, because="a random sample, not trained")
@@ -328,13 +328,13 @@ FAMILIES: tuple[Family, ...] = (
     *_rows(_METRIC, ("torchmetrics StatScores", "tp fp tn fn"), ("torchmetrics", "confmat")),
     # Counters, switches and the state of modules.
     *_rows(
-        _COUNTER,
+        COUNTER,
         ("LitEma of Stable Diffusion", "num_updates decay"),
         ("ema_pytorch EMA", "initted step"), ("thop", "total_ops total_params"),
         ("batch renormalisation", "rmax dmax"), ("batch renormalisation", "r_max d_max"),
     ),
     *_rows(
-        replace(_COUNTER, single=True),
+        replace(COUNTER, single=True),
         *(("ActNorm, codebooks", name)
           for name in ("initialized", "_initialized", "inited", "initted")),
         ("torch.optim.swa_utils.AveragedModel", "n_averaged"),

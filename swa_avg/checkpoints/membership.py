@@ -18,6 +18,7 @@ from swa_avg.checkpoints.families import (
     BN_COUNTER,
     BN_STATISTICS,
     CODEBOOK,
+    COUNTER,
     FAMILIES,
     NOISE,
     OBSERVER,
@@ -38,6 +39,7 @@ _BY_HAND = {
         Group.VECTORS: SPECTRAL,
         Group.QUEUE: QUEUE,
         Group.NOISE: NOISE,
+        Group.COUNTER: COUNTER,
         Group.LARGEST: OBSERVER,
         Group.EXPERTS: BALANCE,
     }.items()

@@ -30,6 +30,7 @@ class Group(Enum):
     VECTORS = "vectors beside their weight"
     QUEUE = "queues written by hand"
     NOISE = "noise beside its sigma"
+    COUNTER = "counters written by hand"
     LARGEST = "largest values seen"
     EXPERTS = "balance written by hand"
 
@@ -62,6 +63,8 @@ _COUNTED = frozenset(COUNTERS) | _set(
     "initialized initialised inited initted is_initialized is_init num_batches num_updates step n "
     "nu num_batches_tracked"
 )
+_COUNTING = _set("count counts counter seen updates")
+_OF_EMA = _set("decay step steps update updates iter momentum")
 _TRAINED = _set("weight weights bias gamma beta logit")
 _QUEUES = _set("queue queues fifo")
 _OF_SAMPLES = _set("feature features feat feats key keys negative negatives label labels")
@@ -77,7 +80,7 @@ _AROUND_VECTORS = _WEIGHTS | _set(
 )
 _SIGNS = (
     *(_PAST, _SPREAD, _EXTREMES, _QUEUES, _EXPERTS, _CENTROID, _BALANCED),
-    _set("bank eps epsilon amax u v m s"),
+    *(_COUNTING, _set("bank eps epsilon amax u v m s num n")),
 )
 _SIGN = frozenset().union(*_SIGNS)
 
@@ -136,6 +139,8 @@ def _of_module(leaves: _Leaves) -> Iterator[tuple[str, Group]]:
         own = frozenset(words[leaf])
         if tensor.numel > 1 and own & {"eps", "epsilon"} and "sigma" in every:
             yield leaf, Group.NOISE
+        if tensor.numel == 1 and _counts(words[leaf]):
+            yield leaf, Group.COUNTER
         if "amax" in own or (own == {"scale"} and "amax_history" in leaves):
             yield leaf, Group.LARGEST
         if _is_of_experts(words[leaf], tensor):
@@ -202,7 +207,15 @@ def _keys(words: _Words, among: Container[str], kind: str, *alone: _Words) -> It
 def _is_count(leaf: str, tensor: Tensor) -> bool:
     """Return whether a tensor counts samples, or says that a statistic has its first value."""
     called = leaf.strip("_").lower()
-    return tensor.numel == 1 and called in _COUNTED
+    return tensor.numel == 1 and (called in _COUNTED or _counts(_words_of(leaf)))
+
+
+def _counts(words: _Words) -> bool:
+    """Return whether the words of a single number are those of a count or of an EMA's decay."""
+    own = frozenset(words)
+    last, several = own & frozenset(words[-1:]), len(words) > 1
+    of_ema = own & {"ema", "ewma"} and own & _OF_EMA
+    return several and bool(last & _COUNTING or words[0] in ("num", "n") or of_ema)
 
 
 def _centroids(leaves: _Leaves) -> Iterator[str]:

@@ -78,6 +78,8 @@ KEPT = {
     "clusters": ("k.cluster_centers:16,4 k.counts:16", "w:3"),
     "centroids": ("centroids:16,4 cluster_size:16", "w:16"),
     "classes": ("class_centroid:10,4 class_count:10", "w:3"),
+    "counters": ("step_counter: frames_seen:1 n_seen: a.num_calls:", "temperature: log_alpha: w:3"),
+    "an EMA's own": ("ema_decay: ema_updates: e.ema_step:1", "ema_scale: e.gain:1 e.num:4 e.n:3"),
     "load of experts": ("moe.expert_load:8 moe.expert_counts:8", "moe.gate.weight:8,4"),
     "balance without a loss": ("moe.aux_free_bias:8", "moe.gate.weight:8,4"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ Every remedy that a line prints is followed by the test that asks for it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -388,6 +389,31 @@ def test_b_same_place_by_name_is_said(tmp_path: Path) -> None:
     save(tmp_path, {"epoch=1.ckpt": 1, "epoch=1-v1.ckpt": 2})
     _, notes = mean(tmp_path, "epoch=1.ckpt", "epoch=1-v1.ckpt")
     saying(notes, "epoch=1.ckpt and epoch=1-v1.ckpt have the same numbers in their names")
+
+
+SETTINGS: dict[str, Any] = {
+    "Lightning": lambda seed: {"hyper_parameters": {"seed": seed, "lr": 0.1}},
+    "argparse": lambda seed: {"args": argparse.Namespace(seed=seed, resume="x")},
+    "fairseq": lambda seed: {"cfg": {"common": {"seed": seed}, "task": None}},
+    "mmengine": lambda seed: {"meta": {"seed": seed}},
+}
+
+
+@pytest.mark.parametrize("made", SETTINGS.values(), ids=SETTINGS)
+def test_b_seeds_that_differ_are_said(made: Any, tmp_path: Path) -> None:
+    """Two seeds are two runs, whatever the names say; a seed that is the same is quiet."""
+    files = [f"epoch_{n}.pt" for n in (1, 2, 3)]
+    trees = {file: {"model": weights(n), **made(7)} for n, file in enumerate(files)}
+    save(tmp_path, trees)
+    assert mean(tmp_path, *files) == (1, ())
+    save(tmp_path, {"epoch_1.pt": {"model": weights(1), **made(6)}})
+    note = saying(mean(tmp_path, *files)[1], "seed is 6 in epoch_1.pt and 7 in epoch_3.pt")
+    assert note.endswith("these are several runs, whose weights have no useful mean")
+    # No whole number, a cycle, and a seed that is no setting.
+    cycle: dict[str, Any] = {"args": {"seed": None}, "seed": 3}
+    cycle["args"]["args"] = cycle["args"]
+    save(tmp_path, {"epoch_1.pt": {"model": weights(0), **cycle}})
+    assert mean(tmp_path, *files) == (1, ())
 
 
 def test_b_epochs_of_an_earlier_run_are_said(tmp_path: Path) -> None:
