@@ -19,12 +19,16 @@ _YEAR_FIRST = (
 _DATE = re.compile(r"(?<![0-9])([0-3][0-9])([-._])([0-3][0-9])\2((?:19|20)[0-9]{2})(?![0-9])")
 
 
+_POWER = "[1-9][eE][1-9][0-9]?"  # 1e6 steps; an epoch has its own word or letter
+
+
 def _tokens(time: str) -> re.Pattern[str]:
     """Return the expression for a token; `time` is the one for dates and times."""
     return re.compile(
         rf"(?P<time>{time})"
         r"|(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version
-        r"|(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
+        rf"|(?P<number>(?<![^\W_]){_POWER}(?![^\W_])"
+        r"|[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
         r"|(?P<word>[^\W\d_]+)"
         r"|(?P<separator>.)",
         re.DOTALL,
@@ -116,8 +120,9 @@ class Token:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a number of digits only, or a date and time."""
-        return self.kind == "number" and (self.text.isdecimal() or self.is_time)
+        """Whether it is a number of digits only, a power of ten, or a date and time."""
+        whole = self.text.isdecimal() or self.is_time or re.fullmatch(_POWER, self.text)
+        return self.kind == "number" and bool(whole)
 
     @property
     def is_finite(self) -> bool:

@@ -524,6 +524,7 @@ QUANTISED: dict[str, Callable[[], State]] = {
     "AQLM": lambda: {"codes": codes(4, 2, dtype=torch.int16), "codebooks": torch.rand(1, 4),
                      "scales": torch.rand(4)},
     "codes of one dimension": lambda: {"q": codes(8, dtype=torch.int8), "q_scale": torch.rand(8)},
+    "packed codes alone": lambda: {"weight": codes(8, dtype=torch.uint8)},
     "codes by any name": lambda: {"kernel": codes(4, 4, dtype=torch.int8)},
 }  # fmt: skip
 

@@ -300,6 +300,7 @@ ORDERS = {
     "nnU-Net": ("checkpoint_best.pth", "checkpoint_final.pth"),
     "epochs that begin anew": ("stage1_epoch9.pt", "stage2_epoch1.pt", "stage2_epoch2.pt"),
     "cycles": ("cycle0_epoch_9.pt", "cycle0_epoch_10.pt", "cycle1_epoch_1.pt"),
+    "powers of ten": ("ppo_5e5.pt", "ppo_1e6.pt", "ppo_2e6.pt", "ppo_1e7.pt"),
     "decimals with a unit": ("ckpt_900k.pt", "ckpt_1m.pt", "ckpt_1.1m.pt", "ckpt_10M.pt"),
     "months first, over years": ("01-31-2024.pt", "02-01-2024.pt", "01-02-2025.pt"),
     "days first": ("31-05-2024.pt", "01-06-2024.pt", "01-07-2024.pt"),
