@@ -223,7 +223,6 @@ FAMILIES: tuple[Family, ...] = (
         ("spectral norm beside its weight", "weight_u weight~", "weight_v weight_sigma"),
         ("BigGAN layers.SN", "sv0 u0 weight~", "u1 u2 u3 sv1 sv2 sv3"),
         ("torch-mimicry SpectralNorm", "sn_u weight~", "sn_sigma"),
-        ("SNConv2d of SN-GAN", "u weight~", "v"), ("SNConv2d of SN-GAN", "_u weight~", "_v"),
     ),
     *_rows(
         _PRUNING,

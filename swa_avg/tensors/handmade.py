@@ -212,10 +212,13 @@ def _is_count(leaf: str, tensor: Tensor) -> bool:
 
 def _counts(words: _Words) -> bool:
     """Return whether the words of a single number are those of a count or of an EMA's decay."""
+    if not words:
+        return False
     own = frozenset(words)
     last, several = own & frozenset(words[-1:]), len(words) > 1
     of_ema = own & {"ema", "ewma"} and own & _OF_EMA
-    return several and bool(last & _COUNTING or words[0] in ("num", "n") or of_ema)
+    of_many = words[0] in ("num", "n") and words[-1].endswith("s") and not last & _TRAINED
+    return several and bool(last & _COUNTING or of_many or of_ema)
 
 
 def _centroids(leaves: _Leaves) -> Iterator[str]:
@@ -248,7 +251,7 @@ def _vectors(floats: _Leaves) -> Iterator[str]:
         rest = [word for word in words if word not in ("u", "v")]
         around = {word for word in rest if not word.isdecimal()}
         size = tensor.numel
-        named = len(rest) == len(words) - 1 and around and around <= _AROUND_VECTORS
+        named = len(rest) == len(words) - 1 and around <= _AROUND_VECTORS
         if named and size > 1 and size == max(tensor.shape) and size in sides:
             yield leaf
 

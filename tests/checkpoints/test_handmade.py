@@ -67,6 +67,7 @@ KEPT = {
         "a.weight:3,3",
     ),
     "I-BERT": ("q.weight_integer:4,4 q.fc_scaling_factor:4 q.bias_integer:4", "q.weight:4,4"),
+    "SN-GAN": ("c.u:1,4 d._u:4 d._v:5", "c.weight:4,5 d.weight:4,5"),
     "a vector with a number": ("c.weight_u0:4 c.weight_v0:36", "c.weight:4,4,3,3"),
     "sn_u and sn_v": ("c.sn_u:1,4 c.sn_v:1,5", "c.weight:4,5"),
     "power iteration in words": ("c.power_iter_u:4 c.spectral_norm_v:5", "c.weight:4,5"),
@@ -104,13 +105,14 @@ TRAINED = {
     "MEGA": "m.ema_expansion_matrix:4,2,1 m.damping_factor:4,2,1 m.residual_weight:4",
     "Transformer-XL": "a.pos_bias_u:4,8 a.pos_bias_v:4,8 a.linear_pos.weight:8,8",
     "weight norm with one output": "c.weight_g:1,1 c.weight_v:1,8 c.bias:1",
-    "low-rank factors": "l.u:4,2 l.v:2,4 l.weight_left:4,2 l.kernel:4,4",
+    "low-rank factors": "l.u:4,2 l.v:2,4 l.weight:4,4 l.weight_left:4,2 l.kernel:4,4",
     "EvoNorm": "n.v:4 n.weight:4 n.bias:4",
     "centres without a count": "loss.centers:10,4 head.prototypes:10,4 p.prototype_vectors:5,4,1,1",
     "a filter bank": "f.filter_bank:40,400 f.kernel_bank:4,4",
     "an expert's bias": "experts.gate_up_proj_bias:8,64 experts.expert_bias:8,64 router.bias:8",
     "epsilon of a norm": "n.eps:1 n.sigma:4 n.epsilon:",
     "limits": "q.lower:1 q.upper:1 act.clip_min:1 act.clip_max:1",
+    "single weights": "num_weight: n_scale:1 count_scale: num_weights:1",
     "a bias called free": "crf.free_bias:8 crf.start_transitions:8",
 }
 

@@ -135,7 +135,11 @@ def test_spectral_norm_of_other_authors(tmp_path: Path) -> None:
         *("a.weight_bar", "a.weight_u", "a.weight_v", "b.weight", "b.u0", "b.sv0", "b.bias"),
         *("c.weight_orig", "c.weight_u", "d.weight", "d.u", "e.weight", "e._u", "e._v"),
     )
-    states = [{name: torch.randn(4) for name in names} for _ in range(3)]
+    weights = ("weight", "weight_bar", "weight_orig")
+    states = [
+        {name: torch.randn([4] * (2 if name[2:] in weights else 1)) for name in names}
+        for _ in range(3)
+    ]
     done = averaged(tmp_path, *saved(tmp_path, states))
     kept = ("a.weight_u", "a.weight_v", "b.u0", "b.sv0", "c.weight_u", "d.u", "e._u", "e._v")
     assert_last_and_mean(done.tensors, states, *kept)
