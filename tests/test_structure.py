@@ -20,7 +20,7 @@ PACKAGE = Path(swa_avg.__file__).parent
 WINGS = {
     "storage": "prefetch given request_pool remote web fetching limits disk files temporary "
     "commit writeback partial targets output upload",
-    "tensors": "tensor optimizers floats strided cutting checksums",
+    "tensors": "tensor optimizers handmade floats strided cutting checksums",
     "pickles": "budget pickled references rebuilding unpickler modules",
     "formats": "checkpoint pickler zip_end zip_directory torch_zip torch_legacy "
     "safetensors single components sharded sharded_layout dcp_layout dcp bundles archives "

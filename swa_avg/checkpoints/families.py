@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from swa_avg.tensors import COUNTERS
+
 BN_COUNTER = "num_batches_tracked"
 BN_STATISTICS = ("running_mean", "running_var")
 
@@ -98,7 +100,7 @@ def _kind(name: str, way: Way, because: str, note: str = "", remedy: str = "") -
 
 BEFORE_QUANTISATION = "Average the weights before they are quantised"
 _BATCHNORM = _kind("BatchNorm statistics", Way.BATCHNORM, because="measured on data, not trained")
-_STATISTICS = _kind(
+STATISTICS = _kind(
     "running statistics",
     Way.KEPT,
     because="measured on data, not trained",
@@ -110,7 +112,7 @@ CODEBOOK = _kind(
     because="the codes are the sums divided by the counts, so all come from one checkpoint",
     note="match the encoder of that checkpoint, not the average",
 )
-_OBSERVER = _kind(
+OBSERVER = _kind(
     "quantisation range",
     Way.KEPT,
     because="scales and zero points belong together and to the observed values",
@@ -122,14 +124,14 @@ _LEARNED_RANGE = _kind(
     Way.KEPT,
     because="scale and zero point are trained; the rest are switches",
 )
-_COUNTER = _kind("counter", Way.KEPT, because="a counter or switch, not trained")
-_SPECTRAL = _kind("spectral norm", Way.KEPT, because="unit vectors of one power iteration")
+COUNTER = _kind("counter", Way.KEPT, because="a counter or switch, not trained")
+SPECTRAL = _kind("spectral norm", Way.KEPT, because="unit vectors of one power iteration")
 _PRUNING = _kind("pruning", Way.KEPT, because="a mask is zero or one")
-_NOISE = _kind("noise", Way.KEPT, because="a random sample, not trained")
-_QUEUE = _kind(
+NOISE = _kind("noise", Way.KEPT, because="a random sample, not trained")
+QUEUE = _kind(
     "queue of keys", Way.KEPT, because="each row comes from one sample and has unit length"
 )
-_BALANCE = _kind("expert balance", Way.KEPT, because="computed from token counts, not trained")
+BALANCE = _kind("expert balance", Way.KEPT, because="computed from token counts, not trained")
 _METRIC = _kind("state of a metric", Way.KEPT, because="counts of samples, not trained")
 _EXTRA = _kind("extra state", Way.KEPT, because="only its module can interpret it")
 _MOMENTS = _kind(
@@ -171,65 +173,49 @@ _ROTATION = _kind(
     "the weights, merge each adapter into its model first",
 )
 
-# A float of one element under one of these names counts; nobody trains it.
-_COUNTERS = (
-    "num_steps global_step current_step iteration current_epoch steps total_steps global_steps "
-    "train_steps step_count epoch epochs iter iters n_iter num_iter num_iters iterations "
-    "num_iterations iter_num global_iter counter count n_updates update_count n_calls num_batches "
-    "tokens_seen num_tokens samples_seen num_samples itr niter cur_iter current_iter batch_idx"
-)
 # In each group: where it is defined, the names that must exist, names that also belong to it.
 FAMILIES: tuple[Family, ...] = (
     # Layers that look like BatchNorm come before it.
-    *_rows(_STATISTICS, ("rl_games RunningMeanStd", "count running_mean running_var", BN_COUNTER)),
+    *_rows(STATISTICS, ("rl_games RunningMeanStd", "count running_mean running_var", BN_COUNTER)),
     *_rows(_BATCHNORM, (
         "torch.nn.modules.batchnorm, torch.nn.InstanceNorm*d, torch.nn.SyncBatchNorm",
         " ".join(BN_STATISTICS), BN_COUNTER)),
     *_rows(
-        _STATISTICS,
+        STATISTICS,
         ("mappo ValueNorm", "running_mean_sq running_mean", "debiasing_term"),
         ("skrl RunningStandardScaler", "running_variance running_mean", "current_count"),
         ("batch renormalisation", "running_std running_mean",
          f"rmax dmax r_max d_max {BN_COUNTER}"),
         ("PowerNorm", "running_phi ema_gz"),
     ),
-    *_rows(CODEBOOK, ("residual quantisers with means of codes", "code_count running_mean",
-                      "weight")),
+    *_rows(CODEBOOK, ("quantisers with means of codes", "code_count running_mean", "weight")),
     *_rows(
-        _STATISTICS,
+        STATISTICS,
         ("layers with the names of torch.nn.BatchNorm*d", "running_*", BN_COUNTER),
         ("BigGAN layers.bn, layers.ccbn", "stored_mean stored_var", "accumulation_counter"),
-        ("layers with the names of Chainer", "avg_mean avg_var"),
-        ("layers with the names of TensorFlow", "moving_mean", "moving_var moving_variance"),
-        *(("layers with moving averages", both) for both in (
-            "ema_var ema_mean", "var_ema mean_ema", "global_var global_mean", "pop_var pop_mean",
-            "var_running mean_running", "moving_average_var moving_average_mean",
-            "moving_avg_var moving_avg_mean")),
+        ("layers with the names of TensorFlow", "moving_*"), ("root mean squares", "rms count"),
+        ("ComplexBatchNorm of DCCRN", "RVrr RMr RMi", f"RVri RVii {BN_COUNTER}"),
         ("StyleGAN3 SynthesisLayer", "magnitude_ema weight~"),
         ("brax running_statistics", "summed_variance mean", "std count"),
-        ("rsl_rl EmpiricalNormalization", "count _mean _var", "_std"), ("EMA", "prototypes counts"),
-        *(("RunningMeanStd of gym and similar", f"{count} mean {spread}", "std")
-          for count in ("count", "n", "num_samples", "steps", "step") for spread in ("var", "std")),
-        ("normalisers", "*_var *_mean count", "*_std"), ("normalisers", "*_std *_mean count"),
+        ("EMA", "prototypes counts"), ("PyG TGNMemory", "last_update memory"),
         ("normalisers", "*_count *_mean *_var", "*_std"), ("normalisers", "*_count *_mean *_std"),
-        ("sklearn", "n_samples_seen_ mean_ var_", "scale_"), ("RL", "_count _mean _var", "_std"),
+        ("sklearn", "n_samples_seen_ mean_ var_", "scale_"),
         ("torchrl VecNorm", "*_ssq *_sum *_count"), ("torchrl VecNormV2", "_loc _var _count"),
-        ("sums of squares", "sumsq sum count"), ("sums of squares", "sum_sq sum count"),
         ("nerfacc OccGridEstimator", "occs binaries"), ("SNGP", "covariance precision"),
+        ("SNGP", "covariance_matrix precision_matrix"), ("DUQ", "N m", "sigma"),
         ("torch-ngp, ngp_pl", "density_grid density_bitfield", "mean_density iter_density"),
         ("MeshGraphNets Normalizer", "_acc_sum_squared _acc_sum _acc_count", "_num_accumulations"),
         ("MeshGraphNets Normalizer", "acc_sum_squared acc_sum acc_count", "num_accumulations"),
         ("mappo PopArt", "mean_sq mean", "stddev debiasing_term"),
         ("PopArt layers", "mu sigma weight~ bias~"), ("mmdet SeesawLoss", "cum_samples"),
         ("DINO, DINOv2, iBOT", "*_loss.center", "*_loss.center2"),
-        ("Welford's algorithm", "m2 mean", "count n"), ("Welford", "M2 mean", "count n"),
     ),
     # The mean of running means counts the early models more often than the late ones.
     *_rows(_MOMENTS, ("SWAG of swa_gaussian", "*_cov_mat_sqrt *_sq_mean *_mean")),
-    *_rows(_STATISTICS, ("means and means of squares", "*_sq_mean *_mean")),
+    *_rows(STATISTICS, ("means and means of squares", "*_sq_mean *_mean")),
     # Reparametrised weights.
     *_rows(
-        _SPECTRAL,
+        SPECTRAL,
         ("torch.nn.utils.spectral_norm", "*_u *_orig~", "*_v *_sigma"),
         ("torch.nn.utils.parametrizations.spectral_norm",
          "parametrizations.*.#._u parametrizations.*.#._v"),
@@ -237,15 +223,16 @@ FAMILIES: tuple[Family, ...] = (
         ("spectral norm beside its weight", "weight_u weight~", "weight_v weight_sigma"),
         ("BigGAN layers.SN", "sv0 u0 weight~", "u1 u2 u3 sv1 sv2 sv3"),
         ("torch-mimicry SpectralNorm", "sn_u weight~", "sn_sigma"),
-        ("SNConv2d of SN-GAN", "u weight~", "v"), ("SNConv2d of SN-GAN", "_u weight~", "_v"),
     ),
     *_rows(
         _PRUNING,
         ("torch.nn.utils.prune", "*_mask *_orig~"),
         ("sparse training", "weight_mask weight~"), ("masked layers", "mask weight~"),
+        ("torch.ao.pruning FakeSparsity", "parametrizations.*.#.mask parametrizations.*.original~"),
+        ("apex ASP", "__*_mma_mask *~"),
     ),
     *_rows(
-        _NOISE,
+        NOISE,
         ("NoisyLinear of NoisyNet", "*_epsilon *_mu~ *_sigma~"),
         ("performer-pytorch", "fast_attention.projection_matrix"),
         ("Performer", "projection_matrix calls_since_last_redraw"),
@@ -263,7 +250,7 @@ FAMILIES: tuple[Family, ...] = (
         "torch.ao.quantization _LearnableFakeQuantize", "learning_enabled scale~ zero_point~",
         "fake_quant_enabled static_enabled observer_enabled eps")),
     *_rows(
-        _OBSERVER,
+        OBSERVER,
         ("torch.ao.quantization FakeQuantize", "fake_quant_enabled scale zero_point",
          "observer_enabled activation_post_process.eps activation_post_process.min_val "
          "activation_post_process.max_val activation_post_process.histogram "
@@ -279,7 +266,10 @@ FAMILIES: tuple[Family, ...] = (
          "*_quantizer._pre_quant_scale"),
         ("float8_experimental Float8Linear", "fp8_amax_* fp8_scale_*", "fp8_amax_history_*"),
         ("Transformer Engine before extra state", "fp8_amax_history fp8_scale", "fp8_scale_inv"),
-        ("I-BERT QuantAct", "x_max x_min", "act_scaling_factor"),
+        ("I-BERT QuantAct", "x_max x_min", "act_scaling_factor pre_weight_integer"),
+        ("I-BERT QuantLinear, QuantEmbedding", "weight_integer", "bias_integer fc_scaling_factor "
+         "weight_scaling_factor conv_scaling_factor convbn_scaling_factor"),
+        ("quantisers with an observer", "*.max_val *.min_val scale zero_point", "eps"),
         ("observers with moving averages", "ema_max ema_min"),
     ),
     # Codebooks updated by a moving average.
@@ -312,17 +302,19 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # Queues of keys.
     *_rows(
-        _QUEUE,
+        QUEUE,
         ("MoCo", "queue_ptr queue", "queue_id queue_l queue_y queue_ptr2 queue2"),
         ("ALBEF, BLIP", "image_queue text_queue", "idx_queue queue_ptr ptr_queue"),
         ("CMC", "memory_l memory_ab", "params"), ("NCEAverage", "memory params"),
         ("banks of features", "*_bank bank_ptr:int", "bank_labels"),
         *(("queues with labels", f"queue {what}") for what in ("queue_labels", "queue_pseudo")),
+        ("SimMatch", "bank labels"),
+        ("pytorch-metric-learning", "embedding_memory label_memory", "queue_idx"),
         ("lightly MemoryBankModule, DenseCL and similar", "*_ptr:int *", "*_y *_id *_label"),
     ),
     # Balance of experts.
     *_rows(
-        _BALANCE,
+        BALANCE,
         ("torchtitan, Megatron-LM", "tokens_per_expert", "expert_bias"),
         ("torchtitan, AFMoE", "expert_bias router.gate.weight~"),
         ("LFM2", "expert_bias gate.weight~"), ("Ling", "expert_bias weight~"),
@@ -335,18 +327,18 @@ FAMILIES: tuple[Family, ...] = (
     *_rows(_METRIC, ("torchmetrics StatScores", "tp fp tn fn"), ("torchmetrics", "confmat")),
     # Counters, switches and the state of modules.
     *_rows(
-        _COUNTER,
+        COUNTER,
         ("LitEma of Stable Diffusion", "num_updates decay"),
         ("ema_pytorch EMA", "initted step"), ("thop", "total_ops total_params"),
         ("batch renormalisation", "rmax dmax"), ("batch renormalisation", "r_max d_max"),
     ),
     *_rows(
-        replace(_COUNTER, single=True),
+        replace(COUNTER, single=True),
         *(("ActNorm, codebooks", name)
           for name in ("initialized", "_initialized", "inited", "initted")),
         ("torch.optim.swa_utils.AveragedModel", "n_averaged"),
         ("moving averages", "num_updates"),
-        *(("training loops", name) for name in _COUNTERS.split()),
+        *(("training loops", name) for name in COUNTERS),
     ),
     *_rows(_EXTRA, ("torch.nn.Module.get_extra_state, Transformer Engine", "_extra_state")),
     # Quantised weights.

@@ -1,9 +1,8 @@
-"""Finds the family of each tensor of a state_dict by name, and some by shape or dtype too.
+"""Finds the family of each tensor of a state_dict by name, and some by dtype too.
 
-Many quantisers are written by hand, each with names of its own. Codebooks have in common a
-count for each code and a sum of vectors for each code, in one module. The codes are tensors of
-the shape of the sums. Float8 weights have scales beside them, which are wider. This module does
-not read tensors and does not decide how they are averaged.
+Names that the table has come first, then those that people write by hand (`by_hand`). Float8
+weights have scales beside them, which are wider. This module does not read tensors and does
+not decide how they are averaged.
 """
 
 from __future__ import annotations
@@ -15,32 +14,42 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from swa_avg.checkpoints.families import (
+    BALANCE,
     BN_COUNTER,
     BN_STATISTICS,
     CODEBOOK,
+    COUNTER,
     FAMILIES,
+    NOISE,
+    OBSERVER,
     QUANTISED,
+    QUEUE,
+    SPECTRAL,
+    STATISTICS,
     Family,
 )
-from swa_avg.tensors import Kind, Tensor
+from swa_avg.tensors import Group, Kind, Tensor, by_hand
 
-_BY_SHAPE = replace(CODEBOOK, where="counts and sums for each code")
+_BY_HAND = {
+    group: replace(family, where=group.value)
+    for group, family in {
+        Group.CODEBOOK: CODEBOOK,
+        Group.CENTROIDS: CODEBOOK,
+        Group.STATISTICS: STATISTICS,
+        Group.VECTORS: SPECTRAL,
+        Group.QUEUE: QUEUE,
+        Group.NOISE: NOISE,
+        Group.COUNTER: COUNTER,
+        Group.LARGEST: OBSERVER,
+        Group.EXPERTS: BALANCE,
+    }.items()
+}
 _OF_8_BIT = replace(QUANTISED, where="codes of 8 bits and their scales")
 
-# The count for each code: ema_cluster_size, cluster_counts, ema_vocab_hit, running_size.
-_COUNTS = re.compile(
-    r"(?=.*(?:cluster|code|ema|embed|vocab|running))(?=.*(?:size|count|usage|hit|freq))"
-)
-# The sum of vectors for each code: embed_avg, ema_w, ema_embedding, running_sum, dw.
-_SUMS = re.compile(r"ema|avg|sum|dw|(?:^|_)[wm]$")
-# The submodule that holds the codes, in an `nn.Embedding`.
-_CODES = re.compile(r"emb|code|cent|^_?(?:w|cb)$")
 # Names of the scales of float8 weights; others have such words too: zero_init, layer_scale.
 _SCALE_OF_8_BIT = re.compile(
     r"(?!logit|layer).*(?:scale(?!_shift)|scaling|absmax|zero_?point)", re.IGNORECASE
 )
-
-_Shape = tuple[int, ...]
 
 
 def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
@@ -60,8 +69,8 @@ def members(tensors: Mapping[str, Tensor]) -> dict[str, Family]:
             for pattern, name in names.items():
                 if name in tensors:
                     found.setdefault(name, None if pattern in family.averaged else family)
-    for name in _codebooks(tensors):
-        found.setdefault(name, _BY_SHAPE)
+    for name, group in by_hand(tensors, found):
+        found.setdefault(name, _BY_HAND[group])
     own = {name: family for name, family in found.items() if family}
     for name in _with_scales(tensors):
         own.setdefault(name, _OF_8_BIT)
@@ -136,60 +145,6 @@ def _filled(pattern: str, key: _Key) -> str:
         return key.before + pattern
     name = pattern.replace("**", key.rest).replace("#", key.number)
     return key.before + name.replace("*", key.part)
-
-
-def _codebooks(tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield the names of the tensors of codebooks.
-
-    Args:
-        tensors: The tensors of a state_dict by name.
-    """
-    counts = [name for name in tensors if _COUNTS.match(leaf_of(name))]
-    if not counts:
-        return
-    modules: dict[str, dict[str, _Shape]] = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype.kind is Kind.FLOAT:
-            modules.setdefault(module_of(name), {})[leaf_of(name)] = tuple(tensor.shape)
-    for name in counts:
-        module, leaf = module_of(name), leaf_of(name)
-        shapes = modules.get(module, {})
-        size = shapes.get(leaf, ())
-        sums = {
-            shape
-            for other, shape in shapes.items()
-            if size and other != leaf and _SUMS.search(other) and _is_vectors(shape, size)
-        }
-        if sums:
-            before = f"{module}." if module else ""
-            yield from _of_codebook(before, shapes, modules, {*sums, *map(_turned, sums)}, size)
-
-
-def _of_codebook(
-    before: str,
-    shapes: Mapping[str, _Shape],
-    modules: Mapping[str, Mapping[str, _Shape]],
-    vectors: set[_Shape],
-    size: _Shape,
-) -> Iterator[str]:
-    """Yield the names of a codebook: counts, sums, codes and switches."""
-    for leaf, shape in shapes.items():
-        if shape in vectors or shape == size or ("init" in leaf and shape in ((), (1,))):
-            yield before + leaf
-    for module, inner in modules.items():
-        child = module.removeprefix(before)
-        of_codes = module.startswith(before) and "." not in child and _CODES.search(child)
-        if of_codes and inner.get("weight") in vectors:
-            yield f"{module}.weight"
-
-
-def _is_vectors(shape: _Shape, size: _Shape) -> bool:
-    """Return whether a shape is that of one vector for each code, in rows or in columns."""
-    return len(shape) == len(size) + 1 and size in (shape[:-1], _turned(shape)[:-1])
-
-
-def _turned(shape: _Shape) -> _Shape:
-    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _with_scales(tensors: Mapping[str, Tensor]) -> set[str]:

@@ -13,7 +13,7 @@ from glob import escape
 from pathlib import Path
 
 from swa_avg.checkpoints import words
-from swa_avg.checkpoints.pieces import Form, Tokens, form_of
+from swa_avg.checkpoints.pieces import Form, Tokens, form_of, times
 from swa_avg.checkpoints.words import Label
 
 Number = int | float
@@ -193,6 +193,8 @@ class _Reading:
             self.found.setdefault("version", int(token.value))
         elif token.is_whole and self._counts_averaged(at, before, averaged):
             token.meaning = "average"
+        elif token.is_counted(scale) and unit != "b" and not words.is_metric(before):
+            token.look = _SCALED  # 1.5M steps, but 0.5B is a size
         elif self._is_metric(at, before, glued):
             return
         elif before in words.SETTINGS and self.tokens[self.tokens.left(at)].depth == token.depth:
@@ -347,7 +349,7 @@ class _Reading:
     def _take(self, at: int, meaning: str, scale: int = 1) -> None:
         """Record a number with its meaning and the unit after it: 100k."""
         self.tokens[at].meaning = meaning
-        self.found[meaning] = _value(self.tokens[at].value * scale)
+        self.found[meaning] = times(self.tokens[at].value, scale)
         if scale > 1:
             self.tokens[at + 1].meaning = "unit"
 
@@ -394,7 +396,3 @@ class _Reading:
     def _is_of_version(self, at: int) -> bool:
         """Return whether a token is the `-`, the `v` or the number of a `-v1`."""
         return any(token.meaning == "version" for token in self.tokens[at : at + 3])
-
-
-def _value(value: float) -> Number:
-    return int(value) if value == value // 1 else value

@@ -15,7 +15,11 @@ _YEAR_FIRST = (
     rf"(?<![0-9])(?:19|20)[0-9]{{2}}"
     rf"(?:-[0-9]{{2}}-[0-9]{{2}}(?:{_CLOCK})?|[0-9]{{4}}[T_-][0-9]{{4,6}})(?![0-9])"
 )
-_DAY_FIRST = re.compile(r"(?<![0-9])([0-3][0-9])([-._])([01][0-9])\2((?:19|20)[0-9]{2})(?![0-9])")
+# Two numbers of a date, of which either may be the day, and the year.
+_DATE = re.compile(r"(?<![0-9])([0-3][0-9])([-._])([0-3][0-9])\2((?:19|20)[0-9]{2})(?![0-9])")
+
+
+_POWER = "[1-9][eE][1-9][0-9]?"  # 1e6 steps; an epoch has its own word or letter
 
 
 def _tokens(time: str) -> re.Pattern[str]:
@@ -23,7 +27,8 @@ def _tokens(time: str) -> re.Pattern[str]:
     return re.compile(
         rf"(?P<time>{time})"
         r"|(?P<dotted>[0-9]+(?:\.[0-9]+){2,})"  # a version
-        r"|(?P<number>[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
+        rf"|(?P<number>(?<![^\W_]){_POWER}(?![^\W_])"
+        r"|[0-9]+(?:\.[0-9]+)?(?:[eE][-+][0-9]+)?|(?<==)(?:nan|inf)\b)"
         r"|(?P<word>[^\W\d_]+)"
         r"|(?P<separator>.)",
         re.DOTALL,
@@ -31,8 +36,8 @@ def _tokens(time: str) -> re.Pattern[str]:
 
 
 _TOKEN = _tokens(_YEAR_FIRST)
-_WITH_DAYS = _tokens(
-    rf"(?<![0-9])[0-3][0-9](?P<by>[-._])[01][0-9](?P=by)(?:19|20)[0-9]{{2}}(?:{_CLOCK})?(?![0-9])"
+_WITH_DATES = _tokens(
+    rf"(?<![0-9])[0-3][0-9](?P<by>[-._])[0-3][0-9](?P=by)(?:19|20)[0-9]{{2}}(?:{_CLOCK})?(?![0-9])"
     rf"|{_YEAR_FIRST}"
 )
 _WITHOUT_DECIMALS = re.compile(
@@ -45,19 +50,22 @@ _KINDS = {"dotted": "word", "time": "number"}
 class Form(Enum):
     """How the numbers in the names of a run are to be read."""
 
-    PLAIN = _TOKEN
-    PAIRS = _WITHOUT_DECIMALS
-    DAYS_FIRST = _WITH_DAYS
+    PLAIN = _TOKEN, 0
+    PAIRS = _WITHOUT_DECIMALS, 0
+    DAYS_FIRST = _WITH_DATES, 1
+    MONTHS_FIRST = _WITH_DATES, 2
 
 
 def form_of(stems: Sequence[str]) -> Form:
     """Return how the numbers in names are to be read.
 
-    Days come first in dates (`31-05-2024`) if a date shows that. `05-06-2024` may be either.
+    Days come first in dates (`31-05-2024`), or months (`05-31-2024`), if a date shows that.
+    `05-06-2024` may be either.
     """
-    dates = [(int(date[0]), int(date[2])) for stem in stems for date in _DAY_FIRST.findall(stem)]
-    if any(day > 12 for day, _ in dates) and all(month <= 12 for _, month in dates):
-        return Form.DAYS_FIRST
+    dates = [(int(date[0]), int(date[2])) for stem in stems for date in _DATE.findall(stem)]
+    first, second = ([date[at] > 12 for date in dates] for at in (0, 1))
+    if any(first) != any(second):
+        return Form.DAYS_FIRST if any(first) else Form.MONTHS_FIRST
     return Form.PAIRS if _are_pairs(stems) else Form.PLAIN
 
 
@@ -76,6 +84,12 @@ def _are_pairs(stems: Sequence[str]) -> bool:
     return len(after) > 1 and len(set.intersection(*after.values())) > 1
 
 
+def times(value: float, unit: int) -> int | float:
+    """Return a number in a unit, as an integer if it is whole: 1,100,000 for 1.1 million."""
+    product = round(value * unit, 3) if unit > 1 else value
+    return int(product) if product == product // 1 else product
+
+
 @dataclass
 class Token:
     """A token of a name.
@@ -88,6 +102,7 @@ class Token:
             average, version, number, label (a part of a metric's name) or literal.
         look: How likely a number without a meaning is the position in the run.
         is_time: Whether it is a date and time.
+        month_first: Whether the month is before the day in a date with the year at its end.
     """
 
     kind: str
@@ -96,6 +111,7 @@ class Token:
     meaning: str = ""
     look: int = 0
     is_time: bool = False
+    month_first: bool = False
 
     @property
     def word(self) -> str:
@@ -104,20 +120,27 @@ class Token:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is a number of digits only, or a date and time."""
-        return self.kind == "number" and (self.text.isdecimal() or self.is_time)
+        """Whether it is a number of digits only, a power of ten, or a date and time."""
+        whole = self.text.isdecimal() or self.is_time or re.fullmatch(_POWER, self.text)
+        return self.kind == "number" and bool(whole)
 
     @property
     def is_finite(self) -> bool:
         """Whether it is a finite number: neither nan nor inf."""
         return self.kind == "number" and self.text[0].isdecimal()
 
+    def is_counted(self, unit: int) -> bool:
+        """Return whether it is a decimal that its unit makes a whole number: 1.5M."""
+        decimal = unit > 1 and self.is_finite and not self.is_whole
+        return decimal and isinstance(times(self.value, unit), int)
+
     @property
     def value(self) -> float:
         """The value of the number; for a date and time, all its digits, the year first."""
         if not self.is_time:
             return float(self.text)
-        return float(re.sub(r"[^0-9]", "", _DAY_FIRST.sub(r"\4\3\1", self.text)))
+        sorted_ = r"\4\1\3" if self.month_first else r"\4\3\1"
+        return float(re.sub(r"[^0-9]", "", _DATE.sub(sorted_, self.text)))
 
 
 class Tokens(list[Token]):
@@ -131,10 +154,12 @@ class Tokens(list[Token]):
             form: How its numbers are to be read.
         """
         depth = 0
-        for match in form.value.finditer(text):
+        expression, _ = form.value
+        for match in expression.finditer(text):
             depth += match[0] == "/"
             kind = _KINDS.get(match.lastgroup or "", match.lastgroup or "")
-            self.append(Token(kind, match[0], depth, is_time=match.lastgroup == "time"))
+            time = match.lastgroup == "time"
+            self.append(Token(kind, match[0], depth, "", 0, time, form is Form.MONTHS_FIRST))
 
     def word_at(self, at: int) -> str:
         """Return the word at an index in lower case, or empty."""

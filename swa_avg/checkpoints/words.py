@@ -36,11 +36,12 @@ KINDS = {
     **dict.fromkeys(COUNT, "count"),
 }
 # A number next to one of these is a part of a model: ranks of Megatron, DeepSpeed and NeMo,
-# shards of fairseq, parts of metaseq, layers and experts of Megatron-DeepSpeed, and
-# `consolidated.00.pth` of Llama.
+# shards of fairseq and fairseq2 (sdp), parts of metaseq, layers and experts of
+# Megatron-DeepSpeed, and `consolidated.00.pth` of Llama.
 PARTS = _set(
     "rank shard part partition chunk slice split piece pipe consolidated tp pp mp dp gpu cuda "
-    "device proc process worker node host layer expert vpp"
+    "device proc process worker node host layer expert vpp sdp fsdp mpu parallel experts "
+    "blocks submodel section"
 )
 # Those of them that name a machine or a process: the one that saved a checkpoint.
 MACHINES = _set("gpu cuda device proc process worker node host")
@@ -95,7 +96,8 @@ QUALIFIERS = _set(
 SETTINGS = _set(
     "lr wd bs batchsize seed dropout drop temp temperature alpha beta gamma momentum warmup rho "
     "sigma lambda tau decay width depth dim size heads layers k p scale crop fold noise ratio eta "
-    "margin res ema swa hidden rate version ver run exp trial try task stage phase"
+    "margin res ema swa hidden rate version ver run exp trial try task stage phase cv kfold member "
+    "client replica site"
 )
 # The suffixes of checkpoints, and words that users put before them.
 SUFFIXES = _set(

@@ -5,13 +5,14 @@ A note on several series is in `series`, and those on tensors are in `treatments
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from swa_avg.checkpoints import StateDict, leaf_of, mapping
 from swa_avg.errors import listed
 from swa_avg.formats import configuration
-from swa_avg.pickles import holds_stream, leaves
+from swa_avg.pickles import Inert, holds_stream, leaves
 from swa_avg.planning.order import Member, measured
 from swa_avg.planning.treatments import Rules
 from swa_avg.storage import is_remote
@@ -19,6 +20,15 @@ from swa_avg.tensors import View, same_bytes
 
 _GAP = 600  # seconds between two runs
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
+# Where files keep the settings of a run: Lightning, YOLO, mmengine, fairseq, argparse in scripts.
+_SETTINGS = frozenset(
+    (
+        *("hyper_parameters", "hparams", "args", "train_args", "training_args", "settings"),
+        *("config", "cfg", "conf", "opt", "opts", "options", "meta"),
+    )
+)
+_SEEDS = frozenset(["seed", "random_seed", "manual_seed", "rng_seed", "global_seed", "train_seed"])
+_MOST_SETTINGS = 1000
 # Entries of configurations that do not change what the weights mean.
 _VOLATILE = (
     *("_name_or_path", "transformers_version", "_diffusers_version", "peft_version"),
@@ -131,6 +141,7 @@ def header_notes(states: Sequence[StateDict], rules: Rules) -> Iterator[str]:
     yield from _of_readers(states)
     yield from _on_configurations(states)
     yield from _on_schedule_free(states)
+    yield from _on_seeds(states)
     yield from _on_flat_parameters(last)
     for note in last.notes:
         yield f"{last.checkpoint.path}: {note}"
@@ -238,6 +249,42 @@ def _on_schedule_free(states: Sequence[StateDict]) -> Iterator[str]:
             f"{listed(paths)}: saved while the schedule-free optimizer was in train mode, so the "
             "weights are not those that it evaluates; call optimizer.eval() before saving"
         )
+
+
+def _on_seeds(states: Sequence[StateDict]) -> Iterator[str]:
+    """Yield a note if the settings in the files have different seeds."""
+    each = [_seeds(state.checkpoint.tree) for state in states]
+    for place in each[-1]:
+        last = each[-1][place]
+        others = [number for number, seeds in enumerate(each) if seeds.get(place, last) != last]
+        if others:
+            first, end = (states[number].checkpoint.path for number in (others[0], -1))
+            yield (
+                f"{place} is {each[others[0]][place]} in {first} and {last} in {end}; unless the "
+                "run went on with another seed, these are several runs, whose weights have no "
+                "useful mean"
+            )
+            return
+
+
+def _seeds(tree: object) -> dict[str, int]:
+    """Return the seeds among the settings of a run by their dotted paths."""
+    found: dict[str, int] = {}
+    there = [("", tree)]
+    seen: set[int] = set()
+    for path, value in there:  # grows; a small file can make endlessly many paths
+        state = value.state if isinstance(value, Inert) else None  # argparse.Namespace
+        entries = state if isinstance(state, dict) else mapping(value) or {}
+        if id(value) in seen or len(there) > _MOST_SETTINGS:
+            continue
+        seen.add(id(value))
+        for name, item in itertools.islice(entries.items(), _MOST_SETTINGS):
+            called = name.lower() if isinstance(name, str) else ""
+            if path and called in _SEEDS and type(item) is int:
+                found[f"{path}{name}"] = item
+            elif isinstance(item, dict | Inert) and (path or called in _SETTINGS):
+                there.append((f"{path}{name}.", item))
+    return found
 
 
 def _differs(name: str, states: Sequence[StateDict]) -> bool:

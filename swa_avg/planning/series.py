@@ -26,6 +26,7 @@ _Key = TypeVar("_Key")
 _INDEX = "*.index.json"
 _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")
 _WORD = re.compile(r"[^\W\d_]+")
+_LETTER = re.compile(r"(?<![^\W\d_])[A-Z](?![^\W\d_])")
 # A number of at most four digits of how many: ckpt_3_of_10, but not shard_3_of_10 or fold_3_of_10.
 _COUNTED = re.compile(
     r"(?<![0-9])(?P<word>[^\W\d_]*)[-_. ]?[0-9]{1,4}[-_. ]?of[-_. ]?[0-9]{1,4}(?![0-9])"
@@ -280,11 +281,11 @@ def notes_on(chosen: Sequence[Member]) -> Iterator[str]:
 
 
 def _are_several_runs(series: Iterable[str]) -> bool:
-    """Return whether names differ in a number or a word that tells runs or models apart.
+    """Return whether names differ in a number, letter or word that tells runs or models apart.
 
-    Examples are seed_1 and seed_2, fold0 and fold1, generator and discriminator.
+    Examples are seed_1 and seed_2, net_G_A and net_G_B, generator and discriminator.
     """
-    alike = [_NUMBER.sub("#", name) for name in series]
+    alike = [_LETTER.sub("#", _NUMBER.sub("#", name)) for name in series]
     models = {frozenset(_WORD.findall(name.lower())) & words.MODELS for name in series}
     return len(set(alike)) < len(alike) or len(models) > 1
 

@@ -23,6 +23,8 @@ from swa_avg.tensors import DType, Kind, TensorRef
 
 # Names of tensors that contain the scales of quantised weights.
 _SCALE = re.compile(r"(?!logit).*(?:scale|absmax|zero|scb)", re.IGNORECASE)
+# Names of weights, whose bytes are codes.
+_CODED = ("weight", "qweight", "weight_packed", "packed_weight")
 _CODES_OR_TABLE = (
     f"If it contains codes of quantised weights: {BEFORE_QUANTISATION[0].lower()}"
     f"{BEFORE_QUANTISATION[1:]}. If it is a table, remove it from the files"
@@ -226,6 +228,7 @@ class _Decision:
         integers = ref.dtype.kind is Kind.EXACT and ref.dtype.name != "bool" and ref.numel > 1
         # Counts have 64 bits, codes never do.
         beside = ref.dtype.itemsize < 8 and module_of(plain.name) in self.scaled
+        beside = beside or (ref.dtype.itemsize == 1 and leaf_of(plain.name) in _CODED)
         if integers and (len(ref.shape) > 1 or beside):
             return replace(copied, must_agree=True, remedy=_CODES_OR_TABLE)
         return copied

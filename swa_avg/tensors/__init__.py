@@ -7,6 +7,7 @@ bytes. Does not depend on file formats.
 from swa_avg.tensors.checksums import Ledger, Piece, combined, verify, with_gaps
 from swa_avg.tensors.cutting import cut
 from swa_avg.tensors.floats import FORMATS, Format, real_dtype, value_of
+from swa_avg.tensors.handmade import COUNTERS, Group, by_hand
 from swa_avg.tensors.optimizers import in_groups, is_optimizer, optimizer_groups
 from swa_avg.tensors.strided import (
     Box,
@@ -36,12 +37,14 @@ from swa_avg.tensors.tensor import (
 )
 
 __all__ = [
+    "COUNTERS",
     "DTYPES",
     "FORMATS",
     "SAFETENSORS_DTYPES",
     "Box",
     "DType",
     "Format",
+    "Group",
     "Kind",
     "Ledger",
     "Part",
@@ -52,6 +55,7 @@ __all__ = [
     "TensorRef",
     "View",
     "boxes",
+    "by_hand",
     "combined",
     "contiguous_stride",
     "cut",

@@ -135,7 +135,11 @@ def test_spectral_norm_of_other_authors(tmp_path: Path) -> None:
         *("a.weight_bar", "a.weight_u", "a.weight_v", "b.weight", "b.u0", "b.sv0", "b.bias"),
         *("c.weight_orig", "c.weight_u", "d.weight", "d.u", "e.weight", "e._u", "e._v"),
     )
-    states = [{name: torch.randn(4) for name in names} for _ in range(3)]
+    weights = ("weight", "weight_bar", "weight_orig")
+    states = [
+        {name: torch.randn([4] * (2 if name[2:] in weights else 1)) for name in names}
+        for _ in range(3)
+    ]
     done = averaged(tmp_path, *saved(tmp_path, states))
     kept = ("a.weight_u", "a.weight_v", "b.u0", "b.sv0", "c.weight_u", "d.u", "e._u", "e._v")
     assert_last_and_mean(done.tensors, states, *kept)
@@ -272,6 +276,7 @@ def test_state_of_algorithms_is_kept_together(tmp_path: Path) -> None:
         "initted",
         "initialized",
         "count",
+        "_count",
         "decay",
         "num_updates",
         "iteration",
@@ -406,7 +411,7 @@ def test_learned_quantisation_is_averaged(tmp_path: Path) -> None:
 def test_common_names_alone_are_weights(tmp_path: Path) -> None:
     """One name of a family, without the others, is a weight like any other."""
     names = (
-        "a.scale b.embed c.count d.weight_scale d.weight e.decay f.queue g.codes h.zero_point "
+        "a.scale b.embed c.count d.weight_scale d.weight e.decay f.bank g.codes h.zero_point "
         "i.weight_g j.embed_avg k.min_val l.base m.mean m.var n.weight_u n.weight_v o.absmax "
         "p.lora_A.weight q.scales q.weight r.histogram s.expert_bias t.weight_orig u.k u.N "
         "v.mask w.cluster_size x.step x.original0 y.codebooks z.initialized logit_scale logit"
@@ -523,6 +528,7 @@ QUANTISED: dict[str, Callable[[], State]] = {
     "AQLM": lambda: {"codes": codes(4, 2, dtype=torch.int16), "codebooks": torch.rand(1, 4),
                      "scales": torch.rand(4)},
     "codes of one dimension": lambda: {"q": codes(8, dtype=torch.int8), "q_scale": torch.rand(8)},
+    "packed codes alone": lambda: {"weight": codes(8, dtype=torch.uint8)},
     "codes by any name": lambda: {"kernel": codes(4, 4, dtype=torch.int8)},
 }  # fmt: skip
 

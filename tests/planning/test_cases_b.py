@@ -5,6 +5,7 @@ Every remedy that a line prints is followed by the test that asks for it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -93,6 +94,8 @@ PARTS = {
     "accelerators": ("gpu{part}/epoch_{step}.pt", ""),
     "camel case": ("modelRank{part}.pt", "step_{step}"),
     "stages of a pipeline": ("pipeline_stage_{part}.pt", "step_{step}"),
+    "fairseq2": ("model/pp_00/tp_00/sdp_0{part}.pt", "step_{step}"),
+    "parallel": ("tensor_parallel_{part}.pt", "step_{step}"),
     "N of M": ("model-0000{part}-of-00002.bin", "checkpoint-{step}"),
 }
 
@@ -300,6 +303,9 @@ ORDERS = {
     "nnU-Net": ("checkpoint_best.pth", "checkpoint_final.pth"),
     "epochs that begin anew": ("stage1_epoch9.pt", "stage2_epoch1.pt", "stage2_epoch2.pt"),
     "cycles": ("cycle0_epoch_9.pt", "cycle0_epoch_10.pt", "cycle1_epoch_1.pt"),
+    "powers of ten": ("ppo_5e5.pt", "ppo_1e6.pt", "ppo_2e6.pt", "ppo_1e7.pt"),
+    "decimals with a unit": ("ckpt_900k.pt", "ckpt_1m.pt", "ckpt_1.1m.pt", "ckpt_10M.pt"),
+    "months first, over years": ("01-31-2024.pt", "02-01-2024.pt", "01-02-2025.pt"),
     "days first": ("31-05-2024.pt", "01-06-2024.pt", "01-07-2024.pt"),
     "days first, with a time": ("31.05.2024_10-00.pt", "01.06.2024_09-00.pt"),
     "months first": ("05-31-2024.pt", "06-02-2024.pt", "10-01-2024.pt"),
@@ -387,6 +393,31 @@ def test_b_same_place_by_name_is_said(tmp_path: Path) -> None:
     save(tmp_path, {"epoch=1.ckpt": 1, "epoch=1-v1.ckpt": 2})
     _, notes = mean(tmp_path, "epoch=1.ckpt", "epoch=1-v1.ckpt")
     saying(notes, "epoch=1.ckpt and epoch=1-v1.ckpt have the same numbers in their names")
+
+
+SETTINGS: dict[str, Any] = {
+    "Lightning": lambda seed: {"hyper_parameters": {"seed": seed, "lr": 0.1}},
+    "argparse": lambda seed: {"args": argparse.Namespace(seed=seed, resume="x")},
+    "fairseq": lambda seed: {"cfg": {"common": {"seed": seed}, "task": None}},
+    "mmengine": lambda seed: {"meta": {"seed": seed}},
+}
+
+
+@pytest.mark.parametrize("made", SETTINGS.values(), ids=SETTINGS)
+def test_b_seeds_that_differ_are_said(made: Any, tmp_path: Path) -> None:
+    """Two seeds are two runs, whatever the names say; a seed that is the same is quiet."""
+    files = [f"epoch_{n}.pt" for n in (1, 2, 3)]
+    trees = {file: {"model": weights(n), **made(7)} for n, file in enumerate(files)}
+    save(tmp_path, trees)
+    assert mean(tmp_path, *files) == (1, ())
+    save(tmp_path, {"epoch_1.pt": {"model": weights(1), **made(6)}})
+    note = saying(mean(tmp_path, *files)[1], "seed is 6 in epoch_1.pt and 7 in epoch_3.pt")
+    assert note.endswith("these are several runs, whose weights have no useful mean")
+    # No whole number, a cycle, and a seed that is no setting.
+    cycle: dict[str, Any] = {"args": {"seed": None}, "seed": 3}
+    cycle["args"]["args"] = cycle["args"]
+    save(tmp_path, {"epoch_1.pt": {"model": weights(0), **cycle}})
+    assert mean(tmp_path, *files) == (1, ())
 
 
 def test_b_epochs_of_an_earlier_run_are_said(tmp_path: Path) -> None:
@@ -478,6 +509,8 @@ RUNS = {
     "runs": ("run1/model.pt", "run2/model.pt"),
     "a sweep": ("lr_0.1/last.pt", "lr_0.01/last.pt"),
     "models of a checkpoint": ("step_9/actor.pt", "step_9/critic.pt"),
+    "members": ("cv_1_best.pt", "cv_2_best.pt"),
+    "two generators": ("latest_net_G_A.pth", "latest_net_G_B.pth"),
     "models of a GAN": ("generator.pt", "discriminator.pt"),
 }
 
