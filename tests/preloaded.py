@@ -2,8 +2,9 @@
 
 Most tests run the command, and importing torch takes two seconds. `run` does what
 `subprocess.run` does with `python -m swa_avg`: the same entry point in a process of its own
-with its own folder, arguments, environment and streams. Only the start of Python and the
-imports are shared. `SWA_AVG_TESTS=processes` starts every command from the beginning instead.
+with its own folder, arguments, environment and streams. The start of Python and the imports are
+shared, and a few small averages have been made. `SWA_AVG_TESTS=processes` starts every command
+from the beginning instead.
 
 Run as a program this module is the process that is forked. There are several of them: torch
 makes a fork four times as slow, so one has torch, for the commands that run a model, and one
@@ -305,6 +306,7 @@ def _warm_up() -> None:
             os.utime(f"{folder}/out.pt", (1.5, 1.5))
             again = [f"{folder}/out.pt", f"{folder}/1.safetensors"]
             average(again, f"{folder}/again.pt", force=True)
+    tempfile.tempdir = None  # it depends on the variables of each command
 
 
 def _share_torch() -> None:
