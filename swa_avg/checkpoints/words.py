@@ -40,7 +40,7 @@ KINDS = {
 # Megatron-DeepSpeed, and `consolidated.00.pth` of Llama.
 PARTS = _set(
     "rank shard part partition chunk slice split piece pipe consolidated tp pp mp dp gpu cuda "
-    "device proc process worker node host layer expert vpp sdp fsdp mpu parallel experts "
+    "device proc process worker node host layer expert vpp sdp mpu parallel experts "
     "blocks submodel section"
 )
 # Those of them that name a machine or a process: the one that saved a checkpoint.
