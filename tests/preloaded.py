@@ -220,6 +220,7 @@ def start_on_ranks(
 
 def ended(script: str | None = None) -> int:
     """Run the command as the interpreter does, but for the half second in which torch ends."""
+    gc.unfreeze()  # the command counts what is frozen, which would take a while
     code: object = 0
     try:
         if script is None:

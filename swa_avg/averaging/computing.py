@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from swa_avg.kernel import Kernel, Outcome
 
 _MOST_CORES = 16
-_FEW_OBJECTS = 20_000  # that the garbage collector scans in a millisecond
 
 
 def computed(
@@ -66,20 +65,18 @@ def no_garbage() -> Iterator[Callable[[], None]]:
     Yields:
         A function to call once all headers are read; it resumes the collection.
     """
-    resume, exempted = gc.enable if gc.isenabled() else gc.disable, False
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
 
     def kept() -> None:
-        nonlocal exempted
-        # A few are scanned sooner than those are counted that a caller may have frozen.
-        if gc.get_count()[0] > _FEW_OBJECTS:
-            exempted = gc.get_freeze_count() == 0
-            gc.freeze()
-        resume()
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
     gc.disable()
     try:
         yield kept
     finally:
-        if exempted:
+        if not frozen:
             gc.unfreeze()
-        resume()
+        if enabled:
+            gc.enable()
