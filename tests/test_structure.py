@@ -36,7 +36,8 @@ WINGS = {
     "averaging": "origin wrapper destination distances report pictures sampling verification "
     "computing execution prepare sharing along heartbeat torchrun joint",
     "search": "scores candidates sweeping along plot",
-    "cli": "ranks streams progress messages failures options usage show beside blas along command",
+    "cli": "ranks streams progress messages failures options usage show beside blas torch_import "
+    "along command",
 }
 TOP = {"__init__", "__main__", "errors", "demo", "progress", "signals"}
 ORDER = list(WINGS)

@@ -15,6 +15,7 @@ from swa_avg.cli.blas import one_blas_thread
 from swa_avg.cli.options import Run
 from swa_avg.cli.progress import watching
 from swa_avg.cli.show import current_streams, note, print_json, say, say_picture
+from swa_avg.cli.torch_import import import_torch
 from swa_avg.errors import counted, in_bytes
 from swa_avg.progress import Counter, Watch
 from swa_avg.signals import Signals
@@ -84,6 +85,7 @@ class _Done:
 def _computed(plan: along.Windows, run: Run, watch: Watch | None, entered: ExitStack) -> _Done:
     """Compute all averages; recompute their BatchNorm statistics and score them if wanted."""
     if run.search:
+        import_torch()
         from swa_avg.batchnorm import Recompute
         from swa_avg.search import candidates, judged, scored
 
@@ -96,9 +98,10 @@ def _computed(plan: along.Windows, run: Run, watch: Watch | None, entered: ExitS
     if run.recompute is None:
         entered.enter_context(one_blas_thread())
         return _Done(*entered.enter_context(plan.computed(run.threads, watch)))
+    Counter(watch, f"loading {run.recompute['data']}")
+    import_torch()
     from swa_avg.batchnorm import Recompute, session
 
-    Counter(watch, f"loading {run.recompute['data']}")
     own = entered.enter_context(session(Recompute(**run.recompute)))
     drafts, bytes_read = entered.enter_context(plan.computed(run.threads, watch))
     return _Done([draft.recomputed(own, watch) for draft in drafts], bytes_read)

@@ -43,6 +43,7 @@ from swa_avg.cli.show import (
     tensors_of,
 )
 from swa_avg.cli.streams import Streams
+from swa_avg.cli.torch_import import import_torch
 from swa_avg.cli.usage import check_usage
 from swa_avg.errors import AlreadyAveragedError, SelectionError
 from swa_avg.progress import Counter, Watch
@@ -121,6 +122,7 @@ def _joined() -> Iterator[torchrun.ProcessRanks | None]:
     if not ranks.are_several():
         yield None
         return
+    import_torch()
     from swa_avg.averaging import torchrun
 
     with torchrun.ranks() as joined:
@@ -282,6 +284,7 @@ def _recompute_in_place(
 
 def _copy(run: Run, entered: ExitStack) -> Copy:
     """Copy an existing output; one that may not be replaced is refused."""
+    import_torch()
     from swa_avg.batchnorm import copy_of
 
     key, ema, force = run.options.key, run.options.ema, run.options.force
@@ -293,14 +296,16 @@ def _session(
     bn_options: dict[str, Any], joined: torchrun.ProcessRanks | None, watch: Watch | None
 ) -> AbstractContextManager[Session]:
     """Load the user's batches and model."""
+    Counter(watch, f"loading {bn_options['data']}")
+    import_torch()
     from swa_avg.batchnorm import Recompute, session
 
-    Counter(watch, f"loading {bn_options['data']}")
     return session(Recompute(**bn_options), joined)
 
 
 def _search(run: Run, wanted: Search) -> None:
     """Find the best average and write it."""
+    import_torch()
     from swa_avg.batchnorm import Recompute
     from swa_avg.search import candidates, judged, plot, sweeping
 
