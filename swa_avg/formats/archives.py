@@ -167,6 +167,8 @@ def _read_members(file: InputFile) -> _Members:
             if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
                 continue
             name = member.name.removeprefix("./")
+            if member.size < 0:
+                raise tarfile.ReadError(f"{name} has {member.size} bytes")
             if name in found or len(found) >= _MOST_MEMBERS:
                 what = f"two files with the name {name}" if name in found else "too many files"
                 raise FormatError(f"is a tar archive with {what}", file=file.path)

@@ -395,13 +395,23 @@ def test_compressed_archives_and_their_remedy(tmp_path: Path) -> None:
     assert torch.equal(found["0.weight"], expected)
 
 
+def header_of_size(size: int) -> bytes:
+    """Return the header of a tar member whose size is in GNU's binary form, which has a sign."""
+    block = bytearray(tarfile.TarInfo("more").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = size.to_bytes(12, "big", signed=True)
+    block[148:155] = b"%06o\0" % tarfile.calc_chksums(block)[0]
+    return bytes(block)
+
+
 def test_archives_that_are_not_sound_are_refused(tmp_path: Path) -> None:
-    """A cut archive, two files of one name, a link or a folder of weights: one line, no output."""
+    """Cut archives, negative sizes, two files of one name, links: one line, no output."""
     whole = save_nemo(tmp_path / "whole.nemo", STATES[0], 0).read_bytes()
     start = whole.index(b"./model_weights.ckpt")
+    filled = whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512)
     cases = {
         "cut": (whole[: start + 2000], "is cut short"),
-        "end": (whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512), "its end is missing"),
+        "end": (filled, "its end is missing"),
+        "size": (filled + header_of_size(-1024) + bytes(1024), "archive (more has -1024 bytes)"),
         "weights": (whole[:start] + whole[start:].replace(b"PK\1\2", b"PK\1\3"), "damaged"),
     }
     for name, (data, says) in cases.items():
