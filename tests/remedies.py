@@ -31,13 +31,16 @@ def save(folder: Path, files: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(what, str | bytes):
             path.write_bytes(what.encode() if isinstance(what, str) else what)
-        elif path.suffix == ".safetensors":
-            save_file(
-                weights(what) if isinstance(what, int | float) else what, path, {"format": "pt"}
-            )
         else:
-            torch.save(weights(what) if isinstance(what, int | float) else what, path)
+            _save_tree(weights(what) if isinstance(what, int | float) else what, path)
         settled(path)
+
+
+def _save_tree(tree: Any, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        save_file(tree, path, {"format": "pt"})
+    else:
+        torch.save(tree, path)
 
 
 TWO = {"1.pt": 1, "2.pt": 2}

@@ -1,4 +1,7 @@
-"""Computing planned works: the kernel runs while the inputs are read ahead."""
+"""Computing planned works: the kernel runs while the inputs are read ahead.
+
+Also the pause of garbage collection while headers are read.
+"""
 
 from __future__ import annotations
 

@@ -112,9 +112,9 @@ class BatchNorm:
 class Session:
     """The user's loaded code, and the processes that share the work.
 
+    Rank 0 reads and writes the file. The other ranks have no file and call `follow`.
+
     Attributes:
-        leads: Whether this process reads and writes the file. The other processes have no
-            file and call `follow`.
         model: The model; after a recompute it has the weights of the file.
     """
 
@@ -123,7 +123,6 @@ class Session:
         self._code = code
         self._ranks = ranks
         self._read = False
-        self.leads = ranks.rank == 0
         self.model = code.model
 
     def recompute(

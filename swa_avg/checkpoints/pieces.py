@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, auto
 
 _CLOCK = r"[T_+ -][0-9]{2}(?:[-:.]?[0-9]{2}){1,2}"
 _YEAR_FIRST = (
@@ -17,8 +17,6 @@ _YEAR_FIRST = (
 )
 # Two numbers of a date, of which either may be the day, and the year.
 _DATE = re.compile(r"(?<![0-9])([0-3][0-9])([-._])([0-3][0-9])\2((?:19|20)[0-9]{2})(?![0-9])")
-
-
 _POWER = "[1-9][eE][1-9][0-9]?"  # 1e6 steps; an epoch has its own word or letter
 
 
@@ -50,10 +48,18 @@ _KINDS = {"dotted": "word", "time": "number"}
 class Form(Enum):
     """How the numbers in the names of a run are to be read."""
 
-    PLAIN = _TOKEN, 0
-    PAIRS = _WITHOUT_DECIMALS, 0
-    DAYS_FIRST = _WITH_DATES, 1
-    MONTHS_FIRST = _WITH_DATES, 2
+    PLAIN = auto()
+    PAIRS = auto()
+    DAYS_FIRST = auto()
+    MONTHS_FIRST = auto()
+
+
+_EXPRESSIONS = {
+    Form.PLAIN: _TOKEN,
+    Form.PAIRS: _WITHOUT_DECIMALS,
+    Form.DAYS_FIRST: _WITH_DATES,
+    Form.MONTHS_FIRST: _WITH_DATES,
+}
 
 
 def form_of(stems: Sequence[str]) -> Form:
@@ -154,12 +160,12 @@ class Tokens(list[Token]):
             form: How its numbers are to be read.
         """
         depth = 0
-        expression, _ = form.value
-        for match in expression.finditer(text):
+        months = form is Form.MONTHS_FIRST
+        for match in _EXPRESSIONS[form].finditer(text):
             depth += match[0] == "/"
             kind = _KINDS.get(match.lastgroup or "", match.lastgroup or "")
             time = match.lastgroup == "time"
-            self.append(Token(kind, match[0], depth, "", 0, time, form is Form.MONTHS_FIRST))
+            self.append(Token(kind, match[0], depth, is_time=time, month_first=months))
 
     def word_at(self, at: int) -> str:
         """Return the word at an index in lower case, or empty."""

@@ -175,10 +175,7 @@ def _watching(run: Run) -> AbstractContextManager[Watch | None]:
 
 def _average(run: Run, joined: torchrun.ProcessRanks | None) -> None:
     """Average checkpoints without recomputing BatchNorm."""
-    with (
-        _planned(run) as averaging,
-        opened_beside(run, averaging) as beside,
-    ):
+    with _planned(run) as averaging, opened_beside(run, averaging) as beside:
         with (
             one_blas_thread(),
             _watching(run) as watch,
@@ -305,15 +302,16 @@ def _session(
 
 def _search(run: Run, wanted: Search) -> None:
     """Find the best average and write it."""
-    import_torch()
-    from swa_avg.batchnorm import Recompute
-    from swa_avg.search import candidates, judged, plot, sweeping
-
     with ExitStack() as entered:
+        # Plan first: errors in the headers are found before torch is imported.
         averaging = entered.enter_context(_planned(run))
         if averaging.is_folder:
             raise click.UsageError(f"{wanted.option} cannot write a folder: name a file with -o.")
         beside = entered.enter_context(opened_beside(run, averaging))
+        import_torch()
+        from swa_avg.batchnorm import Recompute
+        from swa_avg.search import candidates, judged, plot, sweeping
+
         bn = Recompute(**run.recompute) if run.recompute is not None else None
         entered.enter_context(_separate_output(run))
         search = sweeping.greedy_soup if wanted.greedy else sweeping.swept

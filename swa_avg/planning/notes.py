@@ -5,15 +5,14 @@ A note on several series is in `series`, and those on tensors are in `treatments
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from swa_avg.checkpoints import StateDict, leaf_of, mapping
 from swa_avg.errors import listed
 from swa_avg.formats import configuration
 from swa_avg.pickles import Inert, holds_stream, leaves
-from swa_avg.planning.order import Member, measured
+from swa_avg.planning.order import Member, grouped, measured
 from swa_avg.planning.treatments import Rules
 from swa_avg.storage import is_remote
 from swa_avg.tensors import View, same_bytes
@@ -56,10 +55,7 @@ def choice_notes(chosen: Sequence[Member]) -> Iterator[str]:
 
 def _on_places(chosen: Sequence[Member]) -> Iterator[str]:
     """Yield notes on checkpoints with the same step, or the same numbers in their names."""
-    groups: dict[tuple[object, str, object], list[Member]] = {}
-    for member in chosen:
-        groups.setdefault(_own_place(member), []).append(member)
-    for (_, shared, _), group in groups.items():
+    for (_, shared, _), group in grouped(chosen, _own_place).items():
         if shared and len(group) > 1:
             *paths, last = [str(member.path) for member in group]
             yield f"{listed(paths)} and {last} {shared}, but their weights differ"
@@ -278,7 +274,7 @@ def _seeds(tree: object) -> dict[str, int]:
         if id(value) in seen or len(there) > _MOST_SETTINGS:
             continue
         seen.add(id(value))
-        for name, item in itertools.islice(entries.items(), _MOST_SETTINGS):
+        for name, item in islice(entries.items(), _MOST_SETTINGS):
             called = name.lower() if isinstance(name, str) else ""
             if path and called in _SEEDS and type(item) is int:
                 found[f"{path}{name}"] = item

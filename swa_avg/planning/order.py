@@ -7,10 +7,11 @@ if possible, because frameworks count epochs from 0 in one place and from 1 in a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from swa_avg.checkpoints import Name, Number, StateDict, names, words
 from swa_avg.errors import listed
@@ -18,6 +19,7 @@ from swa_avg.errors import listed
 # The word before the number of a checkpoint, and the number of a stage of the training.
 _LAST_WORD = re.compile(r"([^\W\d_]+)[-_. =]*$")
 _STAGE = re.compile(r"(?:^|[^a-z])(?:stage|phase|cycle|restart)[-_ =]?([0-9]+)", re.IGNORECASE)
+_Key = TypeVar("_Key")
 _KINDS = ("epoch", "step", "count", "number")
 _LEAST_GAPS = 3  # of which most can be said to be alike
 
@@ -119,6 +121,14 @@ def _stages(placed: Sequence[Member]) -> list[Sequence[int]]:
     """Return the stages in the names, if all have one: epochs and steps may begin again in each."""
     found = [_STAGE.search(member.name.text) for member in placed]
     return [[int(stage[1]) for stage in found if stage]] if all(found) else []
+
+
+def grouped(given: Sequence[Member], key: Callable[[Member], _Key]) -> dict[_Key, list[Member]]:
+    """Return the checkpoints by a key, in their order."""
+    groups: dict[_Key, list[Member]] = {}
+    for member in given:
+        groups.setdefault(key(member), []).append(member)
+    return groups
 
 
 def numbers_of(given: Sequence[Member], kind: str) -> list[Number | None]:

@@ -8,7 +8,7 @@ Several series of names are refused if they cannot be of one run, else there is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 from itertools import combinations
@@ -19,7 +19,7 @@ from swa_avg.checkpoints import provenance, words
 from swa_avg.errors import AlreadyAveragedError, MismatchError, SwaAvgError, listed
 from swa_avg.formats import component_of
 from swa_avg.planning.inputs import exclusion, leaving_out
-from swa_avg.planning.order import Member
+from swa_avg.planning.order import Member, grouped
 from swa_avg.storage import is_remote
 
 _Key = TypeVar("_Key")
@@ -106,8 +106,8 @@ def refuse_parts(given: Sequence[Member], notes: list[str]) -> None:
     Raises:
         MismatchError: Two inputs are different parts.
     """
-    for group in _grouped(given, lambda member: member.name.whole).values():
-        parts = _grouped(group, lambda member: member.name.parts)
+    for group in grouped(given, lambda member: member.name.whole).values():
+        parts = grouped(group, lambda member: member.name.parts)
         if len(parts) < 2 or _are_of_machines(parts):
             continue
         if _are_counted(group):
@@ -168,7 +168,7 @@ def refuse_components(given: Sequence[Member]) -> None:
         MismatchError: Two inputs are different models.
     """
     local = [member for member in given if not is_remote(member.path)]
-    models = _grouped(local, lambda member: component_of(member.path))
+    models = grouped(local, lambda member: component_of(member.path))
     models.pop("", None)
     if len(models) > 1:
         (name, first), *rest = models.items()
@@ -298,16 +298,9 @@ def _described(group: Sequence[Member]) -> str:
 
 def _series(given: Sequence[Member]) -> Mapping[str, list[Member]]:
     """Group checkpoints by their series; names in which several numbers vary are one series."""
-    series = _grouped(given, lambda member: member.name.series)
+    series = grouped(given, lambda member: member.name.series)
     alone = all(len(group) == 1 for group in series.values())
     places = {member.name.place for member in given}
     if alone and len(places) == len(given) and len({member.name.shape for member in given}) == 1:
         return {"": list(given)}
     return series
-
-
-def _grouped(given: Sequence[Member], key: Callable[[Member], _Key]) -> dict[_Key, list[Member]]:
-    groups: dict[_Key, list[Member]] = {}
-    for member in given:
-        groups.setdefault(key(member), []).append(member)
-    return groups

@@ -69,11 +69,7 @@ def check_target(
         OutputError: The path is an input, exists without `force`, is a folder where a file
             is needed, or the reverse, or is a URL that cannot be written.
     """
-    found = (
-        _at_url(cast(RemotePath, target), folder)
-        if is_remote(target)
-        else _onfolder_written(target)
-    )
+    found = _at_url(cast(RemotePath, target), folder) if is_remote(target) else _on_disk(target)
     if found is None:
         return
     for file in inputs:
@@ -102,7 +98,7 @@ def check_target(
         )
 
 
-def _onfolder_written(target: Path) -> _Found | None:
+def _on_disk(target: Path) -> _Found | None:
     """Return what is at a path of this machine."""
     try:
         found = target.stat()

@@ -78,11 +78,9 @@ _AROUND_VECTORS = _WEIGHTS | _set(
     "sn spectral norm power iter iteration iterations buffer buf vec vector singular orig left "
     "right"
 )
-_SIGNS = (
-    *(_PAST, _SPREAD, _EXTREMES, _QUEUES, _EXPERTS, _CENTROID, _BALANCED),
-    *(_COUNTING, _set("bank eps epsilon amax u v m s num n")),
+_SIGN = _set("bank eps epsilon amax u v m s num n").union(
+    *(_PAST, _SPREAD, _EXTREMES, _QUEUES, _EXPERTS, _CENTROID, _BALANCED, _COUNTING)
 )
-_SIGN = frozenset().union(*_SIGNS)
 
 # People write no longer names within a module; what is done with words grows with their square.
 _LONGEST = 200
